@@ -1,0 +1,102 @@
+"""GSM8K: is the final number of the response the number of the answer?
+
+Default: the number declared after the last '####', in the last \\boxed{}, or after 'A:' or 'answer is'; without such a
+declaration the last number of the text. Equality is exact, on the digits: 42 = 42.0 = $42 = 042 and 1,080 = 1080, no
+float anywhere; '50 %' and '42 apples' are their numbers; a/b is a fraction.
+`reference`: open-instruct e6c3044, GSM8KVerifier (string equality of the last number with the label as it stands).
+`tulu3`: the same as it was when Tülu 3 was trained (the sign of an integer is lost).
+Left out: numbers in words, thousands in other locales, '1e3'.
+"""
+
+import collections
+import re
+from fractions import Fraction
+
+from .verdict import Verdict, failed, is_blank, passed, shown
+
+MODES = ("default", "reference", "tulu3")
+MAX_DIGITS = 400
+# A minus belongs to the number unless it stands between two values: '-3', '= - 3', but 5-3 ends in 3.
+NUMBER = re.compile(
+    r"(?:(?<![\w).%])(?P<sign>[-+−])\s?)?\\?\$?\s?(?P<number>(?:[0-9]{1,3}(?:,[0-9]{3}){1,40}(?![0-9])|[0-9]+)(?:\.[0-9]+)?"
+    r"|(?<![0-9])\.[0-9]+)(?:/(?P<denominator>[0-9]+)(?![0-9]|\.[0-9]))?"
+)
+DECLARED = re.compile(r"(?im)####|\\boxed\{|^[^\S\n]*(?:final\s+)?a(?:nswer)?\s*:|\banswer\s+is\b:?")
+FRAC = re.compile(r"\\[dt]?frac\{([0-9]+)\}\{([0-9]+)\}")
+HEDGE = re.compile(r"\s*(?:[,;|/]|or|and|to)\s*(?:or\s*|and\s*)?[-+−$\\]*\s*")
+REFERENCE_NUMBER = {"reference": re.compile(r"[-+]?(?:\d*\.\d+|\d+)"), "tulu3": re.compile(r"[-+]?\d*\.\d+|\d+")}
+
+
+def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
+    """1 if the response's final number equals `ground_truth`, else 0. Total: never raises; linear in a bounded tail."""
+    if mode != "default":
+        answer, label = reference_answer(response, mode), str(ground_truth)
+        text = f"extracted {shown(answer)}, expected {shown(label)}"
+        return passed(text) if answer.lower() == label.lower() else failed(text)
+    expected = value(NUMBER.search(plain(str(ground_truth))[:4096]))
+    if expected is None or is_blank(response):
+        return failed("empty response" if expected is not None else f"no number in the label {shown(ground_truth)}")
+    tail = plain(tail_with_digit(response).split("</think>")[-1])
+    match, hedged = declared(tail)
+    if hedged:
+        return failed(f"two answers: {shown(hedged)}")
+    found = match or last(NUMBER.finditer(tail))
+    if found is None:
+        return failed(f"no number found, expected {shown(ground_truth)}")
+    text = f"extracted {shown(found[0])}, expected {shown(ground_truth)}"
+    return passed(text) if value(found) == expected else failed(text)
+
+
+def tail_with_digit(text: str) -> str:
+    """A tail of `text` that holds its last digit and starts at white space, so that 10 MB cost what 8 KB do.
+
+    No number spans white space, so the last number of the tail is that of the text (within 256 Ki characters).
+    """
+    for size in (1 << 13, 1 << 18):
+        if len(text) <= size:
+            return text
+        tail = (text[-size:].split(None, 1) + [""])[1]
+        if re.search(r"\d", tail):
+            return tail
+    return text[-size:]
+
+
+def plain(text: str) -> str:
+    """LaTeX's spellings of a number as plain text: {,} and thin spaces in thousands, simple fractions, bold marks."""
+    text = re.sub(r"(?<=[0-9])(?:\{,\}|\\[,!]|,\\!)(?=[0-9]{3})", ",", text)
+    return FRAC.sub(r"\1/\2", text).replace("**", "")
+
+
+def declared(tail: str) -> tuple[re.Match | None, str | None]:
+    """(the number that the last declaration names, None), or (None, the hedge) for 'it is 5 or 6', or (None, None)."""
+    mark = last(DECLARED.finditer(tail))
+    if mark is None:
+        return None, None
+    line = tail[mark.end() :].lstrip().split("\n", 1)[0][:4096].split("=")[-1]
+    numbers = list(NUMBER.finditer(line))
+    if len(numbers) > 1 and HEDGE.fullmatch(line[numbers[0].end() : numbers[1].start()]):
+        if value(numbers[0]) != value(numbers[1]):
+            return None, line.strip()
+    certain = len(numbers) == 1 or mark[0] == "####" or "boxed" in mark[0]
+    return (numbers[0] if numbers and certain else None), None
+
+
+def value(match: re.Match | None) -> Fraction | None:
+    """The exact value of a match of NUMBER; None for no match, more than MAX_DIGITS digits, or division by zero."""
+    if match is None or len(match[0]) > MAX_DIGITS or not int(match["denominator"] or 1):
+        return None
+    number = Fraction(match["number"].replace(",", "")) / int(match["denominator"] or 1)
+    return -number if match["sign"] in ("-", "−") else number
+
+
+def last(matches):
+    return next(iter(collections.deque(matches, maxlen=1)), None)
+
+
+def reference_answer(response: str, mode: str) -> str:
+    """open-instruct's rule: a comma between two digits goes (one pass), then the last number, else the whole text."""
+    if mode == "tulu3":
+        response = response.split("<|assistant|>\n")[-1].strip()
+    text = re.sub(r"(\d),(\d)", r"\1\2", tail_with_digit(response))
+    match = last(REFERENCE_NUMBER[mode].finditer(text))
+    return match[0] if match else response if len(response) < MAX_DIGITS else "(no number)"

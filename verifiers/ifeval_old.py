@@ -1,0 +1,261 @@
+"""The 25 constraint functions of Tülu 3's RLVR (Lambert et al. 2024, arXiv:2411.15124, section 6.1).
+
+Ground truth: {"func_name": ..., arguments, nulls dropped}, as an object or JSON.
+`reference`: open-instruct e6c3044, if_functions.py through IFEvalVerifierOld, to the letter, the empty response that
+is paid for saying nothing included. `tulu3`: the same where it was different when Tülu 3 was trained (four functions).
+`default`: the same rules with the defects of DEFAULT mended, and nothing for an empty response.
+A rule is `name(text, **arguments) -> bool`; all are linear in the text.
+"""
+
+import inspect
+import re
+
+from . import language
+from .ifeval import count_brackets, has_word, is_json, nearest, typed_arguments
+from .ifeval import title as has_title
+from .verdict import GroundTruthError, Verdict, error, failed, is_blank, passed, read_structure, shown, without_thinking
+
+MODES = ("default", "reference", "tulu3")
+
+
+def compare(seen: int, quantifier: str, n: int, around: int) -> bool:
+    """'at least', 'at most', or 'around' (within `around`); no other quantifier is ever satisfied."""
+    if quantifier == "around":
+        return abs(seen - n) <= around
+    return seen >= n if quantifier == "at least" else seen <= n if quantifier == "at most" else False
+
+
+def tenth(n: int) -> int:
+    return max(round(n * 0.1), 1)  # Python rounds halves to even: 25 -> 2, 35 -> 4
+
+
+def verify_keywords(text, keyword_list: list):
+    return all(word.lower() in text.lower() for word in keyword_list)
+
+
+def verify_keyword_frequency(text, word: str, N: int):
+    """Exactly N of the runs of word characters are the word, in any case: "don't" never is."""
+    return re.findall(r"\w+", text.lower()).count(word.lower()) == N
+
+
+def validate_forbidden_words(text, forbidden_words: list):
+    return not any(word.lower() in text.lower() for word in forbidden_words)
+
+
+def verify_letter_frequency(text, letter: str, N: int):
+    """Exactly N, and in this case of the letter."""
+    return text.count(letter) == N
+
+
+def validate_response_language(text, language: str):
+    return detected(text) == language
+
+
+def detected(text: str) -> str | None:
+    return language.detect(text)
+
+
+def verify_paragraph_count(text, N: int):
+    """Paragraphs between '* * *' ('***' is no divider); an empty one fails."""
+    parts = text.split("* * *")
+    return all(part.strip() for part in parts) and len(parts) == N
+
+
+def validate_word_constraint(text, N: int, quantifier: str):
+    return compare(len(text.split()), quantifier, N, tenth(N))
+
+
+SENTENCE_END = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?!])\s")
+
+
+def verify_sentence_constraint(text, N: int, quantifier: str):
+    return compare(1 + len(SENTENCE_END.findall(text)), quantifier, N, 1)
+
+
+def validate_paragraphs(text, N: int, first_word: str, i: int):
+    """N pieces between blank lines, the i-th beginning with the word (a prefix; i = 0 is the last piece)."""
+    parts = text.split("\n\n")
+    return len(parts) == N and -N < i <= N and parts[i - 1].strip().startswith(first_word)
+
+
+def verify_postscript(text, postscript_marker: str):
+    """The marker, and something after its first place."""
+    place = text.find(postscript_marker)
+    return place >= 0 and bool(text[place + len(postscript_marker) :].strip())
+
+
+def validate_placeholders(text, N: int):
+    return count_brackets(text) >= N
+
+
+def verify_bullet_points(text, N: int):
+    return sum(line.strip().startswith(("*", "-")) for line in text.split("\n")) == N
+
+
+def validate_title(text):
+    """<<...>> within a line; nothing need be between."""
+    return any(0 <= (start := line.find("<<")) and line.find(">>", start + 2) >= 0 for line in text.split("\n"))
+
+
+def validate_choice(text, options: list | str):
+    """One of the options is in the text (a text of options is its characters: whatever is not disjoint passes)."""
+    return any(option in text for option in options)
+
+
+def validate_highlighted_sections(text, N: int):
+    """*...* within a line, from any asterisk to the next: **bold** is two, '****' is two."""
+    return sum(line.count("*") // 2 for line in text.split("\n")) >= N
+
+
+def validate_sections(text, N: int, section_splitter: str):
+    """N pieces between the splitters; the first is dropped only if nothing at all is before the first splitter."""
+    parts = text.split(section_splitter)
+    return len(parts) - (parts[0] == "") == N
+
+
+def validate_json_format(text):
+    return is_json(text)[0]
+
+
+def validate_repeat_prompt(text, original_prompt: str):
+    return text.startswith(original_prompt)
+
+
+def validate_two_responses(text):
+    """Exactly one '******', with two different sides (one may be empty)."""
+    parts = text.split("******")
+    return len(parts) == 2 and parts[0].strip() != parts[1].strip()
+
+
+def validate_uppercase(text):
+    return text == text.upper()
+
+
+def validate_lowercase(text):
+    return text == text.lower()
+
+
+def validate_frequency_capital_words(text, N: int, quantifier: str):
+    return compare(len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, tenth(N))
+
+
+def validate_end(text, end_phrase: str):
+    return text.endswith(end_phrase)
+
+
+def validate_quotation(text):
+    return text.startswith('"') and text.endswith('"')
+
+
+def validate_no_commas(text):
+    return "," not in text
+
+
+FUNCTIONS = {
+    rule.__name__: rule
+    for rule in (
+        *(verify_keywords, verify_keyword_frequency, validate_forbidden_words, verify_letter_frequency),
+        *(validate_response_language, verify_paragraph_count, validate_word_constraint, verify_sentence_constraint),
+        *(validate_paragraphs, verify_postscript, validate_placeholders, verify_bullet_points, validate_title),
+        *(validate_choice, validate_highlighted_sections, validate_sections, validate_json_format),
+        *(validate_repeat_prompt, validate_two_responses, validate_uppercase, validate_lowercase),
+        *(validate_frequency_capital_words, validate_end, validate_quotation, validate_no_commas),
+    )
+}
+
+
+def whole_word_frequency(text, word: str, N: int):
+    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)) == N
+
+
+def any_option(text, options: list | str):
+    options = re.split(r"\s*[,/;|]\s*|\s+or\s+", options) if isinstance(options, str) else options
+    return any(re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text) for option in options if option.strip())
+
+
+def marked_sections(text, N: int, section_splitter: str):
+    """An introduction before the first splitter is no section."""
+    return text.count(section_splitter) == N
+
+
+def filled_highlights(text, N: int):
+    return sum(bool(part.strip()) for part in re.findall(r"\*{1,3}([^\n*]+)\*{1,3}", text)) >= N
+
+
+def filled_quotation(text):
+    return len(text.strip('"').strip()) > 0 and validate_quotation(text)
+
+
+def filled_responses(text):
+    return validate_two_responses(text) and all(part.strip() for part in text.split("******"))
+
+
+DEFAULT = {
+    "verify_keyword_frequency": whole_word_frequency,
+    "validate_forbidden_words": lambda text, forbidden_words: not any(has_word(text, w) for w in forbidden_words),
+    "validate_title": lambda text: has_title(text)[0],
+    "validate_choice": any_option,
+    "validate_sections": marked_sections,
+    "validate_highlighted_sections": filled_highlights,
+    "validate_quotation": filled_quotation,
+    "validate_two_responses": filled_responses,
+    "validate_uppercase": lambda text: text.isupper(),
+    "validate_lowercase": lambda text: text.islower(),
+}
+
+
+def choice_reversed(text, options):
+    return any(text in option for option in options)
+
+
+def sentences_without_exclamation(text, N, quantifier):
+    return compare(1 + len(re.findall(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?])\s", text)), quantifier, N, 1)
+
+
+TULU3 = {
+    "validate_placeholders": lambda text, N: True,  # it returned a tuple, which is true
+    "validate_choice": choice_reversed,
+    "verify_sentence_constraint": sentences_without_exclamation,
+    "validate_frequency_capital_words": lambda text, N, quantifier: compare(
+        len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, 0
+    ),
+}
+
+
+def parse(ground_truth: object, mode: str = "default") -> tuple[str, dict]:
+    """(function name, arguments) of a row. Raises GroundTruthError for an unknown function (naming the nearest), an
+    unknown, missing or badly typed argument, a letter that is not one character, an empty splitter."""
+    row = read_structure(ground_truth, "ground_truth")
+    if not isinstance(row, dict) or not isinstance(row.get("func_name"), str):
+        raise GroundTruthError(f"ground_truth: expected an object with func_name, found {shown(row)}")
+    name = row["func_name"]
+    if name not in FUNCTIONS:
+        raise GroundTruthError(f"ground_truth: unknown func_name {shown(name)}{nearest(name, FUNCTIONS)}")
+    given = {key: value for key, value in row.items() if value is not None and key != "func_name"}
+    given = typed_arguments(name, inspect.signature(FUNCTIONS[name]).parameters, given)
+    if len(given.get("letter", "a")) != 1:
+        raise GroundTruthError(f"{name}: letter must be one character, found {shown(given['letter'])}")
+    if given.get("section_splitter") == "":
+        raise GroundTruthError(f"{name}: section_splitter is empty")
+    if name == "validate_response_language" and not language.is_available():
+        raise GroundTruthError(f"{name} needs langdetect: pip install 'triptych[ifeval]'")
+    return name, given
+
+
+def verify(response: str, ground_truth: object, mode: str = "default") -> Verdict:
+    """1 if the response, without its thinking and answer tags, satisfies the row's function, else 0.
+
+    Never raises: a bad ground truth, on which the reference raises as well, is a Verdict with status 'error'.
+    """
+    try:
+        name, given = parse(ground_truth, mode)
+    except GroundTruthError as problem:
+        return error(str(problem))
+    text = without_thinking(response)
+    if mode == "default" and is_blank(text):
+        return failed("empty response")
+    if name == "validate_response_language" and detected(text) is None:
+        return failed("no language can be told") if mode == "default" else error(f"{name}: no language can be told")
+    rule = {"default": DEFAULT, "reference": {}, "tulu3": TULU3}[mode].get(name, FUNCTIONS[name])
+    asked = ", ".join(f"{key}={shown(value, 30)}" for key, value in given.items())
+    return passed(f"{name}({asked})") if rule(text, **given) else failed(f"NOT {name}({asked})")
