@@ -1,0 +1,40 @@
+# `make demo` and `make test` work on a fresh machine: each makes .venv if there is none. PY=python3.12 make test picks an interpreter.
+PY ?= python3
+BIN := .venv/bin
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test lint drill bench gpu clean
+
+demo: .venv/ready
+	$(BIN)/torchrun --standalone --nproc_per_node 2 -m launch.dpo --output_dir output/demo
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+
+drill: .venv/ready
+	$(BIN)/python -m pytest -m drill
+
+bench: .venv/bench
+	$(BIN)/python -m benchmarks.loss
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.against_trl dpo
+
+# on a CUDA machine, with the interpreter that has torch, transformers, triton and pytest: nothing is installed
+gpu:
+	$(PY) -m benchmarks.gpu
+
+.venv/ready: pyproject.toml
+	$(PY) -m venv .venv
+	$(BIN)/pip install --quiet 'torch>=2.11,<2.14'
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@
+
+.venv/bench: .venv/ready
+	$(BIN)/pip install --quiet -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf .venv output

@@ -1,0 +1,129 @@
+"""Micro-batches: flat streams of tokens, and how the sequences of one step are packed into them.
+
+The sequences of a step are drawn first and packed only within the step, so which examples share a step never depends on
+lengths, on the number of ranks or on the memory budget. Every rank gets the same number of micro-batches (collectives must
+pair up); one without work holds a single token that counts for nothing.
+
+T tokens of the stream · S sequences · R rows that count (positions whose next token is trained).
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.store import Examples
+from engine.world import World
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A flat stream of sequences, shifted once, here: input t of a sequence predicts its token t + 1.
+
+    Example: the sequences [5, 6, 7] and [8, 9] of which 7 and 9 count:
+    ids [5, 6, 8] · positions [0, 1, 0] · cu_seqlens [0, 2, 3] · rows [1, 2] · targets [7, 9] · counts [1, 1].
+    """
+
+    ids_T: Tensor  # int64
+    positions_T: Tensor  # int64, restart at 0 with every sequence
+    cu_seqlens: Tensor  # int32, S + 1
+    lengths: tuple[int, ...]  # of the S sequences, on the host
+    rows_R: Tensor  # int64: indices into the stream of the positions that count, sequence by sequence
+    targets_R: Tensor  # int64: the token that each of them predicts
+    counts_S: Tensor  # int64: rows of each sequence
+    cuts: tuple[int, ...]  # S + 1 offsets into the R rows, on the host
+    examples: tuple[int, ...]  # dataset indices of the examples inside, in order
+
+    @property
+    def max_seqlen(self) -> int:
+        return max(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens fed to the model, those of an empty micro-batch's placeholder not counted."""
+        return sum(self.lengths) if self.examples else 0
+
+
+def sum_by_sequence(values_R: Tensor, counts_S: Tensor) -> Tensor:
+    """sum of each sequence's rows, (S,); deterministic on every device, unlike a scatter-add."""
+    return torch.segment_reduce(values_R, "sum", lengths=counts_S, unsafe=True, initial=0.0)
+
+
+def micro_batch(sequences: Sequence[tuple[np.ndarray, np.ndarray]], examples: Sequence[int], device: torch.device) -> MicroBatch:
+    """Packs (ids, mask) sequences; mask is True for tokens that count. None: the placeholder of a rank without work."""
+    sequences = sequences or [(np.zeros(2, np.int64), np.zeros(2, bool))]
+    masks = [np.asarray(mask[1:], bool) for _, mask in sequences]
+    lengths = tuple(len(mask) for mask in masks)
+    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    counts = [int(mask.sum()) for mask in masks]
+    mask_T = np.concatenate(masks)
+
+    def to_device(array, dtype=torch.int64) -> Tensor:
+        tensor = torch.as_tensor(np.ascontiguousarray(array), dtype=dtype)
+        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+    return MicroBatch(
+        ids_T=to_device(np.concatenate([ids[:-1] for ids, _ in sequences])),
+        positions_T=to_device(np.concatenate([np.arange(length) for length in lengths])),
+        cu_seqlens=to_device(cu_seqlens, torch.int32),
+        lengths=lengths,
+        rows_R=to_device(np.flatnonzero(mask_T)),
+        targets_R=to_device(np.concatenate([ids[1:] for ids, _ in sequences])[mask_T]),
+        counts_S=to_device(counts),
+        cuts=tuple(int(c) for c in np.concatenate([[0], np.cumsum(counts)])),
+        examples=tuple(examples),
+    )
+
+
+def pack(tokens: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
+    """Packs the examples of one step into micro-batches: for every rank, the same number of lists of positions in `tokens`.
+
+    Longest example first, each into the emptiest bin; the fewest bins a multiple of `ranks` in which none exceeds the
+    budget; an example over the budget is a bin of its own. Bins then go to ranks fullest first, each to the rank with the
+    least work, so that ranks carry equal loads. Deterministic; order of examples within a bin is ascending.
+    """
+    order = sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))
+    oversized = [i for i in order if tokens[i] > budget]
+    regular = order[len(oversized) :]
+    needed = len(oversized) + -(-sum(tokens[i] for i in regular) // budget)
+    count = max(1, -(-needed // ranks)) * ranks
+    while (bins := _emptiest_first(regular, tokens, budget, count - len(oversized))) is None:
+        count += ranks
+    bins = [[i] for i in oversized] + bins
+
+    by_load = sorted(range(len(bins)), key=lambda b: (-sum(tokens[i] for i in bins[b]), b))
+    per_rank: list[list[list[int]]] = [[] for _ in range(ranks)]
+    free = [(0, rank) for rank in range(ranks)]
+    for b in by_load:
+        load, rank = heapq.heappop(free)
+        per_rank[rank].append(sorted(bins[b]))
+        if len(per_rank[rank]) < len(bins) // ranks:
+            heapq.heappush(free, (load + sum(tokens[i] for i in bins[b]), rank))
+    return per_rank
+
+
+def _emptiest_first(order: list[int], tokens: Sequence[int], budget: int, count: int) -> list[list[int]] | None:
+    """Each example into the emptiest of `count` bins, or None if one does not fit."""
+    bins: list[list[int]] = [[] for _ in range(count)]
+    loads = [(0, b) for b in range(count)]
+    for i in order:
+        load, b = loads[0] if loads else (budget, -1)
+        if load + tokens[i] > budget:
+            return None
+        bins[b].append(i)
+        heapq.heapreplace(loads, (load + tokens[i], b))
+    return bins
+
+
+def step_batches(examples: Examples, chosen: np.ndarray, budget: int, world: World) -> Iterator[tuple[MicroBatch, bool]]:
+    """(micro-batch, is it the last) of this rank for one step's examples; the same number on every rank."""
+    per_rank = pack(examples.tokens[chosen].tolist(), budget, world.size)[world.rank]
+    for i, positions in enumerate(per_rank):
+        mine = [int(chosen[p]) for p in positions]
+        sequences = [sequence for example in mine for sequence in examples.sequences(example)]
+        yield micro_batch(sequences, mine, world.device), i == len(per_rank) - 1

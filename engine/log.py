@@ -1,0 +1,169 @@
+"""What a run says of itself: metrics.jsonl, the progress bar, throughput and memory.
+
+A metric of a step is a sum over the step's examples divided by a count, both over all ranks: one all-reduce a step.
+
+    perf/tokens_per_second_per_gpu   tokens fed to the model / seconds / ranks
+    perf/mfu                         model FLOPs / seconds / peak FLOP/s; 6 per matmul weight and token (the head: per counted
+                                     token), 6 x layers x heads x head size x sum of squared lengths for causal attention
+    perf/peak_memory_gib             allocator's peak on CUDA, resident set's peak on a CPU; rank 0's
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from engine.batch import MicroBatch
+from engine.world import World
+
+# dense bf16 FLOP/s of data sheets; a device that is not listed is measured by a matrix product
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12, "RTX 4090": 165e12}
+
+
+class Totals:
+    """Named sums of one step, kept on the device until `reduce`."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, **values: Tensor | float) -> None:
+        """Adds each tensor's sum (detached, in fp64) to its name; a '/' in a metric's name is written '__'."""
+        for key, value in values.items():
+            name = key.replace("__", "/")
+            amount = torch.as_tensor(value, device=self.world.device).detach().double().sum()
+            self.sums[name] = self.sums.get(name, 0.0) + amount
+
+    def reduce(self, names: tuple[str, ...]) -> dict[str, float]:
+        """The sums over all ranks, by name. Every rank must pass the same names: a rank without examples has no sums of its own."""
+        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        stacked = self.world.sum(torch.stack([torch.as_tensor(self.sums.get(name, zero)) for name in names]))
+        return dict(zip(names, stacked.tolist(), strict=True))
+
+
+class Metrics:
+    """metrics.jsonl and the progress bar, on rank 0; on resume the file is cut back to the resumed step."""
+
+    def __init__(self, output_dir: Path, world: World, *, start: int, total: int, report_to: str = "none") -> None:
+        self.world, self.path = world, output_dir / "metrics.jsonl"
+        self._file = self._bar = self._elsewhere = None
+        if world.is_main:
+            kept = _rows_before(self.path, start) if start else []
+            partial = self.path.with_suffix(".partial")
+            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            partial.rename(self.path)
+            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in `close`
+            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5)
+            self._elsewhere = _reporter(report_to, output_dir)
+
+    def write(self, step: int, row: dict[str, Any], postfix: str = "") -> None:
+        """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then moves."""
+        if self.world.is_main:
+            self._file.write(json.dumps({"step": step, **row}) + "\n")
+            self._file.flush()
+            if postfix:
+                self._bar.set_postfix_str(postfix, refresh=False)
+                self._bar.update(1)
+            if self._elsewhere:
+                self._elsewhere(step, row)
+
+    def say(self, line: str) -> None:
+        """A line above the bar."""
+        if self.world.is_main:
+            self._bar.write(line)
+
+    def close(self) -> None:
+        if self.world.is_main:
+            self._file.close()
+            self._bar.close()
+
+
+def _rows_before(path: Path, start: int) -> list[str]:
+    """The lines of steps up to `start`; a torn last line is dropped."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            if json.loads(line)["step"] <= start:
+                kept.append(line)
+        except (ValueError, KeyError):
+            break
+    return kept
+
+
+def _reporter(report_to: str, output_dir: Path) -> Any:
+    if report_to == "tensorboard":
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer = SummaryWriter(str(output_dir / "tensorboard"))
+        return lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, int | float)]
+    if report_to == "wandb":
+        import wandb
+
+        run = wandb.init(project="triptych", name=output_dir.name, dir=str(output_dir))
+        return lambda step, row: run.log(row, step=step)
+    return None
+
+
+class Throughput:
+    """Tokens and FLOPs of the steps since the last `row`."""
+
+    def __init__(self, world: World, policy: Any, dtype: torch.dtype, num_tokens: int = 0) -> None:
+        config = policy.lm.config
+        embedding, head = (m.weight.numel() for m in (policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()))
+        tied = config.tie_word_embeddings
+        self.body = policy.num_parameters - embedding - (0 if tied else head)
+        self.head = head
+        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.attention = config.num_hidden_layers * config.num_attention_heads * head_size
+        self.world, self.peak = world, peak_flops(world.device, dtype)
+        self.num_tokens = num_tokens
+        self._flops, self._tokens, self._since = 0.0, 0, time.perf_counter()
+
+    def count(self, batch: MicroBatch) -> None:
+        if batch.examples:
+            squares = sum(length * length for length in batch.lengths)
+            self._flops += 6 * (self.body * batch.num_tokens + self.head * len(batch.targets_R)) + 6 * self.attention * squares
+            self._tokens += batch.num_tokens
+
+    def row(self) -> dict[str, float]:
+        """Collective. The metrics of the step that just ended."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize(self.world.device)
+            peak_memory = torch.cuda.max_memory_allocated(self.world.device)
+        else:
+            peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        now = time.perf_counter()
+        sums = torch.tensor([float(self._tokens), self._flops], dtype=torch.float64, device=self.world.device)
+        tokens, flops = self.world.sum(sums).tolist()
+        seconds, self._since = now - self._since, now
+        self._flops, self._tokens = 0.0, 0
+        self.num_tokens += int(tokens)
+        return {
+            "num_tokens": self.num_tokens,
+            "perf/tokens_per_second_per_gpu": tokens / seconds / self.world.size,
+            "perf/mfu": flops / seconds / self.world.size / self.peak,
+            "perf/peak_memory_gib": peak_memory / 2**30,
+        }
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """The data sheet's figure of a known GPU in bf16, else what a matrix product reaches now."""
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        if known := next((flops for model, flops in PEAK_FLOPS.items() if model in name), None):
+            return known
+    n = 4096 if device.type == "cuda" else 512
+    a = torch.ones(n, n, dtype=dtype, device=device)
+    best = float("inf")
+    for _ in range(4):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best

@@ -1,0 +1,182 @@
+"""The policy: a decoder of transformers, built on the meta device, sharded, and filled from safetensors.
+
+`Policy` is the FSDP root: body and head run inside its forward, so that every parameter is a plain tensor when it is used.
+
+T tokens of the stream · R rows that count · D hidden · V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from engine import attention, weights
+from engine.batch import MicroBatch, micro_batch
+from engine.errors import UserError
+from engine.world import World
+from losses.logprobs import LogitTransform, LossOfLogprobs, linear_logprobs, linear_loss, naive_logprobs, naive_loss
+
+MIXING = {"full_attention", "sliding_attention"}  # layer types that mix tokens only through the registered attention
+
+
+class Policy(nn.Module):
+    """A causal language model whose forward ends in log-probs or in a loss, never in logits."""
+
+    def __init__(self, lm: nn.Module, head: str) -> None:
+        super().__init__()
+        self.lm = lm
+        self.head = head
+        self.gradient_sync = "every"
+        self.transform = _logit_transform(lm.config)
+
+    def forward(self, batch: MicroBatch, loss_of_logprobs: LossOfLogprobs | None = None, sequences_per_group: int = 1, probe: bool = False) -> Tensor:
+        """log p of every counted token, (R,) fp32; or, given `loss_of_logprobs`, the loss that it makes of them.
+
+        The loss is called with the log-probs of whole groups of `sequences_per_group` consecutive sequences (2: preference
+        pairs) and the slice of those groups; see `losses.linear_loss`. `probe` instead returns the model's own logits of
+        the stream's tokens, (T, V), by the library's unpacked path, for `check_packing`.
+        """
+        if probe:
+            return self._own_logits(batch)
+        hidden_TD = self.lm.base_model(
+            input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False,
+            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, lengths=batch.lengths,
+        ).last_hidden_state[0]  # fmt: skip
+        hidden_RD = hidden_TD.index_select(0, batch.rows_R)
+        weight_VD = self.lm.get_output_embeddings().weight
+        if loss_of_logprobs is None:
+            logprobs = linear_logprobs if self.head == "fused" else naive_logprobs
+            return logprobs(hidden_RD, weight_VD, batch.targets_R, transform=self.transform)
+        loss = linear_loss if self.head == "fused" else naive_loss
+        cuts = batch.cuts[::sequences_per_group] if batch.examples else (0,)
+        return loss(hidden_RD, weight_VD, batch.targets_R, loss_of_logprobs, cuts, self.transform)
+
+    def _own_logits(self, batch: MicroBatch) -> Tensor:
+        config = self.lm.config
+        config._attn_implementation = "eager"
+        try:
+            return self.lm(input_ids=batch.ids_T[None], use_cache=False).logits[0]
+        finally:
+            config._attn_implementation = attention.NAME
+
+    def sync_gradients(self, last: bool) -> None:
+        """Before a micro-batch. gradient_sync 'every': reduce at once; 'last': keep weights and gradients whole until the last."""
+        if self.gradient_sync == "last":
+            self.set_requires_gradient_sync(last)
+            self.set_reshard_after_backward(last)
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+
+def _logit_transform(config: Any) -> LogitTransform:
+    """What the family does to its logits; the load-time probe refuses a family for which this is not the whole truth."""
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / config.logits_scaling
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = config.logit_scale
+    return LogitTransform(scale, getattr(config, "final_logit_softcapping", None))
+
+
+def load_config(directory: Path) -> Any:
+    """The decoder's configuration. Raises UserError for what Triptych does not train, by name."""
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0][:200]})") from None
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{directory}: {name} is not a decoder that AutoModelForCausalLM knows")
+    if not layer_types <= MIXING:
+        raise UserError(f"{directory}: {name} mixes tokens by {', '.join(sorted(layer_types - MIXING))}; only attention can be packed")
+    return config
+
+
+def load(
+    directory: Path, config: Any, world: World, *, dtype: torch.dtype, backend: str, head: str, compile: bool = False
+) -> tuple[Policy, int]:
+    """The sharded policy with the checkpoint's weights, and their fingerprint. Collective.
+
+    fp32 masters in shards of 1 / world size; `dtype` for compute; gradients reduced in fp32 as plain sums (FSDP's averaging is
+    off: the launch file owns the denominator). No rank ever holds the whole model. Raises UserError.
+    """
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
+    policy = Policy(lm.eval(), head)  # eval: dropout would be randomness with a state
+    if compile:
+        for layer in lm.base_model.layers:
+            layer.compile()
+    shard(policy, lm.base_model.layers, world, dtype)
+    policy.to_empty(device=world.device)
+    weights.initialise_buffers(lm, directory)
+    fingerprint = weights.stream(directory, lm, world)
+    check_packing(policy, config, world, dtype)
+    return policy, fingerprint
+
+
+def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype) -> None:
+    """fully_shard on every decoder layer and the root, with sums instead of averages."""
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=precision)
+    fully_shard(root, mesh=world.mesh, mp_policy=precision)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+
+
+def choose_gradient_sync(requested: str, policy: Policy, world: World) -> tuple[str, str]:
+    """(mode, why): 'last' where whole fp32 gradients and compute weights take under a quarter of the rank's memory."""
+    if requested != "auto":
+        return requested, "as asked"
+    if world.size == 1:
+        return "every", "one rank has nothing to gather"
+    if world.device.type == "cuda":
+        memory = torch.cuda.get_device_properties(world.device).total_memory
+    else:
+        memory = weights.host_memory() // world.size
+    needed = 8 * policy.num_parameters
+    mode = "last" if needed < memory / 4 else "every"
+    return mode, f"whole gradients and weights would take {needed / 2**30:.2g} of {memory / 2**30:.3g} GiB"
+
+
+@torch.no_grad()
+def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype) -> None:
+    """Two packed sequences must have the log-probs of the model's own logits for each alone, else the model is refused by name.
+
+    This catches decoders that mix tokens other than through attention (state spaces, convolutions), that read positions or
+    masks in ways the packed path does not serve, or that transform logits unknown to `_logit_transform`. The bound is on the
+    relative difference of logits' log-probs: 64 roundings of the compute dtype per layer's depth, squared-summed.
+    """
+    window = getattr(config, "sliding_window", None) or 0
+    lengths = (window + 5, 9) if 0 < window <= 64 else (13, 9)
+    generator = np.random.Generator(np.random.Philox(key=0))
+    sequences = [(generator.integers(0, config.vocab_size, n + 1), np.ones(n + 1, bool)) for n in lengths]
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    try:
+        packed_R = policy(micro_batch(sequences, (0, 1), world.device))
+        alone_R = []
+        for i, sequence in enumerate(sequences):
+            batch = micro_batch([sequence], (i,), world.device)
+            logprobs_TV = policy(batch, probe=True).float().log_softmax(-1)
+            alone_R.append(logprobs_TV.gather(1, batch.targets_R[:, None]).squeeze(1))
+    except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be packed: {' '.join(str(error).split())[:200]}") from error
+    finally:
+        policy.reshard()
+    expected_R = torch.cat(alone_R)
+    difference = (packed_R - expected_R).abs().max().item()
+    depth = config.num_hidden_layers**0.5
+    bound = 64 * torch.finfo(dtype).eps * depth * max(1.0, (expected_R - expected_R.mean()).abs().max().item())
+    if not difference <= bound:
+        raise UserError(f"{name} cannot be packed: log-probs of packed sequences differ from those alone by {difference:.1e} (bound {bound:.1e})")  # fmt: skip

@@ -1,0 +1,102 @@
+"""A run's directory: who uses it, what configuration it belongs to, and whether it is finished."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from engine import config as configuration
+from engine.config import RunConfig
+from engine.errors import UserError
+from engine.world import World
+
+# what may change between a run and its resumption: none of it touches the trajectory
+CHANGEABLE = {
+    "output_dir", "cache_dir", "micro_batch_tokens", "save_steps", "save_total_limit", "resume", "on_bad_row", "dry_run", "report_to",
+    "profile", "export_dtype", "eval_steps",
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_run(config: RunConfig, world: World, facts: dict[str, Any]) -> Iterator[bool]:
+    """Locks --output_dir, checks that it is this configuration's, writes config.yaml; yields True if the run is already finished.
+
+    Raises UserError if another process is in it, if it holds a run of another configuration (the first differing flag is
+    named), or if it is not empty under --resume never.
+    """
+    output_dir = Path(config.output_dir)
+    lock = None
+
+    def prepare() -> None:
+        nonlocal lock
+        if config.resume == "never" and output_dir.is_dir() and any(output_dir.iterdir()):
+            raise UserError(f"--resume never: {output_dir} is not empty")
+        if output_dir.exists() and not output_dir.is_dir():
+            raise UserError(f"--output_dir {output_dir}: is a file")
+        output_dir.mkdir(parents=True, exist_ok=True)
+        if world.is_main:
+            lock = _lock(output_dir / ".lock")
+            _check_same_configuration(config, output_dir / "config.yaml")
+
+    world.once("open_run", prepare) if world.local_rank == 0 else world.once("open_run", lambda: None)
+    finished = any(world.gather((output_dir / "final" / "config.json").is_file() and world.is_main))
+    if world.is_main and not finished:
+        partial = output_dir / ".config.yaml.partial"
+        configuration.save(config, partial, facts)
+        partial.rename(output_dir / "config.yaml")
+    try:
+        yield finished
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.read(descriptor, 32).decode(errors="replace").strip() or "unknown"
+        os.close(descriptor)
+        raise UserError(f"{path.parent} is in use by process {holder}") from None
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, str(os.getpid()).encode())
+    return descriptor
+
+
+def _check_same_configuration(config: RunConfig, path: Path) -> None:
+    if not path.is_file():
+        return
+    try:
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except (yaml.YAMLError, UnicodeDecodeError):
+        raise UserError(f"{path} is damaged: delete it or give another --output_dir") from None
+    now = {k: list(v) if isinstance(v, tuple) else v for k, v in configuration.as_dict(config).items() if v is not None}
+    for name in sorted((earlier.keys() | now.keys()) - CHANGEABLE):
+        if earlier.get(name) != now.get(name):
+            raise UserError(
+                f"{path.parent} holds a run with --{name} {earlier.get(name)}, now it is {now.get(name)}: give another --output_dir"
+            )
+
+
+@contextlib.contextmanager
+def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
+    """Traces the third to fifth step it is told of (`.step()`) into output_dir/trace.json; without --profile, does nothing."""
+    if not enabled:
+        yield None
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if world.device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    path = output_dir / ("trace.json" if world.size == 1 else f"trace-rank{world.rank}.json")
+    schedule = torch.profiler.schedule(wait=2, warmup=0, active=3, repeat=1)
+    ready = lambda profile: profile.export_chrome_trace(str(path))  # noqa: E731
+    with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profile:
+        yield profile

@@ -1,0 +1,109 @@
+"""What every stage does before its algorithm begins: resolve defaults, open model and tokenizer, say so on the first screen."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import attention, model, weights
+from engine.chat import ChatTokenizer, load_tokenizer
+from engine.config import Config, RunConfig, require_positive, resolve_batch_size
+from engine.embedded import embedded
+from engine.errors import UserError
+from engine.store import Examples, Steps
+from engine.world import World
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model as found: where it lies, its tokenizer, and how it will be computed. No weight is loaded yet."""
+
+    directory: Path
+    revision: str
+    config: Any
+    chat: ChatTokenizer
+    dtype: torch.dtype
+    backend: str
+    why_backend: str
+
+
+def resolve(config: Config, world: World, *, embedded_learning_rate: float, learning_rate: float) -> Config:
+    """Fills what depends on the machine or on other flags, and refuses what cannot be. Raises UserError."""
+    world.agree("configuration", repr(config))
+    require_positive(config, "max_seq_length", "micro_batch_tokens", "batch_size", "num_train_epochs", "learning_rate")
+    for name in ("warmup_ratio", "weight_decay", "max_grad_norm", "save_steps", "eval_steps"):
+        if getattr(config, name) < 0:
+            raise UserError(f"--{name} must not be negative, got {getattr(config, name)}")
+    if config.warmup_ratio > 1:
+        raise UserError(f"--warmup_ratio is a share of the steps, at most 1, got {config.warmup_ratio}")
+    if config.save_total_limit < 1:
+        raise UserError(f"--save_total_limit must be at least 1, got {config.save_total_limit}")
+    if config.dtype == "float16":
+        raise UserError("--dtype float16 is refused: it needs loss scaling, which bfloat16 and float32 do not")
+    if config.model_name_or_path is not None and config.dataset_name is None and config.mixer_list is None:
+        raise UserError("--model_name_or_path needs --dataset_name or --mixer_list (without either, all is embedded)")
+    config, line = resolve_batch_size(config, world.size)
+    world.say(*filter(None, [line]))
+    chosen = {"learning_rate": config.learning_rate or learning_rate}
+    if config.model_name_or_path is None:
+        root = Path(config.cache_dir).expanduser()
+        directory, train, held_out = world.once("embedded", lambda: embedded(root))
+        chosen = {"model_name_or_path": str(directory), "learning_rate": config.learning_rate or embedded_learning_rate}
+        if config.dataset_name is None and config.mixer_list is None:
+            chosen |= {"dataset_name": str(train), "eval_dataset_name": config.eval_dataset_name or str(held_out)}
+        world.say("no --model_name_or_path: training the embedded tiny Llama (a demonstration, not a useful model)")
+    return dataclasses.replace(config, **chosen)
+
+
+def prepare(config: RunConfig, world: World) -> Base:
+    """Opens configuration and tokenizer, picks dtype and attention backend. Raises UserError."""
+    directory, revision = world.once("model", lambda: weights.resolve(config.model_name_or_path, config.model_revision))
+    lm_config = model.load_config(directory)
+    dtype = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32}.get(config.dtype) or getattr(torch, config.dtype)
+    backend, why = attention.choose_backend(config.attention, world.device, lm_config, dtype)
+    return Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why)
+
+
+def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Policy, int]:
+    """The sharded policy and its weights' fingerprint; prints what was loaded. Collective."""
+    policy, fingerprint = model.load(
+        base.directory, base.config, world, dtype=base.dtype, backend=base.backend, head=config.head, compile=config.compile
+    )
+    policy.gradient_sync, why = model.choose_gradient_sync(config.gradient_sync, policy, world)
+    world.say(
+        f"policy: {policy.num_parameters:,} parameters, weights {fingerprint:016x}, two packed sequences equal each alone",
+        f"gradient sync: {policy.gradient_sync} ({why})",
+    )
+    return policy, fingerprint
+
+
+def first_screen(config: RunConfig, world: World, base: Base, examples: Examples, steps: Steps, *, unit: str, extra: list[str]) -> None:
+    """What will run, in a dozen lines; with --dry_run also one example with its mask."""
+    tokens = int(examples.tokens.sum())
+    longest = int((examples.tokens > config.micro_batch_tokens).sum())
+    name = (base.config.architectures or [base.config.model_type])[0]
+    world.say(
+        f"model: {name} from {base.directory}",
+        f"world: {world.size} x {world.device.type}, compute {str(base.dtype).removeprefix('torch.')}, masters float32",
+        f"attention: {base.backend} ({base.why_backend}); head: {config.head}",
+        f"chat template: {base.chat.template_origin}; a turn ends with {base.chat.end_of_turn!r}",
+        f"data: {len(examples):,} {unit}, {tokens:,} tokens; {min(config.batch_size, len(examples))} {unit} per step, {steps.total} steps, {steps.total / steps.per_epoch:.2g} epochs",
+        *extra,
+    )
+    if longest:
+        world.say(f"warning: {longest} {unit} are longer than --micro_batch_tokens {config.micro_batch_tokens}; each is a micro-batch of its own")
+    if config.dry_run:
+        world.say("the first example (trained tokens in [[ ]]):", *(_marked(base.chat, ids, mask) for ids, mask in examples.sequences(0)))
+
+
+def _marked(chat: ChatTokenizer, ids: np.ndarray, mask: np.ndarray) -> str:
+    """The text with its trained spans in double brackets."""
+    edges = np.flatnonzero(np.diff(mask.astype(np.int8))) + 1
+    pieces = np.split(np.arange(len(ids)), edges)
+    texts = [(chat.tokenizer.decode(ids[piece], skip_special_tokens=False), mask[piece[0]]) for piece in pieces if len(piece)]
+    return "".join(f"[[{text}]]" if trained else text for text, trained in texts)

@@ -1,0 +1,210 @@
+"""Tokenised examples on disk, memory-mapped: built once, keyed by everything that determines them, shared by ranks and runs.
+
+A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end, `offsets`
+(int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address), and a
+header.json. It is built under a temporary name and renamed when complete, so a killed build leaves nothing that is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.errors import UserError
+from engine.rows import BadRow, Source
+
+VERSION = 1  # of the encoding: raise it when the same rows would give other ids or masks
+LISTED = 20
+Encoded = list[tuple[np.ndarray, np.ndarray]]
+
+
+class TokenStore:
+    """N sequences, `per_example` of them to an example (preference pairs: chosen, rejected)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.header: dict[str, Any] = json.loads((directory / "header.json").read_text(encoding="utf-8"))
+        self.per_example: int = self.header["per_example"]
+        self.offsets = _map(directory / "offsets", np.int64)
+        self.ids = _map(directory / "ids", np.int32)
+        self.mask = _map(directory / "mask", np.bool_)
+        self.keys = _map(directory / "keys", np.dtype("V16"))
+        if len(self.ids) != self.offsets[-1] or len(self.mask) != self.offsets[-1]:
+            raise UserError(f"{directory}: damaged (delete it, it will be made again)")
+
+    def __len__(self) -> int:
+        return (len(self.offsets) - 1) // self.per_example
+
+    def sequences(self, example: int) -> Encoded:
+        first = example * self.per_example
+        bounds = self.offsets[first : first + self.per_example + 1]
+        return [(self.ids[a:b], self.mask[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+
+    def example_keys(self, example: int) -> np.ndarray:
+        return self.keys[example * self.per_example : (example + 1) * self.per_example]
+
+    def tokens(self) -> np.ndarray:
+        """Tokens that each example feeds to the model (its last token is only a target)."""
+        return np.diff(self.offsets).reshape(-1, self.per_example).sum(1) - self.per_example
+
+
+class Examples:
+    """Examples of one or several stores under one numbering, which is a mixture's or simply all of them."""
+
+    def __init__(self, stores: Sequence[TokenStore], chosen: Sequence[np.ndarray]) -> None:
+        self.stores = stores
+        self._store = np.concatenate([np.full(len(index), s, np.int32) for s, index in enumerate(chosen)])
+        self._index = np.concatenate(chosen)
+        self.tokens = np.concatenate([store.tokens()[index] for store, index in zip(stores, chosen, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def sequences(self, example: int) -> Encoded:
+        return self.stores[self._store[example]].sequences(int(self._index[example]))
+
+    def keys(self, example: int) -> np.ndarray:
+        return self.stores[self._store[example]].example_keys(int(self._index[example]))
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the examples and their order."""
+        digest = hashlib.sha256(self._store.tobytes() + self._index.tobytes())
+        for store in self.stores:
+            digest.update(store.header["key"].encode())
+        return digest.hexdigest()
+
+
+def _map(path: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def sequence_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
+    content = np.ascontiguousarray(ids, "<i4").tobytes() + np.ascontiguousarray(mask, np.bool_).tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+def open_or_build(
+    root: Path, source: Source, encode: Callable[[dict], Encoded | str], determinants: dict[str, Any], per_example: int, on_bad_row: str
+) -> TokenStore:
+    """The store of `source` under `root`, built if it is not there. Raises UserError.
+
+    `encode(row)` gives an example's sequences, or a word for why the row is dropped (counted), or raises BadRow (listed;
+    with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result.
+    """
+    key = hashlib.sha256(json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()).hexdigest()
+    directory = root / key[:32]
+    if not (directory / "header.json").is_file():
+        root.mkdir(parents=True, exist_ok=True, mode=0o700)
+        partial = root / f".{key[:32]}.{os.getpid()}"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        try:
+            header = _build(partial, source, encode, per_example, on_bad_row)
+            (partial / "header.json").write_text(json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8")
+            if directory.exists():
+                shutil.rmtree(directory)
+            partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    store = TokenStore(directory)
+    if store.header["bad_rows"] and on_bad_row == "error":
+        raise UserError(store.header["bad_list"][0])
+    return store
+
+
+def _build(directory: Path, source: Source, encode: Callable, per_example: int, on_bad_row: str) -> dict[str, Any]:
+    dropped: dict[str, int] = {}
+    bad_list: list[str] = []
+    rows = bad_rows = offset = 0
+    files = {name: open(directory / name, "wb") for name in ("ids", "mask", "offsets", "keys")}
+    try:
+        files["offsets"].write(np.int64(0).tobytes())
+        for place, row in tqdm(source.rows(), desc="tokenising", unit=" rows", delay=2, leave=False):
+            rows += 1
+            try:
+                if isinstance(row, BadRow):
+                    raise row
+                sequences = encode(row)
+            except BadRow as bad:
+                if on_bad_row == "error":
+                    raise UserError(f"{place}: {bad}") from None
+                bad_rows += 1
+                bad_list += [f"{place}: {bad}"] if len(bad_list) < LISTED else []
+                continue
+            if isinstance(sequences, str):
+                dropped[sequences] = dropped.get(sequences, 0) + 1
+                continue
+            for ids, mask in sequences:
+                offset += len(ids)
+                files["ids"].write(np.ascontiguousarray(ids, "<i4").tobytes())
+                files["mask"].write(np.ascontiguousarray(mask, np.bool_).tobytes())
+                files["offsets"].write(np.int64(offset).tobytes())
+                files["keys"].write(sequence_key(ids, mask))
+    finally:
+        for f in files.values():
+            f.close()
+    return {"name": source.name, "rows": rows, "dropped": dropped, "bad_rows": bad_rows, "bad_list": bad_list}
+
+
+def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
+    """What a user should know of the rows: kept, dropped and why, bad and where."""
+    for store in stores:
+        h = store.header
+        dropped = "".join(f", {n} dropped ({why})" for why, n in h["dropped"].items())
+        bad = f", {h['bad_rows']} bad" if h["bad_rows"] else ""
+        yield f"{h['name']}: {h['rows']} rows, {len(store)} kept{dropped}{bad}"
+        yield from (f"  bad row {line}" for line in h["bad_list"])
+        if h["bad_rows"] > len(h["bad_list"]):
+            yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
+
+
+# --- which examples, in which order -------------------------------------------------------------------------------------------
+
+
+def permutation(n: int, *name: Any) -> np.ndarray:
+    """A permutation of range(n) that is a function of its name (seed, purpose, epoch), on every machine the same."""
+    key = int.from_bytes(hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest(), "little")
+    return np.random.Generator(np.random.Philox(key=key)).permutation(n)
+
+
+def mixture_index(n: int, amount: str, seed: int, name: str) -> np.ndarray:
+    """`amount` of a source of n examples: a fraction (has a point; beyond 1.0 examples repeat) or a number of rows."""
+    try:
+        count = round(float(amount) * n) if "." in amount else int(amount)
+    except ValueError:
+        count = -1
+    if count < 0:
+        raise UserError(f"--mixer_list {name} {amount}: expected a fraction such as 0.5 or a number of rows")
+    whole, rest = divmod(count, n) if n else (0, 0)
+    order = permutation(n, seed, "mixture", name)
+    return np.sort(np.concatenate([np.tile(np.arange(n), whole), order[:rest]]).astype(np.int64))
+
+
+class Steps:
+    """Which examples each optimizer step trains on: a permutation per epoch, cut in order into batches; the short last one is kept."""
+
+    def __init__(self, n: int, batch_size: int, epochs: int, max_steps: int, seed: int) -> None:
+        self.n, self.batch_size, self.seed = n, batch_size, seed
+        self.per_epoch = -(-n // batch_size)
+        self.total = max_steps if max_steps > 0 else self.per_epoch * epochs
+        self._epoch, self._order = -1, np.zeros(0, np.int64)
+
+    def examples(self, step: int) -> np.ndarray:
+        epoch, position = divmod(step, self.per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._order = epoch, permutation(self.n, self.seed, "order", epoch)
+        return self._order[position * self.batch_size : (position + 1) * self.batch_size]
+
+    def used(self) -> np.ndarray:
+        """The examples that the run takes at least once, ascending."""
+        if self.total >= self.per_epoch:
+            return np.arange(self.n)
+        return np.sort(permutation(self.n, self.seed, "order", 0)[: self.total * self.batch_size])

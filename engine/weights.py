@@ -1,0 +1,242 @@
+"""Weights in and out: safetensors streamed into shards, a fingerprint of what was read, and Hugging Face's format on the way out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from engine.errors import UserError, nearest
+from engine.world import World
+
+MAX_FILE_BYTES = 5 * 10**9
+INDEX = "model.safetensors.index.json"
+MIX_ELEMENTS = 2**22
+
+
+def host_memory() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def resolve(name_or_path: str, revision: str | None) -> tuple[Path, str]:
+    """(local directory, resolved revision or 'local') of a model: a directory as it is, a hub id downloaded once."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path), "local"
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
+        raise UserError(f"--model_name_or_path {name_or_path}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
+    except Exception as error:  # the hub's client raises its transport's own errors: whatever it is, the user reads one line
+        raise UserError(f"--model_name_or_path {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})") from None
+    return Path(directory), Path(directory).name
+
+
+# --- in -----------------------------------------------------------------------------------------------------------------------
+
+
+def files_by_name(directory: Path) -> dict[str, Path]:
+    """Tensor name → file, of a model directory with one safetensors file or several and an index. Raises UserError."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, UnicodeDecodeError):
+            raise UserError(f"{index}: not an index of safetensors files") from None
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or not (directory / file).is_file():
+                raise UserError(f"{index}: names {file}, which is not a file beside it")
+        return {name: directory / file for name, file in weight_map.items()}
+    if single.is_file():
+        with _open(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    pickles = ", a pickle file would run code and is never read" if list(directory.glob("*.bin")) else ""
+    raise UserError(f"{directory}: no model.safetensors and no {INDEX}{pickles}")
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def initialise_buffers(lm: nn.Module, directory: Path) -> None:
+    """Fills buffers that no checkpoint holds (rotary frequencies, embedding scales), by the family's own initialiser."""
+    for name, module in lm.named_modules():
+        transient = [b for b in module._non_persistent_buffers_set if module._buffers[b] is not None]
+        for b in transient:
+            if module._buffers[b].is_floating_point():
+                module._buffers[b].fill_(float("nan"))
+        if transient:
+            lm._init_weights(module)
+        for b in transient:
+            if module._buffers[b].isnan().any():
+                raise UserError(f"{directory}: {type(lm).__name__} does not say how to fill its buffer {name}.{b}")
+
+
+@torch.no_grad()
+def stream(directory: Path, lm: nn.Module, world: World) -> int:
+    """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice. Returns the fingerprint. Collective.
+
+    Raises UserError for missing, unexpected or misshapen tensors. Checkpoints whose names differ from the module's (older
+    layouts, mixtures of experts) go through transformers' own loader instead, which holds the model in host memory once a rank.
+    """
+    files = files_by_name(directory)
+    own = dict(lm.named_parameters())
+    own |= {name: b for name, b in lm.named_buffers() if name in lm.state_dict(keep_vars=True)}
+    tied = set(lm.state_dict()) - set(own)
+    missing, unexpected = sorted(own.keys() - files.keys()), sorted(files.keys() - own.keys() - tied)
+    unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
+    if missing or unexpected:
+        source = _through_transformers(directory, lm, missing, unexpected)
+    else:
+        source = _by_slices(files, own)
+    fingerprint = 0
+    for name, read in source:
+        target = own[name]
+        rows = _local_rows(target)
+        shard = target.to_local() if isinstance(target, DTensor) else target
+        shape, piece = read(rows)
+        if tuple(shape) != tuple(target.shape):
+            raise UserError(f"{directory}: {name} has shape {tuple(shape)}, the config says {tuple(target.shape)}")
+        shard.copy_(piece)
+        fingerprint = (fingerprint + _mix(name, shard, rows.start * (shard[0].numel() if shard.numel() else 0))) % 2**64
+    parts = torch.tensor([fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device)
+    return int(world.sum(parts).item()) % 2**64
+
+
+def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    by_file: dict[Path, list[str]] = {}
+    for name in own:
+        by_file.setdefault(files[name], []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as f:
+            for name in names:
+                tensor = f.get_slice(name)
+                yield name, lambda rows, tensor=tensor: (tensor.get_shape(), tensor[rows] if tensor.get_shape() else tensor[...])
+
+
+def _through_transformers(directory: Path, lm: nn.Module, missing: list[str], unexpected: list[str]) -> Iterator[tuple[str, Any]]:
+    config = type(lm.config).from_pretrained(directory)
+    try:
+        whole, report = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory}: {str(error).splitlines()[0][:200]}") from None
+    if report["missing_keys"] or report["mismatched_keys"]:
+        name = sorted(report["missing_keys"] or report["mismatched_keys"])[0]
+        name = name if isinstance(name, str) else name[0]
+        raise UserError(f"{directory}: tensor {name} is missing or has another shape{nearest(name, unexpected)}")
+    state = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    for name in [n for n, _ in lm.named_parameters()] + [n for n, _ in lm.named_buffers() if n in lm.state_dict()]:
+        yield name, lambda rows, name=name: (state[name].shape, state[name].detach()[rows] if state[name].dim() else state[name])
+
+
+def _local_rows(p: Tensor) -> slice:
+    """The rows of the whole tensor that this rank holds under FSDP's chunking of dimension 0."""
+    if not isinstance(p, DTensor):
+        return slice(0, p.shape[0] if p.dim() else None)
+    per_rank = -(-p.shape[0] // p.device_mesh.size())
+    start = min(p.device_mesh.get_local_rank() * per_rank, p.shape[0])
+    stop = min(start + per_rank, p.shape[0])
+    assert p.to_local().shape[0] == stop - start, (p.to_local().shape, start, stop)
+    return slice(start, stop)
+
+
+def _mix(name: str, shard: Tensor, offset: int) -> int:
+    """sum over elements of a 64-bit hash of (name, index, bits), modulo 2^64: the same for every sharding."""
+    salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    flat = shard.detach().reshape(-1)
+    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    total = 0
+    for start in range(0, len(bits), MIX_ELEMENTS):  # a few temporaries of 32 MiB, whatever the tensor
+        x = bits[start : start + MIX_ELEMENTS].to(torch.int64)
+        index = torch.arange(offset + start, offset + start + len(x), device=x.device)
+        x = (x * -7046029254386353131) ^ (index * -4417276706812531889 + salt)
+        x = (x ^ (x >> 32)) * -8796714831421723037
+        x = (x ^ (x >> 29)) * -4417276706812531889
+        total += int((x ^ (x >> 32)).sum().item())
+    return total % 2**64
+
+
+# --- out ----------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def export(
+    lm: nn.Module, tokenizer: Any, source: Path, final: Path, world: World, *, dtype: torch.dtype, end_of_turn_id: int
+) -> None:
+    """Writes `final` in Hugging Face's format: sharded safetensors with index, config, generation config, tokenizer, template.
+
+    `source` is the directory the model came from: its generation config is kept, with the end-of-turn id added.
+    Tensors are gathered one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
+    """
+    partial = final.with_name(f".{final.name}.partial")
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    own = dict(lm.named_parameters()) | {n: b for n, b in lm.named_buffers() if n in lm.state_dict(keep_vars=True)}
+    plan = _plan_files([(name, t.numel() * _itemsize(t, dtype)) for name, t in own.items()])
+    weight_map, total = {}, 0
+    for i, names in enumerate(plan, start=1):
+        file = "model.safetensors" if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
+        tensors = {}
+        for name in names:
+            whole = own[name].full_tensor() if isinstance(own[name], DTensor) else own[name]
+            if world.is_main:
+                tensors[name] = whole.to(dtype if whole.is_floating_point() else whole.dtype).cpu().contiguous().clone()
+                total += tensors[name].nbytes
+                weight_map[name] = file
+        if world.is_main:
+            save_file(tensors, partial / file, metadata={"format": "pt"})
+    if world.is_main:
+        if len(plan) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        _save_configs(lm, tokenizer, source, partial, dtype, end_of_turn_id)
+        if final.exists():
+            shutil.rmtree(final)
+        partial.rename(final)
+    world.barrier()
+
+
+def _itemsize(t: Tensor, dtype: torch.dtype) -> int:
+    return (dtype if t.is_floating_point() else t.dtype).itemsize
+
+
+def _plan_files(sizes: list[tuple[str, int]]) -> list[list[str]]:
+    plan: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes:
+        if plan[-1] and filled + size > MAX_FILE_BYTES:
+            plan.append([])
+            filled = 0
+        plan[-1].append(name)
+        filled += size
+    return plan
+
+
+def _save_configs(lm: nn.Module, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_of_turn_id: int) -> None:
+    config = type(lm.config).from_dict(lm.config.to_dict())
+    config.dtype = dtype
+    config.architectures = [type(lm).__name__]
+    config.save_pretrained(directory)
+    own = (source / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(source) if own else GenerationConfig.from_model_config(config)
+    ends = generation.eos_token_id
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    generation.eos_token_id = [end_of_turn_id, *(e for e in ends if e != end_of_turn_id)]
+    generation.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)

@@ -1,0 +1,156 @@
+"""The world: one process, or the ranks that torchrun started. The only reader of RANK and its friends."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from engine.errors import UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=15)
+POLL = timedelta(seconds=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """Who takes part: `rank` of `size` ranks on `device`, a one-dimensional mesh over all, and the store they met at."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh
+    store: dist.Store
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, x: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def gather(self, x: Any) -> list[Any]:
+        """Every rank's picklable object of our own making (never data from outside), on every rank."""
+        if self.size == 1:
+            return [x]
+        gathered: list[Any] = [None] * self.size
+        dist.all_gather_object(gathered, x)
+        return gathered
+
+    def broadcast(self, x: Tensor) -> Tensor:
+        """Rank 0's host tensor on every rank, in place."""
+        if self.size > 1:
+            dist.broadcast(x, 0)
+        return x
+
+    def barrier(self) -> None:
+        self.sum(torch.zeros(1, device=self.device))
+
+    def say(self, *lines: str) -> None:
+        """Prints on rank 0."""
+        if self.is_main:
+            print(*lines, sep="\n", flush=True)
+
+    def once(self, name: str, work: Callable[[], Any]) -> Any:
+        """Runs `work` on the first rank of every machine and then, against what that one left on disk, on the others.
+
+        The others wait on the store, not in a collective: however long the work takes (tokenising a million rows), nothing
+        times out. If the first rank fails, they fail with it, with its message.
+        """
+        key = f"once/{name}/{self.rank - self.local_rank}"
+        if self.local_rank == 0:
+            try:
+                result = work()
+            except UserError as error:
+                self.store.set(key, f"error {error}")
+                raise
+            self.store.set(key, "ok")
+            return result
+        while True:
+            try:
+                self.store.wait([key], POLL)
+                break
+            except RuntimeError as error:  # DistStoreError is one: a time-out means 'not yet'; anything else, a dead store
+                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
+                    raise
+        status = self.store.get(key).decode()
+        if status.startswith("error "):
+            raise UserError(status.removeprefix("error "))
+        return work()
+
+    def agree(self, name: str, value: str) -> None:
+        """Raises UserError on every rank whose `value` (a config, a dataset's fingerprint) is not rank 0's."""
+        digest = hashlib.sha256(value.encode()).hexdigest()
+        if self.is_main:
+            self.store.set(f"agree/{name}", digest)
+        self.store.wait([f"agree/{name}"], COLLECTIVE_TIMEOUT)
+        if self.store.get(f"agree/{name}").decode() != digest:
+            raise UserError(f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files")
+
+
+def start(deterministic: bool = False) -> World:
+    """Joins the process group that the environment describes (none: a group of one). Raises UserError."""
+    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if size == 1 else "false")
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    cuda = torch.cuda.is_available()
+    if cuda and local_rank >= torch.cuda.device_count():
+        raise UserError(f"rank {rank} wants GPU {local_rank} and this machine has {torch.cuda.device_count()}: lower --nproc_per_node")
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store(rank, size), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+        )
+    mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("ranks",))
+    store = dist.PrefixStore("triptych", dist.distributed_c10d._get_default_store())
+    return World(rank, size, local_rank, device, mesh, store)
+
+
+def _store(rank: int, size: int) -> dist.Store:
+    """A store scoped to this restart: under `torchrun --max-restarts`, a dead generation's addresses stay in the agent's store."""
+    if size == 1:
+        return dist.HashStore()
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = dist.TCPStore(*address, world_size=size, is_master=rank == 0 and not agents, timeout=COLLECTIVE_TIMEOUT)
+    return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+
+
+def run(command: Callable[[], None]) -> None:
+    """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death."""
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    try:
+        command()
+    except UserError as error:
+        if is_main or "rank " in str(error):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        status = 2
+    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")):
+            raise
+        rank = os.environ.get("RANK", 0)
+        print(f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})", file=sys.stderr, flush=True)  # fmt: skip
+        status = 1
+    else:
+        status = 0
+    finally:
+        if dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+    sys.exit(status)

@@ -1,0 +1,1 @@
+"""The algorithms, one file a stage: `python -m launch.dpo --help`."""

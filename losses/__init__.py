@@ -1,0 +1,21 @@
+"""Pure functions of tensors: every formula of Triptych, and nothing else (no I/O, no config, no communication).
+
+A loss returns one number per pair (or per token); the launch file sums it and divides by one global denominator.
+"""
+
+from losses.logprobs import linear_logprobs, linear_loss, naive_logprobs, naive_loss
+from losses.preference import dpo, dpo_norm, simpo
+from losses.preference_variants import chosen_nll, ipo, wpo
+
+__all__ = [
+    "chosen_nll",
+    "dpo",
+    "dpo_norm",
+    "ipo",
+    "linear_logprobs",
+    "linear_loss",
+    "naive_logprobs",
+    "naive_loss",
+    "simpo",
+    "wpo",
+]

@@ -1,0 +1,33 @@
+"""Two passes over a chunk of logits: statistics of every row, and the gradient written over the logits.
+
+Each exists twice with one signature: in torch operations (any device) and as a Triton kernel (one read of the chunk for
+the statistics, one read and one write for the gradient). CUDA tensors take the kernels where triton is installed.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from losses.kernels import eager
+
+
+def _module(logits_CV: Tensor):
+    if logits_CV.is_cuda:
+        from losses.kernels import fused
+
+        if fused.AVAILABLE:
+            return fused
+    return eager
+
+
+def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(log sum exp, log-prob of the target, entropy or None) of every row; the logits are left as they are."""
+    return _module(logits_CV).logits_statistics(logits_CV, targets_C, entropy)
+
+
+def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C=None, entropy_grad_C=None, softcap=None) -> None:
+    """Overwrites (soft-capped) logits with the gradient of the loss with respect to the logits before the soft-cap.
+
+    dL/dz_v = dL/dlogp (1[v = y] - p_v) - dL/dH p_v (log p_v + H),  times 1 - (z_v / softcap)^2 where there is a soft-cap.
+    """
+    _module(logits_CV).logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap)
