@@ -1,0 +1,27 @@
+"""Shared fixtures: one thread, small models and data made on the spot, real data where it is there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # before any operation, so that forked or compared runs see one summation order
+
+SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    if not SHARED.is_dir():
+        pytest.skip("the real data (../shared/data) is not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def embedded_dir(tmp_path_factory) -> tuple[Path, Path, Path]:
+    """(model directory, training pairs, held-out pairs) of the embedded default."""
+    from engine.embedded import embedded
+
+    return embedded(tmp_path_factory.mktemp("embedded"))

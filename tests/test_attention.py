@@ -1,0 +1,93 @@
+"""Packed attention against scalar loops, one sequence at a time: windows, soft-caps, sinks, grouped queries."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine import attention
+from tests import oracles
+
+LENGTHS = (1, 13, 4, 9)
+
+
+def stream(heads=4, kv_heads=2, size=8, dtype=torch.float32):
+    g = torch.Generator().manual_seed(0)
+    total = sum(LENGTHS)
+    return [torch.randn(1, n, total, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+
+
+def packed(backend, q, k, v, **options):
+    function = attention._packed({"sdpa": attention._sdpa, "eager": attention._eager}[backend])
+    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
+    out, _ = function(None, q, k, v, None, cu_seqlens=cu_seqlens, max_seqlen=max(LENGTHS), lengths=LENGTHS, **options)
+    return out[0]
+
+
+def truth(q, k, v, scaling, sliding_window=None, softcap=None, s_aux=None):
+    """(T, N, H) in float64."""
+    groups = q.shape[1] // k.shape[1]
+    out = torch.zeros(q.shape[2], q.shape[1], q.shape[3], dtype=torch.float64)
+    start = 0
+    for length in LENGTHS:
+        rows = slice(start, start + length)
+        for n in range(q.shape[1]):
+            one = (x[0, h, rows].double().tolist() for x, h in ((q, n), (k, n // groups), (v, n // groups)))
+            sink = None if s_aux is None else float(s_aux[n])
+            out[rows, n] = torch.tensor(oracles.attention(*one, scaling, sliding_window, softcap, sink), dtype=torch.float64)
+        start += length
+    return out
+
+
+OPTIONS = [
+    {"scaling": 0.3}, {"scaling": 0.3, "sliding_window": 3}, {"scaling": 0.3, "sliding_window": 8}, {"scaling": 0.3, "sliding_window": 100},
+    {"scaling": 2.0, "softcap": 1.5}, {"scaling": 2.0, "softcap": 1.5, "sliding_window": 3},
+    {"scaling": 0.3, "s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_against_scalar_loop(backend, options, kv_heads):
+    q, k, v = stream(kv_heads=kv_heads)
+    torch.testing.assert_close(packed(backend, q, k, v, **options).double(), truth(q, k, v, **options), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
+def test_backends_have_the_same_gradients(options):
+    gradients = []
+    for backend in ("sdpa", "eager"):
+        q, k, v = stream(dtype=torch.float64)
+        gradients.append(torch.autograd.grad(packed(backend, q, k, v, **options).sin().sum(), (q, k, v)))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+def test_no_gradient_crosses_a_sequence(backend):
+    q, k, v = stream()
+    packed(backend, q, k, v, scaling=0.3)[1:14].sum().backward()  # the second sequence's outputs
+    for x in (q, k, v):
+        assert x.grad[0, :, 1:14].abs().sum() > 0
+        assert x.grad[0, :, :1].abs().sum() == 0 and x.grad[0, :, 14:].abs().sum() == 0
+
+
+def test_a_mask_or_dropout_is_refused():
+    q, k, v = stream()
+    with pytest.raises(ValueError, match="no mask and no dropout"):
+        packed("sdpa", q, k, v, scaling=0.3, dropout=0.1)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        attention._packed(attention._sdpa)(None, q, k, v, None)
+
+
+def test_choice_of_backend():
+    from transformers import Gemma2Config, LlamaConfig
+
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    assert attention.choose_backend("auto", cpu, LlamaConfig(), fp32)[0] == "sdpa"
+    backend, why = attention.choose_backend("auto", cpu, Gemma2Config(), fp32)
+    assert backend == "eager" and "softcapping" in why
+    assert attention.choose_backend("eager", cpu, LlamaConfig(), fp32) == ("eager", "as asked")
+    with pytest.raises(attention.UserError, match="needs a CUDA device"):
+        attention.choose_backend("flash2", cpu, LlamaConfig(), fp32)

@@ -1,0 +1,76 @@
+"""The optimizer step and the schedules, against the papers' loops and transformers' schedulers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from engine import optim
+from tests import oracles
+
+
+class Alone:
+    """A world of one."""
+
+    device = torch.device("cpu")
+
+    def sum(self, x):
+        return x
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_adamw_against_scalar_loop(decay):
+    model = nn.Linear(3, 2, bias=False).double()
+    start = model.weight.detach().flatten().tolist()
+    optimizer = optim.adamw(model, decay)
+    for t in range(1, 6):
+        (model.weight**3).sum().backward()
+        optim.step(optimizer, Alone(), lr=0.1 / t, max_norm=0)
+    expected = oracles.adamw(start, lambda p, t: [3 * x * x for x in p], 5, lambda t: 0.1 / t, decay=decay)
+    torch.testing.assert_close(model.weight.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+
+
+def test_norms_and_biases_do_not_decay():
+    model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
+    decays = {id(p): g["weight_decay"] for g in optim.adamw(model, 0.3).param_groups for p in g["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [0.3, 0.0, 0.0, 0.0]
+
+
+def test_clipping_is_of_the_global_norm():
+    model = nn.Linear(4, 4)
+    model.weight.grad, model.bias.grad = torch.full((4, 4), 3.0), torch.full((4,), 4.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    norm = optim.step(torch.optim.SGD(model.parameters(), lr=0.0), Alone(), lr=1.0, max_norm=2.0)
+    assert norm.item() == pytest.approx(math.sqrt(16 * 9 + 4 * 16))
+    moved = torch.cat([(a - b).flatten() for a, b in zip(before, model.parameters(), strict=True)])
+    assert moved.norm().item() == pytest.approx(2.0, rel=1e-5)
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_changes_nothing(poison):
+    model = nn.Linear(2, 2)
+    before = [p.detach().clone() for p in model.parameters()]
+    model.weight.grad, model.bias.grad = torch.full((2, 2), poison), torch.ones(2)
+    norm = optim.step(optim.adamw(model, 0.0), Alone(), lr=1.0, max_norm=1.0)
+    assert not torch.isfinite(norm)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
+@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.1, 1.0])
+def test_schedules_are_those_of_transformers(schedule, warmup_ratio):
+    from transformers import get_scheduler
+
+    steps, parameter = 37, nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=2e-3)
+    name = "constant_with_warmup" if schedule == "constant" else schedule
+    scheduler = get_scheduler(name, optimizer, num_warmup_steps=math.ceil(warmup_ratio * steps), num_training_steps=steps)
+    for step in range(steps):
+        ours = optim.learning_rate(step, peak=2e-3, steps=steps, warmup_ratio=warmup_ratio, schedule=schedule)
+        assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        optimizer.step()
+        scheduler.step()
