@@ -1,0 +1,35 @@
+r"""MATH: does the response settle on the answer of the problem?
+
+`default`: math_extract finds the answer, math_equal compares it. `reference`: open-instruct e6c3044's MathVerifier
+(math_reference). Both are total, and bounded by the length of what they read.
+"""
+
+from functools import lru_cache
+
+from . import math_reference
+from .math_equal import equal
+from .math_extract import extract, extract_reference
+from .verdict import MAX_CHARACTERS, Verdict, failed, is_blank, passed, shown
+
+MODES = ("default", "reference", "tulu3")
+
+
+def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
+    """1 if the response's answer equals the one in `ground_truth` (LaTeX, or a solution with its answer boxed), else 0.
+
+    Errors: none. Source: hendrycks et al. 2021 (arXiv:2103.03874) for the task; docs/verifiers.md for the conventions.
+    """
+    if len(response) > MAX_CHARACTERS:
+        return failed(f"too long: {len(response)} characters")
+    if mode != "default":
+        return math_reference.verify(response, str(ground_truth))
+    if is_blank(response):
+        return failed("empty response")
+    expected, found = answer_of(str(ground_truth)), extract(response)
+    if found is None:
+        return failed(f"no answer found, expected {shown(expected)}")
+    text = f"extracted {shown(found)}, expected {shown(expected)}"
+    return passed(text) if equal(found, expected) else failed(text)
+
+
+answer_of = lru_cache(maxsize=4096)(extract_reference)

@@ -1,0 +1,157 @@
+r"""Answers in LaTeX or plain text as tokens: one spelling for what has many, then marks, names, numbers and texts.
+
+Work is bounded: by the length of the text here, by the number of tokens for all that follows.
+"""
+
+import re
+
+MAX_LENGTH = 2000
+MAX_TOKENS = 700
+
+
+class Unparseable(ValueError):
+    """The text is not an answer this grammar knows."""
+
+
+UNICODE = str.maketrans(
+    {
+        **dict.fromkeys("−–—﹣－", "-"),
+        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
+        **dict.fromkeys("\xa0\u2002\u2003\u2009\u202f", " "),
+        **{c: str(i) for i, c in enumerate("０１２３４５６７８９")},
+        **{c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
+        **{c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
+        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty "},
+        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "},
+        **{"±": r"\pm ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "％": "%", "θ": r"\theta "},
+        **{"∅": r"\emptyset ", "’": "'", "′": "'", "“": '"', "”": '"', "，": ","},
+    }
+)
+DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # backslashes escaped once too often
+JOINED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!\s?|\\!,|\\,|\\!|\\ |\\;|\\:)(?=[0-9]{3}(?![0-9]))")
+SPACING = re.compile(
+    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?|(?<!\\)\\[!$"]|\$|`|\*\*|\\mathstrut"
+)
+SPACE = re.compile(r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|enspace|[,;:> ()\[\]])|~|\\quad(?=[a-z]_)|\s")
+DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree(?![a-z])")
+PERCENT = re.compile(r"(?i)\s*\\?%|\s*(?:\\text(?:bf)?\{)?\s*\b(?:percentage|percent|pct)\b\.?\s*\}?")
+
+
+def normalise(text: str) -> str:
+    """`text` with one spelling for what has many: Unicode marks, spacing and sizing commands, dollar signs, thousands
+    joined by {,} or a thin space, percent signs; outer white space and final punctuation removed. Raises Unparseable
+    for a text of more than MAX_LENGTH characters."""
+    if len(text) > MAX_LENGTH:
+        raise Unparseable(f"an answer of {len(text)} characters")
+    text = text.translate(UNICODE)
+    if any(mark in text for mark in "\\$*`{"):
+        text = text if "\\begin" in text else DOUBLED.sub(r"\\", text)
+        text = JOINED_THOUSANDS.sub("", text)
+        text = DEGREE.sub("°", SPACING.sub("", text))
+    text = PERCENT.sub(r"\\%", SPACE.sub(" ", text)) if "%" in text or re.search("(?i)perc|pct", text) else SPACE.sub(" ", text)
+    text = text.strip()
+    while text and text[-1] in ".,;:" or text.startswith(('"', ".", ":")) and not text[1:2].isdigit() or text.endswith('"'):
+        text = text[:-1].rstrip() if text[-1] in '.,;:"' else text[1:].lstrip()
+    return text
+
+
+# --- tokens -----------------------------------------------------------------------------------------------------------
+
+TOKEN = re.compile(
+    r"(?P<number>[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?|\.[0-9]+)|(?P<command>\\(?:[A-Za-z]+|.))"
+    r"|(?P<word>[^\W\d_]+)|(?P<mark><=|>=|!=|==|[-+*/^_=<>(){}\[\],;:|!&'°])|(?P<space>\s+)"
+)
+THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?!\.[0-9]+,)")
+REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline\s*\{?(?P<period>[0-9]+)\}?")
+TEXT_COMMANDS = frozenset("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it".split())
+SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le",
+    "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "infinity": "infty",
+    "ast": "times", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "lvert": "vert", "rvert": "vert", "mid": "vert",
+    "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "tg": "tan", "ctg": "cot", "asin": "arcsin",
+    "acos": "arccos", "atan": "arctan", "setminus": "backslash", "simeq": "approx", "dots": "ldots",
+    "cdots": "ldots", "divides": "vert", "colon": ":", "bmod": "mod", "imath": "i", "varphi": "phi", "sim": "approx"}  # fmt: skip
+MARKS = {"le": "<=", "ge": ">=", "ne": "!=", "times": "*", "cdot": "*", "div": "/", "vert": "|", "{": "\\{", "}": "\\}",
+    "==": "=", "<": "<", ">": ">", "[": "[", "]": "]", "(": "(", ")": ")", "in": "in", "approx": "=", ":": ":", "|": "|"}  # fmt: skip
+FUNCTIONS = frozenset(
+    "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom".split()
+)
+PLAIN_WORDS = {"pi": "pi", "infty": "infty", "infinity": "infty", "inf": "infty", "theta": "theta", "or": ",", "and": ","}
+UNITS = frozenset("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb lbs mph am pm".split())
+
+
+def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
+    """(kind, value) pairs; kinds: number, repeating, name, command, mark, text. `thousands`: read 1,234 as one number."""
+    if thousands:
+        text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
+    tokens: list[tuple[str, str]] = []
+    at = 0
+    while at < len(text):
+        if match := REPEATING.match(text, at) if "overline" in text else None:
+            tokens.append(("repeating", match["whole"] + "." + match["fixed"] + "~" + match["period"]))
+            at = match.end()
+            continue
+        match = TOKEN.match(text, at)
+        if match is None or len(tokens) > MAX_TOKENS:
+            raise Unparseable(f"{text[at : at + 1]!r}" if match is None else "too many tokens")
+        at = match.end()
+        kind, value = match.lastgroup, match[0]
+        if kind == "command":
+            at = command_token(text, at, value[1:], tokens)
+        elif kind == "word":
+            word_token(value, tokens)
+        elif kind != "space":
+            tokens.append((kind, "=" if value == "==" else "," if value == ";" else value))
+    return tokens
+
+
+def command_token(text: str, at: int, name: str, tokens: list) -> int:
+    """Append the token of the command `name`, whose argument, if it is a text, begins at `at`; return where it ends."""
+    if name in TEXT_COMMANDS or name == "operatorname":
+        end = closing_brace(text, at)
+        content = text[at:end].strip().removeprefix("{").removesuffix("}").strip()
+        separator = content.lower().strip(" ,") in ("and", "or", "")
+        if name == "operatorname":
+            tokens.append(("command", content))
+        elif separator:
+            tokens.extend([("mark", ",")] * bool(content))
+        elif re.fullmatch(r"[A-Za-z]", content) and name.startswith("math"):
+            tokens.append(("name", content))
+        else:
+            tokens.append(("text", content))
+        return end
+    name = SYNONYMS.get(name, name)
+    if name.startswith("frac") and name != "frac":  # \fraca{b}
+        tokens += [("command", "frac"), *(("name", letter) for letter in name[4:])]
+    elif name in MARKS:
+        tokens.append(("mark", MARKS[name]))
+    else:
+        tokens.append(("command", name))
+    return at
+
+
+def closing_brace(text: str, at: int) -> int:
+    """Where the group that begins at `at` (after spaces) ends; one character if there is no brace."""
+    start = at + len(text[at:]) - len(text[at:].lstrip())
+    if text[start : start + 1] != "{":
+        return min(start + 1, len(text))
+    depth = 0
+    for brace in re.finditer(r"\\.|[{}]", text[start:]):
+        depth += (brace[0] == "{") - (brace[0] == "}")
+        if depth == 0:
+            return start + brace.end()
+    raise Unparseable("a brace is not closed")
+
+
+def word_token(word: str, tokens: list) -> None:
+    """A run of letters: a function, a separator, a unit after a number, a product of variables, or a word of text."""
+    if word in PLAIN_WORDS or word.lower() in ("or", "and"):
+        word = PLAIN_WORDS.get(word, ",")
+        tokens.append(("mark", ",") if word == "," else ("command", word))
+    elif word in FUNCTIONS or word in SYNONYMS:
+        tokens.append(("command", SYNONYMS.get(word, word)))
+    elif len(word) > 1 and word in UNITS and tokens and tokens[-1][0] == "number":
+        tokens.append(("text", word))
+    elif len(word) <= 2 or word in ("xyz", "abc") or set(word) <= set("xyz"):
+        tokens.extend(("name", letter) for letter in word)
+    else:
+        tokens.append(("text", word))
