@@ -30,7 +30,7 @@ UNICODE = str.maketrans(
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # backslashes escaped once too often
 JOINED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!\s?|\\!,|\\,|\\!|\\ |\\;|\\:)(?=[0-9]{3}(?![0-9]))")
 SPACING = re.compile(
-    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?|(?<!\\)\\[!$"]|\$|`|\*\*|\\mathstrut"
+    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?|(?<!\\)\\[!$\x22]|\$|`|\*\*|\\mathstrut"
 )
 SPACE = re.compile(r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|enspace|[,;:> ()\[\]])|~|\\quad(?=[a-z]_)|\s")
 DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree(?![a-z])")
