@@ -94,6 +94,7 @@ def train(config: Config) -> None:
         identity = {"model": f"{fingerprint:016x}", "dataset": pairs.fingerprint}
         checkpoints = Checkpoints(output_dir, here, policy, optimizer, keep=config.save_total_limit, identity=identity)
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
+        here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
         throughput = log.Throughput(here, policy, base.dtype, state["num_tokens"])
         if held_out and state["step"] == 0:

@@ -1,0 +1,79 @@
+"""Faults that tests/ranks.py plants in the ranks of a run before the stage starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_before_publishing_step_4() -> None:
+    """All shards are on disk, the directory has its temporary name."""
+    from engine.checkpoint import Checkpoints
+
+    publish = Checkpoints._publish
+    Checkpoints._publish = lambda self, partial, step, *rest: _die() if step == 4 else publish(self, partial, step, *rest)
+
+
+def kill_rank_1_while_writing_step_4() -> None:
+    from engine import checkpoint
+
+    describe, rank = checkpoint._sync_and_describe, os.environ["RANK"]
+    checkpoint._sync_and_describe = lambda path: _die() if rank == "1" and "000004" in str(path) else describe(path)
+
+
+def kill_between_steps_7_and_8() -> None:
+    from engine import optim
+
+    original, count = optim.learning_rate, iter(range(100))
+    optim.learning_rate = lambda *args, **options: _die() if next(count) == 7 else original(*args, **options)
+
+
+def kill_while_exporting() -> None:
+    from engine import weights
+
+    weights._save_configs = lambda *args: _die()
+
+
+def fill_the_disk() -> None:
+    """Every write of a checkpoint fails."""
+    from engine import checkpoint
+
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    checkpoint._sync_and_describe = full
+
+
+def poison_gradients_of_rank_1_at_step_3() -> None:
+    """A NaN on one rank only."""
+    import launch.dpo
+
+    original, count = launch.dpo.preference_loss, iter(range(1000))
+
+    def poisoned(*args):
+        loss = original(*args)
+        return loss * float("nan") if os.environ["RANK"] == "1" and next(count) == 2 else loss
+
+    launch.dpo.preference_loss = poisoned
+
+
+def tokenise_slowly() -> None:
+    """Longer than a collective may take: the other ranks must be waiting on the store, not in a collective."""
+    import time
+    from datetime import timedelta
+
+    from engine import data, world
+
+    world.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
+    original = data.open_or_build
+
+    def slow(*args):
+        if os.environ["RANK"] == "0":
+            time.sleep(7)
+        return original(*args)
+
+    data.open_or_build = slow
