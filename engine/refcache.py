@@ -149,17 +149,21 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
 
 
 def _look_up(directory: Path, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """fp32 like `keys`: the cached sum where key and count match and the sum is finite, NaN elsewhere."""
+    """fp32 like `keys`: the cached sum where key and count match and the sum is finite, NaN elsewhere.
+
+    Sorted and searched by the first half of the 16 bytes (integers sort a hundred times faster than byte strings), then
+    compared whole; two rows that agree in the first half would cost a forward pass, not a wrong number.
+    """
     found = np.full(keys.size, np.nan, np.float32)
-    wanted = np.frombuffer(keys.tobytes(), "V16")
-    order = np.argsort(wanted)
+    wanted = np.frombuffer(keys.tobytes(), "<u8").reshape(-1, 2)
     for arrays in _segments(directory):
-        have = np.frombuffer(np.ascontiguousarray(arrays["keys"]).tobytes(), "V16")
-        by_key = np.argsort(have)
-        place = np.searchsorted(have[by_key], wanted[order])
-        place = by_key[np.minimum(place, len(have) - 1)] if len(have) else np.zeros(0, int)
-        hit = (have[place] == wanted[order]) & (arrays["counts"][place] == counts.reshape(-1)[order]) & np.isfinite(arrays["logprobs"][place])
-        found[order[hit]] = arrays["logprobs"][place[hit]]
+        have = np.frombuffer(np.ascontiguousarray(arrays["keys"]).tobytes(), "<u8").reshape(-1, 2)
+        if not len(have):
+            continue
+        order = np.argsort(have[:, 0])
+        place = order[np.minimum(np.searchsorted(have[order, 0], wanted[:, 0]), len(have) - 1)]
+        hit = (have[place] == wanted).all(1) & (arrays["counts"][place] == counts.reshape(-1)) & np.isfinite(arrays["logprobs"][place])
+        found[hit] = arrays["logprobs"][place[hit]]
     return found.reshape(keys.shape)
 
 
