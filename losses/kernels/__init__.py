@@ -1,18 +1,20 @@
 """Two passes over a chunk of logits: statistics of every row, and the gradient written over the logits.
 
 Each exists twice with one signature: in torch operations (any device) and as a Triton kernel (one read of the chunk for
-the statistics, one read and one write for the gradient). CUDA tensors take the kernels where triton is installed.
+the statistics, one read and one write for the gradient). CUDA tensors in fp32 take the kernels where triton is installed
+(the kernels compute in fp32: fp64 must not pass through them).
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from losses.kernels import eager
 
 
 def _module(logits_CV: Tensor):
-    if logits_CV.is_cuda:
+    if logits_CV.is_cuda and logits_CV.dtype == torch.float32:
         from losses.kernels import fused
 
         if fused.AVAILABLE:
