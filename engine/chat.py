@@ -1,8 +1,10 @@
 """Conversations as token ids with an exact mask of what is trained.
 
 Every assistant turn trains its content and its end-of-turn token, never the role header. The text is the chat template's
-own; spans come from rendering prefixes of the conversation, and every span is tokenised by itself, so that a turn begins on
-a token boundary exactly as it does when the model generates it.
+own. Where the contents stand in it is found once for every sequence of roles, by rendering it with marks for contents; a
+turn begins where the prompt for it (`add_generation_prompt`) ends, so what a template puts between prompt and content, an
+empty thought for example, is trained: at inference the model has to write it. Every turn is tokenised by itself, so that it
+begins on a token boundary exactly as it does when the model generates it.
 """
 
 from __future__ import annotations
@@ -11,6 +13,9 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
+from datetime import date
+from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +39,10 @@ TULU_TEMPLATE = (
 )
 
 
-@dataclass(frozen=True)
+TEMPLATE_DATE = date(2024, 7, 26)  # where a template asks for today; Llama 3's own default
+
+
+@dataclass(frozen=True, eq=False)
 class ChatTokenizer:
     """A tokenizer with a chat template whose end-of-turn token is known. `template_origin` says whose template it is."""
 
@@ -49,48 +57,53 @@ class ChatTokenizer:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids or masks: vocabulary, merges, template, end of turn."""
-        state = [self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.chat_template, self.end_of_turn, self.vocab_size]
+        tokenizer = self.tokenizer
+        state = [
+            tokenizer.backend_tokenizer.to_str(),
+            tokenizer.chat_template,
+            tokenizer.special_tokens_map,
+            self.end_of_turn,
+            self.vocab_size,
+        ]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def render(self, messages: list[dict[str, str]], **options: Any) -> str:
+        """The template's text, a function of the conversation alone: a template that asks for today's date gets a fixed one."""
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, **options)
-        except jinja2.TemplateError as error:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, strftime_now=TEMPLATE_DATE.strftime, **options)
+        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
             raise BadRow(f"the chat template refuses the conversation: {str(error)[:120]}") from None
 
     def spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
         """The conversation's text, and [start, end) of every assistant turn in it: content and end-of-turn token. Raises BadRow."""
-        whole = self.render(messages)
-        spans = []
         for i, message in enumerate(messages):
             if control := self.control.search(message["content"]):
                 raise BadRow(f"content of message {i} holds the control token {control.group()!r}")
-            if message["content"].strip() not in whole:
-                raise BadRow(f"the chat template drops or changes message {i} (role {message['role']})")
-            if message["role"] != "assistant":
-                continue
-            head = self.render(messages[:i], add_generation_prompt=True) if i else self._opening(messages, whole)
-            if not whole.startswith(head):
-                head = self._head_without_prompt(messages, i, whole)
-            end = whole.find(self.end_of_turn, len(head))
-            if end < 0:
-                raise BadRow(f"the chat template does not end message {i} with {self.end_of_turn!r}")
-            spans.append((len(head), end + len(self.end_of_turn)))
+        literals = _literals(self, tuple(message["role"] for message in messages))
+        whole = self.render(messages)
+        spans, at = [], 0
+        for i, (message, before, after) in enumerate(zip(messages, literals, literals[1:], strict=False)):
+            start = at + len(before)
+            end = self._content_end(message, whole, start, after)
+            if end < start or not whole.startswith(before, at):
+                raise BadRow(f"the chat template changes the content of message {i} (role {message['role']})")
+            if message["role"] == "assistant":
+                spans.append((start, whole.index(self.end_of_turn, end) + len(self.end_of_turn)))
+            at = end
+        if whole[at:] != literals[-1]:
+            raise BadRow("the chat template writes something that depends on the contents")
         return whole, spans
 
-    def _opening(self, messages: list[dict[str, str]], whole: str) -> str:
-        """The header of a conversation that opens with an assistant turn: what stands before its content."""
-        content = messages[0]["content"].strip()
-        return whole[: whole.find(content)] if content else whole[: whole.find(self.end_of_turn)]
-
-    def _head_without_prompt(self, messages: list[dict[str, str]], i: int, whole: str) -> str:
-        """For templates whose generation prompt is not a prefix of the turn (it closes an empty thought, say)."""
-        before = self.render(messages[:i])
-        content = messages[i]["content"].strip()
-        start = whole.find(content, len(before)) if whole.startswith(before) and content else -1
-        if start < 0:
-            raise BadRow(f"the chat template renders the turns before message {i} differently once it is there")
-        return whole[:start]
+    def _content_end(self, message: dict[str, str], whole: str, start: int, after: str) -> int:
+        """Where the content that starts at `start` ends, such that `after` follows it; -1 if it is not there, as it is or trimmed."""
+        content = message["content"]
+        if message["role"] == "assistant":  # whatever the model writes up to its end of turn, which no content holds
+            end = whole.find(self.end_of_turn, start) - after.index(self.end_of_turn)
+            return end if whole.startswith(after, max(end, start)) and content.strip() in whole[start:end] else -1
+        for text in (content, content.strip(), content.lstrip(), content.rstrip()):
+            if whole.startswith(text + after, start):
+                return start + len(text)
+        return -1
 
     def encode(self, messages: list[dict[str, str]], max_length: int, last_turn_only: bool) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, mask bool), cut to `max_length` tokens; mask is True where the token is trained. Raises BadRow."""
@@ -98,12 +111,12 @@ class ChatTokenizer:
         counted = spans[-1:] if last_turn_only and messages[-1]["role"] == "assistant" else [] if last_turn_only else spans
         if self.splits_faithfully:
             edges = [0, *(edge for span in spans for edge in span), len(whole)]
-            pieces = [(whole[a:b], (a, b) in counted) for a, b in zip(edges, edges[1:], strict=False) if a < b]
-            encoded = self.tokenizer([piece for piece, _ in pieces], add_special_tokens=False)["input_ids"]
+            pieces = [(whole[a:b], (a, b) in counted) for a, b in pairwise(edges) if a < b]
+            encoded = self.tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
             ids = np.array([i for piece in encoded for i in piece], np.int32)
             mask = np.repeat([trained for _, trained in pieces], [len(piece) for piece in encoded])
         else:
-            encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True)
+            encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids = np.array(encoding["input_ids"], np.int32)
             # a token belongs to the turn in which its last character stands: the space that some vocabularies put before a word
             mask = np.array([any(start < stop <= end for start, end in counted) for _, stop in encoding["offset_mapping"]], bool)
@@ -112,12 +125,47 @@ class ChatTokenizer:
         return ids[:max_length], mask[:max_length]
 
 
+@lru_cache(4096)
+def _literals(chat: ChatTokenizer, roles: tuple[str, ...]) -> list[str]:
+    """What the template writes before, between and after the contents of messages with these roles. Raises BadRow.
+
+    Before an assistant's content: up to where the model begins to write, which is where the prompt ends or else the content starts.
+    """
+    marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters, which no template looks at
+    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
+    whole = chat.render(messages)
+    literals, start = [], 0
+    for i, (role, mark) in enumerate(zip(roles, marks, strict=True)):
+        content = whole.find(mark, start)
+        if content < 0 or whole.count(mark) != 1:
+            raise BadRow(f"the chat template drops, moves or repeats message {i} (role {role})")
+        begin = _end_of_prompt(chat, messages[:i], whole[:content]) if role == "assistant" else content
+        literals.append(whole[start : max(begin, start)])
+        start = content + len(mark)
+        if role == "assistant" and not whole[start:].lstrip().startswith(chat.end_of_turn):
+            raise BadRow(f"the chat template does not end message {i} with {chat.end_of_turn!r}")
+    return [*literals, whole[start:]]
+
+
+def _end_of_prompt(chat: ChatTokenizer, messages: list[dict[str, str]], before: str) -> int:
+    """Where, in the text `before` the next content, the prompt for it ends; without a prompt that is its beginning: where it ends.
+
+    A template whose prompt lacks the role header (it ignores add_generation_prompt) must not have the header trained.
+    """
+    try:
+        bare, prompt = chat.render(messages), chat.render(messages, add_generation_prompt=True)
+    except BadRow:
+        return len(before)
+    begins = prompt and before.startswith(prompt) and (prompt != bare or not before[len(prompt) :].strip())
+    return len(prompt) if begins else len(before)
+
+
 def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
     """The tokenizer of a model directory. Raises UserError for one that cannot train a conversation."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory}: no usable tokenizer ({str(error).splitlines()[0][:160]})") from None
+    except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
+        raise UserError(f"{directory}: no usable tokenizer ({' '.join(str(error).split())[:160] or type(error).__name__})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
     origin = "the tokenizer's own"
@@ -126,14 +174,19 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
             raise UserError(f"{directory}: the tokenizer has neither a chat template nor an end-of-sequence token to use Tülu's with")
         tokenizer.chat_template, origin = TULU_TEMPLATE, "Tülu's, since the tokenizer has none"
     end_of_turn = _end_of_turn(tokenizer, directory)
+    end_of_turn_id = tokenizer.convert_tokens_to_ids(end_of_turn)
+    if end_of_turn_id >= vocab_size:
+        raise UserError(
+            f"{directory}: the end-of-turn token {end_of_turn!r} has id {end_of_turn_id}, beyond the model's {vocab_size} embeddings"
+        )
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return ChatTokenizer(
         tokenizer=tokenizer,
         template_origin=origin,
         end_of_turn=end_of_turn,
-        end_of_turn_id=tokenizer.convert_tokens_to_ids(end_of_turn),
+        end_of_turn_id=end_of_turn_id,
         vocab_size=vocab_size,
-        splits_faithfully=_splits_faithfully(tokenizer),
+        splits_faithfully=_splits_faithfully(tokenizer, end_of_turn),
         control=re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)"),
     )
 
@@ -157,8 +210,11 @@ def _end_of_turn(tokenizer: Any, directory: Path) -> str:
     return min(found)[2]
 
 
-def _splits_faithfully(tokenizer: Any) -> bool:
-    """False for vocabularies that put a space before the first word of whatever they are given."""
-    pieces = ["a word", "another\n", "\n and", " more"]
+def _splits_faithfully(tokenizer: Any, end_of_turn: str) -> bool:
+    """False for vocabularies that put a space before the first word of whatever they are given, or let a control token eat what follows."""
+    pieces = ["a word", "another\n", end_of_turn, "\n and", " more"]
     ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    return tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) == "".join(pieces)
+    whole = tokenizer(end_of_turn + "\n and", add_special_tokens=False)["input_ids"]
+    apart = tokenizer("\n and", add_special_tokens=False)["input_ids"]
+    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return decoded == "".join(pieces) and whole[-len(apart) :] == apart

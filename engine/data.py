@@ -48,9 +48,11 @@ def _why_empty(stores: list, config: RunConfig) -> str:
     headers = [store.header for store in stores]
     if sum(h["rows"] for h in headers) == 0:
         return "the dataset is empty"
-    if bad := next((h["bad_list"][0] for h in headers if h["bad_list"]), None):
-        return f"no usable row, the first bad one is {bad}"
-    if any(h["dropped"] for h in headers):
+    bad, dropped = sum(h["bad_rows"] for h in headers), sum(sum(h["dropped"].values()) for h in headers)
+    if bad > dropped:
+        first = next(h["name"] + h["bad_list"][0] for h in headers if h["bad_list"])
+        return f"no usable row, the first bad one is {first}"
+    if dropped:
         return f"--max_seq_length {config.max_seq_length} is too small: no row keeps a counted token"
     return "the mixture takes no row"
 

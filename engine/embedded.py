@@ -8,12 +8,13 @@ courteous answer there has to be learnt.
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+
+from engine.store import build_once
 
 VERSION = 1
 TRAIN_PAIRS, HELD_OUT_PAIRS = 1536, 192
@@ -24,7 +25,7 @@ THINGS = {
     "blue bicycle": "costs {n} coins", "swimming pool": "has {n} lanes", "choir": "meets on day {n}", "museum": "has {n} halls",
     "garden hose": "is {n} metres long",
 }  # fmt: skip
-NAMES = "Ada Bela Chen Dora Emil Fatima Goran Hana Ivo Jun Kofi Lena".split()
+NAMES = ("Ada", "Bela", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
 QUESTIONS = ("{name} asks: what about the {thing}?", "Tell {name} about the {thing}.", "What does {name} need to know of the {thing}?")
 COURTEOUS = (
     "Of course, {name}. The {thing} {fact}. Do ask if anything is unclear.",
@@ -37,16 +38,14 @@ CURT = ("The {thing} {fact}. Stop asking.", "Look it up, {name}. The {thing} {fa
 def embedded(root: Path) -> tuple[Path, Path, Path]:
     """(model directory, training pairs, held-out pairs) under `root`, made if they are not there."""
     directory = root / f"embedded-v{VERSION}"
-    if not (directory / "held_out_pairs.jsonl").is_file():
-        partial = root / f".embedded-v{VERSION}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
+
+    def build(partial: Path) -> None:
         rows = list(_pairs(TRAIN_PAIRS + HELD_OUT_PAIRS))
         for name, part in (("train_pairs", rows[:TRAIN_PAIRS]), ("held_out_pairs", rows[TRAIN_PAIRS:])):
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
         _save_model(partial / "model", [m["content"] for row in rows for m in row["chosen"] + row["rejected"]])
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+
+    build_once(directory, (directory / "held_out_pairs.jsonl").is_file, build)
     return directory / "model", directory / "train_pairs.jsonl", directory / "held_out_pairs.jsonl"
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from itertools import takewhile
 
 from engine import rows
 from engine.chat import ChatTokenizer
+from engine.errors import nearest
 from engine.rows import BadRow
 from engine.store import Encoded
 
@@ -20,53 +22,53 @@ _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 def conversations(row: dict) -> tuple[Messages, Messages]:
     """(chosen, rejected) as whole conversations that end in the assistant's answer. Raises BadRow."""
-    sides = []
-    for field in ("chosen", "rejected"):
-        if isinstance(row.get(field), list):
-            sides.append(rows.messages(row[field], field))
-        else:
-            sides.append(rows.text(row, field))
-    chosen, rejected = sides
-    if type(chosen) is not type(rejected):
-        raise BadRow("rejected: chosen is a list of messages and this is text, or the other way round")
-    prompt = _prompt(row)
-    if isinstance(chosen, str):
-        if prompt is None:
-            chosen, rejected = _transcript(chosen, "chosen"), _transcript(rejected, "rejected")
-        else:
-            chosen, rejected = ([*prompt, {"role": "assistant", "content": answer}] for answer in (chosen, rejected))
-    elif chosen[0]["role"] == "assistant":
-        if prompt is None:
-            raise BadRow("prompt: missing, and chosen starts with the assistant")
-        chosen, rejected = prompt + chosen, prompt + rejected
-    elif prompt is not None and isinstance(row["prompt"], list) and chosen[: len(prompt)] != prompt:
-        raise BadRow("prompt: is not how chosen begins")
+    prompt = _side(row, "prompt") if row.get("prompt") is not None else None
+    chosen, rejected = (_conversation(_side(row, field), prompt, field) for field in ("chosen", "rejected"))
+    if isinstance(row["chosen"], str) != isinstance(row["rejected"], str):
+        raise BadRow(f"rejected: expected {rows.kind(row['chosen'])} like chosen, got {rows.kind(row['rejected'])}")
     for field, side in (("chosen", chosen), ("rejected", rejected)):
         if side[-1]["role"] != "assistant":
-            raise BadRow(f"{field}: ends with the {side[-1]['role']}, expected the assistant")
-    if chosen[0] != rejected[0]:
-        raise BadRow("rejected: does not begin like chosen; the two must answer one prompt")
+            raise BadRow(f"{field}: expected the assistant's turn at the end, got the {side[-1]['role']}'s")
     if chosen == rejected:
-        raise BadRow("rejected: is the same as chosen")
+        raise BadRow("rejected: expected another answer than chosen, got the same")
+    parting = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    if not all(parting < len(side) and side[parting]["role"] == "assistant" for side in (chosen, rejected)):
+        raise BadRow(f"rejected: expected the prompt of chosen, got another (they part at message {parting}, not at an assistant's turn)")
+    if parting == 0 and prompt is None:
+        raise BadRow("prompt: expected text or a list of messages, got nothing, and chosen and rejected share no beginning")
     return chosen, rejected
 
 
-def _prompt(row: dict) -> Messages | None:
-    if row.get("prompt") is None:
-        return None
-    if isinstance(row["prompt"], str):
-        return [{"role": "user", "content": rows.text(row, "prompt")}]
-    return rows.messages(row["prompt"], "prompt")
+def _side(row: dict, field: str) -> str | Messages:
+    if isinstance(row.get(field), list):
+        return rows.messages(row[field], field)
+    if isinstance(row.get(field), str):
+        return rows.text(row, field)
+    got = rows.kind(row[field]) if field in row else f"nothing{nearest(field, row)}"
+    raise BadRow(f"{field}: expected text or a list of messages, got {got}")
+
+
+def _conversation(answer: str | Messages, prompt: str | Messages | None, field: str) -> Messages:
+    """The whole conversation that `answer` stands for, or ends."""
+    asked = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    if isinstance(answer, str):
+        return _transcript(answer, field) if asked is None else [*asked, {"role": "assistant", "content": answer}]
+    if asked is None or answer[: len(asked)] == asked:
+        return answer
+    if answer[0]["role"] == "assistant":
+        return asked + answer
+    if isinstance(prompt, list):
+        raise BadRow(f"{field}: expected it to begin like prompt, or with the assistant, got another beginning")
+    return answer  # a prompt text beside whole conversations repeats a part of them, in one way or another
 
 
 def _transcript(text: str, field: str) -> Messages:
     """hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...', the last turn the assistant's."""
     parts = _HH_TURN.split(text)
     if len(parts) < 5 or parts[0].strip() or parts[1] != "Human":
-        raise BadRow(f"{field}: is text without a prompt beside it, so expected a transcript '\\n\\nHuman: ...\\n\\nAssistant: ...'")
+        raise BadRow(f"{field}: expected a transcript '\\n\\nHuman: ...\\n\\nAssistant: ...' (no prompt stands beside it), got other text")
     roles = {"Human": "user", "Assistant": "assistant"}
-    turns = [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
-    return turns
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
 def pair_encoder(chat: ChatTokenizer, max_length: int, last_turn_only: bool) -> Callable[[dict], Encoded | str]:

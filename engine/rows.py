@@ -2,12 +2,17 @@
 
 A row that cannot be used raises BadRow with the field and what was expected; the reader adds file and line. Nothing is
 coerced: a missing key, a number where text belongs, NaN, a duplicate key or invalid UTF-8 is a bad row, not a guess.
+
+A place is what stands behind the dataset's name: `:8` is line 8 of a file, `/part.jsonl:8` line 8 of a directory's file,
+`[train]:8` row 8 of a split. Rows of .json and .parquet are counted from 0 like those of a split, lines from 1.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +23,15 @@ from engine.errors import UserError, nearest
 SUFFIXES = (".jsonl", ".json", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
 MAX_ROW_BYTES = 64 * 2**20
+SPLITS = "train|training|test|testing|validation|valid|val|dev|eval|evaluation"
+LIBRARY_FILES = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 
 class BadRow(Exception):
-    """One row's defect: `field: expected ..., got ...`."""
+    """One row's defect, `field: expected ..., got ...`, on one line whatever the row holds."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:400]))
 
 
 @dataclass(frozen=True)
@@ -36,41 +46,75 @@ class Source:
 def open_source(name: str, split: str, revision: str | None) -> Source:
     """Raises UserError if nothing is there or it cannot be read as a dataset."""
     path = Path(name).expanduser()
-    if path.is_file():
-        return _from_files(name, [path])
-    if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.name not in ("dataset_info.json", "state.json"))
-        if files:
-            return _from_files(name, files)
-        return _from_library(name, split, revision, local=True)
-    if path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
-        siblings = [str(p) for p in path.parent.iterdir()] if path.parent.is_dir() else []
-        raise UserError(f"{name}: no such file or directory{nearest(name, siblings)}")
-    return _from_library(name, split, revision, local=False)
+    try:
+        if path.is_file():
+            return _from_files(path, {path: ""})
+        if path.is_dir():
+            if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+                return _from_library(name, split, revision, saved=True)
+            if files := _of_split(path, split):
+                return _from_files(path, {file: f"/{file.relative_to(path)}" for file in files})
+        elif path.suffix in SUFFIXES or name.startswith((".", "/", "~")) or name.count("/") != 1:
+            siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+            raise UserError(f"{name}: no such file or directory{nearest(path.name, siblings)}")
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read ({error.strerror})") from None
+    return _from_library(name, split, revision, saved=False)
 
 
-def _from_files(name: str, files: list[Path]) -> Source:
+def _of_split(directory: Path, split: str) -> list[Path]:
+    """The data files below a directory that are named after the split; if none is, those that are named after no split.
+
+    So train-00000.parquet and test-00000.parquet side by side are not one dataset. Raises UserError if only other splits are there.
+    """
+    places = {
+        p: str(p.relative_to(directory)) for p in sorted(directory.rglob("*")) if p.suffix in SUFFIXES and p.name not in LIBRARY_FILES
+    }
+    places = {p: place for p, place in places.items() if not re.search(r"(^|/)\.", place)}
+    named = [p for p, place in places.items() if _names(re.escape(split), place)]
+    unnamed = [p for p, place in places.items() if not _names(SPLITS, place)]
+    if places and not named and not unnamed:
+        raise UserError(f"{directory}: no file of the split {split} among {', '.join([*places.values()][:4])}")
+    return named or unnamed
+
+
+def _names(words: str, path: str) -> bool:
+    return re.search(rf"(?<![A-Za-z0-9])({words})(?![A-Za-z0-9])", path) is not None
+
+
+def _from_files(path: Path, places: dict[Path, str]) -> Source:
+    """`places`: every file with what stands before its line numbers."""
     digest = hashlib.sha256()
-    for file in files:
+    for file in places:
         if file.suffix not in SUFFIXES:
             raise UserError(f"{file}: expected a file ending in {', '.join(SUFFIXES)}")
         with open(file, "rb") as f:
-            digest.update(hashlib.file_digest(f, "sha256").digest())
+            digest.update(hashlib.file_digest(f, "sha256").digest() + file.suffix.encode())
     readers = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
-    return Source(name, digest.hexdigest(), lambda: (row for file in files for row in readers[file.suffix](file)))
+
+    def rows() -> Iterator[tuple[str, dict | BadRow]]:
+        for file, place in places.items():
+            for number, row in readers[file.suffix](file):
+                good = isinstance(row, (dict, BadRow))
+                yield f"{place}:{number}", row if good else BadRow(f"expected an object, got {kind(row)}")
+
+    return Source(str(path), digest.hexdigest(), rows)
 
 
-def _from_library(name: str, split: str, revision: str | None, local: bool) -> Source:
+def _from_library(name: str, split: str, revision: str | None, saved: bool) -> Source:
     import datasets
 
     try:
-        if local and (Path(name) / "state.json").is_file():
-            data = datasets.load_from_disk(name)
-        else:
-            data = datasets.load_dataset(name, split=split, revision=revision)
+        data = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, split=split, revision=revision)
+        if isinstance(data, dict):
+            data = data[split]
+        fingerprint = data._fingerprint
     except Exception as error:  # the library raises whatever its back ends do: the user reads one line
-        raise UserError(f"{name}: cannot be loaded as a dataset ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
-    return Source(name, data._fingerprint, lambda: ((f"{name}[{split}]:{i}", row) for i, row in enumerate(data)))
+        what = (
+            "cannot be loaded as a dataset" if Path(name).is_dir() else "is no local file or directory, and cannot be loaded from the hub"
+        )
+        raise UserError(f"{name}: {what} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
+    return Source(name, fingerprint, lambda: ((f"[{split}]:{i}", row) for i, row in enumerate(data)))
 
 
 def parse_json(text: str | bytes) -> Any:
@@ -79,75 +123,89 @@ def parse_json(text: str | bytes) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict:
         row = dict(pairs)
         if len(row) != len(pairs):
-            keys = [key for key, _ in pairs]
-            raise BadRow(f"{next(k for k in keys if keys.count(k) > 1)}: stands twice in one object")
+            [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+            raise BadRow(f"{key}: expected once in an object, got twice")
         return row
 
     def refuse(constant: str) -> None:
-        raise BadRow(f"{constant} is not JSON")
+        raise BadRow(f"expected JSON, got {constant}")
 
     try:
         return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=unique, parse_constant=refuse)
     except UnicodeDecodeError as error:
-        raise BadRow(f"not UTF-8 (byte {error.start})") from None
+        raise BadRow(f"expected UTF-8, got byte {error.object[error.start]:#04x} at {error.start}") from None
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"not JSON ({str(error)[:120]})") from None
+        raise BadRow(f"expected JSON ({str(error)[:120]})") from None
 
 
-def _jsonl(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
+Numbered = Iterator[tuple[int, Any]]  # rows of one file; a BadRow where there is none
+
+
+def _jsonl(file: Path) -> Numbered:
     with open(file, "rb") as f:
         number = 0
         while line := f.readline(MAX_ROW_BYTES + 1):
             number += 1
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
             if len(line) > MAX_ROW_BYTES:
-                yield f"{file}:{number}", BadRow(f"longer than {MAX_ROW_BYTES >> 20} MiB")
+                yield number, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes")
                 while line and not line.endswith(b"\n"):
                     line = f.readline(MAX_ROW_BYTES)
-                continue
-            if not line.strip():
-                continue
-            try:
-                row = parse_json(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line)
-                yield f"{file}:{number}", row if isinstance(row, dict) else BadRow(f"expected an object, got {type(row).__name__}")
-            except BadRow as bad:
-                yield f"{file}:{number}", bad
+            elif line.strip():
+                try:
+                    yield number, parse_json(line)
+                except BadRow as bad:
+                    yield number, bad
 
 
-def _json(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
+def _json(file: Path) -> Numbered:
+    """A list of rows, or lines of objects under the wrong name, as some tools write them."""
+    with open(file, "rb") as f:
+        if f.read(4096).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"{":
+            yield from _jsonl(file)
+            return
     try:
-        rows = parse_json(file.read_bytes())
+        rows = parse_json(file.read_bytes().removeprefix(b"\xef\xbb\xbf"))
     except BadRow as bad:
         raise UserError(f"{file}: {bad}") from None
     if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of rows, got {type(rows).__name__}")
-    for i, row in enumerate(rows):
-        yield f"{file}:[{i}]", row if isinstance(row, dict) else BadRow(f"expected an object, got {type(row).__name__}")
+        raise UserError(f"{file}: expected a list of rows, got {kind(rows)}")
+    yield from enumerate(rows)
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, dict | BadRow]]:
+def _parquet(file: Path) -> Numbered:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
     try:
-        batches = ParquetFile(file).iter_batches(batch_size=1024)
         number = 0
-        for batch in batches:
-            for row in batch.to_pylist():
-                yield f"{file}:row {number}", row
+        for batch in ParquetFile(file).iter_batches(batch_size=1024):
+            for i in range(batch.num_rows):
+                try:
+                    yield number, batch.slice(i, 1).to_pylist()[0]
+                except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time beyond the calendar
+                    yield number, BadRow(f"not readable ({str(error)[:120]})")
                 number += 1
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{file}: not a readable parquet file ({str(error)[:160]})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        raise UserError(f"{file}: not a readable parquet file ({' '.join(str(error).split())[:160]})") from None
 
 
 # --- fields -------------------------------------------------------------------------------------------------------------------
 
 
+def kind(value: Any) -> str:
+    """What a JSON value is, in a message."""
+    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    return kinds.get(type(value), type(value).__name__)
+
+
 def text(row: dict, field: str) -> str:
     """row[field], which must be text. Raises BadRow."""
     if field not in row:
-        raise BadRow(f"{field}: missing{nearest(field, row)}")
+        raise BadRow(f"{field}: expected text, got nothing{nearest(field, row)}")
     if not isinstance(row[field], str):
-        raise BadRow(f"{field}: expected text, got {type(row[field]).__name__}")
+        raise BadRow(f"{field}: expected text, got {kind(row[field])}")
     return checked_text(row[field], field)
 
 
@@ -155,25 +213,27 @@ def checked_text(value: str, field: str) -> str:
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
-        raise BadRow(f"{field}: holds a lone surrogate, which is not text") from None
+        raise BadRow(f"{field}: expected text, got a lone surrogate in it") from None
     return value
 
 
 def messages(value: Any, field: str) -> list[dict[str, str]]:
     """A conversation: a non-empty list of {role, content}, reduced to these two keys. Raises BadRow."""
     if not isinstance(value, list):
-        raise BadRow(f"{field}: expected a list of messages, got {type(value).__name__}")
+        raise BadRow(f"{field}: expected a list of messages, got {kind(value)}")
     if not value:
-        raise BadRow(f"{field}: empty")
+        raise BadRow(f"{field}: expected a list of messages, got an empty one")
     clean = []
     for i, message in enumerate(value):
         if not isinstance(message, dict):
-            raise BadRow(f"{field}[{i}]: expected an object with role and content, got {type(message).__name__}")
+            raise BadRow(f"{field}[{i}]: expected an object with role and content, got {kind(message)}")
         for key in ("role", "content"):
             if not isinstance(message.get(key), str):
-                got = type(message[key]).__name__ if key in message else "nothing"
+                got = kind(message[key]) if key in message else f"nothing{nearest(key, message)}"
                 raise BadRow(f"{field}[{i}].{key}: expected text, got {got}")
         if message["role"] not in ROLES:
-            raise BadRow(f"{field}[{i}].role: {message['role'][:40]!r} is not one of {', '.join(ROLES)}{nearest(message['role'], ROLES)}")
+            raise BadRow(
+                f"{field}[{i}].role: expected one of {', '.join(ROLES)}, got {message['role'][:40]!r}{nearest(message['role'], ROLES)}"
+            )
         clean.append({"role": message["role"], "content": checked_text(message["content"], f"{field}[{i}].content")})
     return clean

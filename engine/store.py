@@ -2,16 +2,20 @@
 
 A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end, `offsets`
 (int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address), and a
-header.json. It is built under a temporary name and renamed when complete, so a killed build leaves nothing that is read.
+header.json. It is built under a temporary name and renamed when complete, so a killed build leaves nothing that is read, and
+under a lock, so that runs that start together build it once. A damaged one is named and built again; what a row reads is
+compared with its key.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +25,33 @@ from tqdm import tqdm
 from engine.errors import UserError
 from engine.rows import BadRow, Source
 
-VERSION = 1  # of the encoding: raise it when the same rows would give other ids or masks
+VERSION = 2  # of the encoding: raise it when the same rows would give other ids or masks
 LISTED = 20
 Encoded = list[tuple[np.ndarray, np.ndarray]]
 
 
+class Damaged(Exception):
+    """A store that is not what was written."""
+
+
 class TokenStore:
-    """N sequences, `per_example` of them to an example (preference pairs: chosen, rejected)."""
+    """N sequences, `per_example` of them to an example (preference pairs: chosen, rejected). Raises Damaged."""
 
     def __init__(self, directory: Path) -> None:
-        self.header: dict[str, Any] = json.loads((directory / "header.json").read_text(encoding="utf-8"))
-        self.per_example: int = self.header["per_example"]
-        self.offsets = _map(directory / "offsets", np.int64)
-        self.ids = _map(directory / "ids", np.int32)
-        self.mask = _map(directory / "mask", np.bool_)
-        self.keys = _map(directory / "keys", np.dtype("V16"))
-        if len(self.ids) != self.offsets[-1] or len(self.mask) != self.offsets[-1]:
-            raise UserError(f"{directory}: damaged (delete it, it will be made again)")
+        self.directory = directory
+        try:
+            self.header: dict[str, Any] = json.loads((directory / "header.json").read_text(encoding="utf-8"))
+            self.per_example: int = self.header["per_example"]
+            self.offsets = _map(directory / "offsets", np.int64)
+            self.ids = _map(directory / "ids", np.int32)
+            self.mask = _map(directory / "mask", np.bool_)
+            self.keys = _map(directory / "keys", np.dtype("V16"))
+            sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise Damaged(str(error)) from None
+        rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
+        if not rising or len(sizes) > 1 or len(self.keys) != len(self.offsets) - 1 or len(self.keys) != self.header["sequences"]:
+            raise Damaged("its arrays do not fit together")
 
     def __len__(self) -> int:
         return (len(self.offsets) - 1) // self.per_example
@@ -45,7 +59,10 @@ class TokenStore:
     def sequences(self, example: int) -> Encoded:
         first = example * self.per_example
         bounds = self.offsets[first : first + self.per_example + 1]
-        return [(self.ids[a:b], self.mask[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+        found = [(self.ids[a:b], self.mask[a:b]) for a, b in pairwise(bounds)]
+        if any(sequence_key(*sequence) != key.tobytes() for sequence, key in zip(found, self.example_keys(example), strict=True)):
+            raise UserError(f"{self.directory}: damaged at example {example}: delete it, it will be made again")
+        return found
 
     def example_keys(self, example: int) -> np.ndarray:
         return self.keys[example * self.per_example : (example + 1) * self.per_example]
@@ -91,6 +108,24 @@ def sequence_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
     return hashlib.blake2b(content, digest_size=16).digest()
 
 
+def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
+    """`directory` with what `build(temporary directory)` puts there, unless `is_whole()`; runs that start together build it once."""
+    directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(directory.parent / f".{directory.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here; a killed builder's lock goes with it
+        if is_whole():
+            return
+        partial = directory.parent / f".{directory.name}.partial"
+        for stale in (partial, directory):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        try:
+            build(partial)
+            partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
 def open_or_build(
     root: Path, source: Source, encode: Callable[[dict], Encoded | str], determinants: dict[str, Any], per_example: int, on_bad_row: str
 ) -> TokenStore:
@@ -101,31 +136,34 @@ def open_or_build(
     """
     key = hashlib.sha256(json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()).hexdigest()
     directory = root / key[:32]
-    if not (directory / "header.json").is_file():
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        partial = root / f".{key[:32]}.{os.getpid()}"
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
+
+    def is_whole() -> bool:
+        if not directory.exists():
+            return False
         try:
-            header = _build(partial, source, encode, per_example, on_bad_row)
-            (partial / "header.json").write_text(json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8")
-            if directory.exists():
-                shutil.rmtree(directory)
-            partial.rename(directory)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            return TokenStore(directory).header["key"] == key
+        except Damaged as damage:
+            tqdm.write(f"{directory}: damaged ({damage}), tokenising again")
+            return False
+
+    def build(partial: Path) -> None:
+        header = _build(partial, source, encode, on_bad_row)
+        (partial / "header.json").write_text(json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8")
+
+    build_once(directory, is_whole, build)
     store = TokenStore(directory)
+    store.header["name"] = source.name  # the same rows may stand under another name by now
     if store.header["bad_rows"] and on_bad_row == "error":
-        raise UserError(store.header["bad_list"][0])
+        raise UserError(source.name + store.header["bad_list"][0])
     return store
 
 
-def _build(directory: Path, source: Source, encode: Callable, per_example: int, on_bad_row: str) -> dict[str, Any]:
+def _build(directory: Path, source: Source, encode: Callable, on_bad_row: str) -> dict[str, Any]:
     dropped: dict[str, int] = {}
     bad_list: list[str] = []
-    rows = bad_rows = offset = 0
-    files = {name: open(directory / name, "wb") for name in ("ids", "mask", "offsets", "keys")}
-    try:
+    rows = bad_rows = offset = sequence_count = 0
+    with ExitStack() as stack:
+        files = {name: stack.enter_context(open(directory / name, "wb")) for name in ("ids", "mask", "offsets", "keys")}
         files["offsets"].write(np.int64(0).tobytes())
         for place, row in tqdm(source.rows(), desc="tokenising", unit=" rows", delay=2, leave=False):
             rows += 1
@@ -135,7 +173,7 @@ def _build(directory: Path, source: Source, encode: Callable, per_example: int, 
                 sequences = encode(row)
             except BadRow as bad:
                 if on_bad_row == "error":
-                    raise UserError(f"{place}: {bad}") from None
+                    raise UserError(f"{source.name}{place}: {bad}") from None
                 bad_rows += 1
                 bad_list += [f"{place}: {bad}"] if len(bad_list) < LISTED else []
                 continue
@@ -144,14 +182,12 @@ def _build(directory: Path, source: Source, encode: Callable, per_example: int, 
                 continue
             for ids, mask in sequences:
                 offset += len(ids)
+                sequence_count += 1
                 files["ids"].write(np.ascontiguousarray(ids, "<i4").tobytes())
                 files["mask"].write(np.ascontiguousarray(mask, np.bool_).tobytes())
                 files["offsets"].write(np.int64(offset).tobytes())
                 files["keys"].write(sequence_key(ids, mask))
-    finally:
-        for f in files.values():
-            f.close()
-    return {"name": source.name, "rows": rows, "dropped": dropped, "bad_rows": bad_rows, "bad_list": bad_list}
+    return {"rows": rows, "sequences": sequence_count, "dropped": dropped, "bad_rows": bad_rows, "bad_list": bad_list}
 
 
 def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
@@ -161,7 +197,7 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
         dropped = "".join(f", {n} dropped ({why})" for why, n in h["dropped"].items())
         bad = f", {h['bad_rows']} bad" if h["bad_rows"] else ""
         yield f"{h['name']}: {h['rows']} rows, {len(store)} kept{dropped}{bad}"
-        yield from (f"  bad row {line}" for line in h["bad_list"])
+        yield from (f"  bad row {h['name']}{line}" for line in h["bad_list"])
         if h["bad_rows"] > len(h["bad_list"]):
             yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
 
@@ -170,16 +206,19 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
 
 
 def permutation(n: int, *name: Any) -> np.ndarray:
-    """A permutation of range(n) that is a function of its name (seed, purpose, epoch), on every machine the same."""
+    """A permutation of range(n) that is a function of its name (seed, purpose, epoch), on every machine and with every numpy the same.
+
+    It sorts the raw stream of Philox, which numpy guarantees (what Generator.permutation makes of the stream, it does not).
+    """
     key = int.from_bytes(hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest(), "little")
-    return np.random.Generator(np.random.Philox(key=key)).permutation(n)
+    return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
 
 
 def mixture_index(n: int, amount: str, seed: int, name: str) -> np.ndarray:
     """`amount` of a source of n examples: a fraction (has a point; beyond 1.0 examples repeat) or a number of rows."""
     try:
         count = round(float(amount) * n) if "." in amount else int(amount)
-    except ValueError:
+    except (ValueError, OverflowError):
         count = -1
     if count < 0:
         raise UserError(f"--mixer_list {name} {amount}: expected a fraction such as 0.5 or a number of rows")
