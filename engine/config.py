@@ -145,7 +145,7 @@ def _parser(config_class: type, flags: dict[str, _Flag]) -> argparse.ArgumentPar
     width = min(120, shutil.get_terminal_size().columns)
     parser = argparse.ArgumentParser(
         prog=f"python -m {main.name if main else config_class.__module__}", usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
-        description=config_class.__doc__, epilog="[ ] holds the default; what has none is off, or decided at the start and printed.",
+        description=config_class.__doc__, epilog="[ ] holds the default; what has none is off, or decided at the start.",
         add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
     )  # fmt: skip
@@ -233,7 +233,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loader.name = str(path)
         content = loader.get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, the 31st of February, an integer of 5000 digits
-        raise UserError(f"{path}: not a recipe: {' '.join(str(error).split())}") from None
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
+        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not a recipe ({' '.join(problem.split())})") from None
     if content is None:
         return {}
     if not isinstance(content, dict):
