@@ -49,6 +49,7 @@ class RunConfig:
     mixer_list: tuple[str, ...] | None = flag(None, "a mixture instead of --dataset_name: NAME AMOUNT NAME AMOUNT ..., AMOUNT a fraction (1.0) or a number of rows (2000)", many=True)  # fmt: skip
     eval_dataset_name: str | None = flag(None, "held-out data, like --dataset_name", aliases=("eval_dataset",))
     eval_split: str = flag("test", "--dataset_split of --eval_dataset_name")
+    dataset_num_proc: int | None = flag(None, "processes that tokenise a large dataset; without it, one per core")
     max_seq_length: int = flag(2048, "prompt + response, in tokens", aliases=("max_length",))
     on_bad_row: str = flag("skip", "a malformed row stops the run or is skipped, counted and listed", choices=("error", "skip"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,12 @@ from engine.config import RunConfig
 from engine.errors import UserError
 from engine.rows import open_source
 from engine.store import Examples, mixture_index, open_or_build, summary
-from engine.world import World
+from engine.tokenise import Encoder
+from engine.world import World, available_cores
 
 
 def load_examples(
-    names: list[tuple[str, str]], config: RunConfig, world: World, chat: ChatTokenizer, encode: Callable, *,
+    names: list[tuple[str, str]], config: RunConfig, world: World, chat: ChatTokenizer, encode: Encoder, *,
     split: str, per_example: int, kind: dict[str, Any],
 ) -> Examples:  # fmt: skip
     """The examples of a mixture of (name, amount); amount '' takes all. Prints what was kept, dropped and bad. Raises UserError.
@@ -29,7 +29,8 @@ def load_examples(
 
     def build() -> list:
         opened = [open_source(name, split, config.dataset_revision) for name, _ in names]
-        return [open_or_build(root, source, encode, determinants, per_example, config.on_bad_row) for source in opened]
+        workers = config.dataset_num_proc or available_cores()
+        return [open_or_build(root, source, encode, determinants, per_example, config.on_bad_row, workers) for source in opened]
 
     stores = world.once(f"tokens/{split}/{names}", build)
     world.say(*summary(stores))

@@ -20,7 +20,15 @@ from engine import attention, weights
 from engine.batch import MicroBatch, micro_batch
 from engine.errors import UserError
 from engine.world import World
-from losses.logprobs import LogitTransform, LossOfLogprobs, linear_logprobs, linear_loss, naive_logprobs, naive_loss
+from losses.logprobs import (
+    LogitTransform,
+    LossOfLogprobs,
+    linear_argmax,
+    linear_logprobs,
+    linear_loss,
+    naive_logprobs,
+    naive_loss,
+)
 
 MIXING = {"full_attention", "sliding_attention"}  # layer types that mix tokens only through the registered attention
 
@@ -35,14 +43,17 @@ class Policy(nn.Module):
         self.gradient_sync = "every"
         self.transform = _logit_transform(lm.config)
 
-    def forward(self, batch: MicroBatch, loss_of_logprobs: LossOfLogprobs | None = None, sequences_per_group: int = 1, probe: bool = False) -> Tensor:
+    def forward(
+        self, batch: MicroBatch, loss_of_logprobs: LossOfLogprobs | None = None, sequences_per_group: int | None = None, mode: str = "logprobs"
+    ) -> Tensor:
         """log p of every counted token, (R,) fp32; or, given `loss_of_logprobs`, the loss that it makes of them.
 
-        The loss is called with the log-probs of whole groups of `sequences_per_group` consecutive sequences (2: preference
-        pairs) and the slice of those groups; see `losses.linear_loss`. `probe` instead returns the model's own logits of
-        the stream's tokens, (T, V), by the library's unpacked path, for `check_packing`.
+        The loss is called with the log-probs of some groups and the slice of those groups; a group is `sequences_per_group`
+        consecutive sequences (2: preference pairs), or, if None, one counted token. See `losses.linear_loss`.
+        mode 'argmax' gives the likeliest token at every counted position instead, (R,) int64; 'own_logits' the model's own
+        logits of all tokens, (T, V), by the library's unpacked path, for `check_packing`.
         """
-        if probe:
+        if mode == "own_logits":
             return self._own_logits(batch)
         hidden_TD = self.lm.base_model(
             input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False,
@@ -50,11 +61,13 @@ class Policy(nn.Module):
         ).last_hidden_state[0]  # fmt: skip
         hidden_RD = hidden_TD.index_select(0, batch.rows_R)
         weight_VD = self.lm.get_output_embeddings().weight
+        if mode == "argmax":
+            return linear_argmax(hidden_RD, weight_VD)
         if loss_of_logprobs is None:
             logprobs = linear_logprobs if self.head == "fused" else naive_logprobs
             return logprobs(hidden_RD, weight_VD, batch.targets_R, transform=self.transform)
         loss = linear_loss if self.head == "fused" else naive_loss
-        cuts = batch.cuts[::sequences_per_group] if batch.examples else (0,)
+        cuts = None if sequences_per_group is None else batch.cuts[::sequences_per_group] if batch.examples else (0,)
         return loss(hidden_RD, weight_VD, batch.targets_R, loss_of_logprobs, cuts, self.transform)
 
     def _own_logits(self, batch: MicroBatch) -> Tensor:
@@ -70,6 +83,13 @@ class Policy(nn.Module):
         if self.gradient_sync == "last":
             self.set_requires_gradient_sync(last)
             self.set_reshard_after_backward(last)
+            self.set_reshard_after_forward(False)
+
+    def release(self) -> None:
+        """Frees gathered weights after forwards without a backward, so that the next forward gathers the current ones."""
+        for module in self.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
 
     @property
     def num_parameters(self) -> int:
@@ -168,12 +188,12 @@ def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype)
         alone_R = []
         for i, sequence in enumerate(sequences):
             batch = micro_batch([sequence], (i,), world.device)
-            logprobs_TV = policy(batch, probe=True).float().log_softmax(-1)
+            logprobs_TV = policy(batch, mode="own_logits").float().log_softmax(-1)
             alone_R.append(logprobs_TV.gather(1, batch.targets_R[:, None]).squeeze(1))
     except (TypeError, ValueError, AttributeError, KeyError, RuntimeError) as error:
         raise UserError(f"{name} cannot be packed: {' '.join(str(error).split())[:200]}") from error
     finally:
-        policy.reshard()
+        policy.release()
     expected_R = torch.cat(alone_R)
     difference = (packed_R - expected_R).abs().max().item()
     depth = config.num_hidden_layers**0.5

@@ -7,14 +7,14 @@ Accepted: `chosen` and `rejected` as message lists that share a prefix (whole co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import takewhile
 
 from engine import rows
 from engine.chat import ChatTokenizer
 from engine.errors import nearest
 from engine.rows import BadRow
-from engine.store import Encoded
+from engine.tokenise import Encoded
 
 Messages = list[dict[str, str]]
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
@@ -71,17 +71,20 @@ def _transcript(text: str, field: str) -> Messages:
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
 
-def pair_encoder(chat: ChatTokenizer, max_length: int, last_turn_only: bool) -> Callable[[dict], Encoded | str]:
+@dataclass(frozen=True)
+class PairEncoder:
     """row → [(ids, mask) of chosen, of rejected], or why the pair is dropped.
 
     Truncated, not dropped, at `max_length`; which turn is the last is decided before the cut, so a cut never promotes an
     earlier one. A pair of which either side keeps no counted token is dropped: its mean log-prob would be 0 / 0.
     """
 
-    def encode(row: dict) -> Encoded | str:
-        sequences = [chat.encode(side, max_length, last_turn_only) for side in conversations(row)]
-        if not all(mask[1:].any() for _, mask in sequences):
-            return f"no counted token within {max_length} tokens"
-        return sequences
+    chat: ChatTokenizer
+    max_length: int
+    last_turn_only: bool
 
-    return encode
+    def __call__(self, row: dict) -> Encoded | str:
+        sequences = [self.chat.encode(side, self.max_length, self.last_turn_only) for side in conversations(row)]
+        if not all(mask[1:].any() for _, mask in sequences):
+            return f"no counted token within {self.max_length} tokens"
+        return sequences

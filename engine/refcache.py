@@ -62,8 +62,7 @@ def reference_logprobs(
     determines the numbers. The pass writes a segment every 65,536 sequences, so a killed one goes on where it was.
     """
     used = np.unique(used)
-    keys = np.stack([examples.keys(int(e)) for e in used])  # (N, per_example) of 16 bytes
-    counts = np.array([[mask[1:].sum() for _, mask in examples.sequences(int(e))] for e in used], np.int32)
+    keys, counts = examples.keys(used), examples.counts(used)
     directory = cache_dir / "reference" / hashlib.sha256(json.dumps([VERSION, identity], sort_keys=True).encode()).hexdigest()[:32]
     found = np.full(keys.shape, np.nan, np.float32)
     if world.is_main:
@@ -85,7 +84,7 @@ def reference_logprobs(
     if len(missing) > len(todo):
         by_key = dict(zip(keys.reshape(-1)[todo].tolist(), found.reshape(-1)[todo].tolist(), strict=True))
         found.reshape(-1)[missing] = [by_key[key] for key in keys.reshape(-1)[missing].tolist()]
-    policy.reshard()
+    policy.release()
     sums = np.full((len(examples), keys.shape[1]), np.nan, np.float32)
     sums[used] = found
     return Reference(sums, keys.shape[1], len(todo))

@@ -1,8 +1,8 @@
 """Tokenised examples on disk, memory-mapped: built once, keyed by everything that determines them, shared by ranks and runs.
 
 A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end, `offsets`
-(int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address), and a
-header.json. It is built under a temporary name and renamed when complete, so a killed build leaves nothing that is read, and
+(int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address), `counts`
+(int32: trained tokens of each sequence), and a header.json. It is built under a temporary name and renamed when complete, so a killed build leaves nothing that is read, and
 under a lock, so that runs that start together build it once. A damaged one is named and built again; what a row reads is
 compared with its key.
 """
@@ -14,7 +14,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,10 @@ import numpy as np
 from tqdm import tqdm
 
 from engine.errors import UserError
-from engine.rows import BadRow, Source
+from engine.rows import Source
+from engine.tokenise import Encoded, Encoder, sequence_key, tokenise
 
-VERSION = 2  # of the encoding: raise it when the same rows would give other ids or masks
-LISTED = 20
-Encoded = list[tuple[np.ndarray, np.ndarray]]
+VERSION = 3  # of the encoding: raise it when the same rows would give other ids or masks
 
 
 class Damaged(Exception):
@@ -46,11 +44,13 @@ class TokenStore:
             self.ids = _map(directory / "ids", np.int32)
             self.mask = _map(directory / "mask", np.bool_)
             self.keys = _map(directory / "keys", np.dtype("V16"))
+            self.counts = _map(directory / "counts", np.int32)
             sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise Damaged(str(error)) from None
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
-        if not rising or len(sizes) > 1 or len(self.keys) != len(self.offsets) - 1 or len(self.keys) != self.header["sequences"]:
+        same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
+        if not rising or len(sizes) > 1 or len(same) > 1:
             raise Damaged("its arrays do not fit together")
 
     def __len__(self) -> int:
@@ -87,8 +87,22 @@ class Examples:
     def sequences(self, example: int) -> Encoded:
         return self.stores[self._store[example]].sequences(int(self._index[example]))
 
-    def keys(self, example: int) -> np.ndarray:
-        return self.stores[self._store[example]].example_keys(int(self._index[example]))
+    def keys(self, examples: np.ndarray) -> np.ndarray:
+        """The sequences' keys of some examples, (N, per_example) of 16 bytes."""
+        return self._gather("keys", examples)
+
+    def counts(self, examples: np.ndarray) -> np.ndarray:
+        """The trained tokens of some examples' sequences, (N, per_example) int32."""
+        return self._gather("counts", examples)
+
+    def _gather(self, name: str, examples: np.ndarray) -> np.ndarray:
+        per_example = self.stores[0].per_example
+        arrays = [getattr(store, name) for store in self.stores]
+        out = np.empty((len(examples), per_example), arrays[0].dtype)
+        for s, array in enumerate(arrays):
+            mine = self._store[examples] == s
+            out[mine] = array.reshape(-1, per_example)[self._index[examples[mine]]]
+        return out
 
     @property
     def fingerprint(self) -> str:
@@ -101,11 +115,6 @@ class Examples:
 
 def _map(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
-
-
-def sequence_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
-    content = np.ascontiguousarray(ids, "<i4").tobytes() + np.ascontiguousarray(mask, np.bool_).tobytes()
-    return hashlib.blake2b(content, digest_size=16).digest()
 
 
 def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
@@ -127,7 +136,7 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
 
 
 def open_or_build(
-    root: Path, source: Source, encode: Callable[[dict], Encoded | str], determinants: dict[str, Any], per_example: int, on_bad_row: str
+    root: Path, source: Source, encode: Encoder, determinants: dict[str, Any], per_example: int, on_bad_row: str, workers: int = 1
 ) -> TokenStore:
     """The store of `source` under `root`, built if it is not there. Raises UserError.
 
@@ -147,7 +156,7 @@ def open_or_build(
             return False
 
     def build(partial: Path) -> None:
-        header = _build(partial, source, encode, on_bad_row)
+        header = tokenise(partial, source, encode, on_bad_row, workers)
         (partial / "header.json").write_text(json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8")
 
     build_once(directory, is_whole, build)
@@ -156,38 +165,6 @@ def open_or_build(
     if store.header["bad_rows"] and on_bad_row == "error":
         raise UserError(source.name + store.header["bad_list"][0])
     return store
-
-
-def _build(directory: Path, source: Source, encode: Callable, on_bad_row: str) -> dict[str, Any]:
-    dropped: dict[str, int] = {}
-    bad_list: list[str] = []
-    rows = bad_rows = offset = sequence_count = 0
-    with ExitStack() as stack:
-        files = {name: stack.enter_context(open(directory / name, "wb")) for name in ("ids", "mask", "offsets", "keys")}
-        files["offsets"].write(np.int64(0).tobytes())
-        for place, row in tqdm(source.rows(), desc="tokenising", unit=" rows", delay=2, leave=False):
-            rows += 1
-            try:
-                if isinstance(row, BadRow):
-                    raise row
-                sequences = encode(row)
-            except BadRow as bad:
-                if on_bad_row == "error":
-                    raise UserError(f"{source.name}{place}: {bad}") from None
-                bad_rows += 1
-                bad_list += [f"{place}: {bad}"] if len(bad_list) < LISTED else []
-                continue
-            if isinstance(sequences, str):
-                dropped[sequences] = dropped.get(sequences, 0) + 1
-                continue
-            for ids, mask in sequences:
-                offset += len(ids)
-                sequence_count += 1
-                files["ids"].write(np.ascontiguousarray(ids, "<i4").tobytes())
-                files["mask"].write(np.ascontiguousarray(mask, np.bool_).tobytes())
-                files["offsets"].write(np.int64(offset).tobytes())
-                files["keys"].write(sequence_key(ids, mask))
-    return {"rows": rows, "sequences": sequence_count, "dropped": dropped, "bad_rows": bad_rows, "bad_list": bad_list}
 
 
 def summary(stores: Iterable[TokenStore]) -> Iterator[str]:

@@ -101,6 +101,11 @@ class World:
             raise UserError(f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files")
 
 
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def start(deterministic: bool = False) -> World:
     """Joins the process group that the environment describes (none: a group of one). Raises UserError."""
     rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))

@@ -31,7 +31,7 @@ from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse
 from engine.errors import UserError, nearest
 from engine.model import Policy
-from engine.preferences import pair_encoder
+from engine.preferences import PairEncoder
 from engine.refcache import Reference
 from engine.store import Examples, Steps
 from engine.world import World
@@ -174,7 +174,7 @@ def evaluate(policy, held_out: Examples, reference, config: Config, hyper, here:
     totals = log.Totals(here)
     for batch, _ in batching.step_batches(held_out, np.arange(len(held_out)), config.micro_batch_tokens, here):
         preference_loss(policy, batch, reference, config, hyper, len(held_out), totals)
-    policy.reshard()
+    policy.release()
     row = {name: total / len(held_out) for name, total in totals.reduce(METRICS).items()}
     metrics.write(step, {f"eval/{name}": value for name, value in row.items()})
     metrics.say(
@@ -219,7 +219,7 @@ def resolve_loss(config: Config) -> Config:
 
 def load_pairs(config: Config, here: World, base: setup.Base) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None). Raises UserError."""
-    encode = pair_encoder(base.chat, config.max_seq_length, config.count_turns == "last")
+    encode = PairEncoder(base.chat, config.max_seq_length, config.count_turns == "last")
     options = {"per_example": 2, "kind": {"pairs": config.count_turns}}
     pairs = data.load_examples(data.mixture(config), config, here, base.chat, encode, split=config.dataset_split, **options)
     if here.size > len(pairs):

@@ -3,19 +3,22 @@
 A loss returns one number per pair (or per token); the launch file sums it and divides by one global denominator.
 """
 
-from losses.logprobs import linear_logprobs, linear_loss, naive_logprobs, naive_loss
+from losses.logprobs import linear_argmax, linear_logprobs, linear_loss, naive_logprobs, naive_loss
 from losses.preference import dpo, dpo_norm, simpo
 from losses.preference_variants import chosen_nll, ipo, wpo
+from losses.sft import sft
 
 __all__ = [
     "chosen_nll",
     "dpo",
     "dpo_norm",
     "ipo",
+    "linear_argmax",
     "linear_logprobs",
     "linear_loss",
     "naive_logprobs",
     "naive_loss",
+    "sft",
     "simpo",
     "wpo",
 ]

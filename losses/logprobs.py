@@ -125,6 +125,17 @@ def linear_loss(
     return _LinearLoss.apply(hidden_RD, weight_VD, targets_R, loss_of_logprobs, spans, transform, chunk_rows, needs)
 
 
+@torch.no_grad()
+def linear_argmax(hidden_RD: Tensor, weight_VD: Tensor, chunk_rows: int | None = None) -> Tensor:
+    """argmax_v of every row's logits, (R,) int64, by chunks: greedy tokens and token accuracy. Scales and soft-caps keep it."""
+    chunk_rows = chunk_rows or default_chunk_rows(weight_VD)
+    rows = torch.zeros(len(hidden_RD), dtype=torch.int64, device=hidden_RD.device)
+    head = _Head(hidden_RD, weight_VD, rows, IDENTITY, chunk_rows)
+    for piece in _pieces(slice(0, len(rows)), chunk_rows):
+        rows[piece] = head.logits(piece).argmax(1)
+    return rows
+
+
 def default_chunk_rows(weight_VD: Tensor) -> int:
     """Rows whose fp32 logits fill the budget; never fewer than 64, below which the matrix products starve."""
     budget = 2**31 if weight_VD.is_cuda else 2**28

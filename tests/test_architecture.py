@@ -73,7 +73,8 @@ def test_public_surface():
     import losses
 
     assert set(losses.__all__) == {
-        "chosen_nll", "dpo", "dpo_norm", "ipo", "linear_logprobs", "linear_loss", "naive_logprobs", "naive_loss", "simpo", "wpo",
+        "chosen_nll", "dpo", "dpo_norm", "ipo", "linear_argmax", "linear_logprobs", "linear_loss", "naive_logprobs", "naive_loss", "sft",
+        "simpo", "wpo",
     }  # fmt: skip
     for name in losses.__all__:
         assert getattr(losses, name).__doc__, f"losses.{name} has no docstring"

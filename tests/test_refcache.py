@@ -15,7 +15,7 @@ from engine import model, refcache, world
 from engine.chat import load_tokenizer
 from engine.config import RunConfig
 from engine.data import load_examples
-from engine.preferences import pair_encoder
+from engine.preferences import PairEncoder
 from engine.refcache import model_identity, reference_logprobs
 
 CPU, FP32 = torch.device("cpu"), torch.float32
@@ -40,7 +40,7 @@ def pairs_of(setting, here, max_seq_length=2048, last=True):
     source, path, cache = setting
     chat = load_tokenizer(source, 512)
     config = RunConfig(max_seq_length=max_seq_length, cache_dir=str(cache))
-    encode = pair_encoder(chat, max_seq_length, last)
+    encode = PairEncoder(chat, max_seq_length, last)
     return load_examples([(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last})
 
 
@@ -54,8 +54,8 @@ class Counting:
         self.sequences += len(batch.lengths)
         return self.policy(batch)
 
-    def reshard(self):
-        self.policy.reshard()
+    def release(self):
+        self.policy.release()
 
 
 def reference(setting, here, pairs=None, used=None, dtype=FP32, backend="sdpa", budget=1000):
@@ -148,7 +148,7 @@ def test_no_stale_number_of_another_model_is_used(what, setting, here, capsys):
 
 
 def test_another_length_is_other_rows_and_only_where_it_cuts(setting, here):
-    keys = lambda pairs: {key.tobytes() for i in range(len(pairs)) for key in pairs.keys(i)}  # noqa: E731
+    keys = lambda pairs: {key.tobytes() for key in pairs.keys(np.arange(len(pairs))).reshape(-1)}  # noqa: E731
     reference(setting, here)
     cut = pairs_of(setting, here, max_seq_length=44)
     changed = len(keys(cut) - keys(pairs_of(setting, here)))
