@@ -34,7 +34,7 @@ def extract(response: str) -> str | None:
     bare = text.strip()
     if len(bare) <= MAX_LENGTH and not is_prose(bare):
         return bare
-    last = re.split(r"[.!?]\s", text[-MAX_LENGTH:].strip())[-1]  # a number said after all formulas: 'it grows by 100%.'
+    last = re.split(r"[.!?]\$*\s", text[-MAX_LENGTH:].strip())[-1]  # a number said after all formulas: 'it grows by 100%.'
     return (None if "$" in last or "\\" in last.replace("\\%", "") else last_number(last)) or last_formula(text) or last_number(text)
 
 

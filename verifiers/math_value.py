@@ -311,25 +311,25 @@ def variables(tree: tuple) -> frozenset:
     return frozenset(names)
 
 
-def values_at_points(a: tuple, b: tuple, salt: str):
+def values_at_points(a: tuple, b: tuple, salt: str, evaluator=Evaluator):
     """(value of a, value of b) at each point where both have one: one point for constants, POINTS for variables."""
     number = POINTS if variables(a) or variables(b) else 1
     work = 0
     for point in range(number + 2 * (number > 1)):
-        evaluator = Evaluator(salt, point)
-        evaluator.work = work
+        at = evaluator(salt, point)
+        at.work = work
         try:
-            yield evaluator.value(a), evaluator.value(b)
+            yield at.value(a), at.value(b)
         except Undefined:
             pass
-        work = evaluator.work
+        work = at.work
 
 
-def same_value(a: tuple, b: tuple, salt: str = "") -> bool:
+def same_value(a: tuple, b: tuple, salt: str = "", evaluator=Evaluator) -> bool:
     """True if the two expressions have the same value wherever both have one. Raises NoValue for other trees."""
     needed = MIN_POINTS if variables(a) or variables(b) else 1
     seen = 0
-    for x, y in values_at_points(a, b, salt):
+    for x, y in values_at_points(a, b, salt, evaluator):
         if not close(x, y):
             return False
         seen += 1

@@ -1,0 +1,119 @@
+"""From a row's `dataset` field to its verifier.
+
+The names are those of the published Tülu 3 rows, in any case: gsm8k, math, ifeval, ifeval_old. 'ifeval' looks at the
+ground truth: `func_name` is the RLVR form that Tülu 3 carries under that name, `instruction_id` IFEval's own.
+"""
+
+from . import gsm8k, ifeval, ifeval_old, math
+from .math_extract import extract_reference
+from .math_equal import equal
+from .verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure, shown
+
+MODES = ("default", "reference", "tulu3")
+VERIFIERS = ("gsm8k", "math", "ifeval", "ifeval_old")
+
+
+def verify(
+    response: str,
+    ground_truth: object,
+    dataset: str | list[str],
+    mode: str = "default",
+    *,
+    loose: bool = False,
+    combine: str = "fraction",
+) -> Verdict:
+    """The verdict on one response. Total: for any `response` and any ground truth it returns, and it never raises.
+
+    response: the text of the policy, any str. ground_truth: of the row (a text, an object, or JSON). dataset: the row's
+    verifier; a list of names with a list of ground truths is judged one by one and the scores are *summed*, as
+    open-instruct e6c3044 does (the only case of a score above 1).
+    mode: 'default' (right), 'reference' (what open-instruct e6c3044 rewards), 'tulu3' (what it rewarded when Tülu 3 was
+    trained). IFEval only: loose (any of eight variants), combine 'fraction' or 'all' of a row's constraints.
+    A row that cannot be judged has status 'error', not a zero; `check` finds such rows beforehand. Same arguments,
+    same verdict: nothing depends on the clock, on load or on what was asked before.
+    """
+    if isinstance(dataset, (list, tuple)):
+        return verify_all(response, ground_truth, dataset, mode, loose=loose, combine=combine)
+    try:
+        name = verifier_name(dataset, ground_truth)
+        check_mode(mode)
+        if name == "gsm8k":
+            return gsm8k.verify(response, gsm8k_label(ground_truth), mode)
+        if len(response) > MAX_CHARACTERS:
+            return failed(f"too long: {len(response)} characters")
+        if name == "math":
+            return math.verify(response, math_label(ground_truth), mode)
+        if name == "ifeval_old":
+            return ifeval_old.verify(response, ground_truth, mode)
+        return ifeval.verify(response, ground_truth, "default" if mode == "default" else "reference", loose, combine)
+    except GroundTruthError as problem:
+        return error(str(problem))
+    except Exception as problem:  # the promise above outranks our own mistakes; counted and masked like any error
+        return error(f"{type(problem).__name__}: {shown(problem)}")
+
+
+def verify_all(response: str, ground_truths: object, datasets: list, mode: str, **options) -> Verdict:
+    """The sum over a row's verifiers; an error in one is an error of the row."""
+    if not isinstance(ground_truths, (list, tuple)) or len(ground_truths) != len(datasets) or not datasets:
+        return error(f"ground_truth: expected a list of {len(datasets)}, one for each of dataset")
+    verdicts = [verify(response, truth, name, mode, **options) for truth, name in zip(ground_truths, datasets)]
+    status = "error" if any(verdict.status == "error" for verdict in verdicts) else "ok"
+    reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in zip(datasets, verdicts))
+    return Verdict(sum(verdict.score for verdict in verdicts) if status == "ok" else 0.0, reasons, status)
+
+
+def check(dataset: str | list[str], ground_truth: object, mode: str = "default") -> None:
+    """Raises GroundTruthError (a ValueError), in one line, for a row that `verify` could not judge: an unknown verifier
+    (naming the nearest), a label without a number, constraints that do not exist, a missing extra."""
+    if isinstance(dataset, (list, tuple)):
+        if not isinstance(ground_truth, (list, tuple)) or len(ground_truth) != len(dataset) or not dataset:
+            raise GroundTruthError(f"ground_truth: expected a list of {len(dataset)}, one for each of dataset")
+        for name, truth in zip(dataset, ground_truth):
+            check(name, truth, mode)
+        return
+    name = verifier_name(dataset, ground_truth)
+    check_mode(mode)
+    if name == "gsm8k":
+        gsm8k_label(ground_truth)
+    elif name == "math":
+        if not extract_reference(math_label(ground_truth)).strip():
+            raise GroundTruthError("ground_truth: the boxed answer is empty")
+    elif name == "ifeval_old":
+        ifeval_old.parse(ground_truth, mode)
+    else:
+        ifeval.parse(ground_truth, "default" if mode == "default" else "reference")
+
+
+def verifier_name(dataset: object, ground_truth: object) -> str:
+    """One of VERIFIERS. Raises GroundTruthError."""
+    if not isinstance(dataset, str):
+        raise GroundTruthError(f"dataset: expected the name of a verifier, found {shown(dataset)}")
+    name = dataset.strip().lower()
+    if name not in VERIFIERS:
+        close = ifeval.nearest(name, VERIFIERS) or f" (known: {', '.join(VERIFIERS)})"
+        raise GroundTruthError(f"dataset: unknown verifier {shown(dataset)}{close}")
+    if name == "ifeval":
+        row = read_structure(ground_truth, "ground_truth")
+        return "ifeval_old" if isinstance(row, dict) and "func_name" in row else "ifeval"
+    return name
+
+
+def check_mode(mode: str) -> None:
+    if mode not in MODES:
+        raise GroundTruthError(f"mode: unknown {shown(mode)}{ifeval.nearest(mode, MODES)}; one of {', '.join(MODES)}")
+
+
+def gsm8k_label(ground_truth: object) -> str:
+    label = math_label(ground_truth)
+    if gsm8k.value(gsm8k.NUMBER.search(gsm8k.plain(label)[:4096])) is None:
+        raise GroundTruthError(f"ground_truth: no number in {shown(label)}")
+    return label
+
+
+def math_label(ground_truth: object) -> str:
+    """A label as text; a list of one is that one, as some published rows have it."""
+    if isinstance(ground_truth, list) and len(ground_truth) == 1:
+        ground_truth = ground_truth[0]
+    if isinstance(ground_truth, bool) or not isinstance(ground_truth, (str, int, float)) or not str(ground_truth).strip():
+        raise GroundTruthError(f"ground_truth: expected a text, found {shown(ground_truth)}")
+    return str(ground_truth)
