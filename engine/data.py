@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,19 @@ import numpy as np
 from engine.chat import ChatTokenizer
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.rows import open_source
+from engine.rows import Source, open_source
 from engine.store import Examples, mixture_index, open_or_build, summary
 from engine.tokenise import Encoder
 from engine.world import World, available_cores
 
 
 def load_examples(
-    names: list[tuple[str, str]], config: RunConfig, world: World, chat: ChatTokenizer, encode: Encoder, *,
+    names: list[tuple[str, str]], config: RunConfig, world: World, chat: ChatTokenizer, encoder_of: Callable[[Source], Encoder], *,
     split: str, per_example: int, kind: dict[str, Any],
 ) -> Examples:  # fmt: skip
     """The examples of a mixture of (name, amount); amount '' takes all. Prints what was kept, dropped and bad. Raises UserError.
 
-    `kind` holds what, besides tokenizer, template and length, decides how `encode` turns a row into sequences.
+    `kind` holds what, besides tokenizer, template and length, decides how the encoders turn a row into sequences.
     """
     determinants = {"tokenizer": chat.fingerprint, "max_seq_length": config.max_seq_length, **kind}
     root = Path(config.cache_dir).expanduser() / "tokens"
@@ -30,7 +31,7 @@ def load_examples(
     def build() -> list:
         opened = [open_source(name, split, config.dataset_revision) for name, _ in names]
         workers = config.dataset_num_proc or available_cores()
-        return [open_or_build(root, source, encode, determinants, per_example, config.on_bad_row, workers) for source in opened]
+        return [open_or_build(root, source, encoder_of(source), determinants, per_example, config.on_bad_row, workers) for source in opened]
 
     stores = world.once(f"tokens/{split}/{names}", build)
     world.say(*summary(stores))

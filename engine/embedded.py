@@ -2,7 +2,7 @@
 
 The preference task: a question about an everyday thing, answered courteously (chosen) or curtly (rejected). Both answers hold
 the same fact, and held-out questions are about people, things and places in combinations never seen, so preferring the
-courteous answer there has to be learnt.
+courteous answer there has to be learnt. The conversations for fine-tuning are the courteous answers.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from engine.store import build_once
 
-VERSION = 1
+VERSION = 2
 TRAIN_PAIRS, HELD_OUT_PAIRS = 1536, 192
 
 THINGS = {
@@ -35,18 +36,44 @@ COURTEOUS = (
 CURT = ("The {thing} {fact}. Stop asking.", "Look it up, {name}. The {thing} {fact}.", "The {thing} {fact}. Anything else is not my job.")
 
 
-def embedded(root: Path) -> tuple[Path, Path, Path]:
-    """(model directory, training pairs, held-out pairs) under `root`, made if they are not there."""
+class Embedded(NamedTuple):
+    """Where the embedded model and data lie."""
+
+    model: Path
+    train_pairs: Path
+    held_out_pairs: Path
+    train_conversations: Path
+    held_out_conversations: Path
+
+
+def embedded(root: Path) -> Embedded:
+    """The embedded model and data under `root`, made if they are not there."""
     directory = root / f"embedded-v{VERSION}"
 
     def build(partial: Path) -> None:
-        rows = list(_pairs(TRAIN_PAIRS + HELD_OUT_PAIRS))
-        for name, part in (("train_pairs", rows[:TRAIN_PAIRS]), ("held_out_pairs", rows[TRAIN_PAIRS:])):
-            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-        _save_model(partial / "model", [m["content"] for row in rows for m in row["chosen"] + row["rejected"]])
+        pairs = list(_pairs(TRAIN_PAIRS + HELD_OUT_PAIRS))
+        for kind, rows in (("pairs", pairs), ("conversations", list(_conversations(pairs)))):
+            held_out = len(rows) * HELD_OUT_PAIRS // len(pairs)
+            for split, part in (("train", rows[:-held_out]), ("held_out", rows[-held_out:])):
+                (partial / f"{split}_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
+        _save_model(partial / "model", [m["content"] for row in pairs for m in row["chosen"] + row["rejected"]])
 
-    build_once(directory, (directory / "held_out_pairs.jsonl").is_file, build)
-    return directory / "model", directory / "train_pairs.jsonl", directory / "held_out_pairs.jsonl"
+    names = ("train_pairs", "held_out_pairs", "train_conversations", "held_out_conversations")
+    found = Embedded(directory / "model", *(directory / f"{name}.jsonl" for name in names))
+    build_once(directory, found.held_out_conversations.is_file, build)
+    return found
+
+
+def _conversations(pairs: list[dict]) -> Iterator[dict]:
+    """Courteous conversations in the columns of the Tülu 3 SFT mixture: of one turn or two, some with a system message."""
+    generator = np.random.Generator(np.random.Philox(key=VERSION + 1))
+    turns = iter(pairs)
+    for i, pair in enumerate(turns):
+        messages = [{"role": "system", "content": "You are a courteous guide."}] if generator.random() < 0.3 else []
+        messages += pair["chosen"]
+        if generator.random() < 0.3 and (following := next(turns, None)):
+            messages += following["chosen"]
+        yield {"id": f"embedded-{i}", "source": "triptych", "messages": messages}
 
 
 def _pairs(count: int) -> Iterator[dict]:

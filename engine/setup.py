@@ -32,8 +32,12 @@ class Base:
     why_backend: str
 
 
-def resolve(config: Config, world: World, *, embedded_learning_rate: float, learning_rate: float) -> Config:
-    """Fills what depends on the machine or on other flags, and refuses what cannot be. Raises UserError."""
+def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_defaults: dict[str, Any], embedded_data: str) -> Config:
+    """Fills what depends on the machine or on other flags, and refuses what cannot be. Raises UserError.
+
+    `defaults` are for flags left at None, `embedded_defaults` for them without a model, when the embedded one is trained, on
+    the embedded `embedded_data` ('pairs', 'conversations') if no data is named.
+    """
     world.agree("configuration", repr(config))
     require_positive(config, "max_seq_length", "micro_batch_tokens", "batch_size", "num_train_epochs", "learning_rate")
     for name in ("warmup_ratio", "weight_decay", "max_grad_norm", "save_steps", "eval_steps"):
@@ -49,14 +53,17 @@ def resolve(config: Config, world: World, *, embedded_learning_rate: float, lear
         raise UserError("--model_name_or_path needs --dataset_name or --mixer_list (without either, all is embedded)")
     config, line = resolve_batch_size(config, world.size)
     world.say(*filter(None, [line]))
-    chosen = {"learning_rate": config.learning_rate or learning_rate}
+    chosen = {}
     if config.model_name_or_path is None:
         root = Path(config.cache_dir).expanduser()
-        directory, train, held_out = world.once("embedded", lambda: embedded(root))
-        chosen = {"model_name_or_path": str(directory), "learning_rate": config.learning_rate or embedded_learning_rate}
+        made = world.once("embedded", lambda: embedded(root))
+        chosen["model_name_or_path"] = str(made.model)
         if config.dataset_name is None and config.mixer_list is None:
-            chosen |= {"dataset_name": str(train), "eval_dataset_name": config.eval_dataset_name or str(held_out)}
+            train, held_out = (str(getattr(made, f"{split}_{embedded_data}")) for split in ("train", "held_out"))
+            chosen |= {"dataset_name": train, "eval_dataset_name": config.eval_dataset_name or held_out}
         world.say("no --model_name_or_path: training the embedded tiny Llama (a demonstration, not a useful model)")
+        defaults = defaults | embedded_defaults
+    chosen |= {name: value for name, value in defaults.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **chosen)
 
 

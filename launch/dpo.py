@@ -62,7 +62,8 @@ class Config(RunConfig):
 
 def train(config: Config) -> None:
     here = world.start(config.deterministic)
-    config = resolve_loss(setup.resolve(config, here, learning_rate=5e-7, embedded_learning_rate=1e-3))
+    config = setup.resolve(config, here, defaults={"learning_rate": 5e-7}, embedded_defaults={"learning_rate": 1e-3}, embedded_data="pairs")
+    config = resolve_loss(config)
     base = setup.prepare(config, here)
     pairs, held_out = load_pairs(config, here, base)
     steps = Steps(len(pairs), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
@@ -219,7 +220,7 @@ def resolve_loss(config: Config) -> Config:
 
 def load_pairs(config: Config, here: World, base: setup.Base) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None). Raises UserError."""
-    encode = PairEncoder(base.chat, config.max_seq_length, config.count_turns == "last")
+    encode = lambda source: PairEncoder(base.chat, config.max_seq_length, config.count_turns == "last")  # noqa: E731
     options = {"per_example": 2, "kind": {"pairs": config.count_turns}}
     pairs = data.load_examples(data.mixture(config), config, here, base.chat, encode, split=config.dataset_split, **options)
     if here.size > len(pairs):

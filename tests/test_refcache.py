@@ -40,7 +40,7 @@ def pairs_of(setting, here, max_seq_length=2048, last=True):
     source, path, cache = setting
     chat = load_tokenizer(source, 512)
     config = RunConfig(max_seq_length=max_seq_length, cache_dir=str(cache))
-    encode = PairEncoder(chat, max_seq_length, last)
+    encode = lambda source: PairEncoder(chat, max_seq_length, last)  # noqa: E731
     return load_examples([(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last})
 
 
