@@ -121,8 +121,10 @@ class ChatTokenizer:
         else:
             encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids = np.array(encoding["input_ids"], np.int32)
-            # a token belongs to the turn in which its last character stands: the space that some vocabularies put before a word
-            mask = np.array([any(start < stop <= end for start, end in counted) for _, stop in encoding["offset_mapping"]], bool)
+            # A token belongs to the turn in which its last visible character stands: some vocabularies put the space before a word
+            # into its token, and some control tokens take along the newline behind them.
+            ends = [a + len(whole[a:b].rstrip()) if whole[a:b].strip() else b for a, b in encoding["offset_mapping"]]
+            mask = np.array([any(start < end <= stop for start, stop in counted) for end in ends], bool)
         if len(ids) and ids.max() >= self.vocab_size:
             raise BadRow(f"token id {ids.max()} is beyond the model's {self.vocab_size} embeddings")
         return ids[:max_length], mask[:max_length]

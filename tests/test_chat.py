@@ -238,18 +238,20 @@ def test_vocabularies_that_add_a_space(style, kind):
 
 
 def test_an_end_of_turn_that_eats_what_follows(tmp_path):
-    """rstrip=True: the token takes the newline behind it along, which tokenising by turns would not see."""
+    """rstrip=True: a control token takes along the white space behind it, which tokenising by turns would not see."""
     backend = byte_level()
-    backend.add_special_tokens([AddedToken("<|stop|>", rstrip=True, special=True)])
+    backend.add_special_tokens([AddedToken(name, rstrip=True, special=True) for name in ("<|stop|>", "<|model|>")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|stop|>")
-    tokenizer.chat_template = STYLES["chatml"][0].replace("<|eot|>", "<|stop|>")
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|model|>\n' if m.role == 'assistant' else 'user\n' }}{{ m.content }}<|stop|>\n{% endfor %}"
     tokenizer.save_pretrained(tmp_path)
     chat = load_tokenizer(tmp_path, 1000)
-    ids, mask = chat.encode([USER, BOT, USER, BOT], 1000, False)
-    whole = chat.render([USER, BOT, USER, BOT])
-    assert ids.tolist() == chat.tokenizer(whole, add_special_tokens=False)["input_ids"]
-    assert len(ids) < len(make("chatml").encode([USER, BOT, USER, BOT], 1000, False)[0])
-    assert chat.tokenizer.decode(ids[mask], skip_special_tokens=False) == "It is one.<|stop|>" * 2
+    messages = [USER, BOT, USER, BOT | {"content": "\n\n It is one."}]
+    ids, mask = chat.encode(messages, 1000, False)
+    assert ids.tolist() == chat.tokenizer(chat.render(messages), add_special_tokens=False)["input_ids"]
+    stop, model = chat.tokenizer.convert_tokens_to_ids(["<|stop|>", "<|model|>"])
+    assert [mask[i] for i in np.flatnonzero(ids == stop)] == [False, True, False, True]
+    assert not mask[ids == model].any()
+    assert [text.strip() for text in chat.tokenizer.decode(ids[mask & (ids != stop)]).split("It is")] == ["", "one.", "one."]
 
 
 # --- conversations that are refused -------------------------------------------------------------------------------------------
