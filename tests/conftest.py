@@ -20,8 +20,8 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
-def embedded_dir(tmp_path_factory) -> tuple[Path, Path, Path]:
-    """(model directory, training pairs, held-out pairs) of the embedded default."""
+def embedded_dir(tmp_path_factory):
+    """The embedded default: its model directory and data files, by name."""
     from engine.embedded import embedded
 
     return embedded(tmp_path_factory.mktemp("embedded"))

@@ -77,3 +77,28 @@ def tokenise_slowly() -> None:
         return original(*args)
 
     data.open_or_build = slow
+
+
+def dump_gradients() -> None:
+    """The reduced, unclipped gradients of the first step, whole, beside the run's metrics."""
+    import sys
+
+    import torch
+
+    from engine import optim
+
+    output_dir = sys.argv_of_stage[sys.argv_of_stage.index("--output_dir") + 1]
+    original = optim.step
+
+    def dumping(optimizer, *args, **options):
+        import gc
+
+        from engine.model import Policy
+
+        (policy,) = (o for o in gc.get_objects() if isinstance(o, Policy))
+        gradients = {name.removeprefix("lm."): p.grad.full_tensor() for name, p in policy.named_parameters()}
+        if os.environ["RANK"] == "0":
+            torch.save(gradients, f"{output_dir}/gradients.pt")
+        return original(optimizer, *args, **options)
+
+    optim.step = dumping

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "launch.dpo"])
+context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "launch.dpo", "launch.sft"])
 
 
 @dataclass
@@ -40,6 +40,7 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
     from engine import config, world
 
     stage = importlib.import_module(module)
+    sys.argv_of_stage = argv  # for hooks
     hook = environment.get("TRIPTYCH_TEST_HOOK")
     if hook:
         name, function = hook.rsplit(":", 1)
