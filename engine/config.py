@@ -153,11 +153,11 @@ def _parser(config_class: type, flags: dict[str, _Flag]) -> argparse.ArgumentPar
     group = parser.add_argument_group("general")
     group.add_argument("-h", "--help", action="help", help="this page")
     group.add_argument("--config", metavar="FILE", help="a YAML file of the flags below, as `name: value` lines; the command line wins")
-    common = {f.name for f in fields(RunConfig)}
+    common = {f.name: f.metadata["heading"] for f in fields(RunConfig) if f.metadata["help"]}
     group = parser.add_argument_group("this stage")
     for f in sorted(flags.values(), key=lambda f: f.name in common):  # the stage's own first
-        if f.heading:
-            group = parser.add_argument_group(f.heading)
+        if heading := common.get(f.name, f.heading):  # a stage may redefine a common flag: it stays where it is
+            group = parser.add_argument_group(heading)
         options: dict[str, Any] = {"dest": f.name, "nargs": "?" if f.type is bool else "+" if f.many else None}
         if f.type is bool:
             options["const"] = "true"
