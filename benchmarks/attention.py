@@ -183,6 +183,7 @@ def _flex(stream: Stream) -> tuple[Callable, object]:
 @dataclass(frozen=True)
 class Candidate:
     attend: Attend
+    compiles: bool = False
     padded: bool = False  # takes and returns (S, N, L, H), padded to the longest, instead of the stream
 
 
@@ -190,7 +191,7 @@ CANDIDATES = {
     **{name: Candidate(backend(name)) for name in attention.BACKENDS},
     "sdpa padded": Candidate(padded, padded=True),
     "sdpa block mask": Candidate(block_mask),
-    "flex": Candidate(flex),
+    "flex": Candidate(flex, compiles=True),
 }
 
 
@@ -211,7 +212,7 @@ def case_of(candidate: Candidate, inputs: list[Tensor], stream: Stream) -> Case:
     *qkv, out_grad = inputs
     if candidate.padded:
         qkv, out_grad = [pad(x, stream).requires_grad_() for x in qkv], pad(out_grad, stream)
-    return Case(lambda: candidate.attend(*qkv, stream), lambda out: torch.autograd.grad(out, qkv, out_grad))
+    return Case(lambda: candidate.attend(*qkv, stream), lambda out: torch.autograd.grad(out, qkv, out_grad), compiles=candidate.compiles)
 
 
 def errors(candidate: Candidate, inputs: list[Tensor], stream: Stream) -> dict[str, float]:

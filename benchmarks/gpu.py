@@ -33,7 +33,7 @@ TINY = LLAMA_1B | {"hidden_size": 64, "intermediate_size": 128, "num_hidden_laye
 
 # one line a stage: its module and its own flags; each runs as it is, and with --compile
 STAGES = {
-    "launch.dpo": ["--batch_size", "32", "--learning_rate", "1e-6"],
+    "launch.dpo": ["--learning_rate", "1e-6"],
 }
 
 
@@ -70,9 +70,11 @@ class Runner:
             )  # fmt: skip
             try:
                 status, note = process.wait(limit), ""
-            except subprocess.TimeoutExpired:
+            except BaseException as error:
                 os.killpg(process.pid, signal.SIGKILL)
                 status, note = process.wait(), f"stopped after {limit:.0f} s"
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
         text = log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
         print("\n".join([line for line in text.splitlines() if line.strip()][-tail:]), flush=True)
         note = note or ("" if status == 0 else f"exit status {status}, see {log.name}")
@@ -113,10 +115,10 @@ def run_stage(runner: Runner, module: str, flags: list[str], directory: Path, co
     """A few steps; figures are medians of the second half of them, past compilation and the allocator's growth."""
     name = f"{module.split('.')[1]} {'compiled' if compiled else 'eager'}"
     output = directory / name.replace(" ", "_")
-    steps, length, tokens = ("4", "256", "1024") if rehearse else ("8", "2048", "16384")
+    steps, length, tokens, batch = (2, 256, 1024, 4) if rehearse else (8, 2048, 16384, 32)
     common = {
         "model_name_or_path": directory / "model", "dataset_name": directory / "pairs.jsonl", "output_dir": output, "cache_dir": directory / "cache",
-        "max_steps": steps, "max_seq_length": length, "micro_batch_tokens": tokens, "dtype": "bfloat16", "resume": "never",
+        "max_steps": steps, "max_seq_length": length, "micro_batch_tokens": tokens, "batch_size": batch, "dtype": "bfloat16", "resume": "never",
     }  # fmt: skip
     words = [word for key, value in common.items() for word in (f"--{key}", str(value))]
     part = runner(name, ["-m", module, *words, *flags, *(["--compile"] if compiled else [])], 150, tail=8)
@@ -129,15 +131,16 @@ def run_stage(runner: Runner, module: str, flags: list[str], directory: Path, co
             "peak GiB": f"{max(row['perf/peak_memory_gib'] for row in rows):.1f}", "first loss": f"{rows[0]['loss']:.4f}",
             "steps": len(rows),
         }  # fmt: skip
-    if part.ok and len(rows) != int(steps):
+    if part.ok and len(rows) != steps:
         part.ok, part.note = False, f"{len(rows)} of {steps} steps in metrics.jsonl"
     return part
 
 
 def _metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of optimizer steps (not those of evaluations)."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return [row for row in map(json.loads, lines) if "perf/mfu" in row]
+    """The rows of optimizer steps (not those of evaluations, nor the torn line of a run that was stopped)."""
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}\n")]
+    return [row for row in rows if "perf/mfu" in row]
 
 
 def run_tests(runner: Runner) -> Part:

@@ -186,7 +186,7 @@ def case_of(variant: Variant, p: Problem) -> Case:
     leaves = (p.hidden_TD, p.weight_VD)
     if not variant.backward:
         return Case(torch.no_grad()(lambda: variant.loss(p)))
-    return Case(lambda: variant.loss(p), lambda loss: torch.autograd.grad(loss, leaves))
+    return Case(lambda: variant.loss(p), lambda loss: torch.autograd.grad(loss, leaves), compiles=variant.compiles)
 
 
 def products(p: Problem) -> tuple[Case, float]:

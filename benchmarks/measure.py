@@ -45,6 +45,7 @@ class Case:
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
     before: Callable[[], None] | None = None
+    compiles: bool = False  # its first run may be slow for that alone
 
 
 @dataclass(frozen=True)
@@ -70,16 +71,19 @@ def spread(values: Sequence[float]) -> float:
 
 
 def take_turns(cases: dict[str, Case], device: torch.device, seconds: float) -> dict[str, Times | str]:
-    """Times of every case, `seconds` of runs each (at least three; one where it alone takes twice that), or one line saying why not."""
+    """Times of every case, `seconds` of runs each (at least three; one where that takes twice as long), or one line saying why not."""
     results: dict[str, Times | str] = {}
     runs: dict[str, int] = {}
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
     for name, case in cases.items():
         try:
-            first = sum(_once(case, device, flush))  # also pays for page faults, thread pools and compilation
-            fast = first if first > 2 * seconds else min(sum(_once(case, device, flush)) for _ in range(3 if device.type == "cuda" else 1))
-            runs[name] = 1 if fast > 2 * seconds else max(3, min(MAX_RUNS, round(seconds / fast)))
+            first = _once(case, device, flush)  # also pays for page faults, thread pools and compilation
+            slow = sum(first) > 2 * seconds
+            fast = sum(first) if slow else min(sum(_once(case, device, flush)) for _ in range(3 if device.type == "cuda" else 1))
+            runs[name] = 1 if slow else max(3, min(MAX_RUNS, round(seconds / fast)))
             results[name] = Times()
+            if sum(first) > 10 * seconds and not case.compiles:  # nothing that a warm-up saves shows in a run this long: it is the measurement
+                runs[name], results[name] = 0, Times([first[0]], [first[1]])
         except Exception as error:  # a candidate may fail in any way, and the others must still be measured
             results[name] = reason(error)
             _free(device)
