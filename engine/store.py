@@ -2,9 +2,9 @@
 
 A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end, `offsets`
 (int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address), `counts`
-(int32: trained tokens of each sequence), and a header.json. It is built under a temporary name and renamed when complete, so a killed build leaves nothing that is read, and
-under a lock, so that runs that start together build it once. A damaged one is named and built again; what a row reads is
-compared with its key.
+(int32: trained tokens of each sequence), and a header.json. It is built under a temporary name and renamed when complete, so a
+killed build leaves nothing that is read, and under a lock, so that runs that start together build it once. A damaged one is
+named and built again; what is read of an example is compared with its keys.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ class TokenStore:
             self.keys = _map(directory / "keys", np.dtype("V16"))
             self.counts = _map(directory / "counts", np.int32)
             sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
+            same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
+            whole_examples = len(self.keys) % self.per_example == 0
+            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list")]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise Damaged(str(error)) from None
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
-        same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
-        if not rising or len(sizes) > 1 or len(same) > 1:
+        if not rising or not whole_examples or len(sizes) > 1 or len(same) > 1:
             raise Damaged("its arrays do not fit together")
 
     def __len__(self) -> int:
@@ -60,7 +62,8 @@ class TokenStore:
         first = example * self.per_example
         bounds = self.offsets[first : first + self.per_example + 1]
         found = [(self.ids[a:b], self.mask[a:b]) for a, b in pairwise(bounds)]
-        if any(sequence_key(*sequence) != key.tobytes() for sequence, key in zip(found, self.example_keys(example), strict=True)):
+        expected = zip(self.example_keys(example), self.counts[first : first + self.per_example], strict=True)
+        if [(sequence_key(ids, mask), mask[1:].sum()) for ids, mask in found] != [(key.tobytes(), count) for key, count in expected]:
             raise UserError(f"{self.directory}: damaged at example {example}: delete it, it will be made again")
         return found
 
