@@ -1,6 +1,7 @@
 """Triptych beside TRL on the same model, rows, order and schedule: losses step by step, seconds a step, peak memory.
 
     python -m benchmarks.against_trl dpo [--steps 8 --batch_size 8 --hidden 256 --layers 6 --vocab 32000 --data FILE]
+    python -m benchmarks.against_trl sft ...
 
 Each side runs in a process of its own, in float32 on one thread. Seconds are the process's CPU seconds (these machines are
 shared) of steps after the first two; memory is the peak resident set over what the imports took. TRL runs as it is best for
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import subprocess
@@ -19,7 +21,9 @@ import tempfile
 import time
 from pathlib import Path
 
-DATA = {"dpo": Path("../shared/data/preferences/gsm8k_model_solutions.jsonl")}
+DATA = {"dpo": Path("../shared/data/preferences/gsm8k_model_solutions.jsonl"), "sft": Path("../shared/data/sft/gsm8k_train.jsonl")}
+# Tülu's template with the marks from which TRL takes its assistant mask
+MARKED = "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
 LEARNING_RATE, WARMUP_RATIO, SEED = 1e-4, 0.25, 1
 
 
@@ -46,17 +50,18 @@ def make_inputs(args: argparse.Namespace) -> None:
     from engine.embedded import embedded
     from engine.store import Steps
 
-    source, train, _ = embedded(args.root)
+    made = embedded(args.root)
     torch.manual_seed(0)
     config = LlamaConfig(
         hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=2,
         vocab_size=args.vocab, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(args.root / "model")
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    tokenizer = AutoTokenizer.from_pretrained(made.model)
     tokenizer.chat_template = TULU_TEMPLATE
     tokenizer.save_pretrained(args.root / "model")
-    data = args.data or (DATA[args.stage] if DATA[args.stage].is_file() else train)
+    embedded_data = {"dpo": made.train_pairs, "sft": made.train_conversations}[args.stage]
+    data = args.data or (DATA[args.stage] if DATA[args.stage].is_file() else embedded_data)
     shutil.copy(data, args.root / "rows.jsonl")
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     steps = Steps(len(lines), args.batch_size, 1, args.steps, SEED)
@@ -85,11 +90,12 @@ class Meter:
 
 
 def ours(args: argparse.Namespace) -> dict:
-    import launch.dpo as stage
-    from engine import config, log, optim
+    import importlib
 
-    meter = Meter()
-    step, row = optim.step, log.Throughput.row
+    from engine import config, log
+
+    stage = importlib.import_module(f"launch.{args.stage}")
+    meter, row = Meter(), log.Throughput.row
 
     def timed_row(self):
         meter.stop()
@@ -102,10 +108,9 @@ def ours(args: argparse.Namespace) -> dict:
     flags = {
         "model_name_or_path": args.root / "model", "dataset_name": args.root / "rows.jsonl", "output_dir": args.root / "ours", "seed": SEED,
         "cache_dir": args.root / "cache", "batch_size": args.batch_size, "max_steps": args.steps, "learning_rate": LEARNING_RATE,
-        "warmup_ratio": WARMUP_RATIO, "max_seq_length": args.max_length, "micro_batch_tokens": 8192,
-    }  # fmt: skip
+        "warmup_ratio": WARMUP_RATIO, "max_seq_length": args.max_length, "micro_batch_tokens": 8192, "num_train_epochs": 1,
+    } | ({"sample_tokens": 0} if args.stage == "sft" else {})  # fmt: skip
     stage.train(config.parse(stage.Config, [w for k, v in flags.items() for w in (f"--{k}", str(v))]))
-    assert step is optim.step
     lines = (args.root / "ours" / "metrics.jsonl").read_text().splitlines()
     return meter.result([r for r in map(json.loads, lines) if "loss" in r])
 
@@ -114,11 +119,9 @@ def trl(args: argparse.Namespace) -> dict:
     import torch
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    class InOrder(DPOTrainer):
-        def _get_train_sampler(self, dataset=None):
-            return torch.utils.data.SequentialSampler(dataset if dataset is not None else self.train_dataset)
+    from engine.chat import TULU_TEMPLATE
 
     meter, rows = Meter(), []
 
@@ -134,15 +137,28 @@ def trl(args: argparse.Namespace) -> dict:
                 rows.append(logs)
 
     model = AutoModelForCausalLM.from_pretrained(args.root / "model", dtype=torch.float32)
-    data = load_dataset("json", data_files=str(args.root / "ordered.jsonl"), split="train").select_columns(["chosen", "rejected"])
+    tokenizer = AutoTokenizer.from_pretrained(args.root / "model")
     common = {
         "output_dir": str(args.root / "trl"), "max_steps": args.steps, "per_device_train_batch_size": args.batch_size, "max_length": args.max_length,
-        "learning_rate": LEARNING_RATE, "warmup_steps": -(-int(args.steps * WARMUP_RATIO * 1000) // 1000), "lr_scheduler_type": "linear",
+        "learning_rate": LEARNING_RATE, "warmup_steps": math.ceil(args.steps * WARMUP_RATIO), "lr_scheduler_type": "linear",
         "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "logging_steps": 1, "save_strategy": "no",
         "disable_tqdm": True, "max_grad_norm": 1.0, "weight_decay": 0.0, "seed": SEED,
     }  # fmt: skip
-    config = DPOConfig(**common, loss_type=["sigmoid_norm"], beta=5.0, precompute_ref_log_probs=True, precompute_ref_batch_size=args.batch_size)
-    tokenizer = AutoTokenizer.from_pretrained(args.root / "model")
+    if args.stage == "dpo":
+        trainer_class, columns = DPOTrainer, ["chosen", "rejected"]
+        size = args.batch_size
+        config = DPOConfig(**common, loss_type=["sigmoid_norm"], beta=5.0, precompute_ref_log_probs=True, precompute_ref_batch_size=size)
+    else:
+        trainer_class, columns = SFTTrainer, ["messages"]
+        tokenizer.chat_template = TULU_TEMPLATE.replace("{{ '<|assistant|>\n' + message['content'] + eos_token }}", MARKED)
+        assert "generation" in tokenizer.chat_template
+        config = SFTConfig(**common, assistant_only_loss=True)
+
+    class InOrder(trainer_class):
+        def _get_train_sampler(self, dataset=None):
+            return torch.utils.data.SequentialSampler(dataset if dataset is not None else self.train_dataset)
+
+    data = load_dataset("json", data_files=str(args.root / "ordered.jsonl"), split="train").select_columns(columns)
     trainer = InOrder(model=model, args=config, train_dataset=data, processing_class=tokenizer, callbacks=[Record()])
     trainer.train()
     trainer.model.save_pretrained(args.root / "trl")
@@ -179,14 +195,12 @@ def main() -> None:
             results[side] = json.loads((args.root / f"{side}.json").read_text())
         apart = distance_of_weights(args.root)
     worst = 0.0
-    print(f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'accuracy ours':>14} {'accuracy TRL':>13} {'norm ours':>10} {'norm TRL':>10}")
+    print(f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'norm ours':>10} {'norm TRL':>10}" + "  accuracy ours, TRL" * (args.stage == "dpo"))
     for a, b in zip(results["ours"]["rows"], results["trl"]["rows"], strict=True):
-        theirs = {k: float(b[k]) for k in ("loss", "grad_norm", "rewards/accuracies")}  # its margins are of sums, ours of means
-        worst = max(worst, abs(a["loss"] - theirs["loss"]) / abs(theirs["loss"]))
-        print(
-            f"{a['step']:>4} {a['loss']:12.7f} {theirs['loss']:12.7f} {a['rewards/accuracies']:14.3f} {theirs['rewards/accuracies']:13.3f} "
-            f"{a['grad_norm']:10.5f} {theirs['grad_norm']:10.5f}"
-        )
+        worst = max(worst, abs(a["loss"] - float(b["loss"])) / abs(float(b["loss"])))
+        # TRL logs margins of sums where ours are of the means that the loss sees: only their sign is comparable
+        accuracy = f"  {a['rewards/accuracies']:.3f} {float(b['rewards/accuracies']):.3f}" if args.stage == "dpo" else ""
+        print(f"{a['step']:>4} {a['loss']:12.7f} {float(b['loss']):12.7f} {a['grad_norm']:10.5f} {float(b['grad_norm']):10.5f}{accuracy}")
     speed = results["trl"]["seconds"] / results["ours"]["seconds"]
     memory = results["ours"]["peak_bytes"] / results["trl"]["peak_bytes"]
     print(f"\nlargest relative difference of losses {worst:.1e}; weights apart by {apart:.1e} of the way travelled")
