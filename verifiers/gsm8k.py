@@ -36,7 +36,8 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     expected = value(NUMBER.search(plain(str(ground_truth))[:4096]))
     if expected is None or is_blank(response):
         return failed("empty response" if expected is not None else f"no number in the label {shown(ground_truth)}")
-    tail = plain(tail_with_digit(response).split("</think>")[-1])
+    tail = tail_with_digit(response).split("</think>")[-1]
+    tail = plain(tail) if has_digit(tail) else ""
     match, hedged = declared(tail)
     if hedged:
         return failed(f"two answers: {shown(hedged)}")
@@ -48,17 +49,18 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
 
 
 def tail_with_digit(text: str) -> str:
-    """A tail of `text` that holds its last digit and starts at white space, so that 10 MB cost what 8 KB do.
-
-    No number spans white space, so the last number of the tail is that of the text (within 256 Ki characters).
-    """
-    for size in (1 << 13, 1 << 18):
+    """A tail of `text` that holds its last number whole, so that 10 MB cost what 8 KB do (numbers end 32 Ki from its end)."""
+    for size in (1 << 12, 1 << 15):
         if len(text) <= size:
             return text
-        tail = (text[-size:].split(None, 1) + [""])[1]
-        if re.search(r"\d", tail):
-            return tail
-    return text[-size:]
+        tail = text[-size:].lstrip("0123456789,.+-")  # the cut may have gone through a number
+        if has_digit(tail):
+            break
+    return tail
+
+
+def has_digit(text: str) -> bool:
+    return any(digit in text for digit in "0123456789") or not text.isascii() and re.search(r"\d", text) is not None
 
 
 def plain(text: str) -> str:

@@ -94,7 +94,8 @@ def verify_bullet_points(text, N: int):
 
 def validate_title(text):
     """<<...>> within a line; nothing need be between."""
-    return any(0 <= (start := line.find("<<")) and line.find(">>", start + 2) >= 0 for line in text.split("\n"))
+    lines = text.split("\n") if "<<" in text else ()
+    return any(0 <= (start := line.find("<<")) and line.find(">>", start + 2) >= 0 for line in lines)
 
 
 def validate_choice(text, options: list | str):
@@ -104,7 +105,7 @@ def validate_choice(text, options: list | str):
 
 def validate_highlighted_sections(text, N: int):
     """*...* within a line, from any asterisk to the next: **bold** is two, '****' is two."""
-    return sum(line.count("*") // 2 for line in text.split("\n")) >= N
+    return sum(line.count("*") // 2 for line in text.split("\n") if "*" in line) >= N
 
 
 def validate_sections(text, N: int, section_splitter: str):

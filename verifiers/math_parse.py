@@ -231,7 +231,12 @@ class Parser:
                 self.at += 1
             return ("text", " ".join(words))
         if kind == "command":
-            return self.command(value)
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise Unparseable("nested too deep")
+            tree = self.command(value)
+            self.depth -= 1
+            return tree
         if kind == "mark":
             return self.bracket(value)
         raise Unparseable("the text ends too early")

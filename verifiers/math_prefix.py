@@ -229,7 +229,12 @@ class PrefixParser:
             return ("fn", "abs", (tree,))
         if kind == "command" and value[1:] in FUNCTIONS | {"sqrt", "overline", "lfloor", "lceil"}:
             self.at += 1
-            return self.function(value[1:])
+            self.depth += 1
+            if self.depth > MAX_DEPTH:
+                raise Unparseable("nested too deep")
+            tree = self.function(value[1:])
+            self.depth -= 1
+            return tree
         return self.simple(applied=True)
 
     def simple(self, applied: bool = False) -> tuple:

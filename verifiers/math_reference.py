@@ -11,7 +11,7 @@ import re
 from .math_prefix import same_prefix
 from .verdict import Verdict, failed, passed, shown
 
-MAX_CANDIDATE = 20_000  # characters; longer ones are cut, the label being far shorter
+MAX_CANDIDATE = 6000  # characters; longer ones are cut, the label being far shorter
 HOPE = re.compile(r"[^\n] I hope it is correct[^\n]")
 SENTENCE = "Final Answer: The final answer is"
 INVALID = "[invalidanswer]"

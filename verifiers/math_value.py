@@ -19,7 +19,7 @@ MAX_BITS = 20_000  # of an exact numerator or denominator
 MAX_ARGUMENT = 10_000  # of exp, sin, gamma ...
 POINTS = 4
 MIN_POINTS = 2  # where a point falls on a pole it does not count
-MAX_WORK = 1_200  # operations on inexact numbers in one comparison
+MAX_WORK = 600  # operations on inexact numbers in one comparison
 
 context = mpmath.mp.clone()
 context.dps = DIGITS
@@ -228,7 +228,7 @@ class Evaluator:
         return result
 
     def count(self, result) -> None:
-        self.work += not exact(result)
+        self.work += 0 if exact(result) else 3
         if self.work > MAX_WORK:
             raise Undefined("too much work")
 

@@ -5,18 +5,23 @@ nothing for `silence` seconds (no verifier can be that slow; the clock never dec
 was at the status 'error', and is replaced; the rows that waited behind it are given to others.
 """
 
-import multiprocessing
 import os
+import pickle
+import subprocess
+import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
-from multiprocessing.connection import wait
+from importlib import import_module
+from multiprocessing.connection import Connection, Pipe, wait
 from typing import NamedTuple
 
-from .route import verify
 from .verdict import Verdict, error
 
 MAX_ERROR_RATE = 0.01
+MAX_REASON = 1000
+PIPE_BYTES = 32 * 1024  # unread by a worker; below what any pipe holds, so that a hung worker cannot block the sender
+MEMORY_GIB = 4  # of a worker, so that a mistake of ours costs a worker and not the host
 Row = tuple  # (response, ground_truth, dataset)
 
 
@@ -46,6 +51,8 @@ class Pool:
 
     workers: processes (default: the cores this process may use). mode, loose, combine: as for `verify`. in_flight: rows
     given to a worker before its answers are awaited (back-pressure: no more than workers x in_flight are ever copied).
+    judge: 'module:function' that takes a row and these options. The workers are fresh interpreters, not forks: a fork of a
+    process with threads or a CUDA context is unsafe, and they inherit neither the main module nor the environment.
     """
 
     def __init__(
@@ -57,12 +64,11 @@ class Pool:
         combine: str = "fraction",
         in_flight: int = 16,
         silence: float = 60.0,
-        judge=verify,
+        judge: str = "verifiers.route:verify",
     ):
         self.options = {"mode": mode, "loose": loose, "combine": combine}
         self.in_flight, self.silence, self.judge = in_flight, silence, judge
         self.killed = 0  # workers that died or were killed since the pool began
-        self._context = multiprocessing.get_context("forkserver" if os.name == "posix" else "spawn")
         count = workers or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
         self._workers = [self._start() for _ in range(count)]
 
@@ -97,7 +103,9 @@ class Pool:
                     if job is None:
                         drawn = True
                         break
-                    worker.send(job)
+                    if not worker.send(job):
+                        again.appendleft(job)
+                        break
             if not any(worker.waiting for worker in self._workers):
                 if drawn and not again and wanted not in done:
                     return
@@ -120,27 +128,40 @@ class Pool:
                 self._workers[i] = self._start()
 
     def _start(self) -> "_Worker":
-        return _Worker(self._context, self.judge, self.options)
+        return _Worker(self.judge, self.options)
 
 
 class _Worker:
-    def __init__(self, context, judge, options: dict):
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, judge, options), daemon=True)
-        self.process.start()
+    def __init__(self, judge: str, options: dict):
+        self.pipe, theirs = Pipe()
+        command = f"from verifiers.pool import serve; serve({theirs.fileno()}, {judge!r}, {options!r})"
+        environment = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONHASHSEED": "0"}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", command],
+            pass_fds=(theirs.fileno(),),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         theirs.close()
         self.waiting: dict[int, Row] = {}  # in the order they were sent, which is the order they are answered
+        self.unread: dict[int, int] = {}  # bytes of each
         self.heard = time.monotonic()
         self.dead = False
 
-    def send(self, job: tuple[int, Row]) -> None:
+    def send(self, job: tuple[int, Row]) -> bool:
+        """Give the worker a row; False if its pipe might be full. An idle worker reads, so it takes a row of any size."""
+        blob = pickle.dumps(job)
+        if self.waiting and sum(self.unread.values()) + len(blob) > PIPE_BYTES:
+            return False
         if not self.waiting:
             self.heard = time.monotonic()
-        self.waiting[job[0]] = job[1]
+        self.waiting[job[0]], self.unread[job[0]] = job[1], len(blob)
         try:
-            self.pipe.send(job)
+            self.pipe.send_bytes(blob)
         except OSError:
             self.dead = True
+        return True
 
     def receive(self, done: dict) -> None:
         try:
@@ -148,31 +169,35 @@ class _Worker:
         except (EOFError, OSError):
             self.dead = True
             return
-        done[number] = verdict
-        self.waiting.pop(number, None)
+        done[number] = Verdict(*verdict)
+        del self.waiting[number], self.unread[number]
         self.heard = time.monotonic()
 
     def end(self) -> None:
         self.pipe.close()
         self.process.kill()
-        self.process.join()
+        self.process.wait()
 
 
-def _serve(pipe, judge, options: dict) -> None:
-    """A worker's life: a row in, a verdict out. Bounded memory, so that a mistake of ours costs a worker, not the host."""
+def serve(fileno: int, judge: str, options: dict) -> None:
+    """A worker's life: a row in, a verdict out, until the pipe closes."""
     limit_memory()
+    module, _, function = judge.partition(":")
+    verify = getattr(import_module(module), function)
+    pipe = Connection(fileno)
     while True:
         try:
             number, row = pipe.recv()
         except (EOFError, OSError):
             return
-        pipe.send((number, judge(*row, **options)))
+        verdict = verify(*row, **options)
+        pipe.send((number, (verdict.score, verdict.reason[:MAX_REASON], verdict.status)))
 
 
-def limit_memory(gibibytes: int = 4) -> None:
+def limit_memory() -> None:
     try:
         import resource
 
-        resource.setrlimit(resource.RLIMIT_AS, (gibibytes << 30, gibibytes << 30))
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     except (ImportError, ValueError, OSError):
         pass

@@ -18,23 +18,23 @@ STARTERS = frozenset(
     "the this that these those he she it they we i you in on at but and so if when while there here what his her its "
     "their our my a an as for after before however meanwhile then one some many most no not".split()
 )
-END = re.compile(r"""(?P<word>[^\s.?!]*(?:\.[^\s.?!]+)*)(?P<stop>[.?!]+)(?P<closers>["')\]}*_»”’]*)(?=\s|$|[?!)";}\]*:@({\[])""")
+END = re.compile(r"""(?<![.?!])(?P<stop>[.?!]++)["')\]}*_»”’]*+(?=\s)""")
+MAX_WORD = 40
 NEXT_WORD = re.compile(r"""[\s"'(\[{*_«“‘]*([^\s.,;:?!"')\]}*]*)""")
 
 
-def count_sentences(text: str) -> int:
-    """The number of sentences of `text`. Source: the rules of Punkt (Kiss and Strunk 2006) as nltk applies them to
+def count_sentences(text: str, limit: int) -> int:
+    """The number of sentences of `text`, counted up to `limit`. Source: the rules of Punkt (Kiss and Strunk 2006) as nltk applies them to
     English: '?' and '!' always end one, a full stop does unless an abbreviation, an initial or an ellipsis carries it.
     """
     text = text.strip()
     count, start = 0, 0
     for match in END.finditer(text):
-        rest = match.end()
-        if rest == len(text):
-            break
-        if text[rest].isspace() and _ends_sentence(match, text):
+        if count >= limit:
+            return count
+        if _ends_sentence(match, text):
             count += 1
-            start = rest
+            start = match.end()
     return count + bool(text[start:].strip())
 
 
@@ -45,7 +45,8 @@ def _ends_sentence(match: re.Match, text: str) -> bool:
     after = NEXT_WORD.match(text, match.end())[1][:40]
     if len(stop) > 1:
         return after[:1].isupper() and after.lower() in STARTERS
-    word = match["word"].lstrip("\"'([{*_-«“‘").lower()
+    before = text[max(0, match.start() - MAX_WORD) : match.start()]
+    word = "" if before[-1:].isspace() else (before.split() or [""])[-1].lstrip("\"'([{*_-«“‘").lower()
     if word.replace(",", "").isdigit():
         return not after[:1].islower()
     if len(word) == 1 and word.isalpha():
@@ -60,6 +61,26 @@ FINAL_STOP = re.compile(r"(?<=[^.])\.(?=\s*$)")
 CLITIC = re.compile(r"(?<=[^'\s])('[sS]|'[mM]|'[dD]|'ll|'LL|'re|'RE|'ve|'VE|n't|N'T)(?=\s|$)")
 OPENING_QUOTE = re.compile(r"(?i)(?<!\w)'(?!(?:re|ve|ll|m|t|s|d|n)\b)(?=\w)")
 CONTRACTION = re.compile(r"(?i)\b(can(?=not\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\b)|lem(?=me\b)|wan(?=na\s)|d(?='ye\b))")
+
+
+BLOCK = 4000
+
+
+def count_capital_words(text: str, limit: int) -> int:
+    """The number of word tokens in capitals ('I', 'A1', 'U.S.'), counted up to about `limit`.
+
+    The text is cut into blocks, at white space where there is some, because no token spans it.
+    """
+    count = start = 0
+    while start < len(text) and count < limit:
+        end = start + BLOCK
+        space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
+        end = space + 1 if space > start and end < len(text) else end
+        block = text[start:end]
+        if block.lower() != block:
+            count += sum(token.isupper() for token in word_tokens(block))
+        start = end
+    return count
 
 
 def word_tokens(text: str) -> list[str]:
