@@ -74,10 +74,14 @@ def _installed(module: str) -> bool:
 
 def register(backend: str) -> str:
     """Registers packed attention on `backend` and returns the name for a model's `attn_implementation`."""
-    attend = {"sdpa": _sdpa, "eager": _eager, "varlen": _varlen}.get(backend) or _flash(backend)
-    AttentionInterface.register(NAME, _packed(attend))
+    AttentionInterface.register(NAME, packed(backend))
     AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     return NAME
+
+
+def packed(backend: str) -> Callable:
+    """Packed attention on `backend` as a function of AttentionInterface's signature, for who registers it within another."""
+    return _packed({"sdpa": _sdpa, "eager": _eager, "varlen": _varlen}.get(backend) or _flash(backend))
 
 
 def _packed(attend: Callable) -> Callable:

@@ -1,0 +1,6 @@
+"""Sampling from the policy: KV cache, batching, scheduling, weight hand-over. Start reading at sampler.py."""
+
+from rollout.choice import SamplingParams
+from rollout.sampler import Request, Rollout, Sampler
+
+__all__ = ["Request", "Rollout", "Sampler", "SamplingParams"]

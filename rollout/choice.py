@@ -1,0 +1,112 @@
+"""The choice of a token from logits: temperature, top-k, top-p, and Gumbel-max on two levels.
+
+    x_v    = z_v / temperature, or -inf where top-k or top-p leave v out
+    block  = argmax_b ( log sum_{v in b} exp x_v + G_tb )              blocks of about sqrt(V) consecutive tokens
+    token  = argmax_{v in block} ( x_v + G'_tv )
+
+which is exact, since P(block) P(token | block) = softmax(x); and which, like Gumbel-max on all of V, changes its mind only
+where two candidates are within rounding of each other (an inverse CDF adds up rounding over V). It needs 2 sqrt(V) noises
+instead of V: drawing V of them costs more than the model does on a CPU. The sums over blocks are the ones that the
+log-probability of the token needs anyway.
+
+A tokens sampled at once · V vocabulary · B blocks · I tokens of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rollout.noise import gumbel
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How to sample. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
+
+    A response ends with one of `stop_ids`, or with the token that completes one of `stop_strings` (finish_reason 'stop'), or
+    at `max_new_tokens` ('length'). The order of filters is the library's: temperature, top-k, top-p.
+    Raises ValueError for values that mean nothing. Left out: min-p, typical sampling, penalties (no recipe here uses them).
+    """
+
+    max_new_tokens: int = 64
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    stop_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+            raise ValueError(f"max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not {self}")
+        if isinstance(self.stop_strings, str) or "" in self.stop_strings:
+            raise ValueError(f"stop_strings must be a tuple of strings that are not empty, not {self.stop_strings!r}")
+
+
+def choose(logits_AV: Tensor, params: SamplingParams, keys_A: Tensor, positions_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, logprobs, logprobs_t1): a token per row, its log-probability under the distribution it was drawn from, and at temperature 1.
+
+    Args: logits (A, V) fp32, overwritten; keys (A) int64 from `response_key`; positions (A) int64, tokens already in the response.
+    Returns: (A) int64, (A) fp32, (A) fp32. Greedy draws from a point mass: its logprobs are 0, its logprobs_t1 the model's.
+    """
+    if params.temperature == 0:
+        tokens_A = logits_AV.argmax(-1)
+        logprobs_t1_A = _at(logits_AV, tokens_A) - _block_sums(logits_AV).logsumexp(-1)
+        return tokens_A, torch.zeros_like(logprobs_t1_A), logprobs_t1_A
+    plain = params.temperature == 1 and params.top_k == 0 and params.top_p == 1
+    if plain:
+        sums_AB = _block_sums(logits_AV)
+        tokens_A = _gumbel_max(logits_AV, sums_AB, keys_A, positions_A)
+        logprobs_A = _at(logits_AV, tokens_A) - sums_AB.logsumexp(-1)
+        return tokens_A, logprobs_A, logprobs_A
+    normaliser_t1_A = _block_sums(logits_AV).logsumexp(-1)
+    x_AV = _filtered(logits_AV / params.temperature, params.top_k, params.top_p)
+    sums_AB = _block_sums(x_AV)
+    tokens_A = _gumbel_max(x_AV, sums_AB, keys_A, positions_A)
+    return tokens_A, _at(x_AV, tokens_A) - sums_AB.logsumexp(-1), _at(logits_AV, tokens_A) - normaliser_t1_A
+
+
+def _at(x_AV: Tensor, tokens_A: Tensor) -> Tensor:
+    return x_AV.gather(1, tokens_A[:, None]).squeeze(1)
+
+
+def block_size(vocab: int) -> int:
+    """The power of two nearest above sqrt(V)."""
+    return 1 << max(0, (vocab - 1).bit_length() + 1) // 2
+
+
+def _block_sums(x_AV: Tensor) -> Tensor:
+    """log sum exp of every block, (A, B); the last block may be short."""
+    vocab = x_AV.shape[1]
+    size = block_size(vocab)
+    whole = vocab // size * size
+    sums_AB = x_AV[:, :whole].unflatten(1, (-1, size)).logsumexp(-1)
+    return sums_AB if whole == vocab else torch.cat([sums_AB, x_AV[:, whole:].logsumexp(-1, keepdim=True)], 1)
+
+
+def _gumbel_max(x_AV: Tensor, sums_AB: Tensor, keys_A: Tensor, positions_A: Tensor) -> Tensor:
+    """Noise of token v has the index v, noise of block b the index -1 - b."""
+    vocab, size = x_AV.shape[1], block_size(x_AV.shape[1])
+    blocks_B = -1 - torch.arange(sums_AB.shape[1], device=x_AV.device)
+    chosen_A1 = (sums_AB + gumbel(keys_A, positions_A, blocks_B)).argmax(-1, keepdim=True)
+    tokens_AI = chosen_A1 * size + torch.arange(size, device=x_AV.device)
+    inside_AI = x_AV.gather(1, tokens_AI.clamp(max=vocab - 1)).masked_fill(tokens_AI >= vocab, float("-inf"))
+    best_A1 = (inside_AI + gumbel(keys_A, positions_A, tokens_AI)).argmax(-1, keepdim=True)
+    return tokens_AI.gather(1, best_A1).squeeze(1)
+
+
+def _filtered(x_AV: Tensor, top_k: int, top_p: float) -> Tensor:
+    """-inf outside the k likeliest tokens, then outside the fewest likeliest that hold probability p; ties with the last one stay."""
+    if 0 < top_k < x_AV.shape[1]:
+        sorted_AV = x_AV.topk(top_k, dim=-1).values
+        x_AV = x_AV.masked_fill(x_AV < sorted_AV[:, -1:], float("-inf"))
+    elif top_p < 1:
+        sorted_AV = x_AV.sort(dim=-1, descending=True).values
+    if top_p < 1:
+        probs_AV = sorted_AV.softmax(-1)
+        before_AV = probs_AV.cumsum(-1) - probs_AV
+        last_A1 = (before_AV < top_p).sum(-1, keepdim=True).clamp(min=1) - 1
+        x_AV = x_AV.masked_fill(x_AV < sorted_AV.gather(1, last_A1), float("-inf"))
+    return x_AV

@@ -1,0 +1,312 @@
+"""The rollout engine against transformers' generate, the trainer's log-probs, scalar oracles and statistics."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from engine import model, world
+from engine.batch import micro_batch
+from rollout import Request, Rollout, Sampler, SamplingParams
+from rollout.choice import block_size, choose
+from rollout.noise import gumbel, response_key
+from tests import ranks
+from tests.families import FAMILIES, save_family
+
+FP32, VOCAB = torch.float32, 512
+LENGTHS = (5, 1, 23, 12, 2)  # beyond the window of 8, and a prompt of one token
+
+
+@pytest.fixture(scope="module")
+def here():
+    return world.start()
+
+
+@pytest.fixture(scope="module")
+def families(tmp_path_factory, embedded_dir, here):
+    """(directory, policy) of a family, made once."""
+    root, made = tmp_path_factory.mktemp("families"), {}
+
+    def get(name: str):
+        if name not in made:
+            directory = save_family(name, root / name, embedded_dir[0])
+            policy, _ = model.load(directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused")
+            made[name] = directory, policy
+        return made[name]
+
+    return get
+
+
+def make_sampler(families, here, name="llama", slots=3, max_length=64, **options) -> Sampler:
+    _, policy = families(name)
+    sampler = Sampler(policy.lm.config, policy, here, dtype=FP32, max_length=max_length, slots=slots, **options)
+    sampler.load(policy)
+    return sampler
+
+
+def prompts(lengths=LENGTHS, seed=3) -> list[np.ndarray]:
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    return [generator.integers(2, VOCAB, n) for n in lengths]
+
+
+def requests_of(lengths=LENGTHS, samples=1, **options) -> list[Request]:
+    return [Request(ids, example, sample, **options) for example, ids in enumerate(prompts(lengths)) for sample in range(samples)]
+
+
+def same(a: Rollout, b: Rollout) -> bool:
+    return (
+        a.response_ids.tolist() == b.response_ids.tolist()
+        and a.finish_reason == b.finish_reason
+        and (a.example, a.sample) == (b.example, b.sample)
+    )
+
+
+# --- against transformers and the trainer ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_is_generate(name, families, here):
+    """Token-identical, over mixed prompt lengths, early stops and two samples a prompt in three slots."""
+    directory, _ = families(name)
+    lm = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    expected, stops = [], set(range(0, VOCAB, 16))
+    for ids in prompts():
+        out = lm.generate(torch.as_tensor(ids)[None], max_new_tokens=14, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0)
+        expected.append(out[0, len(ids) :].tolist())
+    params = SamplingParams(max_new_tokens=14, temperature=0, stop_ids=tuple(stops))
+    rollouts = make_sampler(families, here, name).generate(requests_of(samples=2), params, seed=0, step=0)
+    assert [r.response_ids.tolist() for r in rollouts] == [ids for ids in expected for _ in range(2)]
+    assert [r.finish_reason for r in rollouts] == ["stop" if r.response_ids[-1] in stops else "length" for r in rollouts]
+
+
+def trainers_logprobs(policy, rollouts: list[Rollout]) -> list[np.ndarray]:
+    sequences = []
+    for r in rollouts:
+        mask = np.zeros(len(r.prompt_ids) + len(r.response_ids), bool)
+        mask[len(r.prompt_ids) :] = True
+        sequences.append((np.concatenate([r.prompt_ids, r.response_ids]), mask))
+    with torch.no_grad():
+        flat = policy(micro_batch(sequences, range(len(sequences)), torch.device("cpu"))).numpy()
+    policy.release()
+    return np.split(flat, np.cumsum([len(r.response_ids) for r in rollouts])[:-1])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_logprobs_are_the_trainers(name, families, here):
+    rollouts = make_sampler(families, here, name).generate(requests_of(samples=2), SamplingParams(max_new_tokens=14), seed=0, step=0)
+    for r, expected in zip(rollouts, trainers_logprobs(families(name)[1], rollouts), strict=True):
+        np.testing.assert_allclose(r.logprobs_t1, expected, atol=1e-5)
+        np.testing.assert_array_equal(r.logprobs, r.logprobs_t1)
+        assert r.logprobs.dtype == np.float32 and r.finish_reason == "length"
+
+
+def test_load_hands_over_new_weights_at_the_same_addresses(families, here, tmp_path, embedded_dir):
+    directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0])
+    policy, _ = model.load(directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused")
+    sampler = Sampler(policy.lm.config, policy, here, dtype=FP32, max_length=64, slots=4)
+    sampler.load(policy)
+    addresses = [p.data_ptr() for p in sampler.lm.parameters()]
+    before = sampler.generate(requests_of(), SamplingParams(max_new_tokens=8), seed=0, step=0)
+    with torch.no_grad():
+        for p in policy.parameters():
+            p.mul_(1.3)
+    sampler.load(policy)
+    assert addresses == [p.data_ptr() for p in sampler.lm.parameters()]
+    after = sampler.generate(requests_of(), SamplingParams(max_new_tokens=8), seed=0, step=0)
+    assert not all(same(a, b) for a, b in zip(before, after, strict=True))
+    for r, expected in zip(after, trainers_logprobs(policy, after), strict=True):
+        np.testing.assert_allclose(r.logprobs_t1, expected, atol=1e-5)
+
+
+# --- the same text whatever the layout --------------------------------------------------------------------------------------------
+
+
+def test_text_does_not_depend_on_slots_or_order(families, here):
+    params = SamplingParams(max_new_tokens=20, temperature=0.7, top_k=50, top_p=0.9, stop_ids=tuple(range(0, VOCAB, 16)))
+    wanted = requests_of(samples=4)
+    reference = make_sampler(families, here, slots=1).generate(wanted, params, seed=5, step=2)
+    assert len({tuple(r.response_ids) for r in reference}) > 15  # samples differ
+    for slots in (3, 64):
+        sampler = make_sampler(families, here, slots=slots)
+        assert all(map(same, sampler.generate(wanted, params, seed=5, step=2), reference))
+        order = np.random.Generator(np.random.Philox(key=1)).permutation(len(wanted))
+        for i, r in zip(order, sampler.generate([wanted[i] for i in order], params, seed=5, step=2), strict=True):
+            assert same(r, reference[i])
+    assert not any(map(same, sampler.generate(wanted, params, seed=5, step=3), reference))
+    assert not any(map(same, sampler.generate(wanted, params, seed=6, step=2), reference))
+
+
+def test_text_does_not_depend_on_the_world_size(tmp_path, embedded_dir):
+    """Two ranks that share the requests, from shards of tensors that do not divide evenly (511 rows), against one rank."""
+    directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0], vocab_size=511, intermediate_size=57)
+    for count in (1, 2):
+        argv = ["--directory", directory, "--output", tmp_path / f"{count}.json"]
+        result = ranks.launch(argv, count, module="tests.rollout_stage", log=tmp_path / f"{count}.log")
+        assert result.ok, result.output
+    alone, shared = ((tmp_path / f"{count}.json").read_text() for count in (1, 2))
+    assert alone == shared and len(alone) > 500
+
+
+def test_longest_expected_first_and_streaming(families, here):
+    wanted = [
+        Request(ids, i, max_new_tokens=n, expected_length=n) for i, (ids, n) in enumerate(zip(prompts(), (3, 9, 1, 6, 2), strict=True))
+    ]
+    order = [i for i, _ in make_sampler(families, here, slots=1).stream(wanted, SamplingParams(), seed=0, step=0)]
+    assert order == [1, 3, 0, 4, 2]
+    rollouts = make_sampler(families, here, slots=2).generate(wanted, SamplingParams(), seed=0, step=0)
+    assert [len(r.response_ids) for r in rollouts] == [3, 9, 1, 6, 2] and [r.example for r in rollouts] == list(range(5))
+
+
+def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch):
+    sampler = make_sampler(families, here, slots=3)
+    seen = []
+    inner = sampler._prefill
+    monkeypatch.setattr(sampler, "_prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot)))
+    sampler.generate(requests_of(samples=5), SamplingParams(max_new_tokens=6), seed=0, step=0)
+    assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts())
+
+
+# --- stops and errors -------------------------------------------------------------------------------------------------------------
+
+
+def test_stop_strings_end_with_the_token_that_completes_them(families, here):
+    decode = lambda ids: "".join(f"{i % 10}" for i in ids)
+    params = SamplingParams(max_new_tokens=60, stop_strings=("37", "911"))
+    sampler = make_sampler(families, here, slots=4, max_length=96, decode=decode)
+    rollouts = sampler.generate(requests_of(samples=4), params, seed=0, step=0)
+    free = sampler.generate(requests_of(samples=4), SamplingParams(max_new_tokens=60), seed=0, step=0)
+    assert {r.finish_reason for r in rollouts} >= {"stop"}
+    for r, whole in zip(rollouts, free, strict=True):
+        ends = [n for n in range(1, 61) if any(s in decode(whole.response_ids[:n]) for s in params.stop_strings)]
+        assert len(r.response_ids) == (ends[0] if ends else 60) and r.finish_reason == ("stop" if ends else "length")
+        assert r.response_ids.tolist() == whole.response_ids[: len(r.response_ids)].tolist()
+
+
+def test_bad_requests_get_one_line(families, here):
+    sampler = make_sampler(families, here)
+    with pytest.raises(ValueError, match="example 4: a prompt of 60 tokens and a response of 5 do not fit max_length 64"):
+        sampler.generate([Request(np.arange(60), 4)], SamplingParams(max_new_tokens=5), seed=0, step=0)
+    with pytest.raises(ValueError, match="example 0: a prompt of 0 tokens"):
+        sampler.generate([Request(np.zeros(0, np.int64), 0)], SamplingParams(max_new_tokens=5), seed=0, step=0)
+    with pytest.raises(ValueError, match="example 2: prompt ids beyond the vocabulary of 512"):
+        sampler.generate([Request(np.array([512]), 2)], SamplingParams(max_new_tokens=5), seed=0, step=0)
+    with pytest.raises(ValueError, match="decode"):
+        sampler.generate(requests_of(), SamplingParams(max_new_tokens=5, stop_strings=("x",)), seed=0, step=0)
+    assert len(sampler.generate([Request(np.arange(60), 4)], SamplingParams(max_new_tokens=4), seed=0, step=0)[0].response_ids) == 4
+    assert sampler.generate([], SamplingParams(), seed=0, step=0) == []
+    for bad in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"stop_strings": "text"}, {"temperature": math.nan}):
+        with pytest.raises(ValueError, match=r"stop_strings|max_new_tokens"):
+            SamplingParams(**bad)
+
+
+# --- noise and choice -------------------------------------------------------------------------------------------------------------
+
+
+def keys(count: int, seed=0) -> torch.Tensor:
+    return torch.tensor([response_key(seed, 0, example, 0) for example in range(count)])
+
+
+def test_noise_is_standard_gumbel_and_independent():
+    """Mean (Euler's constant), variance (pi^2 / 6), and correlations over positions, indices and responses, to five sigma."""
+    n = 400
+    noise = torch.stack([gumbel(keys(n), torch.full((n,), t), torch.arange(500)) for t in range(2)])  # (2, n, 500)
+    count = noise.numel()
+    variance = math.pi**2 / 6
+    assert abs(noise.mean().item() - 0.5772156649) < 5 * math.sqrt(variance / count)
+    assert abs(noise.var().item() - variance) < 5 * math.sqrt(4.4 * variance**2 / count)  # the kurtosis of a Gumbel is 5.4
+    unit = (noise - 0.5772156649) / math.sqrt(variance)
+    for a, b in ((unit[0], unit[1]), (unit[:, :, 1:], unit[:, :, :-1]), (unit[:, 1:], unit[:, :-1])):
+        assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
+    uniform = torch.exp(-torch.exp(-noise)).flatten()
+    counts = torch.histc(uniform.float(), 64, 0, 1).double()
+    assert ((counts - count / 64) ** 2 / (count / 64)).sum() < 63 + 5 * math.sqrt(2 * 63)
+
+
+def test_noise_is_a_function_of_its_name():
+    """Rows, order and shape of the call do not matter; the first values are fixed for ever."""
+    k, t, i = keys(4), torch.tensor([0, 1, 2, 3]), torch.arange(-3, 7)
+    whole = gumbel(k, t, i)
+    assert torch.equal(gumbel(k[2:3], t[2:3], i[4:6]), whole[2:3, 4:6])
+    assert torch.equal(gumbel(k.flip(0), t.flip(0), i), whole.flip(0))
+    assert len({response_key(*name) for name in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}) == 5
+    mask = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    for row in range(4):
+        stream = mix(int(k[row]) + (int(t[row]) + 1) * 0x9E3779B97F4A7C15 & mask)
+        for column, index in enumerate(i.tolist()):
+            u = ((mix(stream + (index + 1) * 0x9E3779B97F4A7C15 & mask) >> 11) + 0.5) / 2**53
+            assert math.isclose(whole[row, column].item(), -math.log(-math.log(u)), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(("temperature", "vocab"), [(1.0, 37), (0.6, 16), (1.7, 5)])
+def test_tokens_follow_the_softmax(temperature, vocab):
+    """Chi-square over 40000 responses, and over 40000 positions of one; blocks whole and short."""
+    z = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 2
+    n = 40000
+    params = SamplingParams(temperature=temperature)
+    for k, t in ((keys(n), torch.zeros(n, dtype=torch.int64)), (keys(1).expand(n), torch.arange(n))):
+        tokens, logprobs, _ = choose(z.expand(n, -1).clone(), params, k, t)
+        p = (z.double() / temperature).softmax(0)
+        counts = torch.bincount(tokens, minlength=vocab).double()
+        chi = ((counts - n * p) ** 2 / (n * p)).sum().item()
+        assert chi < vocab - 1 + 5 * math.sqrt(2 * (vocab - 1)) + 5
+        torch.testing.assert_close(logprobs, p.log()[tokens].float(), atol=1e-5, rtol=1e-5)
+
+
+def oracle(z: list[float], params: SamplingParams) -> dict[int, float]:
+    """The sampling distribution by hand: {token: probability}."""
+    x = [v / params.temperature for v in z]
+    order = sorted(range(len(x)), key=lambda v: -x[v])
+    kept = order[: params.top_k] if params.top_k else order
+    weights = [math.exp(x[v] - x[order[0]]) for v in kept]
+    probs, mass, chosen = [w / math.fsum(weights) for w in weights], 0.0, []
+    for v, p in zip(kept, probs, strict=True):
+        if mass >= params.top_p and chosen:
+            break
+        chosen.append((v, p))
+        mass += p
+    return {v: p / math.fsum(q for _, q in chosen) for v, p in chosen}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1, 5, 1), (1, 0, 0.8), (0.5, 7, 0.6), (1.5, 100, 0.95), (1, 1, 1), (1, 0, 1e-6), (2, 0, 1)]
+)
+def test_filters_against_a_scalar_oracle(temperature, top_k, top_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    z_RV = torch.randn(40, 83, generator=torch.Generator().manual_seed(1)) * 3
+    repeats = 64
+    keys_A, rows = keys(40 * repeats), torch.arange(40).repeat_interleave(repeats)
+    tokens, logprobs, logprobs_t1 = choose(z_RV[rows].clone(), params, keys_A, torch.zeros_like(keys_A))
+    for r in range(40):
+        p, whole = oracle(z_RV[r].double().tolist(), params), z_RV[r].double().log_softmax(0)
+        for token, lp, t1 in zip(*(x[rows == r].tolist() for x in (tokens, logprobs, logprobs_t1)), strict=True):
+            assert token in p, "a filtered token was drawn"
+            assert abs(lp - math.log(p[token])) < 1e-5 and abs(t1 - whole[token].item()) < 1e-5
+        likely = {v for v, q in p.items() if q > 0.2}
+        assert likely <= set(tokens[rows == r].tolist())
+
+
+def test_temperature_in_whole_responses(families, here):
+    """logprobs under temperature, top-k and top-p from the model's own logits, by hand."""
+    directory, _ = families("gemma2")
+    lm = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+    params = SamplingParams(max_new_tokens=6, temperature=0.6, top_k=40, top_p=0.9)
+    for r in make_sampler(families, here, "gemma2").generate(requests_of(), params, seed=1, step=0):
+        with torch.no_grad():
+            z_LV = lm(torch.as_tensor(np.concatenate([r.prompt_ids, r.response_ids]))[None]).logits[0, len(r.prompt_ids) - 1 : -1]
+        for z_V, token, lp in zip(z_LV, r.response_ids.tolist(), r.logprobs, strict=True):
+            assert abs(math.log(oracle(z_V.double().tolist(), params)[token]) - lp) < 2e-5
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(1, 1), (2, 2), (16, 4), (17, 8), (512, 32), (32000, 256), (128256, 512)])
+def test_block_size(vocab, size):
+    assert block_size(vocab) == size
