@@ -140,7 +140,7 @@ def test_every_hostile_response_returns_a_verdict_and_runs_nothing(family, mode,
             verdict = verify(response, truth, family, mode)
             assert isinstance(verdict, Verdict) and 0 <= verdict.score <= 1
             assert verdict.status == "ok" or mode == "reference"  # a regex keyword without a bound is an error there
-            assert verdict.score == 0 or response.strip()
+            assert verdict.score == 0 or response.strip() or mode == "reference"
     assert not list(tmp_path.iterdir())
 
 

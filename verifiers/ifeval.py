@@ -6,7 +6,6 @@ rule. Not kept (docs/verifiers.md): keywords used as regular expressions, and a 
 A rule is `name(text, **kwargs) -> (followed, what was seen)`; all are linear in the text.
 """
 
-import difflib
 import inspect
 import json
 import re
@@ -15,6 +14,7 @@ from functools import lru_cache
 from itertools import islice
 
 from . import language
+from .arguments import nearest, typed_arguments
 from .sentences import count_capital_words, count_sentences
 from .verdict import GroundTruthError, Verdict, error, failed, is_blank, read_structure, shown, without_thinking
 
@@ -124,8 +124,12 @@ def number_sentences(text, num_sentences: int, relation: str):
 
 def number_words(text, num_words: int, relation: str):
     """Maximal runs of letters, marks, digits and '_': "don't" is two."""
-    words = re.finditer(r"\w+", with_marks_as_letters(text))
-    return counted(sum(1 for _ in islice(words, num_words + 1)), relation, num_words, "words")
+    seen = 0
+    for part in (text[: 64 * (num_words + 1)], text):  # the beginning often settles it
+        if seen <= num_words:
+            words = re.finditer(r"\w+", with_marks_as_letters(part))
+            seen = sum(1 for _ in islice(words, num_words + 1))
+    return counted(seen, relation, num_words, "words")
 
 
 def with_marks_as_letters(text: str) -> str:
@@ -336,31 +340,6 @@ def arguments(name: str, given: dict, mode: str) -> dict:
             words = typed[key]
             typed[key] = Regex(words) if isinstance(words, str) else [Regex(word) for word in words]
     return typed
-
-
-def typed_arguments(name: str, parameters, given: dict) -> dict:
-    """The arguments that the rule `name` takes, checked against its annotations. Raises GroundTruthError."""
-    wanted = {key: p.annotation for key, p in parameters.items() if key != "text"}
-    for key in given:
-        if key not in wanted:
-            raise GroundTruthError(f"{name}: unknown argument {shown(key)}{nearest(key, wanted)}")
-    for key, kind in wanted.items():
-        value = given.get(key)
-        if kind is int and isinstance(value, float) and value == value // 1:
-            value = given[key] = int(value)
-        if kind is list and isinstance(value, list) and not all(isinstance(word, str) for word in value):
-            value = None
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise GroundTruthError(f"{name}: argument {key} must be {TYPES.get(kind, kind)}, found {shown(given.get(key))}")
-    return given
-
-
-TYPES = {int: "a whole number", str: "a text", list: "a list of texts", list | str: "a list of texts or a text"}
-
-
-def nearest(name: object, known) -> str:
-    close = difflib.get_close_matches(str(name)[:200], list(known), n=1, cutoff=0.5)
-    return f" (nearest: {close[0]})" if close else ""
 
 
 def follow(response: str, name: str, kwargs: dict, loose: bool = False, blank=is_blank) -> tuple[bool, str]:

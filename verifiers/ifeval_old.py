@@ -11,7 +11,8 @@ import inspect
 import re
 
 from . import language
-from .ifeval import count_brackets, has_word, is_json, nearest, typed_arguments
+from .arguments import nearest, typed_arguments
+from .ifeval import count_brackets, has_word, is_json
 from .ifeval import title as has_title
 from .verdict import GroundTruthError, Verdict, error, failed, is_blank, passed, read_structure, shown, without_thinking
 

@@ -85,7 +85,7 @@ def read_box(text: str, start: int) -> tuple[int, int, str] | None:
         content = inside[: stop.start() if stop else len(inside)].strip()
         return (start, begin + len(content), content) if content else None
     depth = 0
-    for brace in re.finditer(r"\\[{}]|[{}]", inside):
+    for brace in re.finditer(r"(?s)\\.|[{}]", inside):
         depth += (brace[0] == "{") - (brace[0] == "}")
         if depth == 0:
             return start, begin + brace.end(), inside[1 : brace.start()]

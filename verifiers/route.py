@@ -5,8 +5,8 @@ ground truth: `func_name` is the RLVR form that Tülu 3 carries under that name,
 """
 
 from . import gsm8k, ifeval, ifeval_old, math
+from .arguments import nearest
 from .math_extract import extract_reference
-from .math_equal import equal
 from .verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure, shown
 
 MODES = ("default", "reference", "tulu3")
@@ -90,7 +90,7 @@ def verifier_name(dataset: object, ground_truth: object) -> str:
         raise GroundTruthError(f"dataset: expected the name of a verifier, found {shown(dataset)}")
     name = dataset.strip().lower()
     if name not in VERIFIERS:
-        close = ifeval.nearest(name, VERIFIERS) or f" (known: {', '.join(VERIFIERS)})"
+        close = nearest(name, VERIFIERS) or f" (known: {', '.join(VERIFIERS)})"
         raise GroundTruthError(f"dataset: unknown verifier {shown(dataset)}{close}")
     if name == "ifeval":
         row = read_structure(ground_truth, "ground_truth")
@@ -100,7 +100,7 @@ def verifier_name(dataset: object, ground_truth: object) -> str:
 
 def check_mode(mode: str) -> None:
     if mode not in MODES:
-        raise GroundTruthError(f"mode: unknown {shown(mode)}{ifeval.nearest(mode, MODES)}; one of {', '.join(MODES)}")
+        raise GroundTruthError(f"mode: unknown {shown(mode)}{nearest(mode, MODES)}; one of {', '.join(MODES)}")
 
 
 def gsm8k_label(ground_truth: object) -> str:

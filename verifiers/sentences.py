@@ -64,6 +64,7 @@ CONTRACTION = re.compile(r"(?i)\b(can(?=not\b)|gim(?=me\b)|gon(?=na\b)|got(?=ta\
 
 
 BLOCK = 4000
+MAYBE_CAPITALS = re.compile(r"(?<![a-z])[A-Z](?![a-z])")
 
 
 def count_capital_words(text: str, limit: int) -> int:
@@ -77,7 +78,7 @@ def count_capital_words(text: str, limit: int) -> int:
         space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
         end = space + 1 if space > start and end < len(text) else end
         block = text[start:end]
-        if block.lower() != block:
+        if MAYBE_CAPITALS.search(block) or "'" in block or not block.isascii() and block.lower() != block:
             count += sum(token.isupper() for token in word_tokens(block))
         start = end
     return count
