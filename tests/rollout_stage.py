@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from rollout import Request, Sampler, SamplingParams
 class Config:
     directory: str = flag("", "the model")
     output: str = flag("", "the file of responses")
+    given: dict = field(default_factory=dict, metadata={"help": None})
 
 
 def train(config: Config) -> None:
@@ -35,6 +36,6 @@ def train(config: Config) -> None:
     params = SamplingParams(max_new_tokens=24, temperature=0.8, top_p=0.95, stop_ids=tuple(range(0, 511, 32)))
     mine = sampler.generate(requests[here.rank :: here.size], params, seed=7, step=1)
     rows = [[r.example, r.sample, r.response_ids.tolist(), r.finish_reason] for r in mine]
-    everything = sorted(sum(here.gather(rows), []))
+    everything = sorted(row for part in here.gather(rows) for row in part)
     if here.is_main:
         Path(config.output).write_text(json.dumps(everything), encoding="utf-8")
