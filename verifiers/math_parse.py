@@ -142,7 +142,7 @@ class Parser:
         if kind == "mark":
             return value in ("(", "[", "{") or value == "|" and not self.bars
         return kind in ("name", "number", "repeating") or kind == "command" and value not in ("pm", "mp", "cup", "cap", "end",
-            "backslash", "rfloor", "rceil", "\\", "right", "%")  # fmt: skip
+            "backslash", "rfloor", "rceil", "cr", "%")  # fmt: skip
 
     def implicit(self, left: tuple) -> tuple:
         """left right without a sign: a mixed number (1\\frac12, 1 1/2), an application f(x), or a product."""
@@ -352,11 +352,11 @@ class Parser:
                 continue
             rows.append(tuple(row))
             row = []
-            if self.peek() == ("command", "\\"):
+            if self.peek() == ("command", "cr"):
                 self.at += 1
             if self.peek() == ("command", "end"):
                 break
-            if self.peek(-1) != ("command", "\\"):
+            if self.peek(-1) != ("command", "cr"):
                 raise Unparseable("a matrix is not closed")
         self.at += 1
         self.raw_group()

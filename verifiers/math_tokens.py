@@ -45,7 +45,7 @@ def normalise(text: str) -> str:
         raise Unparseable(f"an answer of {len(text)} characters")
     text = text.translate(UNICODE)
     if any(mark in text for mark in "\\$*`{"):
-        text = text if "\\begin" in text else DOUBLED.sub(r"\\", text)
+        text = text.replace("\\\\", "\\cr ") if "\\begin" in text else DOUBLED.sub(r"\\", text)
         text = JOINED_THOUSANDS.sub("", text)
         text = DEGREE.sub("°", SPACING.sub("", text))
     text = PERCENT.sub(r"\\%", SPACE.sub(" ", text)) if "%" in text or re.search("(?i)perc|pct", text) else SPACE.sub(" ", text)
