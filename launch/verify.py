@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(problem, file=sys.stderr)
     if len(bad) > MAX_LISTED:
         print(f"... and {len(bad) - MAX_LISTED} more bad rows", file=sys.stderr)
-    if bad and options.on_bad_row == "error" or not rows:
+    if (bad and options.on_bad_row == "error") or not rows:
         print(f"{options.file}: {'no row to judge' if not rows else 'stopped by a bad row (--on_bad_row error)'}", file=sys.stderr)
         return 2
     verdicts = list(report(rows, judged(rows, options), options))
@@ -125,7 +125,7 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
 def judged(rows: list, options: argparse.Namespace) -> Iterator[Verdict]:
     """The verdicts in the order of the rows, here or by worker processes."""
     how = {"mode": options.mode, "loose": options.loose, "combine": options.combine}
-    if options.workers is None and len(rows) <= FEW_ROWS or options.workers == 1:
+    if (options.workers is None and len(rows) <= FEW_ROWS) or options.workers == 1:
         yield from (verify(*row, **how) for _, row in rows)
         return
     with Pool(options.workers, **how) as pool:
@@ -135,7 +135,7 @@ def judged(rows: list, options: argparse.Namespace) -> Iterator[Verdict]:
 def report(rows: list, verdicts: Iterator[Verdict], options: argparse.Namespace) -> Iterator[Verdict]:
     """Print a line for each verdict as it comes, with a progress bar where there is a terminal."""
     with tqdm(total=len(rows), unit="row", disable=None) as bar:
-        for (number, (_, _, name)), verdict in zip(rows, verdicts):
+        for (number, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
             if not options.quiet and not (options.failures_only and verdict.status == "ok" and verdict.score >= 1):
                 mark = "error" if verdict.status == "error" else f"{verdict.score:.2f}"
                 bar.write(f"{options.file}:{number}  {label(name):10}  {mark:5}  {verdict.reason}", file=sys.stdout)
@@ -150,7 +150,7 @@ def label(name: str | list) -> str:
 def totals(rows: list, verdicts: list[Verdict], skipped: int) -> int:
     """Print a table by verifier; return the number of errors."""
     groups: dict[str, list[Verdict]] = defaultdict(list)
-    for (_, (_, _, name)), verdict in zip(rows, verdicts):
+    for (_, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
         groups[label(name)].append(verdict)
     print(f"{'verifier':12} {'rows':>8} {'full marks':>11} {'mean score':>11} {'errors':>7}")
     for name, group in sorted(groups.items()):
@@ -164,7 +164,7 @@ def totals(rows: list, verdicts: list[Verdict], skipped: int) -> int:
 
 def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
     with path.open("w", encoding="utf-8") as out:
-        for (number, (_, _, name)), verdict in zip(rows, verdicts):
+        for (number, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
             out.write(json.dumps({"line": number, "dataset": name, **verdict._asdict()}) + "\n")
 
 

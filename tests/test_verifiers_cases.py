@@ -83,7 +83,7 @@ def is_listed(row: dict, name: str, arguments: dict) -> bool:
     """Labels that are wrong: a keyword read as a regular expression; a response without a visible character."""
     words = " ".join(str(value) for value in arguments.values())
     pattern = name in ("keywords:existence", "keywords:frequency", "keywords:forbidden_words", "detectable_format:multiple_sections")
-    return pattern and any(c in words for c in "?$|.[(*+\\^{") or row["response"] == "\u200b"
+    return (pattern and any(c in words for c in "?$|.[(*+\\^{")) or row["response"] == "\u200b"
 
 
 @pytest.mark.parametrize("loose", [False, True])
@@ -170,4 +170,4 @@ def test_several_constraints_as_a_fraction_or_all():
     assert verify("no comma", str([truth]), "ifeval").score == 0.5  # a Python literal, as open-instruct's rows
     assert verify("no comma", truth, "ifeval", combine="all").score == 0
     assert verify('"no comma"', truth, "ifeval", combine="all").score == 1
-    assert verify("preamble, first\n\"quoted\"", truth, "ifeval", loose=True, combine="all").score == 1
+    assert verify('preamble, first\n"quoted"', truth, "ifeval", loose=True, combine="all").score == 1

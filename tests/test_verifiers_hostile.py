@@ -38,7 +38,14 @@ BOMBS = [
     "\\sin(" * 29 + "x" + ")" * 29, "\\sin" * 100 + "x", "\\sin a(" * 100, "f(" * 100, "x=" * 300 + "1", "a:b" * 200, "1_{" * 100, "\\text{" * 300,
     "\\log_" * 100 + "2", "\\overline{" * 100, "1,000," * 300, "1 1/2 " * 200, "\\sqrt[" * 100 + "2" + "]" * 100, "^" * 500, "_" * 500, "&" * 500,
 ]  # fmt: skip
-WRAPPERS = ["{}", "\\boxed{{{}}}", "Final Answer: The final answer is ${}$. I hope it is correct.", "The answer is ${}$.", "#### {}", "\\[{}\\]"]
+WRAPPERS = [
+    "{}",
+    "\\boxed{{{}}}",
+    "Final Answer: The final answer is ${}$. I hope it is correct.",
+    "The answer is ${}$.",
+    "#### {}",
+    "\\[{}\\]",
+]
 REPEATED = [
     "\\boxed{", "\\boxed ", "\\fbox{", "$", "$$", "\\(", "\\[", "<think>", "</think>", "<|assistant|>\n", "<|im_end|>", "{", "}", "[", "]", "<<", ">>",
     "*", "**", "***", "* * *", "******", "-", "\n", "\n\n", " \n", "\n*", "\n- ", "\t", " ", "\x0b", "\x00", "\ud800", "\u200b", "\u202e", "e\u0301",
@@ -156,8 +163,26 @@ def test_language_detection_is_total_and_repeatable():
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_hostile_ground_truths_are_errors_not_exceptions(family):
-    bad = [None, 5.5, [], {}, "", "{", "[" * 100_000, "{'a': " * 1000, {"func_name": None}, {"func_name": "validate_no_comma"}, b"x", object()]
-    bad += [{"instruction_id": ["no:such"], "kwargs": [{}]}, {"instruction_id": ["punctuation:no_comma"], "kwargs": []}, "\ud800", "x" * 2_000_000]
+    bad = [
+        None,
+        5.5,
+        [],
+        {},
+        "",
+        "{",
+        "[" * 100_000,
+        "{'a': " * 1000,
+        {"func_name": None},
+        {"func_name": "validate_no_comma"},
+        b"x",
+        object(),
+    ]
+    bad += [
+        {"instruction_id": ["no:such"], "kwargs": [{}]},
+        {"instruction_id": ["punctuation:no_comma"], "kwargs": []},
+        "\ud800",
+        "x" * 2_000_000,
+    ]
     for truth in bad:
         verdict = verify("the answer is 42", truth, family)
         assert isinstance(verdict, Verdict)
@@ -170,7 +195,9 @@ def test_hostile_ground_truths_are_errors_not_exceptions(family):
         assert (with_check is not None) == (verdict.status == "error")
 
 
-@pytest.mark.parametrize("response", ["", " ", "\n\n", "\t", "\u200b", "\ufeff", "<|endoftext|>", "<|im_end|>\n", "</s>", "<think>\n</think>"])
+@pytest.mark.parametrize(
+    "response", ["", " ", "\n\n", "\t", "\u200b", "\ufeff", "<|endoftext|>", "<|im_end|>\n", "</s>", "<think>\n</think>"]
+)
 def test_an_empty_response_is_never_rewarded(response):
     for family in FAMILIES:
         for truth in truths(family):

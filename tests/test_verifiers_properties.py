@@ -31,9 +31,23 @@ def rendered(draw, x: Fraction) -> str:
     """A LaTeX spelling of a rational number."""
     sign, top, bottom = "-" if x < 0 else "", abs(x.numerator), x.denominator
     if bottom == 1:
-        return draw(pick([f"{sign}{top}", f"{sign}{top:,}".replace(",", "{,}"), f"{sign} {top}", f"{sign}\\frac{{{2 * top}}}{{2}}", f"{{{sign}{top}}}"]))
+        return draw(
+            pick(
+                [
+                    f"{sign}{top}",
+                    f"{sign}{top:,}".replace(",", "{,}"),
+                    f"{sign} {top}",
+                    f"{sign}\\frac{{{2 * top}}}{{2}}",
+                    f"{{{sign}{top}}}",
+                ]
+            )
+        )
     spellings = [f"{sign}\\frac{{{top}}}{{{bottom}}}", f"\\dfrac{{{sign}{top}}}{{{bottom}}}", f"{sign}{top}/{bottom}"]
-    spellings += [f"{sign}\\tfrac{{{3 * top}}}{{{3 * bottom}}}", f"\\left({sign}\\frac{{{top}}}{{{bottom}}}\\right)", f"{sign}{top} \\div {bottom}"]
+    spellings += [
+        f"{sign}\\tfrac{{{3 * top}}}{{{3 * bottom}}}",
+        f"\\left({sign}\\frac{{{top}}}{{{bottom}}}\\right)",
+        f"{sign}{top} \\div {bottom}",
+    ]
     if top > bottom and x > 0:
         spellings.append(f"{top // bottom}\\frac{{{top % bottom}}}{{{bottom}}}")
     if top < 10 and bottom < 10:
@@ -60,7 +74,9 @@ def matrix(draw, rows: list[list[Fraction]]) -> str:
 @given(st.data(), st.one_of(integers.map(Fraction), decimals))
 def test_gsm8k_recognises_its_number(data, x):
     text = decimal_text(data.draw, x)
-    frame = data.draw(pick(["#### {}", "The answer is {}.", "it is ${} in all", "**{}**", "\\boxed{{{}}}", "so {} apples", "1 + 1, so {} %"]))
+    frame = data.draw(
+        pick(["#### {}", "The answer is {}.", "it is ${} in all", "**{}**", "\\boxed{{{}}}", "so {} apples", "1 + 1, so {} %"])
+    )
     assert verify(frame.format(text), decimal_text(data.draw, x), "gsm8k").score == 1
 
 
@@ -145,7 +161,12 @@ def test_two_answers_are_not_one(x, y, between):
 
 
 @many
-@given(st.text(max_size=300), st.text(max_size=60), st.sampled_from(["gsm8k", "math", "ifeval", "ifeval_old"]), st.sampled_from(["default", "reference", "tulu3"]))
+@given(
+    st.text(max_size=300),
+    st.text(max_size=60),
+    st.sampled_from(["gsm8k", "math", "ifeval", "ifeval_old"]),
+    st.sampled_from(["default", "reference", "tulu3"]),
+)
 def test_any_text_gets_a_verdict(response, truth, family, mode):
     verdict = verify(response, truth, family, mode)
     assert isinstance(verdict, Verdict) and 0 <= verdict.score <= 1
@@ -153,7 +174,49 @@ def test_any_text_gets_a_verdict(response, truth, family, mode):
     verdict.reason.encode("utf-8")
 
 
-latexish = st.lists(pick("\\frac { } ( ) [ ] 1 2 x y ^ _ + - = , . / \\sqrt \\pi | ! \\text{a} \\cup \\pm < & \\\\ $ % \\{ \\} sin e i".split()), max_size=25)
+latexish = st.lists(
+    pick(
+        [
+            "\\frac",
+            "{",
+            "}",
+            "(",
+            ")",
+            "[",
+            "]",
+            "1",
+            "2",
+            "x",
+            "y",
+            "^",
+            "_",
+            "+",
+            "-",
+            "=",
+            ",",
+            ".",
+            "/",
+            "\\sqrt",
+            "\\pi",
+            "|",
+            "!",
+            "\\text{a}",
+            "\\cup",
+            "\\pm",
+            "<",
+            "&",
+            "\\\\",
+            "$",
+            "%",
+            "\\{",
+            "\\}",
+            "sin",
+            "e",
+            "i",
+        ]
+    ),
+    max_size=25,
+)
 
 
 @many

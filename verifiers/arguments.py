@@ -4,6 +4,7 @@ import difflib
 
 from .verdict import GroundTruthError, shown
 
+
 def typed_arguments(name: str, parameters, given: dict) -> dict:
     """The arguments that the rule `name` takes, checked against its annotations. Raises GroundTruthError."""
     wanted = {key: p.annotation for key, p in parameters.items() if key != "text"}

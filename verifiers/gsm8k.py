@@ -60,7 +60,7 @@ def tail_with_digit(text: str) -> str:
 
 
 def has_digit(text: str) -> bool:
-    return any(digit in text for digit in "0123456789") or not text.isascii() and re.search(r"\d", text) is not None
+    return any(digit in text for digit in "0123456789") or (not text.isascii() and re.search(r"\d", text) is not None)
 
 
 def plain(text: str) -> str:
@@ -76,9 +76,8 @@ def declared(tail: str) -> tuple[re.Match | None, str | None]:
         return None, None
     line = tail[mark.end() :].lstrip().split("\n", 1)[0][:4096].split("=")[-1]
     numbers = list(NUMBER.finditer(line))
-    if len(numbers) > 1 and HEDGE.fullmatch(line[numbers[0].end() : numbers[1].start()]):
-        if value(numbers[0]) != value(numbers[1]):
-            return None, line.strip()
+    if len(numbers) > 1 and HEDGE.fullmatch(line[numbers[0].end() : numbers[1].start()]) and value(numbers[0]) != value(numbers[1]):
+        return None, line.strip()
     certain = len(numbers) == 1 or mark[0] == "####" or "boxed" in mark[0]
     return (numbers[0] if numbers and certain else None), None
 

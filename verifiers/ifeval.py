@@ -317,7 +317,7 @@ def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]
         kwargs = kwargs if isinstance(kwargs, list) else [kwargs] * len(ids)
         if len(ids) != len(kwargs):
             raise GroundTruthError(f"ground_truth: {len(ids)} instructions and {len(kwargs)} kwargs")
-        pairs += [(name, arguments(name, given or {}, mode)) for name, given in zip(ids, kwargs)]
+        pairs += [(name, arguments(name, given or {}, mode)) for name, given in zip(ids, kwargs, strict=False)]
     if not pairs:
         raise GroundTruthError("ground_truth: no instruction")
     return pairs
@@ -364,9 +364,7 @@ def variants(response: str) -> list[str]:
     return texts + [text.replace("*", "") for text in texts]
 
 
-def verify(
-    response: str, ground_truth: object, mode: str = "default", loose: bool = False, combine: str = "fraction"
-) -> Verdict:
+def verify(response: str, ground_truth: object, mode: str = "default", loose: bool = False, combine: str = "fraction") -> Verdict:
     """The fraction of a row's instructions that the response follows, or with combine='all' whether it follows all.
 
     default: the response as it stands (Google's strict; `loose` for its loose metric).

@@ -96,7 +96,7 @@ def verify_bullet_points(text, N: int):
 def validate_title(text):
     """<<...>> within a line; nothing need be between."""
     lines = text.split("\n") if "<<" in text else ()
-    return any(0 <= (start := line.find("<<")) and line.find(">>", start + 2) >= 0 for line in lines)
+    return any((start := line.find("<<")) >= 0 and line.find(">>", start + 2) >= 0 for line in lines)
 
 
 def validate_choice(text, options: list | str):
@@ -218,9 +218,7 @@ TULU3 = {
     "validate_placeholders": lambda text, N: True,  # it returned a tuple, which is true
     "validate_choice": choice_reversed,
     "verify_sentence_constraint": sentences_without_exclamation,
-    "validate_frequency_capital_words": lambda text, N, quantifier: compare(
-        len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, 0
-    ),
+    "validate_frequency_capital_words": lambda text, N, quantifier: compare(len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, 0),
 }
 
 

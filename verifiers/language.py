@@ -51,7 +51,7 @@ def detect(text: str) -> str | None:
     totals = [0.0] * len(languages())
     ngrams = Counter(detector._extract_ngrams())
     for ngram, times in ngrams.items():
-        totals = [total + times * value for total, value in zip(totals, _log_likelihoods(ngram))]
+        totals = [total + times * value for total, value in zip(totals, _log_likelihoods(ngram), strict=False)]
     return languages()[totals.index(max(totals))] if ngrams else None
 
 

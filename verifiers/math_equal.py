@@ -57,7 +57,7 @@ def same_words(prediction: str, answer: str) -> bool | None:
     if len(a) == len(b) == 1:
         return a.casefold() == b.casefold() if "\\" in prediction + answer else None
     both = a.casefold() == b.casefold()
-    return True if both else None if max(len(a), len(b)) <= 3 and not (" " in a + b) else False
+    return True if both else None if max(len(a), len(b)) <= 3 and " " not in a + b else False
 
 
 @lru_cache(maxsize=4096)
@@ -149,7 +149,7 @@ def as_interval(tree: tuple) -> tuple:
     """a < x <= b and x <= b (one variable, constant bounds) as an interval; any other tree as it is."""
     if tree[0] != "rel" or not set(tree[1]) <= {"<", "<="}:
         return tree
-    (_, operators, sides), low, high = tree, "[" if tree[1][0] == "<=" else "(", "]" if tree[1][-1] == "<=" else ")"
+    (_, _operators, sides), low, high = tree, "[" if tree[1][0] == "<=" else "(", "]" if tree[1][-1] == "<=" else ")"
     if len(sides) == 3 and sides[1][0] == "sym" and not variables(sides[0]) | variables(sides[2]):
         return ("seq", low, high, (sides[0], sides[2]))
     if len(sides) == 2 and sides[0][0] == "sym" and not variables(sides[1]):
@@ -165,7 +165,7 @@ def is_name(tree: tuple) -> bool:
     if kind in ("sym", "text"):
         return True
     if kind == "fn":
-        return tree[1].startswith("apply ") or tree[1] in ("abs", "sin", "cos", "tan") and all(map(is_name, tree[2]))
+        return tree[1].startswith("apply ") or (tree[1] in ("abs", "sin", "cos", "tan") and all(map(is_name, tree[2])))
     if kind == "prod":
         return is_name(tree[1][0]) and all(is_name(part) or part[0] == "num" for part in tree[1][1:])
     if kind in ("div", "ratio"):
@@ -220,7 +220,7 @@ def same_sequence(a: tuple, b: tuple, salt: str) -> bool:
 
 
 def in_places(a: tuple, b: tuple, salt: str) -> bool:
-    return len(a) == len(b) and all(same(x, y, salt) for x, y in zip(a, b))
+    return len(a) == len(b) and all(same(x, y, salt) for x, y in zip(a, b, strict=False))
 
 
 def same_in_any_order(a: tuple, b: tuple, salt: str) -> bool:

@@ -10,6 +10,7 @@ of Minerva (Lewkowycz et al. 2022, appendix D), joined boxes as in Math-Verify 5
 candidates of each kind are looked at, and none is longer than MAX_LENGTH.
 """
 
+import itertools
 import re
 
 from .math_tokens import MAX_LENGTH
@@ -17,7 +18,9 @@ from .math_tokens import MAX_LENGTH
 MAX_CANDIDATES = 24
 DECLARATION = re.compile(r"(?i)answer\**\s*(?:is\b|:|\n)\**\s*:?|####")
 SENTENCE_END = re.compile(r"(?i)i hope|<\||\n\s*\n|(?<=\S)\n|(?<![0-9])\.\s+(?=[A-Z])|(?<=[0-9$])\.\s+(?=[A-Z])")
-BETWEEN_BOXES = re.compile(r"(?:\s|\$|\\\(|\\\)|\\\[|\\\]|\\q?quad|\\[,;: ]|[,;&]|\\text\s*\{|\}|\band\b|\bor\b|[A-Za-z](?:_\{?\w+\}?)?\s*=)*")
+BETWEEN_BOXES = re.compile(
+    r"(?:\s|\$|\\\(|\\\)|\\\[|\\\]|\\q?quad|\\[,;: ]|[,;&]|\\text\s*\{|\}|\band\b|\bor\b|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
+)
 SPOKEN_NUMBER = re.compile(r"(?<![\w.])-?\\?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\s?\\?%)?")
 
 
@@ -96,7 +99,7 @@ def joined_boxes(text: str, last: tuple[int, int, str]) -> str:
     """The content of the last box, with those of the boxes just before it that are joined to it as a list."""
     contents = [last[2]]
     boxes = boxes_from_end(text)
-    for later, earlier in zip(boxes, boxes[1:]):
+    for later, earlier in itertools.pairwise(boxes):
         between = text[earlier[1] : later[0]]
         if len(between) > 80 or not re.search(r"and\b|or\b|[,;]", between) or not BETWEEN_BOXES.fullmatch(between):
             break
@@ -141,9 +144,11 @@ def is_prose(text: str) -> bool:
     bare = re.sub(r"\\text[a-z]*\s*\{[^{}]*\}|\\mbox\s*\{[^{}]*\}|\\[A-Za-z]+|\$\$?[^$]*\$\$?", " ", text)
     words = re.findall(r"[^\W\d_]{2,}", bare)
     starts = re.match(r"\s*[^\W\d_]{2,}[\s:]", bare) is not None
-    return len([word for word in words if word.lower() not in ("or", "and")]) > (1 if not starts else 0) and (
-        starts or len(words) > 3
-    ) and ("$" in text or "\\" in text or any(c.isdigit() for c in text))
+    return (
+        len([word for word in words if word.lower() not in ("or", "and")]) > (1 if not starts else 0)
+        and (starts or len(words) > 3)
+        and ("$" in text or "\\" in text or any(c.isdigit() for c in text))
+    )
 
 
 def last_formula(text: str) -> str | None:

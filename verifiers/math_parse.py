@@ -19,13 +19,60 @@ MAX_DIGITS = 400
 
 RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "in"))
 OPENING = {"(": ")", "[": "]", "\\{": "\\}"}
-DECORATIONS = frozenset("overline vec hat bar tilde overrightarrow underline widehat overleftrightarrow".split())
+DECORATIONS = frozenset(["overline", "vec", "hat", "bar", "tilde", "overrightarrow", "underline", "widehat", "overleftrightarrow"])
 GREEK = frozenset(
-    "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi chi "
-    "psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell angle triangle measuredangle hbar Re Im "
-    "emptyset perp parallel ldots mod mathbb mathcal".split()
+    [
+        "alpha",
+        "beta",
+        "gamma",
+        "delta",
+        "epsilon",
+        "varepsilon",
+        "zeta",
+        "eta",
+        "theta",
+        "iota",
+        "kappa",
+        "lambda",
+        "mu",
+        "nu",
+        "xi",
+        "rho",
+        "sigma",
+        "tau",
+        "upsilon",
+        "phi",
+        "chi",
+        "psi",
+        "omega",
+        "Gamma",
+        "Delta",
+        "Theta",
+        "Lambda",
+        "Xi",
+        "Pi",
+        "Sigma",
+        "Upsilon",
+        "Phi",
+        "Psi",
+        "Omega",
+        "ell",
+        "angle",
+        "triangle",
+        "measuredangle",
+        "hbar",
+        "Re",
+        "Im",
+        "emptyset",
+        "perp",
+        "parallel",
+        "ldots",
+        "mod",
+        "mathbb",
+        "mathcal",
+    ]
 )
-MATRICES = frozenset("pmatrix bmatrix matrix vmatrix Bmatrix smallmatrix array".split())
+MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"])
 APPLIED = frozenset("fghFGH")
 
 
@@ -140,9 +187,9 @@ class Parser:
     def begins_factor(self) -> bool:
         kind, value = self.peek()
         if kind == "mark":
-            return value in ("(", "[", "{") or value == "|" and not self.bars
-        return kind in ("name", "number", "repeating") or kind == "command" and value not in ("pm", "mp", "cup", "cap", "end",
-            "backslash", "rfloor", "rceil", "cr", "%")  # fmt: skip
+            return value in ("(", "[", "{") or (value == "|" and not self.bars)
+        return kind in ("name", "number", "repeating") or (kind == "command" and value not in ("pm", "mp", "cup", "cap", "end",
+            "backslash", "rfloor", "rceil", "cr", "%"))  # fmt: skip
 
     def implicit(self, left: tuple) -> tuple:
         """left right without a sign: a mixed number (1\\frac12, 1 1/2), an application f(x), or a product."""
@@ -164,7 +211,7 @@ class Parser:
 
     def unit(self) -> str:
         words = []
-        while self.peek()[0] == "text" or words and self.mark() in ("^", "/") and self.peek(1)[0] in ("number", "text", "mark"):
+        while self.peek()[0] == "text" or (words and self.mark() in ("^", "/") and self.peek(1)[0] in ("number", "text", "mark")):
             words.append(self.peek()[1])
             self.at += 1
             if words[-1] == "^":

@@ -22,11 +22,48 @@ TOKEN = re.compile(
     r"|(?P<equal>&[ \t\r\n]*=|=(?:[ \t\r\n]*&)?)|(?P<command>\\[A-Za-z]+)|(?P<quotes>'+)|(?P<mark>\\[{}]|[-+*/(){}\[\]|_^:<>!.,])"
 )
 FUNCTIONS = frozenset(
-    "exp log lg ln sin cos tan csc sec cot arcsin arccos arctan arccsc arcsec arccot sinh cosh tanh arsinh arcosh artanh".split()
+    [
+        "exp",
+        "log",
+        "lg",
+        "ln",
+        "sin",
+        "cos",
+        "tan",
+        "csc",
+        "sec",
+        "cot",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "arccsc",
+        "arcsec",
+        "arccot",
+        "sinh",
+        "cosh",
+        "tanh",
+        "arsinh",
+        "arcosh",
+        "artanh",
+    ]
 )
 RELATIONS = frozenset(("equal", "\\neq", "<", ">", "\\leq", "\\le", "\\leqq", "\\leqslant", "\\geq", "\\ge", "\\geqq", "\\geqslant"))
-LEFT_OUT = frozenset("\\lim \\int \\sum \\prod \\langle".split())
-STOPS = frozenset("\\to \\rightarrow \\Rightarrow \\longrightarrow \\Longrightarrow \\rangle \\rfloor \\rceil \\times \\cdot \\div".split())
+LEFT_OUT = frozenset(["\\lim", "\\int", "\\sum", "\\prod", "\\langle"])
+STOPS = frozenset(
+    [
+        "\\to",
+        "\\rightarrow",
+        "\\Rightarrow",
+        "\\longrightarrow",
+        "\\Longrightarrow",
+        "\\rangle",
+        "\\rfloor",
+        "\\rceil",
+        "\\times",
+        "\\cdot",
+        "\\div",
+    ]
+)
 GROUPS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
@@ -174,8 +211,8 @@ class PrefixParser:
             function = value[1:] in FUNCTIONS or value in ("\\sqrt", "\\overline", "\\int", "\\sum", "\\prod", "\\lim")
             return (functions or not function) and value not in RELATIONS and value not in STOPS
         if kind == "mark":
-            return value in GROUPS or value == "|" and not self.bars
-        return kind in ("letter", "digit", "differential") or kind == "bars" and value == "\\left|"
+            return value in GROUPS or (value == "|" and not self.bars)
+        return kind in ("letter", "digit", "differential") or (kind == "bars" and value == "\\left|")
 
     def postfix(self) -> tuple:
         base = self.atom()
@@ -350,7 +387,6 @@ class PrefixParser:
         tree = ("fn", "arc" + name if inverse else name, arguments)
         return tree if power is None or inverse else ("pow", tree, power)
 
-
     def without_last_digit(self, base: tuple) -> tuple:
         """\\log_28 with nothing after it is log of 8 to the base 2: antlr gives the argument what the base can spare."""
         if base[0] != "num" or base[1] < 10 or self.begins(False) or self.peek()[1] in ("+", "-", "^"):
@@ -361,6 +397,7 @@ class PrefixParser:
 
 def without_times_x(factors: list[tuple]) -> list[tuple]:
     """An 'x' between two factors without variables is a multiplication sign: 3x4 is 12."""
+
     def constant(tree):
         return isinstance(tree, tuple) and tree[:1] != ("sym",) and all(constant(p) for p in tree if isinstance(p, tuple))
 

@@ -120,7 +120,7 @@ def unwrapped(text: str, opening: str) -> str:
 
 def unboxed(line: str) -> str:
     start, end = line.find("\\boxed{"), line.rfind("}")
-    return line[:start] + line[start + 7 : end] + line[end + 1 :] if 0 <= start and start + 7 <= end else line
+    return line[:start] + line[start + 7 : end] + line[end + 1 :] if start >= 0 and start + 7 <= end else line
 
 
 # --- hendrycks' string equality -------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ def normalise(text: str) -> str:
         text = DEGREE.sub("°", SPACING.sub("", text))
     text = PERCENT.sub(r"\\%", SPACE.sub(" ", text)) if "%" in text or re.search("(?i)perc|pct", text) else SPACE.sub(" ", text)
     text = text.strip()
-    while text and text[-1] in ".,;:" or text.startswith(('"', ".", ":")) and not text[1:2].isdigit() or text.endswith('"'):
+    while (text and text[-1] in ".,;:") or (text.startswith(('"', ".", ":")) and not text[1:2].isdigit()) or text.endswith('"'):
         text = text[:-1].rstrip() if text[-1] in '.,;:"' else text[1:].lstrip()
     return text
 
@@ -63,7 +63,26 @@ TOKEN = re.compile(
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?!\.[0-9]+,)")
 REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline\s*\{?(?P<period>[0-9]+)\}?")
-TEXT_COMMANDS = frozenset("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it".split())
+TEXT_COMMANDS = frozenset(
+    [
+        "text",
+        "textbf",
+        "textit",
+        "textrm",
+        "texttt",
+        "textsf",
+        "mbox",
+        "hbox",
+        "mathrm",
+        "mathbf",
+        "mathit",
+        "mathsf",
+        "mathtt",
+        "rm",
+        "bf",
+        "it",
+    ]
+)
 SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le",
     "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "infinity": "infty",
     "ast": "times", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "lvert": "vert", "rvert": "vert", "mid": "vert",
@@ -73,10 +92,36 @@ SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom"
 MARKS = {"le": "<=", "ge": ">=", "ne": "!=", "times": "*", "cdot": "*", "div": "/", "vert": "|", "{": "\\{", "}": "\\}",
     "==": "=", "<": "<", ">": ">", "[": "[", "]": "]", "(": "(", ")": ")", "in": "in", "approx": "=", ":": ":", "|": "|"}  # fmt: skip
 FUNCTIONS = frozenset(
-    "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom".split()
+    [
+        "sin",
+        "cos",
+        "tan",
+        "sec",
+        "csc",
+        "cot",
+        "arcsin",
+        "arccos",
+        "arctan",
+        "sinh",
+        "cosh",
+        "tanh",
+        "exp",
+        "log",
+        "ln",
+        "lg",
+        "min",
+        "max",
+        "gcd",
+        "lcm",
+        "sqrt",
+        "frac",
+        "binom",
+    ]
 )
 PLAIN_WORDS = {"pi": "pi", "infty": "infty", "infinity": "infty", "inf": "infty", "theta": "theta", "or": ",", "and": ","}
-UNITS = frozenset("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb lbs mph am pm".split())
+UNITS = frozenset(
+    ["cm", "mm", "km", "kg", "ft", "in", "mi", "ml", "mg", "hr", "hrs", "min", "sec", "yd", "oz", "lb", "lbs", "mph", "am", "pm"]
+)
 
 
 def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:

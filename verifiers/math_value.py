@@ -7,6 +7,7 @@ run away. Fractions never become floats; every operation first looks at the size
 Left out: assumptions about variables (sqrt(x^2) is not x; (-1)^(2n) is not 1).
 """
 
+import contextlib
 import math
 import zlib
 from fractions import Fraction
@@ -159,7 +160,7 @@ def transcendental(name: str):
 
 
 FUNCTIONS = {
-    **{name: transcendental(name) for name in "sin cos tan sec csc cot sinh cosh tanh exp".split()},
+    **{name: transcendental(name) for name in ["sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh", "exp"]},
     **{"arc" + name: transcendental("a" + name) for name in ("sin", "cos", "tan")},
     "log": logarithm,
     "ln": logarithm,
@@ -264,9 +265,9 @@ def matrix_operation(kind: str, values: list) -> tuple:
     for value in values[1:]:
         both = isinstance(result, tuple) and isinstance(value, tuple)
         if kind == "sum" and both and shape(result) == shape(value):
-            result = tuple(tuple(map(add, r, v)) for r, v in zip(result, value))
+            result = tuple(tuple(map(add, r, v)) for r, v in zip(result, value, strict=False))
         elif kind == "prod" and both and shape(result)[1] == shape(value)[0] and len(result) <= 8 >= len(value[0]):
-            result = tuple(tuple(dot(row, column) for column in zip(*value)) for row in result)
+            result = tuple(tuple(dot(row, column) for column in zip(*value, strict=False)) for row in result)
         elif kind in ("prod", "div") and isinstance(result, tuple) and not isinstance(value, tuple):
             result = tuple(tuple((multiply if kind == "prod" else divide)(x, value) for x in row) for row in result)
         elif kind == "prod" and isinstance(value, tuple) and not isinstance(result, tuple):
@@ -278,7 +279,7 @@ def matrix_operation(kind: str, values: list) -> tuple:
 
 def dot(row, column):
     total = Fraction(0)
-    for a, b in zip(row, column):
+    for a, b in zip(row, column, strict=False):
         total = add(total, multiply(a, b))
     return total
 
@@ -291,7 +292,7 @@ def close(a, b) -> bool:
     """Equality of two values: exact for fractions and matrices of them, else to DIGITS - 15 digits."""
     if isinstance(a, tuple) or isinstance(b, tuple):
         same = isinstance(a, tuple) and isinstance(b, tuple) and shape(a) == shape(b)
-        return same and all(close(x, y) for r, s in zip(a, b) for x, y in zip(r, s))
+        return same and all(close(x, y) for r, s in zip(a, b, strict=False) for x, y in zip(r, s, strict=False))
     if exact(a) and exact(b):
         return a == b
     a, b = inexact(a), inexact(b)
@@ -305,7 +306,7 @@ def variables(tree: tuple) -> frozenset:
     while stack:
         part = stack.pop()
         if isinstance(part, tuple):
-            if part[:1] == ("sym",) or part[:1] == ("fn",) and part[1].startswith("apply "):
+            if part[:1] == ("sym",) or (part[:1] == ("fn",) and part[1].startswith("apply ")):
                 names.add(part[1])
             stack.extend(part)
     return frozenset(names)
@@ -318,10 +319,8 @@ def values_at_points(a: tuple, b: tuple, salt: str, evaluator=Evaluator):
     for point in range(number + 2 * (number > 1)):
         at = evaluator(salt, point)
         at.work = work
-        try:
+        with contextlib.suppress(Undefined):
             yield at.value(a), at.value(b)
-        except Undefined:
-            pass
         work = at.work
 
 

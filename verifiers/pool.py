@@ -5,6 +5,7 @@ nothing for `silence` seconds (no verifier can be that slow; the clock never dec
 was at the status 'error', and is replaced; the rows that waited behind it are given to others.
 """
 
+import contextlib
 import os
 import pickle
 import subprocess
@@ -157,10 +158,8 @@ class _Worker:
         if not self.waiting:
             self.heard = time.monotonic()
         self.waiting[job[0]], self.unread[job[0]] = job[1], len(blob)
-        try:
+        with contextlib.suppress(OSError):  # a dead worker is noticed by `receive`, after the answers that it left
             self.pipe.send_bytes(blob)
-        except OSError:
-            self.dead = True
         return True
 
     def receive(self, done: dict) -> None:

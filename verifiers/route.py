@@ -56,9 +56,9 @@ def verify_all(response: str, ground_truths: object, datasets: list, mode: str, 
     """The sum over a row's verifiers; an error in one is an error of the row."""
     if not isinstance(ground_truths, (list, tuple)) or len(ground_truths) != len(datasets) or not datasets:
         return error(f"ground_truth: expected a list of {len(datasets)}, one for each of dataset")
-    verdicts = [verify(response, truth, name, mode, **options) for truth, name in zip(ground_truths, datasets)]
+    verdicts = [verify(response, truth, name, mode, **options) for truth, name in zip(ground_truths, datasets, strict=False)]
     status = "error" if any(verdict.status == "error" for verdict in verdicts) else "ok"
-    reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in zip(datasets, verdicts))
+    reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in zip(datasets, verdicts, strict=False))
     return Verdict(sum(verdict.score for verdict in verdicts) if status == "ok" else 0.0, reasons, status)
 
 
@@ -68,7 +68,7 @@ def check(dataset: str | list[str], ground_truth: object, mode: str = "default")
     if isinstance(dataset, (list, tuple)):
         if not isinstance(ground_truth, (list, tuple)) or len(ground_truth) != len(dataset) or not dataset:
             raise GroundTruthError(f"ground_truth: expected a list of {len(dataset)}, one for each of dataset")
-        for name, truth in zip(dataset, ground_truth):
+        for name, truth in zip(dataset, ground_truth, strict=False):
             check(name, truth, mode)
         return
     name = verifier_name(dataset, ground_truth)

@@ -8,15 +8,149 @@ are short lists. Every function is linear in the text.
 import re
 
 ABBREVIATIONS = frozenset(
-    "mr mrs ms dr prof rev gen col sgt lt capt sen rep gov st jr sr co corp inc ltd cos bros vs v etc e.g i.e eg ie al cf "
-    "viz u.s u.k u.n u.s.a d.c a.m p.m a.d b.c jan feb mar apr jun jul aug sept sep oct nov dec mt ft no nos vol fig "
-    "ave blvd rd dept est approx ph.d m.d b.a m.a n.y n.j l.a minn calif conn ore pa va tenn mass mich ill wis fla ariz "
-    "p.s s.a w.r n.v c.o".split()
+    [
+        "mr",
+        "mrs",
+        "ms",
+        "dr",
+        "prof",
+        "rev",
+        "gen",
+        "col",
+        "sgt",
+        "lt",
+        "capt",
+        "sen",
+        "rep",
+        "gov",
+        "st",
+        "jr",
+        "sr",
+        "co",
+        "corp",
+        "inc",
+        "ltd",
+        "cos",
+        "bros",
+        "vs",
+        "v",
+        "etc",
+        "e.g",
+        "i.e",
+        "eg",
+        "ie",
+        "al",
+        "cf",
+        "viz",
+        "u.s",
+        "u.k",
+        "u.n",
+        "u.s.a",
+        "d.c",
+        "a.m",
+        "p.m",
+        "a.d",
+        "b.c",
+        "jan",
+        "feb",
+        "mar",
+        "apr",
+        "jun",
+        "jul",
+        "aug",
+        "sept",
+        "sep",
+        "oct",
+        "nov",
+        "dec",
+        "mt",
+        "ft",
+        "no",
+        "nos",
+        "vol",
+        "fig",
+        "ave",
+        "blvd",
+        "rd",
+        "dept",
+        "est",
+        "approx",
+        "ph.d",
+        "m.d",
+        "b.a",
+        "m.a",
+        "n.y",
+        "n.j",
+        "l.a",
+        "minn",
+        "calif",
+        "conn",
+        "ore",
+        "pa",
+        "va",
+        "tenn",
+        "mass",
+        "mich",
+        "ill",
+        "wis",
+        "fla",
+        "ariz",
+        "p.s",
+        "s.a",
+        "w.r",
+        "n.v",
+        "c.o",
+    ]
 )
 # Words that seldom follow an abbreviation inside a sentence with a capital: after 'etc.' they begin a new one.
 STARTERS = frozenset(
-    "the this that these those he she it they we i you in on at but and so if when while there here what his her its "
-    "their our my a an as for after before however meanwhile then one some many most no not".split()
+    [
+        "the",
+        "this",
+        "that",
+        "these",
+        "those",
+        "he",
+        "she",
+        "it",
+        "they",
+        "we",
+        "i",
+        "you",
+        "in",
+        "on",
+        "at",
+        "but",
+        "and",
+        "so",
+        "if",
+        "when",
+        "while",
+        "there",
+        "here",
+        "what",
+        "his",
+        "her",
+        "its",
+        "their",
+        "our",
+        "my",
+        "a",
+        "an",
+        "as",
+        "for",
+        "after",
+        "before",
+        "however",
+        "meanwhile",
+        "then",
+        "one",
+        "some",
+        "many",
+        "most",
+        "no",
+        "not",
+    ]
 )
 END = re.compile(r"""(?<![.?!])(?P<stop>[.?!]++)["')\]}*_»”’]*+(?=\s)""")
 MAX_WORD = 40
@@ -50,7 +184,7 @@ def _ends_sentence(match: re.Match, text: str) -> bool:
     if word.replace(",", "").isdigit():
         return not after[:1].islower()
     if len(word) == 1 and word.isalpha():
-        return not after[:1].isalpha() or after.lower() in STARTERS and after != "I"
+        return not after[:1].isalpha() or (after.lower() in STARTERS and after != "I")
     if word in ABBREVIATIONS or word.rpartition("-")[2] in ABBREVIATIONS:
         return after[:1].isupper() and after.lower() in STARTERS
     return True
@@ -78,7 +212,7 @@ def count_capital_words(text: str, limit: int) -> int:
         space = max(text.rfind(" ", start, end), text.rfind("\n", start, end))
         end = space + 1 if space > start and end < len(text) else end
         block = text[start:end]
-        if MAYBE_CAPITALS.search(block) or "'" in block or not block.isascii() and block.lower() != block:
+        if MAYBE_CAPITALS.search(block) or "'" in block or (not block.isascii() and block.lower() != block):
             count += sum(token.isupper() for token in word_tokens(block))
         start = end
     return count
