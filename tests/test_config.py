@@ -293,6 +293,7 @@ def test_help_is_a_page_for_people(columns, capsys, monkeypatch):
     assert DpoConfig.__doc__.strip() in page
     for f in dataclasses.fields(DpoConfig):
         assert f.name == "given" or own.count(f"\n  --{f.name} ") == 1
+        assert all(f"\n  --{alias}" not in own and f"also --{alias}" in " ".join(own.split()) for alias in f.metadata.get("aliases", ()))
     headings = [line for line in own.splitlines() if line.endswith(":") and not line.startswith(" ")]
     assert headings == ["general:", "this stage:", "model:", "data:", "optimization:", "memory and speed:", "the run:"]
     assert own.index("--loss_type") < own.index("--model_name_or_path")

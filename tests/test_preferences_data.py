@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -153,6 +154,20 @@ def test_every_cut_of_a_pair(last_turn_only, chat):
             assert ids.tolist() == whole_ids[:length].tolist()
             assert mask.tolist() == whole_mask[:length].tolist()
     assert dropped > 3
+
+
+@pytest.mark.parametrize(("chosen", "rejected", "kept"), [("011", "010", True), ("100", "011", False), ("011", "100", False), ("000", "111", False), ("1", "11", False)])  # fmt: skip
+def test_a_pair_of_which_a_side_has_nothing_to_count(chosen, rejected, kept):
+    """The first token of a sequence is never predicted, so it does not count even where it is trained."""
+
+    class Chat:
+        sides = iter([chosen, rejected])
+
+        def encode(self, *_):
+            mask = np.array([c == "1" for c in next(self.sides)])
+            return np.arange(len(mask)), mask
+
+    assert isinstance(PairEncoder(Chat(), 9, True)(FORMS["whole conversations"][0]), list) == kept
 
 
 def test_real_rows_are_all_accepted(shared_data, chat):
