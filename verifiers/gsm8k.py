@@ -31,21 +31,17 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     """1 if the response's final number equals `ground_truth`, else 0. Total: never raises; linear in a bounded tail."""
     if mode != "default":
         answer, label = reference_answer(response, mode), str(ground_truth)
-        text = f"extracted {shown(answer)}, expected {shown(label)}"
-        return passed(text) if answer.lower() == label.lower() else failed(text)
+        return (passed if answer.lower() == label.lower() else failed)(f"extracted {shown(answer)}, expected {shown(label)}")
     expected = value(NUMBER.search(plain(str(ground_truth))[:4096]))
     if expected is None or is_blank(response):
         return failed("empty response" if expected is not None else f"no number in the label {shown(ground_truth)}")
     tail = tail_with_digit(response).split("</think>")[-1]
     tail = plain(tail) if has_digit(tail) else ""
     match, hedged = declared(tail)
-    if hedged:
-        return failed(f"two answers: {shown(hedged)}")
     found = match or last(NUMBER.finditer(tail))
-    if found is None:
-        return failed(f"no number found, expected {shown(ground_truth)}")
-    text = f"extracted {shown(found[0])}, expected {shown(ground_truth)}"
-    return passed(text) if value(found) == expected else failed(text)
+    if hedged or found is None:
+        return failed(f"two answers: {shown(hedged)}" if hedged else f"no number found, expected {shown(ground_truth)}")
+    return (passed if value(found) == expected else failed)(f"extracted {shown(found[0])}, expected {shown(ground_truth)}")
 
 
 def tail_with_digit(text: str) -> str:

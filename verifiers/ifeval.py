@@ -78,6 +78,8 @@ def forbidden_words(text, forbidden_words: list):
 def has_word(text: str, word: str) -> bool:
     if isinstance(word, Regex):
         return re.search(rf"\b{word}\b", text, re.IGNORECASE) is not None
+    if text.isascii() and word.lower() not in text.lower():
+        return False  # most responses, and three times as fast
     return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
 
 

@@ -12,66 +12,12 @@ Left out: calculus (integrals, sums, limits), logic; such answers are compared a
 
 from fractions import Fraction
 
-from .math_tokens import FUNCTIONS, Unparseable, tokenize
+from .math_tokens import DECORATIONS, FUNCTIONS, GREEK, Unparseable, number, repeating, tokenize
 
 MAX_DEPTH = 30
-MAX_DIGITS = 400
 
 RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "in"))
 OPENING = {"(": ")", "[": "]", "\\{": "\\}"}
-DECORATIONS = frozenset(["overline", "vec", "hat", "bar", "tilde", "overrightarrow", "underline", "widehat", "overleftrightarrow"])
-GREEK = frozenset(
-    [
-        "alpha",
-        "beta",
-        "gamma",
-        "delta",
-        "epsilon",
-        "varepsilon",
-        "zeta",
-        "eta",
-        "theta",
-        "iota",
-        "kappa",
-        "lambda",
-        "mu",
-        "nu",
-        "xi",
-        "rho",
-        "sigma",
-        "tau",
-        "upsilon",
-        "phi",
-        "chi",
-        "psi",
-        "omega",
-        "Gamma",
-        "Delta",
-        "Theta",
-        "Lambda",
-        "Xi",
-        "Pi",
-        "Sigma",
-        "Upsilon",
-        "Phi",
-        "Psi",
-        "Omega",
-        "ell",
-        "angle",
-        "triangle",
-        "measuredangle",
-        "hbar",
-        "Re",
-        "Im",
-        "emptyset",
-        "perp",
-        "parallel",
-        "ldots",
-        "mod",
-        "mathbb",
-        "mathcal",
-    ]
-)
 MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"])
 APPLIED = frozenset("fghFGH")
 
@@ -410,25 +356,6 @@ class Parser:
         if len({len(row) for row in rows}) != 1:
             raise Unparseable("a matrix of unequal rows")
         return ("fn", "det", (("matrix", tuple(rows)),)) if kind == "vmatrix" else ("matrix", tuple(rows))
-
-
-def number(spelling: str) -> tuple:
-    """The exact value of a decimal, and how many decimals it was written with."""
-    mantissa, _, exponent = spelling.lower().partition("e")
-    if len(mantissa) > MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_DIGITS:
-        raise Unparseable("a number of too many digits")
-    decimals = len(mantissa.partition(".")[2])
-    return ("num", Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0), decimals)
-
-
-def repeating(spelling: str) -> tuple:
-    """0.1~6 is 0.1666...: (digits with one period - digits without) / 99..900..0."""
-    head, _, period = spelling.partition("~")
-    whole, _, fixed = head.partition(".")
-    if len(spelling) > MAX_DIGITS:
-        raise Unparseable("a number of too many digits")
-    top = int((whole + fixed + period) or 0) - int((whole + fixed) or 0)
-    return ("num", Fraction(top, (10 ** len(period) - 1) * 10 ** len(fixed)), 0)
 
 
 def degrees_as_radians(tree: tuple) -> tuple:

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from .math_parse import MAX_DEPTH
 from .math_tokens import MAX_LENGTH, MAX_TOKENS, Unparseable
-from .math_value import Evaluator, NoValue, Undefined, bounded, context, exact, inexact, same_value
+from .math_value import ComplexEvaluator, NoValue, Undefined, same_value
 
 TOKEN = re.compile(
     r"(?P<skip>[ \t\r\n]+|\\(?:,|:|;|!|\*|-|\.|/|\"|\(|=)|\\(?:thinspace|medspace|thickspace|quad|qquad|negthinspace|negmedspace"
@@ -22,48 +22,11 @@ TOKEN = re.compile(
     r"|(?P<equal>&[ \t\r\n]*=|=(?:[ \t\r\n]*&)?)|(?P<command>\\[A-Za-z]+)|(?P<quotes>'+)|(?P<mark>\\[{}]|[-+*/(){}\[\]|_^:<>!.,])"
 )
 FUNCTIONS = frozenset(
-    [
-        "exp",
-        "log",
-        "lg",
-        "ln",
-        "sin",
-        "cos",
-        "tan",
-        "csc",
-        "sec",
-        "cot",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "arccsc",
-        "arcsec",
-        "arccot",
-        "sinh",
-        "cosh",
-        "tanh",
-        "arsinh",
-        "arcosh",
-        "artanh",
-    ]
+    str.split("exp log lg ln sin cos tan csc sec cot arcsin arccos arctan arccsc arcsec arccot sinh cosh tanh arsinh arcosh artanh")
 )
 RELATIONS = frozenset(("equal", "\\neq", "<", ">", "\\leq", "\\le", "\\leqq", "\\leqslant", "\\geq", "\\ge", "\\geqq", "\\geqslant"))
 LEFT_OUT = frozenset(["\\lim", "\\int", "\\sum", "\\prod", "\\langle"])
-STOPS = frozenset(
-    [
-        "\\to",
-        "\\rightarrow",
-        "\\Rightarrow",
-        "\\longrightarrow",
-        "\\Longrightarrow",
-        "\\rangle",
-        "\\rfloor",
-        "\\rceil",
-        "\\times",
-        "\\cdot",
-        "\\div",
-    ]
-)
+STOPS = frozenset(str.split(r"\to \rightarrow \Rightarrow \longrightarrow \Longrightarrow \rangle \rfloor \rceil \times \cdot \div"))
 GROUPS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
@@ -76,24 +39,6 @@ def same_prefix(a: str, b: str) -> bool:
         return same_value(x, y, a[:MAX_LENGTH] + "|" + b[:MAX_LENGTH], ComplexEvaluator)
     except (NoValue, Undefined, RecursionError):
         return False
-
-
-class ComplexEvaluator(Evaluator):
-    """sympy assumes nothing of a variable: it is complex, and every root is the principal one."""
-
-    def coordinate(self, name: str):
-        return context.mpc(inexact(super().coordinate(name)), inexact(super().coordinate(name + " i")))
-
-    def function(self, name: str, arguments: tuple):
-        if name == "apply overline":
-            return context.conj(inexact(self.value(arguments[0])))
-        return super().function(name, arguments)
-
-    def combine(self, operation, kind: str, values: list):
-        if kind == "pow" and exact(values[0]) and values[0] < 0 and not (exact(values[1]) and values[1].denominator == 1):
-            self.work += 1
-            return bounded(context.power(inexact(values[0]), inexact(values[1])))
-        return super().combine(operation, kind, values)
 
 
 @lru_cache(maxsize=4096)

@@ -4,9 +4,11 @@ Work is bounded: by the length of the text here, by the number of tokens for all
 """
 
 import re
+from fractions import Fraction
 
 MAX_LENGTH = 2000
 MAX_TOKENS = 700
+MAX_DIGITS = 400
 
 
 class Unparseable(ValueError):
@@ -63,26 +65,7 @@ TOKEN = re.compile(
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?!\.[0-9]+,)")
 REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline\s*\{?(?P<period>[0-9]+)\}?")
-TEXT_COMMANDS = frozenset(
-    [
-        "text",
-        "textbf",
-        "textit",
-        "textrm",
-        "texttt",
-        "textsf",
-        "mbox",
-        "hbox",
-        "mathrm",
-        "mathbf",
-        "mathit",
-        "mathsf",
-        "mathtt",
-        "rm",
-        "bf",
-        "it",
-    ]
-)
+TEXT_COMMANDS = frozenset(str.split("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it"))
 SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le",
     "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "infinity": "infty",
     "ast": "times", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "lvert": "vert", "rvert": "vert", "mid": "vert",
@@ -92,36 +75,18 @@ SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom"
 MARKS = {"le": "<=", "ge": ">=", "ne": "!=", "times": "*", "cdot": "*", "div": "/", "vert": "|", "{": "\\{", "}": "\\}",
     "==": "=", "<": "<", ">": ">", "[": "[", "]": "]", "(": "(", ")": ")", "in": "in", "approx": "=", ":": ":", "|": "|"}  # fmt: skip
 FUNCTIONS = frozenset(
-    [
-        "sin",
-        "cos",
-        "tan",
-        "sec",
-        "csc",
-        "cot",
-        "arcsin",
-        "arccos",
-        "arctan",
-        "sinh",
-        "cosh",
-        "tanh",
-        "exp",
-        "log",
-        "ln",
-        "lg",
-        "min",
-        "max",
-        "gcd",
-        "lcm",
-        "sqrt",
-        "frac",
-        "binom",
-    ]
+    str.split("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom")
+)
+DECORATIONS = frozenset(str.split("overline vec hat bar tilde overrightarrow underline widehat overleftrightarrow"))
+GREEK = frozenset(
+    str.split(
+        "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
+        "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell angle triangle measuredangle hbar "
+        "Re Im emptyset perp parallel ldots mod mathbb mathcal"
+    )
 )
 PLAIN_WORDS = {"pi": "pi", "infty": "infty", "infinity": "infty", "inf": "infty", "theta": "theta", "or": ",", "and": ","}
-UNITS = frozenset(
-    ["cm", "mm", "km", "kg", "ft", "in", "mi", "ml", "mg", "hr", "hrs", "min", "sec", "yd", "oz", "lb", "lbs", "mph", "am", "pm"]
-)
+UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb lbs mph am pm"))
 
 
 def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
@@ -200,3 +165,22 @@ def word_token(word: str, tokens: list) -> None:
         tokens.extend(("name", letter) for letter in word)
     else:
         tokens.append(("text", word))
+
+
+def number(spelling: str) -> tuple:
+    """The exact value of a decimal, and how many decimals it was written with."""
+    mantissa, _, exponent = spelling.lower().partition("e")
+    if len(mantissa) > MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_DIGITS:
+        raise Unparseable("a number of too many digits")
+    decimals = len(mantissa.partition(".")[2])
+    return ("num", Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0), decimals)
+
+
+def repeating(spelling: str) -> tuple:
+    """0.1~6 is 0.1666...: (digits with one period - digits without) / 99..900..0."""
+    head, _, period = spelling.partition("~")
+    whole, _, fixed = head.partition(".")
+    if len(spelling) > MAX_DIGITS:
+        raise Unparseable("a number of too many digits")
+    top = int((whole + fixed + period) or 0) - int((whole + fixed) or 0)
+    return ("num", Fraction(top, (10 ** len(period) - 1) * 10 ** len(fixed)), 0)

@@ -160,7 +160,7 @@ def transcendental(name: str):
 
 
 FUNCTIONS = {
-    **{name: transcendental(name) for name in ["sin", "cos", "tan", "sec", "csc", "cot", "sinh", "cosh", "tanh", "exp"]},
+    **{name: transcendental(name) for name in str.split("sin cos tan sec csc cot sinh cosh tanh exp")},
     **{"arc" + name: transcendental("a" + name) for name in ("sin", "cos", "tan")},
     "log": logarithm,
     "ln": logarithm,
@@ -252,6 +252,24 @@ class Evaluator:
             raise Undefined(str(problem)) from None
         self.count(result)
         return result
+
+
+class ComplexEvaluator(Evaluator):
+    """sympy assumes nothing of a variable: it is complex, and every root is the principal one."""
+
+    def coordinate(self, name: str):
+        return context.mpc(inexact(super().coordinate(name)), inexact(super().coordinate(name + " i")))
+
+    def function(self, name: str, arguments: tuple):
+        if name == "apply overline":
+            return context.conj(inexact(self.value(arguments[0])))
+        return super().function(name, arguments)
+
+    def combine(self, operation, kind: str, values: list):
+        if kind == "pow" and exact(values[0]) and values[0] < 0 and not (exact(values[1]) and values[1].denominator == 1):
+            self.work += 1
+            return bounded(context.power(inexact(values[0]), inexact(values[1])))
+        return super().combine(operation, kind, values)
 
 
 OPERATIONS = {"sum": add, "prod": multiply, "div": divide, "pow": power, "neg": lambda a: -a}

@@ -4,6 +4,8 @@ The names are those of the published Tülu 3 rows, in any case: gsm8k, math, ife
 ground truth: `func_name` is the RLVR form that Tülu 3 carries under that name, `instruction_id` IFEval's own.
 """
 
+from functools import lru_cache
+
 from . import gsm8k, ifeval, ifeval_old, math
 from .arguments import nearest
 from .math_extract import extract_reference
@@ -105,9 +107,14 @@ def check_mode(mode: str) -> None:
 
 def gsm8k_label(ground_truth: object) -> str:
     label = math_label(ground_truth)
-    if gsm8k.value(gsm8k.NUMBER.search(gsm8k.plain(label)[:4096])) is None:
+    if not has_number(label):
         raise GroundTruthError(f"ground_truth: no number in {shown(label)}")
     return label
+
+
+@lru_cache(maxsize=65536)
+def has_number(label: str) -> bool:
+    return gsm8k.value(gsm8k.NUMBER.search(gsm8k.plain(label)[:4096])) is not None
 
 
 def math_label(ground_truth: object) -> str:

@@ -1,0 +1,149 @@
+"""Verdicts per second and core, and the time of hostile responses, beside the checkers that others use.
+
+    python -m benchmarks.verifiers                 # ours
+    python -m benchmarks.verifiers --peers         # and math-verify, sympy's LaTeX parser, where they are installed
+
+One process, one core; needs the labelled cases in ../shared/data/verifiers. The peers' agreement with the same labels is printed
+beside their speed. Hostile responses are those of tests/test_verifiers_hostile.py.
+"""
+
+import argparse
+import json
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.test_verifiers_hostile import FAMILIES, WITH_LANGUAGE, hostile, truths
+from verifiers import Pool, ifeval, verify
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
+LANGUAGE = set(WITH_LANGUAGE)
+
+
+def cases(name: str) -> list[dict]:
+    return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def speed(label: str, rows: list, verdict: Callable, expected: Callable | None = None, seconds: float = 2.0) -> None:
+    """Print verdicts/s over passes of all `rows` that take about `seconds`, and the agreement with `expected`."""
+    results = [verdict(row) for row in rows]  # warm: caches of ground truths, compiled patterns
+    agree = ""
+    if expected:
+        known = [(bool(result), expected(row)) for result, row in zip(results, rows, strict=True) if expected(row) is not None]
+        agree = f"   agrees with {sum(a == b for a, b in known)}/{len(known)} labels"
+    start, passes = time.perf_counter(), 0
+    while time.perf_counter() - start < seconds:
+        for row in rows:
+            verdict(row)
+        passes += 1
+    print(f"{label:44} {passes * len(rows) / (time.perf_counter() - start):10,.0f} /s{agree}", flush=True)
+
+
+def hostile_times(family: str, all_truths: list, responses: list[str]) -> None:
+    times = []
+    for response in responses:
+        for truth in all_truths:
+            start = time.perf_counter()
+            verify(response, truth, family)
+            times.append(time.perf_counter() - start)
+    times.sort()
+    p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
+    print(
+        f"{len(responses)} hostile responses x {len(all_truths):2}   p50 {p50 * 1e3:.3f}  p99 {p99 * 1e3:.3f}  max {times[-1] * 1e3:.3f} ms"
+    )
+
+
+def ours() -> None:
+    rows = cases("gsm8k")
+    speed("gsm8k", rows, lambda r: verify(r["response"], r["ground_truth"], "gsm8k").score, lambda r: r["correct"])
+    speed("gsm8k, reference", rows, lambda r: verify(r["response"], r["ground_truth"], "gsm8k", "reference").score,
+        lambda r: r["labels"]["open_instruct_gsm8k"])  # fmt: skip
+    rows = cases("math_equiv")
+    speed("math, equivalence cases", rows, lambda r: verify(r["prediction"], r["answer"], "math").score, lambda r: r["equal"])
+    rows = cases("math_extract")
+    speed("math, extraction cases", rows, lambda r: verify(r["response"], r["ground_truth"], "math").score,
+        lambda r: r["intended_correct"])  # fmt: skip
+    speed("math, reference", rows, lambda r: verify(r["response"], r["ground_truth"], "math", "reference").score,
+        lambda r: r["verdict"]["open_instruct_math"])  # fmt: skip
+    rows = [
+        (row["response"], {"instruction_id": [name], "kwargs": [row["kwargs"][i]]}, name)
+        for row in cases("ifeval")
+        for i, name in enumerate(row["instruction_id_list"])
+        if name in ifeval.INSTRUCTIONS
+    ]
+    speed("ifeval, without language detection", [r for r in rows if r[2] not in LANGUAGE], lambda r: verify(r[0], r[1], "ifeval").score)
+    speed("ifeval, language detection", [r for r in rows if r[2] in LANGUAGE], lambda r: verify(r[0], r[1], "ifeval").score)
+    rows = [row for row in cases("rlvr_if_functions") if row["func_name"] != "validate_response_language"]
+    speed("ifeval_old, without language detection", rows, lambda r: verify(r["response"], r["ground_truth"], "ifeval_old").score)
+
+
+def peers() -> None:
+    rows = cases("math_equiv")
+    bare = [row for row in rows if row["kind"] == "answer"]
+    ours_bare = lambda r: verify(r["prediction"], r["answer"], "math").score
+    speed("ours, bare pairs", bare, ours_bare, lambda r: r["equal"])
+    try:
+        import math_verify
+    except ImportError:
+        print("math-verify is not installed")
+    else:
+
+        def math_verify_verdict(row):
+            return math_verify.verify(math_verify.parse(row["answer"]), math_verify.parse(row["prediction"]))
+
+        speed("math-verify, all pairs", rows, math_verify_verdict, lambda r: r["equal"])
+        speed("math-verify, bare pairs", bare, math_verify_verdict, lambda r: r["equal"])
+    try:
+        import antlr4  # noqa: F401
+        import sympy
+        from sympy.parsing.latex import parse_latex
+    except ImportError:
+        print("sympy's LaTeX parser (antlr4 4.11) is not installed")
+        return
+
+    def sympy_verdict(row):  # what open-instruct's and lm-eval's Minerva graders call, with their five seconds
+        signal.alarm(5)
+        try:
+            return sympy.simplify(parse_latex(row["prediction"]) - parse_latex(row["answer"])) == 0
+        except Exception:
+            return False
+        finally:
+            signal.alarm(0)
+
+    signal.signal(signal.SIGALRM, timed_out)
+    speed("sympy parse_latex + simplify, bare pairs", bare, sympy_verdict, lambda r: r["equal"], seconds=0)
+
+
+def timed_out(*_) -> None:
+    raise TimeoutError
+
+
+def pool(workers: int) -> None:
+    rows = [(row["response"], row["ground_truth"], "gsm8k") for row in cases("gsm8k")] * 10
+    with Pool(workers) as running:
+        running.score(rows[:1000])
+        start = time.perf_counter()
+        running.score(rows)
+        print(f"pool of {workers}, gsm8k {len(rows) / (time.perf_counter() - start):10,.0f} /s in all")
+
+
+def main() -> None:
+    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags.add_argument("--peers", action="store_true", help="also measure what of the peers is installed")
+    flags.add_argument("--workers", type=int, default=2, help="size of the pool")
+    options = flags.parse_args()
+    ours()
+    pool(options.workers)
+    for family in FAMILIES:
+        print(f"{family:12}", end="")
+        hostile_times(family, truths(family), hostile(family))
+    print(f"{'language':12}", end="")
+    detection = [{"instruction_id": [name], "kwargs": [arguments]} for name, arguments in WITH_LANGUAGE.items()]
+    hostile_times("ifeval", detection, hostile("language"))
+    if options.peers:
+        peers()
+
+
+if __name__ == "__main__":
+    main()
