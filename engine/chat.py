@@ -60,14 +60,8 @@ class ChatTokenizer:
     @property
     def fingerprint(self) -> str:
         """Changes with anything that changes token ids or masks: vocabulary, merges, template, end of turn."""
-        tokenizer = self.tokenizer
-        state = [
-            tokenizer.backend_tokenizer.to_str(),
-            tokenizer.chat_template,
-            tokenizer.special_tokens_map,
-            self.end_of_turn,
-            self.vocab_size,
-        ]
+        vocabulary, special = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map
+        state = [vocabulary, special, self.template, self.end_of_turn, self.vocab_size]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
     def render(self, messages: list[dict[str, str]], **options: Any) -> str:
