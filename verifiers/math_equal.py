@@ -18,6 +18,7 @@ from .math_value import NoValue, Undefined, close, same_up_to_factor, same_value
 
 MAX_ITEMS = 30
 DECIMAL_COMMA = re.compile(r"-?0,[0-9]+")
+TEXT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}]*)\}")
 FONT = re.compile(r"\\(?:text|textbf|textit|textrm|mbox|mathrm|mathbf|mathit|mathsf|bf|rm|it)(?![a-z])\s*")
 
 
@@ -32,6 +33,8 @@ def equal(prediction: str, answer: str) -> bool:
     if not prediction or not answer:
         return False
     if squeezed(prediction) == squeezed(answer):
+        return True
+    if squeezed(TEXT.sub(r"\1", prediction)) == squeezed(TEXT.sub(r"\1", answer)):
         return True
     words = same_words(prediction, answer)
     if words is not None:
@@ -57,6 +60,8 @@ def same_words(prediction: str, answer: str) -> bool | None:
     if len(a) == len(b) == 1:
         return a.casefold() == b.casefold() if "\\" in prediction + answer else None
     both = a.casefold() == b.casefold()
+    if not both and {a.lower(), b.lower()} & {"no", "on", "yes", "so", "is", "it", "am", "pm"}:
+        return False
     return True if both else None if max(len(a), len(b)) <= 3 and " " not in a + b else False
 
 
@@ -164,6 +169,10 @@ def is_name(tree: tuple) -> bool:
     kind = tree[0]
     if kind in ("sym", "text"):
         return True
+    if kind == "unit":  # \\angle ABC
+        return tree[1][0] == "sym"
+    if kind == "pow":  # f^{-1}(x)
+        return tree[1][0] == "sym" and tree[1][1] in "fgh" and tree[2][0] == "neg"
     if kind == "fn":
         return tree[1].startswith("apply ") or (tree[1] in ("abs", "sin", "cos", "tan") and all(map(is_name, tree[2])))
     if kind == "prod":
