@@ -282,6 +282,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device, dtype = measure.device_of(args.device), measure.DTYPES[args.dtype]
     torch.set_num_threads(args.threads)
+    here = measure.machine(device)
     shape = (args.heads, args.kv_heads, args.head_dim, dtype)
     fresh = measure.FreshProcesses("torch", "engine.attention")
     sample = make_stream(tuple(min(length, n) for length, n in zip(args.lengths, (130, 1, 257, 96), strict=False)), args.window, device)
@@ -302,20 +303,19 @@ def main(argv: list[str] | None = None) -> None:
     for name in cases:
         rows[name]["times" if isinstance(times[name], Times) else "skipped"] = times[name]
     rates = {"product": measure.matmul_rate(device, dtype), "copy": measure.copy_rate(device)}
-    show(args, device, stream, rows, rates)
+    show(args, here, device, stream, rows, rates)
     measure.write_json(
-        args.json, benchmark="attention", machine=measure.machine(device), arguments=vars(args), visible_pairs=stream.pairs,
+        args.json, benchmark="attention", machine=here, arguments=vars(args), visible_pairs=stream.pairs,
         product_flops_per_second=rates["product"], copy_bytes_per_second=rates["copy"], backends=rows,
     )  # fmt: skip
 
 
-def show(args: argparse.Namespace, device: torch.device, stream: Stream, rows: dict, rates: dict[str, float]) -> None:
+def show(args: argparse.Namespace, here: dict, device: torch.device, stream: Stream, rows: dict, rates: dict[str, float]) -> None:
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     flops = 4 * args.heads * args.head_dim * stream.pairs
     size = torch.finfo(measure.DTYPES[args.dtype]).bits // 8
     out_bytes = args.tokens * args.heads * args.head_dim * size
     least_bytes = 2 * out_bytes * (1 + args.kv_heads / args.heads)
-    here = measure.machine(device)
     print(f"\n{here['device']}, torch {here['torch']}, {args.dtype}" + (f", {args.threads} threads" if device.type == "cpu" else ""))
     fill = args.tokens / (len(args.lengths) * stream.max_seqlen)
     print(f"T = {args.tokens:,} tokens in {len(args.lengths)} sequences of up to {stream.max_seqlen:,} (padded, they would fill {fill:.0%}), "

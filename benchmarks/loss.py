@@ -294,6 +294,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     device, dtype = measure.device_of(args.device), measure.DTYPES[args.dtype]
     torch.set_num_threads(args.threads)
+    here = measure.machine(device)
     shape = (args.tokens, args.hidden, args.vocab, dtype, args.masked_fraction, args.chunk_rows)
     fresh = measure.FreshProcesses("torch", "losses")
     rows = {name: {"memory": None, "errors": None, "skipped": None} for name in args.variants}
@@ -319,20 +320,19 @@ def main(argv: list[str] | None = None) -> None:
     pass_cases, chunk_bytes = passes(args.vocab, device)
     pass_times = measure.take_turns(pass_cases, device, args.seconds / 4)
     copied = measure.copy_rate(device)
-    show(args, device, rows, product_times, pass_times, chunk_bytes, copied)
+    show(args, here, device, rows, product_times, pass_times, chunk_bytes, copied)
     measure.write_json(
-        args.json, benchmark="loss", machine=measure.machine(device), arguments=vars(args), products=product_times, copy_bytes_per_second=copied,
+        args.json, benchmark="loss", machine=here, arguments=vars(args), products=product_times, copy_bytes_per_second=copied,
         variants=rows, passes=pass_times, pass_chunk_bytes=chunk_bytes,
     )  # fmt: skip
 
 
-def show(args, device, rows: dict, products: Times, pass_times: dict, chunk_bytes: int, copied: float) -> None:
+def show(args, here: dict, device, rows: dict, products: Times, pass_times: dict, chunk_bytes: int, copied: float) -> None:
     """The two tables, and what the memory column is to be compared with."""
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     R = max(2, args.tokens - round(args.masked_fraction * args.tokens))
     flops = 2 * R * args.hidden * args.vocab
     naive_times = rows.get("naive", {}).get("times")
-    here = measure.machine(device)
     print(f"\n{here['device']}, torch {here['torch']}, {args.dtype}" + (f", {args.threads} threads" if device.type == "cpu" else ""))
     print(f"T = {args.tokens:,} tokens of which {R:,} count, D = {args.hidden:,}, V = {args.vocab:,}; chunks of ", end="")
     print(f"{args.chunk_rows or default_chunk_rows(torch.empty(args.vocab, 0, device=device)):,} rows\n")

@@ -212,13 +212,13 @@ def device_of(name: str | None) -> torch.device:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on besides the arguments."""
+    """What the figures depend on besides the arguments; to be read before the run, during which HEAD may move."""
     if device.type == "cuda":
         processor = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         processor = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
-    git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, cwd=Path(__file__).parent)
     return {
         "device": processor, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
         "commit": git.stdout.strip() or "unknown",
