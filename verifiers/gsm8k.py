@@ -35,8 +35,7 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     expected = value(NUMBER.search(plain(str(ground_truth))[:4096]))
     if expected is None or is_blank(response):
         return failed("empty response" if expected is not None else f"no number in the label {shown(ground_truth)}")
-    tail = tail_with_digit(response).split("</think>")[-1]
-    tail = plain(tail) if has_digit(tail) else ""
+    tail = plain(tail_with_digit(response.rpartition("</think>")[2]))
     match, hedged = declared(tail)
     found = match or last(NUMBER.finditer(tail))
     if hedged or found is None:
@@ -45,18 +44,12 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
 
 
 def tail_with_digit(text: str) -> str:
-    """A tail of `text` that holds its last number whole, so that 10 MB cost what 8 KB do (numbers end 32 Ki from its end)."""
-    for size in (1 << 12, 1 << 15):
-        if len(text) <= size:
-            return text
-        tail = text[-size:].lstrip("0123456789,.+-")  # the cut may have gone through a number
-        if has_digit(tail):
-            break
-    return tail
-
-
-def has_digit(text: str) -> bool:
-    return any(digit in text for digit in "0123456789") or (not text.isascii() and re.search(r"\d", text) is not None)
+    """The 4 Ki characters before the last digit of `text`, if one is among its last 32 Ki, so that 10 MB cost little."""
+    tail = text[-(1 << 15) :]
+    digit = max(map(tail.rfind, "0123456789")) if tail.isascii() else max((m.start() for m in re.finditer(r"\d", tail)), default=-1)
+    window = tail[max(0, digit - 4096) : digit + 64]
+    whole = len(tail) == len(text) and digit <= 4096
+    return window if whole else window.lstrip("0123456789,.+-") or window  # the cut may have gone through a number
 
 
 def plain(text: str) -> str:
