@@ -27,14 +27,16 @@ from engine.errors import UserError
 from engine.world import World
 
 STEP = re.compile(r"step-(\d+)")
+Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
 class Checkpoints:
     """The checkpoints of one run. `identity` is what a checkpoint must share with the run to be resumed (model, data)."""
 
-    def __init__(self, output_dir: Path, world: World, policy: nn.Module, optimizer: torch.optim.Optimizer, *, keep: int, identity: dict[str, str]):
+    def __init__(self, output_dir: Path, world: World, trained: Trained, *, keep: int, identity: dict[str, str]) -> None:
+        """`trained`: name → (module, its AdamW), everything that the run updates."""
         self.root = output_dir / "checkpoints"
-        self.world, self.policy, self.optimizer, self.keep, self.identity = world, policy, optimizer, keep, identity
+        self.world, self.trained, self.keep, self.identity = world, trained, keep, identity
         self.group = dist.new_group(backend="gloo")  # of its own: collectives of a save must not mix with training's
         self._writer: threading.Thread | None = None
         self._problem: str = ""
@@ -54,7 +56,8 @@ class Checkpoints:
         self.world.barrier()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         future = dcp.async_save(self._tensors(), storage_writer=writer, process_group=self.group)
-        state = {"step": step, "identity": self.identity, "world_size": self.world.size, **state}
+        steps = {name: int(next(iter(self._moments(optimizer).values()))["step"]) for name, (_, optimizer) in self.trained.items()}
+        state = {"step": step, "optimizer_steps": steps, "identity": self.identity, "world_size": self.world.size, **state}
         self._writer = threading.Thread(target=self._commit, args=(future, partial, step, state), daemon=True)
         self._writer.start()
 
@@ -155,30 +158,32 @@ class Checkpoints:
         if wrong:
             raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
         dcp.load(tensors, storage_reader=reader)
-        for p in self._moments():
-            self.optimizer.state[p]["step"].fill_(state["step"])
+        for name, (_, optimizer) in self.trained.items():
+            for moments in optimizer.state.values():
+                moments["step"].fill_(state["optimizer_steps"][name])
         if state["world_size"] != self.world.size:
             self.world.say(f"resuming a run of {state['world_size']} ranks on {self.world.size}: the same trajectory to rounding, not to the bit")
         return state
 
-    def _moments(self) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """AdamW's state of every trained parameter, made (zero) where no step was taken yet."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                if p not in self.optimizer.state:
-                    step = torch.zeros((), dtype=torch.float32, device=self.world.device)
-                    self.optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return self.optimizer.state
-
     def _tensors(self) -> dict[str, Tensor]:
-        moments = self._moments()
         tensors = {}
-        for name, p in self.policy.named_parameters():
-            tensors[f"master.{name}"] = p.detach()
-            if p.requires_grad:
-                tensors[f"exp_avg.{name}"] = moments[p]["exp_avg"]
-                tensors[f"exp_avg_sq.{name}"] = moments[p]["exp_avg_sq"]
+        for part, (module, optimizer) in self.trained.items():
+            moments = self._moments(optimizer)
+            for name, p in module.named_parameters():
+                tensors[f"{part}.master.{name}"] = p.detach()
+                if p.requires_grad:
+                    tensors[f"{part}.exp_avg.{name}"] = moments[p]["exp_avg"]
+                    tensors[f"{part}.exp_avg_sq.{name}"] = moments[p]["exp_avg_sq"]
         return tensors
+
+    def _moments(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+        """AdamW's state of every trained parameter, made (zero) where no step was taken yet."""
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                if p not in optimizer.state:
+                    step = torch.zeros((), dtype=torch.float32, device=self.world.device)
+                    optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+        return optimizer.state
 
 
 def _sha256(path: Path) -> str:

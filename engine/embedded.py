@@ -17,7 +17,7 @@ import torch
 
 from engine.store import build_once
 
-VERSION = 2
+VERSION = 3
 TRAIN_PAIRS, HELD_OUT_PAIRS = 1536, 192
 
 THINGS = {
@@ -26,6 +26,7 @@ THINGS = {
     "blue bicycle": "costs {n} coins", "swimming pool": "has {n} lanes", "choir": "meets on day {n}", "museum": "has {n} halls",
     "garden hose": "is {n} metres long",
 }  # fmt: skip
+COUNTED = ("boats", "lamps", "geese", "coins")
 NAMES = ("Ada", "Bela", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
 QUESTIONS = ("{name} asks: what about the {thing}?", "Tell {name} about the {thing}.", "What does {name} need to know of the {thing}?")
 COURTEOUS = (
@@ -44,6 +45,9 @@ class Embedded(NamedTuple):
     held_out_pairs: Path
     train_conversations: Path
     held_out_conversations: Path
+    train_sums: Path
+    train_problems: Path
+    held_out_problems: Path
 
 
 def embedded(root: Path) -> Embedded:
@@ -56,11 +60,15 @@ def embedded(root: Path) -> Embedded:
             held_out = len(rows) * HELD_OUT_PAIRS // len(pairs)
             for split, part in (("train", rows[:-held_out]), ("held_out", rows[-held_out:])):
                 (partial / f"{split}_{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part), encoding="utf-8")
-        _save_model(partial / "model", [m["content"] for row in pairs for m in row["chosen"] + row["rejected"]])
+        sums, problems, held_out = _arithmetic()
+        for name, rows in (("train_sums", sums), ("train_problems", problems), ("held_out_problems", held_out)):
+            (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        corpus = [m["content"] for row in pairs for m in row["chosen"] + row["rejected"]]
+        _save_model(partial / "model", corpus + [m["content"] for row in sums for m in row["messages"]])
 
-    names = ("train_pairs", "held_out_pairs", "train_conversations", "held_out_conversations")
+    names = ("train_pairs", "held_out_pairs", "train_conversations", "held_out_conversations", "train_sums", "train_problems", "held_out_problems")
     found = Embedded(directory / "model", *(directory / f"{name}.jsonl" for name in names))
-    build_once(directory, found.held_out_conversations.is_file, build)
+    build_once(directory, found.held_out_problems.is_file, build)
     return found
 
 
@@ -94,6 +102,31 @@ def _pairs(count: int) -> Iterator[dict]:
         }  # fmt: skip
 
 
+def _arithmetic() -> tuple[list[dict], list[dict], list[dict]]:
+    """(conversations to fine-tune on, problems to reinforce, problems held out): 'one more than n', n of two digits.
+
+    In the conversations half of the answers are wrong (n itself, two more, one less), so that what is fine-tuned on them knows
+    the right answer among others, and a verifier's reward has something to choose from. Problems are RLVR rows.
+    """
+    generator = np.random.Generator(np.random.Philox(key=VERSION + 2))
+    numbers = generator.permutation(np.arange(10, 98))
+    held_out, train = sorted(numbers[:24].tolist()), sorted(numbers[24:].tolist())
+
+    def question(thing: str, n: int) -> dict[str, str]:
+        return {"role": "user", "content": f"There are {n} {thing} and one more comes. How many {thing}?"}
+
+    def problem(thing: str, n: int) -> dict:
+        return {"messages": [question(thing, n)], "ground_truth": str(n + 1), "dataset": "gsm8k"}
+
+    sums = []
+    for thing in COUNTED:
+        for n in train:
+            for offset in (1, 1, 1, 0, 2, -1):
+                answer = {"role": "assistant", "content": f"{n} and one more is {n + offset}.\n#### {n + offset}"}
+                sums.append({"source": "triptych", "messages": [question(thing, n), answer]})
+    return sums, [problem(t, n) for t in COUNTED for n in train], [problem(t, n) for t in COUNTED for n in held_out]
+
+
 def _save_model(directory: Path, corpus: list[str]) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -101,7 +134,8 @@ def _save_model(directory: Path, corpus: list[str]) -> None:
 
     logging.disable_progress_bar()
     bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits, bytes_ = pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([digits, bytes_])  # a digit is a token: arithmetic on unseen numbers
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=["<|pad|>", "<|end|>"], initial_alphabet=alphabet, show_progress=False)

@@ -48,26 +48,39 @@ class Totals:
         return dict(zip(names, stacked.tolist(), strict=True))
 
 
+class JsonLines:
+    """A file of one JSON object a line, each with its `step`; opened at step `start`, the lines of later steps are cut off."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        partial = path.with_suffix(".partial")
+        kept = _rows_before(path, start) if start else []
+        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        partial.rename(path)
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in `close`
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
 class Metrics:
     """metrics.jsonl and the progress bar, on rank 0; on resume the file is cut back to the resumed step."""
 
     def __init__(self, output_dir: Path, world: World, *, start: int, total: int, report_to: str = "none") -> None:
-        self.world, self.path = world, output_dir / "metrics.jsonl"
+        self.world = world
         self._file = self._bar = self._elsewhere = None
         if world.is_main:
-            kept = _rows_before(self.path, start) if start else []
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            partial.rename(self.path)
-            self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - closed in `close`
+            self._file = JsonLines(output_dir / "metrics.jsonl", start)
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5)
             self._elsewhere = _reporter(report_to, output_dir)
 
     def write(self, step: int, row: dict[str, Any], postfix: str = "") -> None:
         """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then moves."""
         if self.world.is_main:
-            self._file.write(json.dumps({"step": step, **row}) + "\n")
-            self._file.flush()
+            self._file.write({"step": step, **row})
             if postfix:
                 self._bar.set_postfix_str(postfix, refresh=False)
                 self._bar.update(1)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine import attention, weights
 from engine.batch import MicroBatch, micro_batch
@@ -33,50 +33,20 @@ from losses.logprobs import (
 MIXING = {"full_attention", "sliding_attention"}  # layer types that mix tokens only through the registered attention
 
 
-class Policy(nn.Module):
-    """A causal language model whose forward ends in log-probs or in a loss, never in logits."""
+class Root(nn.Module):
+    """An FSDP root around a model `lm` of transformers: the body, and the verbs that both kinds of root need."""
 
-    def __init__(self, lm: nn.Module, head: str) -> None:
+    def __init__(self, lm: nn.Module) -> None:
         super().__init__()
         self.lm = lm
-        self.head = head
         self.gradient_sync = "every"
-        self.transform = _logit_transform(lm.config)
 
-    def forward(
-        self, batch: MicroBatch, loss_of_logprobs: LossOfLogprobs | None = None, sequences_per_group: int | None = None, mode: str = "logprobs"
-    ) -> Tensor:
-        """log p of every counted token, (R,) fp32; or, given `loss_of_logprobs`, the loss that it makes of them.
-
-        The loss is called with the log-probs of some groups and the slice of those groups; a group is `sequences_per_group`
-        consecutive sequences (2: preference pairs), or, if None, one counted token. See `losses.linear_loss`.
-        mode 'argmax' gives the likeliest token at every counted position instead, (R,) int64; 'own_logits' the model's own
-        logits of all tokens, (T, V), by the library's unpacked path, for `check_packing`.
-        """
-        if mode == "own_logits":
-            return self._own_logits(batch)
-        hidden_TD = self.lm.base_model(
+    def hidden(self, batch: MicroBatch) -> Tensor:
+        """The last hidden states of the stream's tokens, (T, D); only inside `forward`."""
+        return self.lm.base_model(
             input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False,
             cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, lengths=batch.lengths,
         ).last_hidden_state[0]  # fmt: skip
-        hidden_RD = hidden_TD.index_select(0, batch.rows_R)
-        weight_VD = self.lm.get_output_embeddings().weight
-        if mode == "argmax":
-            return linear_argmax(hidden_RD, weight_VD)
-        if loss_of_logprobs is None:
-            logprobs = linear_logprobs if self.head == "fused" else naive_logprobs
-            return logprobs(hidden_RD, weight_VD, batch.targets_R, transform=self.transform)
-        loss = linear_loss if self.head == "fused" else naive_loss
-        cuts = None if sequences_per_group is None else batch.cuts[::sequences_per_group] if batch.examples else (0,)
-        return loss(hidden_RD, weight_VD, batch.targets_R, loss_of_logprobs, cuts, self.transform)
-
-    def _own_logits(self, batch: MicroBatch) -> Tensor:
-        config = self.lm.config
-        config._attn_implementation = "eager"
-        try:
-            return self.lm(input_ids=batch.ids_T[None], use_cache=False).logits[0]
-        finally:
-            config._attn_implementation = attention.NAME
 
     def sync_gradients(self, last: bool) -> None:
         """Before a micro-batch. gradient_sync 'every': reduce at once; 'last': keep weights and gradients whole until the last."""
@@ -94,6 +64,58 @@ class Policy(nn.Module):
     @property
     def num_parameters(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+
+class Policy(Root):
+    """A causal language model whose forward ends in log-probs or in a loss, never in logits."""
+
+    def __init__(self, lm: nn.Module, head: str) -> None:
+        super().__init__(lm)
+        self.head = head
+        self.transform = _logit_transform(lm.config)
+        self.temperature = 1.0  # at which log-probs are taken: in RLVR, the one at which responses are sampled
+
+    def forward(
+        self, batch: MicroBatch, loss_of_logprobs: LossOfLogprobs | None = None, sequences_per_group: int | None = None, mode: str = "logprobs"
+    ) -> Tensor:
+        """log p of every counted token, (R,) fp32; or, given `loss_of_logprobs`, the loss that it makes of them.
+
+        The loss is called with the log-probs of some groups and the slice of those groups; a group is `sequences_per_group`
+        consecutive sequences (2: preference pairs), or, if None, one counted token. See `losses.linear_loss`.
+        mode 'entropy' gives log-probs and entropies, (2, R); 'argmax' the likeliest token at every counted position, (R,)
+        int64; 'own_logits' the model's own logits of all tokens, (T, V), by the library's unpacked path, for `check_packing`.
+        """
+        if mode == "own_logits":
+            return self._own_logits(batch)
+        hidden_RD = self.hidden(batch).index_select(0, batch.rows_R)
+        weight_VD = self.lm.get_output_embeddings().weight
+        transform = self.transform.at(self.temperature)
+        if mode == "argmax":
+            return linear_argmax(hidden_RD, weight_VD)
+        if mode == "entropy":
+            return torch.stack(linear_logprobs(hidden_RD, weight_VD, batch.targets_R, entropy=True, transform=transform))
+        if loss_of_logprobs is None:
+            logprobs = linear_logprobs if self.head == "fused" else naive_logprobs
+            return logprobs(hidden_RD, weight_VD, batch.targets_R, transform=transform)
+        loss = linear_loss if self.head == "fused" else naive_loss
+        cuts = None if sequences_per_group is None else batch.cuts[::sequences_per_group] if batch.examples else (0,)
+        return loss(hidden_RD, weight_VD, batch.targets_R, loss_of_logprobs, cuts, transform)
+
+    def _own_logits(self, batch: MicroBatch) -> Tensor:
+        config = self.lm.config
+        config._attn_implementation = "eager"
+        try:
+            return self.lm(input_ids=batch.ids_T[None], use_cache=False).logits[0]
+        finally:
+            config._attn_implementation = attention.NAME
+
+
+class ValueModel(Root):
+    """A causal body with a scalar head: V(state before each counted token), (R,) fp32."""
+
+    def forward(self, batch: MicroBatch) -> Tensor:
+        values_R1 = self.lm.score(self.hidden(batch).index_select(0, batch.rows_R))
+        return torch.squeeze_copy(values_R1.float(), 1)  # not a view: FSDP hangs a hook on what is returned
 
 
 def _logit_transform(config: Any) -> LogitTransform:
@@ -131,16 +153,37 @@ def load(
     """
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
-    policy = Policy(lm.eval(), head)  # eval: dropout would be randomness with a state
+    policy = Policy(lm, head)
+    fingerprint = _materialise(policy, directory, world, dtype, compile)
+    check_packing(policy, config, world, dtype)
+    return policy, fingerprint
+
+
+def load_value_model(directory: Path, world: World, *, vocab_size: int, dtype: torch.dtype, backend: str, compile: bool = False) -> ValueModel:
+    """The sharded value model: a reward model with its head, or any decoder with a head of zeros. Collective. Raises UserError."""
+    config = load_config(directory)
+    if config.vocab_size != vocab_size:
+        raise UserError(f"{directory}: the value model has a vocabulary of {config.vocab_size}, the policy one of {vocab_size}")
+    config.num_labels = 1
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(f"{directory}: transformers has no {config.model_type} with a scalar head, which the value model needs")
+    with torch.device("meta"):
+        lm = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
+    value_model = ValueModel(lm)
+    _materialise(value_model, directory, world, dtype, compile)
+    return value_model
+
+
+def _materialise(root: Root, directory: Path, world: World, dtype: torch.dtype, compile: bool) -> int:
+    """From the meta device to filled shards; returns the weights' fingerprint."""
+    lm = root.lm.eval()  # eval: dropout would be randomness with a state
     if compile:
         for layer in lm.base_model.layers:
             layer.compile()
-    shard(policy, lm.base_model.layers, world, dtype)
-    policy.to_empty(device=world.device)
+    shard(root, lm.base_model.layers, world, dtype)
+    root.to_empty(device=world.device)
     weights.initialise_buffers(lm, directory)
-    fingerprint = weights.stream(directory, lm, world)
-    check_packing(policy, config, world, dtype)
-    return policy, fingerprint
+    return weights.stream(directory, lm, world)
 
 
 def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype) -> None:
@@ -155,7 +198,7 @@ def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dty
             module.set_force_sum_reduction_for_comms(True)
 
 
-def choose_gradient_sync(requested: str, policy: Policy, world: World) -> tuple[str, str]:
+def choose_gradient_sync(requested: str, root: Root, world: World) -> tuple[str, str]:
     """(mode, why): 'last' where whole fp32 gradients and compute weights take under a quarter of the rank's memory."""
     if requested != "auto":
         return requested, "as asked"
@@ -165,7 +208,7 @@ def choose_gradient_sync(requested: str, policy: Policy, world: World) -> tuple[
         memory = torch.cuda.get_device_properties(world.device).total_memory
     else:
         memory = weights.host_memory() // world.size
-    needed = 8 * policy.num_parameters
+    needed = 8 * root.num_parameters
     mode = "last" if needed < memory / 4 else "every"
     return mode, f"whole gradients and weights would take {needed / 2**30:.2g} of {memory / 2**30:.3g} GiB"
 

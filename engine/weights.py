@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import GenerationConfig
 
 from engine.errors import UserError, nearest
 from engine.world import World
@@ -23,6 +23,7 @@ from engine.world import World
 MAX_FILE_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 MIX_ELEMENTS = 2**22
+SCALAR_HEAD = "score.weight"
 
 
 def host_memory() -> int:
@@ -91,13 +92,17 @@ def initialise_buffers(lm: nn.Module, directory: Path) -> None:
 def stream(directory: Path, lm: nn.Module, world: World) -> int:
     """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice. Returns the fingerprint. Collective.
 
-    Raises UserError for missing, unexpected or misshapen tensors. Checkpoints whose names differ from the module's (older
+    A scalar head (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that `lm` lacks is left
+    where it is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints whose names differ from the module's (older
     layouts, mixtures of experts) go through transformers' own loader instead, which holds the model in host memory once a rank.
     """
     files = files_by_name(directory)
     own = dict(lm.named_parameters())
     own |= {name: b for name, b in lm.named_buffers() if name in lm.state_dict(keep_vars=True)}
     tied = set(lm.state_dict()) - set(own)
+    if SCALAR_HEAD in own and SCALAR_HEAD not in files:
+        own.pop(SCALAR_HEAD).zero_()
+        tied.add("lm_head.weight")
     missing, unexpected = sorted(own.keys() - files.keys()), sorted(files.keys() - own.keys() - tied)
     unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
     if missing or unexpected:
@@ -132,7 +137,7 @@ def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple
 def _through_transformers(directory: Path, lm: nn.Module, missing: list[str], unexpected: list[str]) -> Iterator[tuple[str, Any]]:
     config = type(lm.config).from_pretrained(directory)
     try:
-        whole, report = AutoModelForCausalLM.from_pretrained(directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True)
+        whole, report = type(lm).from_pretrained(directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory}: {str(error).splitlines()[0][:200]}") from None
     if report["missing_keys"] or report["mismatched_keys"]:
@@ -176,12 +181,13 @@ def _mix(name: str, shard: Tensor, offset: int) -> int:
 
 @torch.no_grad()
 def export(
-    lm: nn.Module, tokenizer: Any, source: Path, final: Path, world: World, *, dtype: torch.dtype, end_of_turn_id: int
-) -> None:
+    lm: nn.Module, tokenizer: Any, source: Path, final: Path, world: World, *, dtype: torch.dtype, end_of_turn_id: int,
+    inside: dict[str, Path] | None = None,
+) -> None:  # fmt: skip
     """Writes `final` in Hugging Face's format: sharded safetensors with index, config, generation config, tokenizer, template.
 
     `source` is the directory the model came from: its generation config is kept, with the end-of-turn id added.
-    Tensors are gathered one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
+    `inside` are finished directories to be moved into it, under new names. Tensors are gathered one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
     """
     partial = final.with_name(f".{final.name}.partial")
     if world.is_main:
@@ -206,6 +212,8 @@ def export(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         _save_configs(lm, tokenizer, source, partial, dtype, end_of_turn_id)
+        for name, directory in (inside or {}).items():
+            directory.rename(partial / name)
         if final.exists():
             shutil.rmtree(final)
         partial.rename(final)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from engine.errors import UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 POLL = timedelta(seconds=30)
+_calls = itertools.count()  # names the keys of the store: every rank makes the same calls in the same order
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class World:
         The others wait on the store, not in a collective: however long the work takes (tokenising a million rows), nothing
         times out. If the first rank fails, they fail with it, with its message.
         """
-        key = f"once/{name}/{self.rank - self.local_rank}"
+        key = f"once/{next(_calls)}/{name}/{self.rank - self.local_rank}"
         if self.local_rank == 0:
             try:
                 result = work()
@@ -93,11 +95,11 @@ class World:
 
     def agree(self, name: str, value: str) -> None:
         """Raises UserError on every rank whose `value` (a config, a dataset's fingerprint) is not rank 0's."""
-        digest = hashlib.sha256(value.encode()).hexdigest()
+        digest, key = hashlib.sha256(value.encode()).hexdigest(), f"agree/{next(_calls)}/{name}"
         if self.is_main:
-            self.store.set(f"agree/{name}", digest)
-        self.store.wait([f"agree/{name}"], COLLECTIVE_TIMEOUT)
-        if self.store.get(f"agree/{name}").decode() != digest:
+            self.store.set(key, digest)
+        self.store.wait([key], COLLECTIVE_TIMEOUT)
+        if self.store.get(key).decode() != digest:
             raise UserError(f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files")
 
 

@@ -4,21 +4,30 @@ A loss returns one number per pair (or per token); the launch file sums it and d
 """
 
 from losses.logprobs import linear_argmax, linear_logprobs, linear_loss, naive_logprobs, naive_loss
+from losses.ppo import diagnostics, explained_variance, gae, kl, ppo_policy, ppo_value, token_rewards, whiten
 from losses.preference import dpo, dpo_norm, simpo
 from losses.preference_variants import chosen_nll, ipo, wpo
 from losses.sft import sft
 
 __all__ = [
     "chosen_nll",
+    "diagnostics",
     "dpo",
     "dpo_norm",
+    "explained_variance",
+    "gae",
     "ipo",
+    "kl",
     "linear_argmax",
     "linear_logprobs",
     "linear_loss",
     "naive_logprobs",
     "naive_loss",
+    "ppo_policy",
+    "ppo_value",
     "sft",
     "simpo",
+    "token_rewards",
+    "whiten",
     "wpo",
 ]

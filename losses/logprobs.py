@@ -38,6 +38,10 @@ class LogitTransform:
     scale: float = 1.0
     softcap: float | None = None
 
+    def at(self, temperature: float) -> LogitTransform:
+        """The same followed by a division by the temperature: (c / T) tanh((s / T) z / (c / T)) = c tanh(s z / c) / T."""
+        return LogitTransform(self.scale / temperature, None if self.softcap is None else self.softcap / temperature)
+
     def __call__(self, logits_RV: Tensor) -> Tensor:
         """In place, outside autograd."""
         if self.scale != 1.0:

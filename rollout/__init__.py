@@ -1,6 +1,7 @@
 """Sampling from the policy: KV cache, batching, scheduling, weight hand-over. Start reading at sampler.py."""
 
 from rollout.choice import SamplingParams
+from rollout.experience import Experience, evaluate
 from rollout.sampler import Request, Rollout, Sampler
 
-__all__ = ["Request", "Rollout", "Sampler", "SamplingParams"]
+__all__ = ["Experience", "Request", "Rollout", "Sampler", "SamplingParams", "evaluate"]

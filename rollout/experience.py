@@ -1,0 +1,77 @@
+"""Rollouts as training data: the same list on every rank, packed like any other examples, with numbers attached per token.
+
+A response of n tokens has n rows (tokens) and n slots, or n + 1 slots where its score is credited one slot after its end.
+
+R rows of all responses, end to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import MicroBatch, step_batches
+from engine.world import World
+from rollout.sampler import Rollout
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """One view of the responses: what is fed, and which positions count. Quacks like `engine.store.Examples`."""
+
+    ids: list[np.ndarray]  # prompt, response (and a placeholder where the end of the response is a state of its own)
+    counted: np.ndarray  # of each, at its end
+
+    @property
+    def tokens(self) -> np.ndarray:
+        return np.array([len(ids) - 1 for ids in self.ids])
+
+    def sequences(self, example: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        mask = np.zeros(len(self.ids[example]), bool)
+        mask[len(mask) - self.counted[example] :] = True
+        return [(self.ids[example], mask)]
+
+    def rows(self, values_R: Tensor, examples: tuple[int, ...] | np.ndarray) -> Tensor:
+        """The rows of some responses, in the given order, of a tensor over the rows of all."""
+        parts = values_R.split(self.counted.tolist())
+        return torch.cat([parts[e] for e in examples]) if len(examples) else values_R[:0]
+
+
+class Experience:
+    """The responses of one iteration: `tokens` for the policy, `slots` for the value model, their scores."""
+
+    def __init__(self, rollouts: list[Rollout], scores: list[float], *, slot_after_end: bool, response_length: int) -> None:
+        lengths = np.array([len(r.response_ids) for r in rollouts])
+        extra = np.array([slot_after_end and r.finish_reason == "stop" and len(r.response_ids) < response_length for r in rollouts])
+        whole = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
+        self.rollouts = rollouts
+        self.tokens = Sequences(whole, lengths)
+        self.slots = Sequences([np.append(ids, 0) if more else ids for ids, more in zip(whole, extra, strict=True)], lengths + extra)
+        self.scores_S = torch.tensor(scores, dtype=torch.float64)
+        self.token_counts_S, self.slot_counts_S = torch.tensor(lengths), torch.tensor(lengths + extra)
+        slots = [np.arange(n + more) < n for n, more in zip(lengths, extra, strict=True)]
+        self.is_token_R = torch.as_tensor(np.concatenate(slots))  # over slots
+
+    def __len__(self) -> int:
+        return len(self.rollouts)
+
+    def on_slots(self, values_R: Tensor) -> Tensor:
+        """A tensor over tokens as one over slots, 0 in slots that hold no token."""
+        return torch.zeros(len(self.is_token_R), dtype=values_R.dtype).masked_scatter(self.is_token_R, values_R)
+
+
+@torch.no_grad()
+def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, budget: int, world: World) -> Tensor:
+    """`forward(batch)`, (..., R), over all responses, shared among the ranks, in float64 on every rank's host. Collective."""
+    mine: list[tuple[int, np.ndarray]] = []
+    for batch, _ in step_batches(sequences, np.arange(len(sequences.ids)), budget, world):
+        out = forward(batch).double().cpu()
+        if batch.examples:
+            parts = out.split([int(sequences.counted[e]) for e in batch.examples], dim=-1)
+            mine += [(e, part.numpy()) for e, part in zip(batch.examples, parts, strict=True)]
+    found = dict(pair for part in world.gather(mine) for pair in part)
+    return torch.as_tensor(np.concatenate([found[e] for e in range(len(sequences.ids))], axis=-1))
