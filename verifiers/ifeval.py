@@ -31,8 +31,9 @@ def exactly(seen: int, n: int, what: str) -> tuple[bool, str]:
     return seen == n, f"{seen} {what}, wanted {n}"
 
 
-def occurrences(text: str, keyword: str) -> int:
-    return len(re.findall(keyword_pattern(keyword), text, re.IGNORECASE)) if keyword else 0
+def occurrences(text: str, keyword: str, limit: int) -> int:
+    found = re.finditer(keyword_pattern(keyword), text, re.IGNORECASE) if keyword else ()
+    return sum(1 for _ in islice(found, max(limit, 0)))
 
 
 def keyword_pattern(keyword: str) -> str:
@@ -66,7 +67,7 @@ def existence(text, keywords: list):
 
 def frequency(text, keyword: str, frequency: int, relation: str):
     """A substring, in any case, so often."""
-    return counted(occurrences(text, keyword), relation, frequency, f"times {shown(keyword, 20)}")
+    return counted(occurrences(text, keyword, frequency + 1), relation, frequency, f"times {shown(keyword, 20)}")
 
 
 def forbidden_words(text, forbidden_words: list):
