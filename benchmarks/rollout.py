@@ -29,6 +29,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, StoppingCriteria
+from transformers.generation import ContinuousBatchingConfig
 
 from engine import world
 from engine.model import Policy
@@ -36,6 +37,7 @@ from engine.world import World
 from rollout import Request, Sampler, SamplingParams
 
 CUT = 16  # longest response, in means
+PAGE = 32  # tokens of a page of the library's continuous batching on a CPU
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -127,11 +129,19 @@ def generate(lm: nn.Module, args: argparse.Namespace, here: World, **how) -> Cal
 
 
 def continuous(lm: nn.Module, args: argparse.Namespace, here: World) -> Callable[[list[Request]], int]:
+    """On CUDA as it chooses for itself; on a CPU its own choice is made for a GPU's memory, and ten times slower than this one."""
+
     def run(requests: list[Request]) -> int:
+        how = {"warmup": here.device.type == "cuda"}  # warming up captures CUDA graphs
+        if here.device.type == "cpu":
+            pages = args.slots * -(-max(len(r.prompt_ids) + r.max_new_tokens for r in requests) // PAGE)
+            how["continuous_batching_config"] = ContinuousBatchingConfig(
+                page_size=PAGE, num_blocks=pages, max_batch_tokens=512, max_requests_per_batch=args.slots, use_async_batching=False
+            )
         config = GenerationConfig(max_new_tokens=max(r.max_new_tokens for r in requests), do_sample=True, eos_token_id=-1, pad_token_id=0,
                                   top_k=0, top_p=1.0, temperature=1.0)  # fmt: skip
         made = 0
-        with lm.continuous_batching_context_manager(generation_config=config, block=True, timeout=60) as manager:
+        with lm.continuous_batching_context_manager(generation_config=config, block=True, timeout=60, **how) as manager:
             for r in requests:
                 manager.add_request(r.prompt_ids.tolist(), max_new_tokens=r.max_new_tokens)
             for _ in requests:

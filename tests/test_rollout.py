@@ -140,6 +140,19 @@ def test_text_does_not_depend_on_slots_or_order(families, here):
     assert not any(map(same, sampler.generate(wanted, params, seed=6, step=2), reference))
 
 
+def test_a_slot_that_is_taken_is_no_source_of_its_old_prompt(families, here):
+    """All slots are freed at once and refilled in every order of prompts: a copy must not come from a slot that was given away."""
+    params = SamplingParams(max_new_tokens=2)
+    wanted = [Request(ids, example, sample) for sample in range(6) for example, ids in enumerate(prompts((7, 9, 5)))]
+    reference = make_sampler(families, here, slots=1).generate(wanted, params, seed=0, step=0)
+    for slots, seed in ((2, 1), (2, 2), (4, 3), (5, 4)):
+        order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(wanted))
+        for i, r in zip(
+            order, make_sampler(families, here, slots=slots).generate([wanted[i] for i in order], params, seed=0, step=0), strict=True
+        ):
+            assert same(r, reference[i])
+
+
 def test_text_does_not_depend_on_the_world_size(tmp_path, embedded_dir):
     """Two ranks that share the requests, from shards of tensors that do not divide evenly (511 rows), against one rank."""
     directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0], vocab_size=511, intermediate_size=57)
