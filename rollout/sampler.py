@@ -238,8 +238,7 @@ class Sampler:
         ids_A, slots_A, positions_A, taken_A, keys_A = torch.tensor(rows).T.contiguous().to(self.world.device)
         longest = 1 + max(s.position for s in active)
         hidden_AD = self._forward(ids_A, caching.Pass(self._cache, slots_A, positions_A, longest))
-        logits_AV = self.transform((hidden_AD @ self.lm.get_output_embeddings().weight.T).float())
-        chosen = choose(logits_AV, params, keys_A, taken_A)
+        chosen = choose(self._logits(hidden_AD), params, keys_A, taken_A)
         tokens, logprobs, logprobs_t1 = torch.stack([x.double() for x in chosen]).tolist()  # the one synchronisation of a token
         finished = []
         for slot, sequence in enumerate(active):
@@ -249,6 +248,13 @@ class Sampler:
             if reason := self._reason_to_stop(sequence, params):
                 finished.append((slot, reason))
         return finished
+
+    def _logits(self, hidden_AD: Tensor) -> Tensor:
+        """(A, V) fp32, by the products that the trainer's head takes."""
+        weight_VD = self.lm.get_output_embeddings().weight
+        if hidden_AD.is_cuda and hidden_AD.dtype != torch.float32:  # the tensor cores' own accumulator, not rounded to bf16
+            return self.transform(torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32))
+        return self.transform((hidden_AD @ weight_VD.T).float())
 
     def _reason_to_stop(self, sequence: _Sequence, params: SamplingParams) -> str:
         if sequence.response[-1] in params.stop_ids:

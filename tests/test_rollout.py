@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AutoModelForCausalLM
 
-from engine import model, world
+from engine import attention, model, world
 from engine.batch import micro_batch
 from rollout import Request, Rollout, Sampler, SamplingParams
+from rollout import cache as caching
 from rollout.choice import block_size, choose
 from rollout.noise import gumbel, response_key
 from tests import ranks
@@ -104,6 +107,52 @@ def test_logprobs_are_the_trainers(name, families, here):
         assert r.logprobs.dtype == np.float32 and r.finish_reason == "length"
 
 
+@pytest.mark.parametrize("softcap", (None, 1.5))
+@pytest.mark.parametrize("sinks", (False, True))
+@pytest.mark.parametrize("window", (None, 8))
+def test_cached_attention_is_the_formula(window, sinks, softcap):
+    """Three sequences of different lengths, prefilled but for their last tokens and then decoded together, in slots out of order."""
+    heads, kv_heads, size, lengths, slots = 4, 2, 16, (12, 3, 20), (2, 0, 1)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, n, sum(lengths), size, generator=generator) for n in (heads, kv_heads, kv_heads))
+    s_aux = torch.randn(heads, generator=generator) if sinks else None
+    options = {"scaling": 0.3, "sliding_window": window, "softcap": softcap, "s_aux": s_aux}
+    expected = torch.zeros(1, sum(lengths), heads, size)
+    starts = [0, *np.cumsum(lengths).tolist()]
+    for t, head in itertools.product(range(sum(lengths)), range(heads)):  # token by token
+        start = max(max(s for s in starts if s <= t), t + 1 - (window or 99))
+        scores = 0.3 * k[0, head // 2, start : t + 1] @ q[0, head, t]
+        scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+        weights = torch.cat([scores, s_aux[head : head + 1]] if sinks else [scores]).softmax(0)[: len(scores)]
+        expected[0, t, head] = weights @ v[0, head // 2, start : t + 1]
+
+    cached = AttentionInterface()[caching.register(attention.packed("sdpa"))]
+    module, cache = SimpleNamespace(layer_idx=0), caching.SlotCache(4, 32)
+    slots_T = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
+    positions_T = torch.cat([torch.arange(n) for n in lengths])
+    last_T = positions_T == torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)) - 1
+    prefill = caching.Pass(cache, slots_T[~last_T], positions_T[~last_T], 19, tuple(n - 1 for n in lengths))
+    out, _ = cached(module, *(x[:, :, ~last_T] for x in (q, k, v)), None, **options, rollout=prefill)
+    torch.testing.assert_close(out, expected[:, ~last_T], atol=2e-6, rtol=1e-5)
+    by_slot = last_T.nonzero().squeeze(1)[torch.tensor(slots).argsort()]
+    decode = caching.Pass(cache, torch.arange(3), positions_T[by_slot], 20)
+    out, _ = cached(module, *(x[:, :, by_slot] for x in (q, k, v)), None, **options, rollout=decode)
+    torch.testing.assert_close(out, expected[:, by_slot], atol=2e-6, rtol=1e-5)
+
+
+def test_load_casts_to_the_compute_dtype(families, here):
+    _, policy = families("gemma3")
+    sampler = Sampler(policy.lm.config, policy, here, dtype=torch.bfloat16, max_length=64, slots=4)
+    sampler.load(policy)
+    theirs = dict(policy.lm.named_parameters())
+    for name, p in sampler.lm.named_parameters():
+        assert torch.equal(p, theirs[name].full_tensor().bfloat16()), name
+    assert {b.dtype for b in sampler.lm.buffers()} == {b.dtype for b in policy.lm.buffers()}  # frequencies stay fp32
+    rollouts = sampler.generate(requests_of(), SamplingParams(max_new_tokens=8), seed=0, step=0)
+    for r, expected in zip(rollouts, trainers_logprobs(policy, rollouts), strict=True):
+        np.testing.assert_allclose(r.logprobs_t1, expected, atol=0.3)
+
+
 def test_load_hands_over_new_weights_at_the_same_addresses(families, here, tmp_path, embedded_dir):
     directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0])
     policy, _ = model.load(directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused")
@@ -168,7 +217,10 @@ def test_longest_expected_first_and_streaming(families, here):
     wanted = [
         Request(ids, i, max_new_tokens=n, expected_length=n) for i, (ids, n) in enumerate(zip(prompts(), (3, 9, 1, 6, 2), strict=True))
     ]
-    order = [i for i, _ in make_sampler(families, here, slots=1).stream(wanted, SamplingParams(), seed=0, step=0)]
+    order = []
+    for i, _ in make_sampler(families, here, slots=1).stream(wanted, SamplingParams(), seed=0, step=0):
+        assert not torch.is_inference_mode_enabled()  # it must not leak into who consumes the stream
+        order.append(i)
     assert order == [1, 3, 0, 4, 2]
     rollouts = make_sampler(families, here, slots=2).generate(wanted, SamplingParams(), seed=0, step=0)
     assert [len(r.response_ids) for r in rollouts] == [3, 9, 1, 6, 2] and [r.example for r in rollouts] == list(range(5))
