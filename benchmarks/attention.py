@@ -116,8 +116,7 @@ def backend(name: str) -> Attend:
     def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, stream: Stream) -> Tensor:
         function = _registered(name, q_TNH.device, q_TNH.dtype)
         as_decoders_do = (x.transpose(0, 1)[None] for x in (q_TNH, k_TKH, v_TKH))
-        boundaries = {"cu_seqlens": stream.cu_seqlens, "max_seqlen": stream.max_seqlen, "lengths": stream.lengths}
-        return function(None, *as_decoders_do, None, sliding_window=stream.window, **boundaries)[0][0]
+        return function(None, *as_decoders_do, None, sliding_window=stream.window, packing=stream)[0][0]
 
     return attend
 

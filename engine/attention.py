@@ -4,7 +4,8 @@
 
 Registered with transformers' AttentionInterface under the name NAME, so every decoder of the library that mixes tokens
 only through attention runs on it unmodified; no mask is ever built. The stream's boundaries arrive as keyword arguments
-that the decoder passes through: `cu_seqlens` (int32, S + 1), `max_seqlen` and `lengths` (the same as Python ints).
+that the decoder passes through: `packing`, whatever has `cu_seqlens` (int32, S + 1), `max_seqlen` and `lengths` (the same as
+Python ints): a MicroBatch, or `Packing` where there is none.
 
 Backends: flash-attention 4, 3 or 2 where installed, torch's own varlen kernel on CUDA, scaled_dot_product_attention
 per sequence (any device), and `eager`, the formula written out, which the others equal.
@@ -16,8 +17,8 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,26 +85,40 @@ def packed(backend: str) -> Callable:
     return _packed({"sdpa": _sdpa, "eager": _eager, "varlen": _varlen}.get(backend) or _flash(backend))
 
 
+class Packing(NamedTuple):
+    """The boundaries of a stream."""
+
+    lengths: tuple[int, ...]
+    cu_seqlens: Tensor
+    max_seqlen: int
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
+        """Of sequences of these lengths, end to end."""
+        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+        return cls(tuple(lengths), cu_seqlens, max(lengths))
+
+
 def _packed(attend: Callable) -> Callable:
     def attention(
         module, query_1NTH, key_1KTH, value_1KTH, attention_mask, scaling=None, dropout=0.0,
-        sliding_window=None, softcap=None, s_aux=None, cu_seqlens=None, max_seqlen=None, lengths=None, **others,
+        sliding_window=None, softcap=None, s_aux=None, packing=None, **others,
     ) -> tuple[Tensor, None]:  # fmt: skip
-        if cu_seqlens is None or attention_mask is not None or dropout:
-            raise ValueError("packed attention takes cu_seqlens, no mask and no dropout")
+        if packing is None or attention_mask is not None or dropout:
+            raise ValueError("packed attention takes a packing, no mask and no dropout")
         q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query_1NTH, key_1KTH, value_1KTH))
         scale = scaling if scaling is not None else q_TNH.shape[-1] ** -0.5
-        boundaries = {"cu_seqlens": cu_seqlens, "max_seqlen": max_seqlen, "lengths": lengths}
-        out_TNH = attend(q_TNH, k_TKH, v_TKH, scale=scale, window=sliding_window, softcap=softcap, sinks_N=s_aux, **boundaries)
+        out_TNH = attend(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=sliding_window, softcap=softcap, sinks_N=s_aux)
         return out_TNH[None], None
 
     return attention
 
 
-def _eager(q_TNH, k_TKH, v_TKH, *, scale, window, softcap, sinks_N, lengths, **_) -> Tensor:
+@torch.compiler.disable  # a loop over lengths is another program for every batch: a compiled layer calls it as it is
+def _eager(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
     """The formula, sequence by sequence."""
     outs, groups = [], q_TNH.shape[1] // k_TKH.shape[1]
-    for q_LNH, k_LKH, v_LKH in zip(*(x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
+    for q_LNH, k_LKH, v_LKH in zip(*(x.split(packing.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
         k_LNH, v_LNH = (x.repeat_interleave(groups, dim=1) for x in (k_LKH, v_LKH))
         scores_NLL = torch.einsum("qnh,knh->nqk", q_LNH, k_LNH).float() * scale
         if softcap is not None:
@@ -124,12 +139,13 @@ def _window_LL(length: int, window: int | None, device: torch.device) -> Tensor:
     return visible_LL if window is None else visible_LL.triu(1 - window)
 
 
-def _sdpa(q_TNH, k_TKH, v_TKH, *, scale, window, softcap, sinks_N, lengths, **boundaries) -> Tensor:
+@torch.compiler.disable
+def _sdpa(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
     """One call per sequence: on a CPU four to six times faster than one call with a block mask."""
     if softcap is not None or sinks_N is not None:
-        return _eager(q_TNH, k_TKH, v_TKH, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N, lengths=lengths)
+        return _eager(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
     outs = []
-    for q_LNH, k_LKH, v_LKH in zip(*(x.split(lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
+    for q_LNH, k_LKH, v_LKH in zip(*(x.split(packing.lengths) for x in (q_TNH, k_TKH, v_TKH)), strict=True):
         banded = window is not None and window < len(q_LNH)
         mask_LL = _window_LL(len(q_LNH), window, q_TNH.device) if banded else None
         q_1NLH, k_1KLH, v_1KLH = (x.transpose(0, 1)[None] for x in (q_LNH, k_LKH, v_LKH))
@@ -141,7 +157,7 @@ def _sdpa(q_TNH, k_TKH, v_TKH, *, scale, window, softcap, sinks_N, lengths, **bo
     return torch.cat(outs)
 
 
-def _varlen(q_TNH, k_TKH, v_TKH, *, scale, window, softcap, sinks_N, cu_seqlens, max_seqlen, **_) -> Tensor:
+def _varlen(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None or sinks_N is not None:
@@ -161,7 +177,8 @@ def _varlen(q_TNH, k_TKH, v_TKH, *, scale, window, softcap, sinks_N, cu_seqlens,
             k_TKH, v_TKH = (x.repeat_interleave(q_TNH.shape[1] // k_TKH.shape[1], dim=1) for x in (k_TKH, v_TKH))
     if "scale" not in parameters:
         q_TNH = q_TNH * (scale * q_TNH.shape[-1] ** 0.5)
-    return varlen_attn(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **options)
+    cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
+    return varlen_attn(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 
 def _flash(backend: str) -> Callable:
@@ -176,10 +193,10 @@ def _flash(backend: str) -> Callable:
         raise ValueError(f"unknown attention backend {backend}")
     parameters = inspect.signature(flash_attn_varlen_func).parameters
 
-    def attend(q_TNH, k_TKH, v_TKH, *, scale, window, softcap, sinks_N, cu_seqlens, max_seqlen, **_) -> Tensor:
+    def attend(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
         options: dict[str, Any] = {"softmax_scale": scale, "causal": True}
-        options["cu_seqlens_q"] = options["cu_seqlens_k"] = cu_seqlens
-        options["max_seqlen_q"] = options["max_seqlen_k"] = max_seqlen
+        options["cu_seqlens_q"] = options["cu_seqlens_k"] = packing.cu_seqlens
+        options["max_seqlen_q"] = options["max_seqlen_k"] = packing.max_seqlen
         if window is not None:
             options["window_size"] = (window - 1, 0)
         if softcap is not None:

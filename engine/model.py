@@ -44,9 +44,8 @@ class Root(nn.Module):
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The last hidden states of the stream's tokens, (T, D); only inside `forward`."""
         return self.lm.base_model(
-            input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False,
-            cu_seqlens=batch.cu_seqlens, max_seqlen=batch.max_seqlen, lengths=batch.lengths,
-        ).last_hidden_state[0]  # fmt: skip
+            input_ids=batch.ids_T[None], position_ids=batch.positions_T[None], use_cache=False, packing=batch
+        ).last_hidden_state[0]
 
     def sync_gradients(self, last: bool) -> None:
         """Before a micro-batch. gradient_sync 'every': reduce at once; 'last': keep weights and gradients whole until the last."""
@@ -154,8 +153,10 @@ def load(
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
     policy = Policy(lm, head)
-    fingerprint = _materialise(policy, directory, world, dtype, compile)
+    fingerprint = _materialise(policy, directory, world, dtype)
     check_packing(policy, config, world, dtype)
+    if compile:
+        compile_layers(policy)
     return policy, fingerprint
 
 
@@ -170,20 +171,25 @@ def load_value_model(directory: Path, world: World, *, vocab_size: int, dtype: t
     with torch.device("meta"):
         lm = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
     value_model = ValueModel(lm)
-    _materialise(value_model, directory, world, dtype, compile)
+    _materialise(value_model, directory, world, dtype)
+    if compile:
+        compile_layers(value_model)
     return value_model
 
 
-def _materialise(root: Root, directory: Path, world: World, dtype: torch.dtype, compile: bool) -> int:
+def _materialise(root: Root, directory: Path, world: World, dtype: torch.dtype) -> int:
     """From the meta device to filled shards; returns the weights' fingerprint."""
     lm = root.lm.eval()  # eval: dropout would be randomness with a state
-    if compile:
-        for layer in lm.base_model.layers:
-            layer.compile()
     shard(root, lm.base_model.layers, world, dtype)
     root.to_empty(device=world.device)
     weights.initialise_buffers(lm, directory)
     return weights.stream(directory, lm, world)
+
+
+def compile_layers(root: Root) -> None:
+    """torch.compile on every decoder layer, for any number of tokens: one artefact serves all layers and all micro-batches."""
+    for layer in root.lm.base_model.layers:
+        layer.compile(dynamic=True)
 
 
 def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype) -> None:

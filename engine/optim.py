@@ -51,8 +51,8 @@ def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm:
     grads = [g for g in grads if g.numel()]
     squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64)
     norm = world.sum(squares.to(world.device)).sqrt()
-    if max_norm > 0:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype) if grads else 1.0)
+    if max_norm > 0 and grads:
+        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
     if torch.isfinite(norm):
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -192,8 +192,9 @@ def _write_atomically(path: Path, content: bytes) -> None:
     partial.rename(path)
 
 
-def model_identity(fingerprint: int, config: Any, dtype: torch.dtype, backend: str) -> dict[str, str]:
+def model_identity(fingerprint: int, config: Any, dtype: torch.dtype, backend: str, compiled: bool = False) -> dict[str, str]:
     """What, besides tokens and mask, determines a log-prob."""
     described = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "use_cache", "dtype")}
     config_hash = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    return {"weights": f"{fingerprint:016x}", "config": config_hash, "dtype": str(dtype).removeprefix("torch."), "attention": backend}
+    return {"weights": f"{fingerprint:016x}", "config": config_hash, "dtype": str(dtype).removeprefix("torch."), "attention": backend,
+            "compiled": str(compiled)}  # fmt: skip

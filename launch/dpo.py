@@ -82,7 +82,7 @@ def train(config: Config) -> None:
 
         # log pi_ref(y) for every pair of the run: of the policy as it was loaded, also when a checkpoint is resumed below
         cached = dict(cache_dir=Path(config.cache_dir).expanduser(), micro_batch_tokens=config.micro_batch_tokens,
-                      identity=refcache.model_identity(fingerprint, base.config, base.dtype, base.backend))  # fmt: skip
+                      identity=refcache.model_identity(fingerprint, base.config, base.dtype, base.backend, config.compile))  # fmt: skip
         reference = held_out_reference = None
         if config.loss_type not in REFERENCE_FREE:
             reference = refcache.reference_logprobs(policy, pairs, steps.used(), here, **cached)
@@ -93,7 +93,7 @@ def train(config: Config) -> None:
 
         optimizer = optim.adamw(policy, config.weight_decay)
         identity = {"model": f"{fingerprint:016x}", "dataset": pairs.fingerprint}
-        checkpoints = Checkpoints(output_dir, here, policy, optimizer, keep=config.save_total_limit, identity=identity)
+        checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity)
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
@@ -118,7 +118,7 @@ def train(config: Config) -> None:
                 if not math.isfinite(grad_norm + row["loss"]):
                     raise UserError(f"step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, on pairs {chosen.tolist()[:8]} ...; the weights were left as they are")  # fmt: skip
                 if step == 0 and reference is not None:
-                    check_identity(row, config, base, here)
+                    check_identity(row, pairs.counts(chosen).mean(), len(chosen), config, base, here)
                 row |= {"learning_rate": lr, "grad_norm": grad_norm, **throughput.row()}
                 metrics.write(step + 1, row, f"loss {row['loss']:.4f}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
                 if profile is not None:
@@ -184,15 +184,16 @@ def evaluate(policy, held_out: Examples, reference, config: Config, hyper, here:
     )
 
 
-def check_identity(row: dict[str, float], config: Config, base: setup.Base, here: World) -> None:
+def check_identity(row: dict[str, float], tokens: float, pairs: int, config: Config, base: setup.Base, here: World) -> None:
     """Before the first update the policy is the reference: every log-ratio is 0, so margins are 0 and dpo's loss is log 2.
 
-    Allowed is what rounding can do: a mean log-prob off by 8 roundings of its size under the compute dtype, times beta, for
-    both answers; for summed losses times the summed log-probs. Raises UserError beyond: cache and policy disagree.
+    Allowed is what rounding can do: log-probs of tokens off by 32 roundings of their size under the compute dtype, independently,
+    so by 1 / sqrt(n) in a mean over n `tokens` of an answer (sqrt(n) in a sum) and by 1 / sqrt(P) in a mean over P `pairs`,
+    times beta, for both answers. Raises UserError beyond: cache and policy disagree.
     """
-    eps = 8 * torch.finfo(base.dtype).eps
-    size = max(1.0, row["nll"]) if config.loss_type in ("dpo_norm", "ipo") else max(1.0, -row["logps/chosen"], -row["logps/rejected"])
-    bound = 2 * config.beta * eps * size
+    normalised = config.loss_type in ("dpo_norm", "ipo")
+    per_answer = 32 * torch.finfo(base.dtype).eps * max(1.0, row["nll"]) * tokens ** (-0.5 if normalised else 0.5)
+    bound = 2 * config.beta * per_answer / pairs**0.5
     margin = abs(row["rewards/margins"])
     exact = config.loss_type in ("dpo", "dpo_norm") and not config.rpo_alpha
     off = abs(row["loss"] - math.log(2)) if exact else margin

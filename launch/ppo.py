@@ -114,7 +114,8 @@ def train(config: Config) -> None:
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
         samples = log.JsonLines(output_dir / "samples.jsonl", state["step"]) if here.is_main else None
         throughput = log.Throughput(here, policy, base.dtype, state["num_tokens"])
-        held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, state["step"])
+        if state["step"] == 0:
+            held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, 0)
 
         for step in range(state["step"], steps.total):
             clock = Clock()

@@ -69,7 +69,7 @@ def train(config: Config) -> None:
         policy, fingerprint = setup.load_policy(config, here, base)
         optimizer = optim.adamw(policy, config.weight_decay)
         identity = {"model": f"{fingerprint:016x}", "dataset": conversations.fingerprint}
-        checkpoints = Checkpoints(output_dir, here, policy, optimizer, keep=config.save_total_limit, identity=identity)
+        checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity)
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)

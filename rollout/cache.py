@@ -16,13 +16,15 @@ T tokens of the stream · A active slots · L cached positions · N query heads 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
+
+from engine.attention import Packing
 
 NAME = "triptych_rollout"
 
@@ -80,8 +82,8 @@ def register(packed: Callable) -> str:
         k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (key_1KTH, value_1KTH))
         rollout.cache.write(module.layer_idx, k_TKH, v_TKH, rollout.slots_T, rollout.positions_T)
         if rollout.lengths is not None:
-            boundaries = _boundaries(rollout.lengths, query_1NTH.device)
-            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, **boundaries}
+            packing = Packing.of(rollout.lengths, query_1NTH.device)
+            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "packing": packing}
             return packed(module, query_1NTH, key_1KTH, value_1KTH, None, **options)
         q_ANH = query_1NTH[0].transpose(0, 1)
         scale = scaling if scaling is not None else q_ANH.shape[-1] ** -0.5
@@ -90,11 +92,6 @@ def register(packed: Callable) -> str:
 
     AttentionInterface.register(NAME, attention)
     return NAME
-
-
-def _boundaries(lengths: Sequence[int], device: torch.device) -> dict:
-    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-    return {"cu_seqlens": cu_seqlens, "max_seqlen": max(lengths), "lengths": lengths}
 
 
 def _decode(

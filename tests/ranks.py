@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "launch.dpo", "launch.sft"])
+context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "launch.dpo", "launch.sft", "launch.ppo"])
 
 
 @dataclass

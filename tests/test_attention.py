@@ -19,8 +19,7 @@ def stream(heads=4, kv_heads=2, size=8, dtype=torch.float32):
 
 def packed(backend, q, k, v, **options):
     function = attention._packed({"sdpa": attention._sdpa, "eager": attention._eager}[backend])
-    cu_seqlens = torch.tensor([0, *torch.tensor(LENGTHS).cumsum(0).tolist()], dtype=torch.int32)
-    out, _ = function(None, q, k, v, None, cu_seqlens=cu_seqlens, max_seqlen=max(LENGTHS), lengths=LENGTHS, **options)
+    out, _ = function(None, q, k, v, None, packing=attention.Packing.of(LENGTHS, q.device), **options)
     return out[0]
 
 
@@ -77,7 +76,7 @@ def test_a_mask_or_dropout_is_refused():
     q, k, v = stream()
     with pytest.raises(ValueError, match="no mask and no dropout"):
         packed("sdpa", q, k, v, scaling=0.3, dropout=0.1)
-    with pytest.raises(ValueError, match="cu_seqlens"):
+    with pytest.raises(ValueError, match="a packing"):
         attention._packed(attention._sdpa)(None, q, k, v, None)
 
 

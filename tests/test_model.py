@@ -152,7 +152,8 @@ def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):
 
 def test_a_decoder_that_leaks_across_sequences_is_refused(family_dirs, here, monkeypatch):
     """The probe itself: attention that forgets the boundaries must be caught."""
-    whole = lambda q, k, v, *, lengths, **options: model.attention._eager(q, k, v, lengths=(sum(lengths),), **options)  # noqa: E731
+    one = lambda packing: model.attention.Packing.of([sum(packing.lengths)], CPU)  # noqa: E731
+    whole = lambda q, k, v, packing, **options: model.attention._eager(q, k, v, one(packing), **options)  # noqa: E731
     monkeypatch.setattr(model.attention, "_sdpa", whole)
     with pytest.raises(UserError, match="LlamaForCausalLM cannot be packed: log-probs of packed sequences differ"):
         load(family_dirs["llama"], here)
