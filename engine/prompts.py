@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -54,6 +56,14 @@ def load_prompts(
         why = f"the first bad row is {bad[0]}" if bad else f"none has at most {max_prompt_tokens} tokens" if too_long else "it is empty"
         raise UserError(f"{source.name}: no usable prompt, {why}")
     return prompts, lines
+
+
+def fingerprint_of(prompts: list[Prompt]) -> str:
+    """Of the prompts, what they are verified against, and their order."""
+    digest = hashlib.sha256()
+    for prompt in prompts:
+        digest.update(prompt.ids.tobytes() + json.dumps([prompt.ground_truth, prompt.dataset], default=str).encode())
+    return digest.hexdigest()
 
 
 def _prompt(row: dict, chat: ChatTokenizer, check: Callable[[Any, Any], None]) -> Prompt:

@@ -97,6 +97,6 @@ def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
         activities.append(torch.profiler.ProfilerActivity.CUDA)
     path = output_dir / ("trace.json" if world.size == 1 else f"trace-rank{world.rank}.json")
     schedule = torch.profiler.schedule(wait=2, warmup=0, active=3, repeat=1)
-    ready = lambda profile: profile.export_chrome_trace(str(path))  # noqa: E731
+    ready = lambda profile: profile.export_chrome_trace(str(path))
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profile:
         yield profile

@@ -43,6 +43,8 @@ def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_
     for name in ("warmup_ratio", "weight_decay", "max_grad_norm", "save_steps", "eval_steps"):
         if getattr(config, name) < 0:
             raise UserError(f"--{name} must not be negative, got {getattr(config, name)}")
+    if config.max_steps == 0 or config.max_steps < -1:
+        raise UserError(f"--max_steps must be greater than 0, or -1 for whole epochs, got {config.max_steps}")
     if config.warmup_ratio > 1:
         raise UserError(f"--warmup_ratio is a share of the steps, at most 1, got {config.warmup_ratio}")
     if config.save_total_limit < 1:

@@ -130,12 +130,12 @@ class _Chunks:
             if not (rows := self._next_rows()):
                 return
             yield encode_rows(self.encode, rows)
-        if not (rows := self._next_rows()):
+        if not (first := self._next_rows()):
             return
         context = multiprocessing.get_context("forkserver")  # this process has threads, and a fork would copy their locks
         self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker, initargs=(self.encode,))
         under_way: collections.deque = collections.deque()
-        for rows in chain([rows], iter(self._next_rows, [])):
+        for rows in chain([first], iter(self._next_rows, [])):
             under_way.append(self._pool.submit(_work, rows))
             if len(under_way) > 3 * self.workers:
                 yield under_way.popleft().result()

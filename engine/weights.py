@@ -34,8 +34,10 @@ def resolve(name_or_path: str, revision: str | None) -> tuple[Path, str]:
     """(local directory, resolved revision or 'local') of a model: a directory as it is, a hub id downloaded once."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path), "local"
-    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1:
-        raise UserError(f"--model_name_or_path {name_or_path}: no such directory")
+    parent = Path(name_or_path).parent
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or parent.is_dir():
+        siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        raise UserError(f"--model_name_or_path {name_or_path}: no such directory{nearest(name_or_path, siblings)}")
     from huggingface_hub import snapshot_download
 
     try:

@@ -221,7 +221,7 @@ def resolve_loss(config: Config) -> Config:
 
 def load_pairs(config: Config, here: World, base: setup.Base) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None). Raises UserError."""
-    encode = lambda source: PairEncoder(base.chat, config.max_seq_length, config.count_turns == "last")  # noqa: E731
+    encode = lambda source: PairEncoder(base.chat, config.max_seq_length, config.count_turns == "last")
     options = {"per_example": 2, "kind": {"pairs": config.count_turns}}
     pairs = data.load_examples(data.mixture(config), config, here, base.chat, encode, split=config.dataset_split, **options)
     if here.size > len(pairs):

@@ -38,7 +38,7 @@ from engine.config import RunConfig, flag, parse, require_positive
 from engine.data import mixture
 from engine.embedded import embedded
 from engine.errors import UserError
-from engine.prompts import Prompt, load_prompts
+from engine.prompts import Prompt, fingerprint_of, load_prompts
 from engine.rows import open_source
 from engine.store import Steps, mixture_index, permutation
 from engine.world import World
@@ -107,7 +107,7 @@ def train(config: Config) -> None:
         sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=config.max_seq_length, slots=config.rollout_slots)
         optimizers = {"policy": optim.adamw(policy, config.weight_decay), "value": optim.adamw(value_model, config.weight_decay)}
         trained = {"policy": (policy, optimizers["policy"]), "value": (value_model, optimizers["value"])}
-        identity = {"model": f"{fingerprint:016x}"}
+        identity = {"model": f"{fingerprint:016x}", "dataset": fingerprint_of(prompts)}
         checkpoints = Checkpoints(output_dir, here, trained, keep=config.save_total_limit, identity=identity)
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")

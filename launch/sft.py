@@ -148,7 +148,7 @@ def evaluate(
 
 def load_conversations(config: Config, here: World, chat: ChatTokenizer) -> tuple[Examples, Examples | None]:
     """(training conversations, held-out conversations or None). Raises UserError."""
-    encoder_of = lambda source: ConversationEncoder(chat, config.max_seq_length, first_form(source))  # noqa: E731
+    encoder_of = lambda source: ConversationEncoder(chat, config.max_seq_length, first_form(source))
     options = {"per_example": 1, "kind": {"conversations": "all turns"}}
     conversations = data.load_examples(data.mixture(config), config, here, chat, encoder_of, split=config.dataset_split, **options)
     if here.size > len(conversations):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -67,7 +69,7 @@ def test_gradcheck():
 def pair_loss(logprobs, groups):
     """A loss that couples the rows of a group: the square of the group's sum (groups of the cuts below)."""
     cuts = torch.tensor([0, 3, 4, 10, 12])[groups.start : groups.stop + 1]
-    sums = torch.stack([logprobs[a - cuts[0] : b - cuts[0]].sum() for a, b in zip(cuts, cuts[1:], strict=False)])
+    sums = torch.stack([logprobs[a - cuts[0] : b - cuts[0]].sum() for a, b in itertools.pairwise(cuts)])
     return (sums**2).sum() + torch.log1p(-sums).sum()
 
 

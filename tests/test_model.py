@@ -115,7 +115,7 @@ def test_a_checkpoint_of_the_bare_body_is_read_through_transformers(family_dirs,
     shutil.copytree(family_dirs["qwen2"], source)
     tensors = load_file(source / "model.safetensors")
     save_file({k.removeprefix("model."): v for k, v in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
-    policy, fingerprint = load(source, here)
+    _policy, fingerprint = load(source, here)
     assert fingerprint == load(family_dirs["qwen2"], here)[1]
 
 
@@ -152,8 +152,8 @@ def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):
 
 def test_a_decoder_that_leaks_across_sequences_is_refused(family_dirs, here, monkeypatch):
     """The probe itself: attention that forgets the boundaries must be caught."""
-    one = lambda packing: model.attention.Packing.of([sum(packing.lengths)], CPU)  # noqa: E731
-    whole = lambda q, k, v, packing, **options: model.attention._eager(q, k, v, one(packing), **options)  # noqa: E731
+    one = lambda packing: model.attention.Packing.of([sum(packing.lengths)], CPU)
+    whole = lambda q, k, v, packing, **options: model.attention._eager(q, k, v, one(packing), **options)
     monkeypatch.setattr(model.attention, "_sdpa", whole)
     with pytest.raises(UserError, match="LlamaForCausalLM cannot be packed: log-probs of packed sequences differ"):
         load(family_dirs["llama"], here)

@@ -99,7 +99,7 @@ def test_a_killed_run_ends_in_the_same_bits(runs):
     assert again.ok and "resuming after step 2" in again.output, again.output
     assert digest(runs.root / "killed") == digest(whole) and timeless(runs.root / "killed") == timeless(whole)
     assert (runs.root / "killed" / "samples.jsonl").read_text() == (whole / "samples.jsonl").read_text()
-    value = lambda out: (out / "final" / "value" / "model.safetensors").read_bytes()  # noqa: E731
+    value = lambda out: (out / "final" / "value" / "model.safetensors").read_bytes()
     assert value(runs.root / "killed") == value(whole)
 
 

@@ -40,7 +40,7 @@ def pairs_of(setting, here, max_seq_length=2048, last=True):
     source, path, cache = setting
     chat = load_tokenizer(source, 512)
     config = RunConfig(max_seq_length=max_seq_length, cache_dir=str(cache))
-    encode = lambda source: PairEncoder(chat, max_seq_length, last)  # noqa: E731
+    encode = lambda source: PairEncoder(chat, max_seq_length, last)
     return load_examples([(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last})
 
 
@@ -92,7 +92,7 @@ def test_a_second_run_computes_nothing(setting, here, capsys):
 
 
 def test_another_order_a_subset_and_a_grown_dataset_reuse_what_is_there(setting, here, capsys):
-    source, path, cache = setting
+    _source, path, _cache = setting
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:40]))
     assert reference(setting, here).computed == 80
@@ -148,7 +148,7 @@ def test_no_stale_number_of_another_model_is_used(what, setting, here, capsys):
 
 
 def test_another_length_is_other_rows_and_only_where_it_cuts(setting, here):
-    keys = lambda pairs: {key.tobytes() for key in pairs.keys(np.arange(len(pairs))).reshape(-1)}  # noqa: E731
+    keys = lambda pairs: {key.tobytes() for key in pairs.keys(np.arange(len(pairs))).reshape(-1)}
     reference(setting, here)
     cut = pairs_of(setting, here, max_seq_length=44)
     changed = len(keys(cut) - keys(pairs_of(setting, here)))

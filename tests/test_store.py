@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from engine import data, store
 from engine.config import RunConfig
 from engine.errors import UserError
-from engine.rows import BadRow, open_source
+from engine.rows import BadRow, Source, open_source
 from engine.store import Examples, Steps, TokenStore, mixture_index, open_or_build, permutation, summary
 
 ROWS = [{"a": [5, 6, 7], "b": [8, 9]}, {"a": [1, 2], "b": [3, 4, 5, 6]}, {"a": [70_000, 1], "b": [2, 3]}]
@@ -394,3 +395,34 @@ def test_steps(n, batch_size, epochs, max_steps, seed):
 def test_epochs_and_seeds_differ():
     orders = {tuple(Steps(40, 40, 9, -1, seed).examples(step)) for seed in (1, 2) for step in range(3)}
     assert len(orders) == 6
+
+
+# --- workers --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryThirdIsBad:
+    """An encoder that workers can be given: three tokens a row, bad and dropped rows among them."""
+
+    def __call__(self, row: dict):
+        n = row["n"]
+        if n % 30 == 7:
+            raise BadRow(f"n: expected another number, got {n}")
+        return "a multiple of 11" if n % 11 == 0 else [(np.arange(n, n + 3), np.array([False, True, True]))]
+
+
+def test_workers_write_the_same_bytes(tmp_path, monkeypatch):
+    """The files do not depend on how many processes encode, nor where the work is handed over to them."""
+    from engine import tokenise
+
+    monkeypatch.setattr(tokenise, "ROWS_BEFORE_WORKERS", 512)
+    source = Source("x", "", lambda: ((f":{n}", {"n": n}) for n in range(3000)))
+    headers = []
+    for workers in (1, 2):
+        (tmp_path / str(workers)).mkdir()
+        headers.append(tokenise.tokenise(tmp_path / str(workers), source, EveryThirdIsBad(), "skip", workers))
+    assert headers[0] == headers[1] and headers[0]["rows"] == 3000 and headers[0]["bad_rows"] == 100
+    for name in ("ids", "mask", "keys", "counts", "offsets"):
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes()
+    with pytest.raises(UserError, match="x:7: n: expected another number"):
+        tokenise.tokenise(tmp_path / "1", source, EveryThirdIsBad(), "error", 2)

@@ -6,8 +6,8 @@ was at the status 'error', and is replaced; the rows that waited behind it are g
 """
 
 import contextlib
+import json
 import os
-import pickle
 import subprocess
 import sys
 import time
@@ -151,8 +151,11 @@ class _Worker:
         self.dead = False
 
     def send(self, job: tuple[int, Row]) -> bool:
-        """Give the worker a row; False if its pipe might be full. An idle worker reads, so it takes a row of any size."""
-        blob = pickle.dumps(job)
+        """Give the worker a row, as JSON; False if its pipe might be full. An idle worker reads, so it takes a row of any size."""
+        try:
+            blob = json.dumps(job).encode()
+        except (TypeError, ValueError, RecursionError):  # a ground truth that no file could hold: the worker calls it an error
+            blob = json.dumps((job[0], ("", None, None))).encode()
         if self.waiting and sum(self.unread.values()) + len(blob) > PIPE_BYTES:
             return False
         if not self.waiting:
@@ -164,7 +167,7 @@ class _Worker:
 
     def receive(self, done: dict) -> None:
         try:
-            number, verdict = self.pipe.recv()
+            number, verdict = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
             self.dead = True
             return
@@ -186,11 +189,11 @@ def serve(fileno: int, judge: str, options: dict) -> None:
     pipe = Connection(fileno)
     while True:
         try:
-            number, row = pipe.recv()
+            number, row = json.loads(pipe.recv_bytes())
         except (EOFError, OSError):
             return
         verdict = verify(*row, **options)
-        pipe.send((number, (verdict.score, verdict.reason[:MAX_REASON], verdict.status)))
+        pipe.send_bytes(json.dumps((number, (verdict.score, verdict.reason[:MAX_REASON], verdict.status))).encode())
 
 
 def limit_memory() -> None:
