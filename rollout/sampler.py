@@ -193,9 +193,9 @@ class Sampler:
                 prefill[slot] = sequence.prompt[:-1]
         self._prefill(prefill)
         for slot, sequence in joined:
-            self._holds[slot] = sequence.prompt_name
             if source[sequence.prompt_name] != slot:
                 self._cache.copy(source[sequence.prompt_name], slot, len(sequence.prompt) - 1)
+            self._holds[slot] = sequence.prompt_name
 
     def _close_gaps(self, active: list[_Sequence | None]) -> None:
         """Moves the last active slots into the gaps."""

@@ -1,4 +1,4 @@
-"""The rollout engine against transformers' generate, the trainer's log-probs, scalar oracles and statistics."""
+"""The rollout engine against transformers' generate, and the trainer's log-probs."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 
 from engine import attention, model, world
 from engine.batch import micro_batch
 from rollout import Request, Rollout, Sampler, SamplingParams
 from rollout import cache as caching
-from rollout.choice import block_size, choose
-from rollout.noise import gumbel, response_key
 from tests import ranks
-from tests.families import FAMILIES, save_family
+from tests.families import COMMON, FAMILIES, save_family
+from tests.test_rollout_choice import oracle
 
 FP32, VOCAB = torch.float32, 512
 LENGTHS = (5, 1, 23, 12, 2)  # beyond the window of 8, and a prompt of one token
@@ -71,19 +71,63 @@ def same(a: Rollout, b: Rollout) -> bool:
 # --- against transformers and the trainer ---------------------------------------------------------------------------------------
 
 
+def generated(lm, stops: set[int]) -> list[list[int]]:
+    """transformers' greedy continuations of `prompts()`, one by one."""
+    options = {"max_new_tokens": 14, "do_sample": False, "eos_token_id": sorted(stops), "pad_token_id": 0}
+    return [lm.generate(torch.as_tensor(ids)[None], **options)[0, len(ids) :].tolist() for ids in prompts()]
+
+
+def greedy(sampler: Sampler, stops: set[int]) -> list[Rollout]:
+    """Mixed prompt lengths, early stops and two samples a prompt."""
+    return sampler.generate(requests_of(samples=2), SamplingParams(max_new_tokens=14, temperature=0, stop_ids=tuple(stops)), seed=0, step=0)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_generate(name, families, here):
-    """Token-identical, over mixed prompt lengths, early stops and two samples a prompt in three slots."""
-    directory, _ = families(name)
-    lm = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
-    expected, stops = [], set(range(0, VOCAB, 16))
-    for ids in prompts():
-        out = lm.generate(torch.as_tensor(ids)[None], max_new_tokens=14, do_sample=False, eos_token_id=sorted(stops), pad_token_id=0)
-        expected.append(out[0, len(ids) :].tolist())
-    params = SamplingParams(max_new_tokens=14, temperature=0, stop_ids=tuple(stops))
-    rollouts = make_sampler(families, here, name).generate(requests_of(samples=2), params, seed=0, step=0)
+    stops = set(range(0, VOCAB, 16))
+    expected = generated(AutoModelForCausalLM.from_pretrained(families(name)[0], attn_implementation="eager").eval(), stops)
+    rollouts = greedy(make_sampler(families, here, name), stops)
     assert [r.response_ids.tolist() for r in rollouts] == [ids for ids in expected for _ in range(2)]
     assert [r.finish_reason for r in rollouts] == ["stop" if r.response_ids[-1] in stops else "length" for r in rollouts]
+
+
+MIXED_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+FEW_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+MORE_FAMILIES = {  # sinks, experts, latent attention (keys and values of unlike sizes), parallel blocks
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2} | MIXED_WINDOWS,
+    "Qwen3Moe": {"num_experts": 4} | FEW_EXPERTS,
+    "DeepseekV3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
+                   "qk_nope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 4, "first_k_dense_replace": 1} | FEW_EXPERTS,
+    "Cohere2": {"logit_scale": 0.3} | MIXED_WINDOWS,
+    "GPTNeoX": {},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MORE_FAMILIES)
+def test_greedy_is_generate_for_families_never_prepared_for(name, here):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**(COMMON | MORE_FAMILIES[name]))
+    lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    policy, stops = model.Policy(lm, "fused"), set(range(0, VOCAB, 16))
+    sampler = Sampler(config, policy, here, dtype=FP32, max_length=64, slots=3)
+    sampler.load(policy)
+    assert [r.response_ids.tolist() for r in greedy(sampler, stops)] == [ids for ids in generated(lm, stops) for _ in range(2)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ("llama", "gemma2", "gemma3"))
+def test_on_cuda(name, families, here):
+    """float32: greedy is generate on a CPU; bfloat16: log-probs are the trainer's."""
+    directory, policy = families(name)
+    expected = generated(AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval(), {1})
+    assert [r.response_ids.tolist() for r in greedy(make_sampler(families, here, name), {1})] == [ids for ids in expected for _ in range(2)]
+    policy, _ = model.load(directory, model.load_config(directory), here, dtype=torch.bfloat16, backend="sdpa", head="fused")
+    sampler = Sampler(policy.lm.config, policy, here, dtype=torch.bfloat16, max_length=64, slots=3)
+    sampler.load(policy)
+    rollouts = sampler.generate(requests_of(samples=2), SamplingParams(max_new_tokens=14), seed=0, step=0)
+    differences = [r.logprobs_t1 - expected for r, expected in zip(rollouts, trainers_logprobs(policy, rollouts), strict=True)]
+    assert np.abs(np.concatenate(differences)).mean() < 0.05
 
 
 def trainers_logprobs(policy, rollouts: list[Rollout]) -> list[np.ndarray]:
@@ -93,7 +137,7 @@ def trainers_logprobs(policy, rollouts: list[Rollout]) -> list[np.ndarray]:
         mask[len(r.prompt_ids) :] = True
         sequences.append((np.concatenate([r.prompt_ids, r.response_ids]), mask))
     with torch.no_grad():
-        flat = policy(micro_batch(sequences, range(len(sequences)), torch.device("cpu"))).numpy()
+        flat = policy(micro_batch(sequences, range(len(sequences)), next(policy.parameters()).device)).cpu().numpy()
     policy.release()
     return np.split(flat, np.cumsum([len(r.response_ids) for r in rollouts])[:-1])
 
@@ -222,7 +266,13 @@ def test_longest_expected_first_and_streaming(families, here):
         assert not torch.is_inference_mode_enabled()  # it must not leak into who consumes the stream
         order.append(i)
     assert order == [1, 3, 0, 4, 2]
-    rollouts = make_sampler(families, here, slots=2).generate(wanted, SamplingParams(), seed=0, step=0)
+    sampler = make_sampler(families, here, slots=2)
+    reference = sampler.generate(wanted, SamplingParams(), seed=0, step=0)
+    stream = sampler.stream(wanted[::-1], SamplingParams(), seed=0, step=1)
+    next(stream)
+    stream.close()  # given up half-way: what the slots hold is still known
+    rollouts = sampler.generate(wanted, SamplingParams(), seed=0, step=0)
+    assert all(map(same, rollouts, reference))
     assert [len(r.response_ids) for r in rollouts] == [3, 9, 1, 6, 2] and [r.example for r in rollouts] == list(range(5))
 
 
@@ -268,98 +318,6 @@ def test_bad_requests_get_one_line(families, here):
             SamplingParams(**bad)
 
 
-# --- noise and choice -------------------------------------------------------------------------------------------------------------
-
-
-def keys(count: int, seed=0) -> torch.Tensor:
-    return torch.tensor([response_key(seed, 0, example, 0) for example in range(count)])
-
-
-def test_noise_is_standard_gumbel_and_independent():
-    """Mean (Euler's constant), variance (pi^2 / 6), and correlations over positions, indices and responses, to five sigma."""
-    n = 400
-    noise = torch.stack([gumbel(keys(n), torch.full((n,), t), torch.arange(500)) for t in range(2)])  # (2, n, 500)
-    count = noise.numel()
-    variance = math.pi**2 / 6
-    assert abs(noise.mean().item() - 0.5772156649) < 5 * math.sqrt(variance / count)
-    assert abs(noise.var().item() - variance) < 5 * math.sqrt(4.4 * variance**2 / count)  # the kurtosis of a Gumbel is 5.4
-    unit = (noise - 0.5772156649) / math.sqrt(variance)
-    for a, b in ((unit[0], unit[1]), (unit[:, :, 1:], unit[:, :, :-1]), (unit[:, 1:], unit[:, :-1])):
-        assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
-    uniform = torch.exp(-torch.exp(-noise)).flatten()
-    counts = torch.histc(uniform.float(), 64, 0, 1).double()
-    assert ((counts - count / 64) ** 2 / (count / 64)).sum() < 63 + 5 * math.sqrt(2 * 63)
-
-
-def test_noise_is_a_function_of_its_name():
-    """Rows, order and shape of the call do not matter; the first values are fixed for ever."""
-    k, t, i = keys(4), torch.tensor([0, 1, 2, 3]), torch.arange(-3, 7)
-    whole = gumbel(k, t, i)
-    assert torch.equal(gumbel(k[2:3], t[2:3], i[4:6]), whole[2:3, 4:6])
-    assert torch.equal(gumbel(k.flip(0), t.flip(0), i), whole.flip(0))
-    assert len({response_key(*name) for name in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}) == 5
-    mask = 2**64 - 1
-
-    def mix(x: int) -> int:
-        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
-        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
-        return x ^ (x >> 31)
-
-    for row in range(4):
-        stream = mix(int(k[row]) + (int(t[row]) + 1) * 0x9E3779B97F4A7C15 & mask)
-        for column, index in enumerate(i.tolist()):
-            u = ((mix(stream + (index + 1) * 0x9E3779B97F4A7C15 & mask) >> 11) + 0.5) / 2**53
-            assert math.isclose(whole[row, column].item(), -math.log(-math.log(u)), rel_tol=1e-12)
-
-
-@pytest.mark.parametrize(("temperature", "vocab"), [(1.0, 37), (0.6, 16), (1.7, 5)])
-def test_tokens_follow_the_softmax(temperature, vocab):
-    """Chi-square over 40000 responses, and over 40000 positions of one; blocks whole and short."""
-    z = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 2
-    n = 40000
-    params = SamplingParams(temperature=temperature)
-    for k, t in ((keys(n), torch.zeros(n, dtype=torch.int64)), (keys(1).expand(n), torch.arange(n))):
-        tokens, logprobs, _ = choose(z.expand(n, -1).clone(), params, k, t)
-        p = (z.double() / temperature).softmax(0)
-        counts = torch.bincount(tokens, minlength=vocab).double()
-        chi = ((counts - n * p) ** 2 / (n * p)).sum().item()
-        assert chi < vocab - 1 + 5 * math.sqrt(2 * (vocab - 1)) + 5
-        torch.testing.assert_close(logprobs, p.log()[tokens].float(), atol=1e-5, rtol=1e-5)
-
-
-def oracle(z: list[float], params: SamplingParams) -> dict[int, float]:
-    """The sampling distribution by hand: {token: probability}."""
-    x = [v / params.temperature for v in z]
-    order = sorted(range(len(x)), key=lambda v: -x[v])
-    kept = order[: params.top_k] if params.top_k else order
-    weights = [math.exp(x[v] - x[order[0]]) for v in kept]
-    probs, mass, chosen = [w / math.fsum(weights) for w in weights], 0.0, []
-    for v, p in zip(kept, probs, strict=True):
-        if mass >= params.top_p and chosen:
-            break
-        chosen.append((v, p))
-        mass += p
-    return {v: p / math.fsum(q for _, q in chosen) for v, p in chosen}
-
-
-@pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1, 5, 1), (1, 0, 0.8), (0.5, 7, 0.6), (1.5, 100, 0.95), (1, 1, 1), (1, 0, 1e-6), (2, 0, 1)]
-)
-def test_filters_against_a_scalar_oracle(temperature, top_k, top_p):
-    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
-    z_RV = torch.randn(40, 83, generator=torch.Generator().manual_seed(1)) * 3
-    repeats = 64
-    keys_A, rows = keys(40 * repeats), torch.arange(40).repeat_interleave(repeats)
-    tokens, logprobs, logprobs_t1 = choose(z_RV[rows].clone(), params, keys_A, torch.zeros_like(keys_A))
-    for r in range(40):
-        p, whole = oracle(z_RV[r].double().tolist(), params), z_RV[r].double().log_softmax(0)
-        for token, lp, t1 in zip(*(x[rows == r].tolist() for x in (tokens, logprobs, logprobs_t1)), strict=True):
-            assert token in p, "a filtered token was drawn"
-            assert abs(lp - math.log(p[token])) < 1e-5 and abs(t1 - whole[token].item()) < 1e-5
-        likely = {v for v, q in p.items() if q > 0.2}
-        assert likely <= set(tokens[rows == r].tolist())
-
-
 def test_temperature_in_whole_responses(families, here):
     """logprobs under temperature, top-k and top-p from the model's own logits, by hand."""
     directory, _ = families("gemma2")
@@ -370,8 +328,3 @@ def test_temperature_in_whole_responses(families, here):
             z_LV = lm(torch.as_tensor(np.concatenate([r.prompt_ids, r.response_ids]))[None]).logits[0, len(r.prompt_ids) - 1 : -1]
         for z_V, token, lp in zip(z_LV, r.response_ids.tolist(), r.logprobs, strict=True):
             assert abs(math.log(oracle(z_V.double().tolist(), params)[token]) - lp) < 2e-5
-
-
-@pytest.mark.parametrize(("vocab", "size"), [(1, 1), (2, 2), (16, 4), (17, 8), (512, 32), (32000, 256), (128256, 512)])
-def test_block_size(vocab, size):
-    assert block_size(vocab) == size

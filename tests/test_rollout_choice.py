@@ -1,0 +1,106 @@
+"""The noise and the choice of tokens, against scalar oracles and statistics."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from rollout import SamplingParams
+from rollout.choice import block_size, choose
+from rollout.noise import gumbel, response_key
+
+
+def keys(count: int, seed=0) -> torch.Tensor:
+    return torch.tensor([response_key(seed, 0, example, 0) for example in range(count)])
+
+
+def test_noise_is_standard_gumbel_and_independent():
+    """Mean (Euler's constant), variance (pi^2 / 6), and correlations over positions, indices and responses, to five sigma."""
+    n = 400
+    noise = torch.stack([gumbel(keys(n), torch.full((n,), t), torch.arange(500)) for t in range(2)])  # (2, n, 500)
+    count = noise.numel()
+    variance = math.pi**2 / 6
+    assert abs(noise.mean().item() - 0.5772156649) < 5 * math.sqrt(variance / count)
+    assert abs(noise.var().item() - variance) < 5 * math.sqrt(4.4 * variance**2 / count)  # the kurtosis of a Gumbel is 5.4
+    unit = (noise - 0.5772156649) / math.sqrt(variance)
+    for a, b in ((unit[0], unit[1]), (unit[:, :, 1:], unit[:, :, :-1]), (unit[:, 1:], unit[:, :-1])):
+        assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
+    uniform = torch.exp(-torch.exp(-noise)).flatten()
+    counts = torch.histc(uniform.float(), 64, 0, 1).double()
+    assert ((counts - count / 64) ** 2 / (count / 64)).sum() < 63 + 5 * math.sqrt(2 * 63)
+
+
+def test_noise_is_a_function_of_its_name():
+    """Rows, order and shape of the call do not matter; the first values are fixed for ever."""
+    k, t, i = keys(4), torch.tensor([0, 1, 2, 3]), torch.arange(-3, 7)
+    whole = gumbel(k, t, i)
+    assert torch.equal(gumbel(k[2:3], t[2:3], i[4:6]), whole[2:3, 4:6])
+    assert torch.equal(gumbel(k.flip(0), t.flip(0), i), whole.flip(0))
+    assert len({response_key(*name) for name in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}) == 5
+    mask = 2**64 - 1
+
+    def mix(x: int) -> int:
+        x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & mask
+        x = (x ^ (x >> 27)) * 0x94D049BB133111EB & mask
+        return x ^ (x >> 31)
+
+    for row in range(4):
+        stream = mix(int(k[row]) + (int(t[row]) + 1) * 0x9E3779B97F4A7C15 & mask)
+        for column, index in enumerate(i.tolist()):
+            u = ((mix(stream + (index + 1) * 0x9E3779B97F4A7C15 & mask) >> 11) + 0.5) / 2**53
+            assert math.isclose(whole[row, column].item(), -math.log(-math.log(u)), rel_tol=1e-12)
+
+
+@pytest.mark.parametrize(("temperature", "vocab"), [(1.0, 37), (0.6, 16), (1.7, 5)])
+def test_tokens_follow_the_softmax(temperature, vocab):
+    """Chi-square over 40000 responses, and over 40000 positions of one; blocks whole and short."""
+    z = torch.randn(vocab, generator=torch.Generator().manual_seed(vocab)) * 2
+    n = 40000
+    params = SamplingParams(temperature=temperature)
+    for k, t in ((keys(n), torch.zeros(n, dtype=torch.int64)), (keys(1).expand(n), torch.arange(n))):
+        tokens, logprobs, _ = choose(z.expand(n, -1).clone(), params, k, t)
+        p = (z.double() / temperature).softmax(0)
+        counts = torch.bincount(tokens, minlength=vocab).double()
+        chi = ((counts - n * p) ** 2 / (n * p)).sum().item()
+        assert chi < vocab - 1 + 5 * math.sqrt(2 * (vocab - 1)) + 5
+        torch.testing.assert_close(logprobs, p.log()[tokens].float(), atol=1e-5, rtol=1e-5)
+
+
+def oracle(z: list[float], params: SamplingParams) -> dict[int, float]:
+    """The sampling distribution by hand: {token: probability}."""
+    x = [v / params.temperature for v in z]
+    order = sorted(range(len(x)), key=lambda v: -x[v])
+    kept = order[: params.top_k] if params.top_k else order
+    weights = [math.exp(x[v] - x[order[0]]) for v in kept]
+    probs, mass, chosen = [w / math.fsum(weights) for w in weights], 0.0, []
+    for v, p in zip(kept, probs, strict=True):
+        if mass >= params.top_p and chosen:
+            break
+        chosen.append((v, p))
+        mass += p
+    return {v: p / math.fsum(q for _, q in chosen) for v, p in chosen}
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"), [(1, 5, 1), (1, 0, 0.8), (0.5, 7, 0.6), (1.5, 100, 0.95), (1, 1, 1), (1, 0, 1e-6), (2, 0, 1)]
+)
+def test_filters_against_a_scalar_oracle(temperature, top_k, top_p):
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
+    z_RV = torch.randn(40, 83, generator=torch.Generator().manual_seed(1)) * 3
+    repeats = 64
+    keys_A, rows = keys(40 * repeats), torch.arange(40).repeat_interleave(repeats)
+    tokens, logprobs, logprobs_t1 = choose(z_RV[rows].clone(), params, keys_A, torch.zeros_like(keys_A))
+    for r in range(40):
+        p, whole = oracle(z_RV[r].double().tolist(), params), z_RV[r].double().log_softmax(0)
+        for token, lp, t1 in zip(*(x[rows == r].tolist() for x in (tokens, logprobs, logprobs_t1)), strict=True):
+            assert token in p, "a filtered token was drawn"
+            assert abs(lp - math.log(p[token])) < 1e-5 and abs(t1 - whole[token].item()) < 1e-5
+        likely = {v for v, q in p.items() if q > 0.2}
+        assert likely <= set(tokens[rows == r].tolist())
+
+
+@pytest.mark.parametrize(("vocab", "size"), [(1, 1), (2, 2), (16, 4), (17, 8), (512, 32), (32000, 256), (128256, 512)])
+def test_block_size(vocab, size):
+    assert block_size(vocab) == size
