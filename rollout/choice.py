@@ -21,6 +21,8 @@ from torch import Tensor
 
 from rollout.noise import gumbel
 
+NUCLEUS = 256  # likeliest tokens that top-p looks at first
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -48,7 +50,7 @@ class SamplingParams:
 def choose(logits_AV: Tensor, params: SamplingParams, keys_A: Tensor, positions_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(tokens, logprobs, logprobs_t1): a token per row, its log-probability under the distribution it was drawn from, and at temperature 1.
 
-    Args: logits (A, V) fp32, overwritten; keys (A) int64 from `response_key`; positions (A) int64, tokens already in the response.
+    Args: logits (A, V) fp32, left as they are; keys (A) int64 from `response_key`; positions (A) int64, tokens already in the response.
     Returns: (A) int64, (A) fp32, (A) fp32. Greedy draws from a point mass: its logprobs are 0, its logprobs_t1 the model's.
     """
     if params.temperature == 0:
@@ -100,13 +102,21 @@ def _gumbel_max(x_AV: Tensor, sums_AB: Tensor, keys_A: Tensor, positions_A: Tens
 def _filtered(x_AV: Tensor, top_k: int, top_p: float) -> Tensor:
     """-inf outside the k likeliest tokens, then outside the fewest likeliest that hold probability p; ties with the last one stay."""
     if 0 < top_k < x_AV.shape[1]:
-        sorted_AV = x_AV.topk(top_k, dim=-1).values
-        x_AV = x_AV.masked_fill(x_AV < sorted_AV[:, -1:], float("-inf"))
-    elif top_p < 1:
-        sorted_AV = x_AV.sort(dim=-1, descending=True).values
+        x_AV = x_AV.masked_fill(x_AV < x_AV.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
     if top_p < 1:
-        probs_AV = sorted_AV.softmax(-1)
-        before_AV = probs_AV.cumsum(-1) - probs_AV
-        last_A1 = (before_AV < top_p).sum(-1, keepdim=True).clamp(min=1) - 1
-        x_AV = x_AV.masked_fill(x_AV < sorted_AV.gather(1, last_A1), float("-inf"))
+        x_AV = x_AV.masked_fill(x_AV < _nucleus_edges(x_AV, top_p), float("-inf"))
     return x_AV
+
+
+def _nucleus_edges(x_AV: Tensor, top_p: float) -> Tensor:
+    """The logit of the last token that is needed for probability p, (A, 1). Sorting all of V is rarely needed, and slow."""
+    normaliser_A1 = _block_sums(x_AV).logsumexp(-1, keepdim=True)
+    count = min(NUCLEUS, x_AV.shape[1])
+    while True:
+        sorted_AC = x_AV.topk(count, dim=-1).values
+        mass_AC = (sorted_AC - normaliser_A1).exp().cumsum(-1)
+        if count == x_AV.shape[1] or (mass_AC[:, -1] >= top_p).all():
+            break
+        count = min(8 * count, x_AV.shape[1])
+    last_A1 = (mass_AC < top_p).sum(-1, keepdim=True).clamp(max=count - 1)
+    return sorted_AC.gather(1, last_A1)

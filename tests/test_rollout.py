@@ -1,4 +1,4 @@
-"""The rollout engine against transformers' generate, and the trainer's log-probs."""
+"""The rollout engine beside transformers' generate and the trainer's log-probs, in every layout; stops, errors, hand-over."""
 
 from __future__ import annotations
 

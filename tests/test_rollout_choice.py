@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rollout import SamplingParams
+from rollout import SamplingParams, choice
 from rollout.choice import block_size, choose
 from rollout.noise import gumbel, response_key
 
@@ -104,3 +104,15 @@ def test_filters_against_a_scalar_oracle(temperature, top_k, top_p):
 @pytest.mark.parametrize(("vocab", "size"), [(1, 1), (2, 2), (16, 4), (17, 8), (512, 32), (32000, 256), (128256, 512)])
 def test_block_size(vocab, size):
     assert block_size(vocab) == size
+
+
+def test_a_nucleus_of_any_size_is_found(monkeypatch):
+    """Looking at more and more of the vocabulary, or at all of it at once, gives one distribution: flat rows and peaked ones."""
+    z_AV = torch.randn(300, 700, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.05, 8, 300)[:, None]
+    params, positions = SamplingParams(top_p=0.9), torch.zeros(300, dtype=torch.int64)
+    drawn = []
+    for count in (1, 256, 700):
+        monkeypatch.setattr(choice, "NUCLEUS", count)
+        drawn.append(choose(z_AV.clone(), params, keys(300), positions))
+    for other in drawn[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(drawn[0], other, strict=True))
