@@ -52,7 +52,6 @@ class Config:
     temperature: float = flag(1.0, "0 is greedy")
     top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)")
     top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability")
-    stop_strings: tuple[str, ...] | None = flag(None, "texts that end a response, beside the end of turn", many=True)
     seed: int = flag(1, "the first seed")
     num_seeds: int = flag(3, "responses to each prompt, each under a seed of its own")
     rollout_slots: int = flag(64, "responses sampled at a time on each rank")
@@ -71,15 +70,12 @@ def train(config: Config) -> None:
     prompts = load(config, here, base)
     params = SamplingParams(
         max_new_tokens=config.response_length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
-        stop_ids=(base.chat.end_of_turn_id,), stop_strings=config.stop_strings or (),
+        stop_ids=(base.chat.end_of_turn_id,),
     )  # fmt: skip
     policy, fingerprint = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head="fused")
     here.say(f"model: {base.directory}, weights {fingerprint:016x}, compute {str(base.dtype).removeprefix('torch.')}")
     longest = max(len(prompt.ids) for prompt in prompts) + config.response_length
-    sampler = Sampler(
-        base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots,
-        decode=partial(base.chat.tokenizer.decode, skip_special_tokens=False),
-    )  # fmt: skip
+    sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
     sampler.load(policy)
     del policy
     scores_KN: list[list[float]] = []
