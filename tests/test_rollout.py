@@ -283,6 +283,8 @@ def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch)
     monkeypatch.setattr(sampler, "_prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot)))
     sampler.generate(requests_of(samples=5), SamplingParams(max_new_tokens=6), seed=0, step=0)
     assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts())
+    for cache in (*sampler._cache.keys.values(), *sampler._cache.values.values()):  # memory: slots x max_length, no more
+        assert cache.shape == (3, 2, 64, 8)
 
 
 # --- stops and errors -------------------------------------------------------------------------------------------------------------
