@@ -131,7 +131,7 @@ def test_no_argument_at_all(tmp_path):
     assert result.ok, result.output
     before, *_, after = (row for row in rows(tmp_path / "out") if "eval/loss" in row)
     assert after["eval/loss"] < 1.5 < 5 < before["eval/loss"] and after["eval/token_accuracy"] > 0.6
-    assert "greedy sample after step 0" in result.output and "greedy sample after step 150" in result.output
+    assert all(f"greedy sample after step {row['step']}:" in result.output for row in (before, after)) and after["step"] > 100
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
