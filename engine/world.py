@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from tqdm import tqdm
 
 from engine.errors import UserError
 
@@ -62,9 +63,11 @@ class World:
         self.sum(torch.zeros(1, device=self.device))
 
     def say(self, *lines: str) -> None:
-        """Prints on rank 0."""
+        """Prints on rank 0, above a progress bar if there is one."""
         if self.is_main:
-            print(*lines, sep="\n", flush=True)
+            for line in lines:
+                tqdm.write(line)
+            sys.stdout.flush()
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """Runs `work` on the first rank of every machine and then, against what that one left on disk, on the others.
