@@ -129,7 +129,7 @@ def generate(lm: nn.Module, args: argparse.Namespace, here: World, **how) -> Cal
 
 
 def continuous(lm: nn.Module, args: argparse.Namespace, here: World) -> Callable[[list[Request]], int]:
-    """On CUDA as it chooses for itself; on a CPU its own choice is made for a GPU's memory, and ten times slower than this one."""
+    """On CUDA as it chooses for itself; on a CPU its own choice is made for a GPU's memory, and seven times slower than this one."""
 
     def run(requests: list[Request]) -> int:
         how = {"warmup": here.device.type == "cuda"}  # warming up captures CUDA graphs
