@@ -33,10 +33,10 @@ Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 class Checkpoints:
     """The checkpoints of one run. `identity` is what a checkpoint must share with the run to be resumed (model, data)."""
 
-    def __init__(self, output_dir: Path, world: World, trained: Trained, *, keep: int, identity: dict[str, str]) -> None:
-        """`trained`: name → (module, its AdamW), everything that the run updates."""
+    def __init__(self, output_dir: Path, world: World, trained: Trained, *, keep: int, identity: dict[str, str], settings: dict[str, Any]) -> None:
+        """`trained`: name → (module, its AdamW), everything that the run updates; `settings`: the flags that must not change."""
         self.root = output_dir / "checkpoints"
-        self.world, self.trained, self.keep, self.identity = world, trained, keep, identity
+        self.world, self.trained, self.keep, self.identity, self.settings = world, trained, keep, identity, settings
         self.group = dist.new_group(backend="gloo")  # of its own: collectives of a save must not mix with training's
         self._writer: threading.Thread | None = None
         self._problem: str = ""
@@ -50,14 +50,14 @@ class Checkpoints:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way."""
         self.wait()
         partial = self.root / f"tmp-{step:06d}"
-        if self.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.world.barrier()
+        self._problem = self.world.gather(_make_empty(partial) if self.world.is_main else "")[0]
+        if self._problem:
+            return self.wait()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         future = dcp.async_save(self._tensors(), storage_writer=writer, process_group=self.group)
         steps = {name: int(next(iter(self._moments(optimizer).values()))["step"]) for name, (_, optimizer) in self.trained.items()}
-        state = {"step": step, "optimizer_steps": steps, "identity": self.identity, "world_size": self.world.size, **state}
+        state = {"step": step, "optimizer_steps": steps, "identity": self.identity, "settings": self.settings,
+                 "world_size": self.world.size, **state}  # fmt: skip
         self._writer = threading.Thread(target=self._commit, args=(future, partial, step, state), daemon=True)
         self._writer.start()
 
@@ -104,7 +104,15 @@ class Checkpoints:
         partial.rename(final)
         _sync_directory(self.root)
         for old in self._named()[: -self.keep] if self.keep > 0 else []:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """A save under way is finished, also when the run ends in a UserError, which all ranks share; not when a rank died."""
+        if kind is None or issubclass(kind, UserError):
+            self.wait()
 
     # --- reading ------------------------------------------------------------------------------------------------------------
 
@@ -148,6 +156,9 @@ class Checkpoints:
 
     def _load(self, path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for name, value in json.loads(json.dumps(self.settings)).items():
+            if state["settings"].get(name) != value:
+                raise UserError(f"{path} is of a run with --{name} {state['settings'].get(name)}, now it is {value}")
         for name, value in self.identity.items():
             if state["identity"].get(name) != value:
                 raise UserError(f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started with")
@@ -161,6 +172,10 @@ class Checkpoints:
         for name, (_, optimizer) in self.trained.items():
             for moments in optimizer.state.values():
                 moments["step"].fill_(state["optimizer_steps"][name])
+        if self.world.is_main:  # what came after the resumed step belongs to another branch now: kept, but out of the way
+            for later in (p for p in self._named() if int(STEP.fullmatch(p.name).group(1)) > state["step"]):
+                shutil.rmtree(later.with_name(f"abandoned-{later.name}"), ignore_errors=True)
+                later.rename(later.with_name(f"abandoned-{later.name}"))
         if state["world_size"] != self.world.size:
             self.world.say(f"resuming a run of {state['world_size']} ranks on {self.world.size}: the same trajectory to rounding, not to the bit")
         return state
@@ -184,6 +199,16 @@ class Checkpoints:
                     step = torch.zeros((), dtype=torch.float32, device=self.world.device)
                     optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
         return optimizer.state
+
+
+def _make_empty(directory: Path) -> str:
+    """What went wrong, or ''."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
 
 
 def _sha256(path: Path) -> str:

@@ -53,7 +53,7 @@ class RunConfig:
     max_seq_length: int = flag(2048, "prompt + response, in tokens", aliases=("max_length",))
     on_bad_row: str = flag("skip", "a malformed row stops the run or is skipped, counted and listed", choices=("error", "skip"))
 
-    seed: int = flag(1, "data order is a function of it, and nothing else is random", heading="optimization")
+    seed: int = flag(1, "every draw (data order, sampled tokens) is a function of it and of its own name", heading="optimization")
     num_train_epochs: int = flag(1, "passes over the data", aliases=("num_epochs",))
     max_steps: int = flag(-1, "stop after N optimizer steps, whatever the epochs (-1: off)", aliases=("max_train_steps",))
     per_device_train_batch_size: int | None = flag(None, "with --gradient_accumulation_steps and the number of ranks: sets --batch_size")
@@ -72,7 +72,7 @@ class RunConfig:
     compile: bool = flag(False, "torch.compile every decoder layer")
     deterministic: bool = flag(False, "bitwise repeatable on CUDA as well, at some cost")
 
-    output_dir: str = flag("output", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", heading="the run")
+    output_dir: str = flag("output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", heading="the run")
     cache_dir: str = flag("~/.cache/triptych", "tokenised data and reference log-probs, shared by all runs of a user")
     save_steps: int = flag(0, "checkpoint every N steps (0: none; the run still ends in final/)", aliases=("checkpointing_steps",))
     save_total_limit: int = flag(2, "checkpoints kept", aliases=("keep_last_n_checkpoints",))

@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.batch import MicroBatch, micro_batch, pack, sum_by_sequence
+from engine.errors import UserError
 from engine.model import Policy
 from engine.store import Examples
 from engine.world import World
@@ -106,7 +107,7 @@ def _compute(policy: Policy, examples: Examples, used: np.ndarray, block: np.nda
         sums[position] = value
     if not np.isfinite(sums).all():
         bad = int(used[block[int(np.flatnonzero(~np.isfinite(sums))[0])] // per_example])
-        raise FloatingPointError(f"the reference log-prob of example {bad} is not finite: the model or its dtype is broken")
+        raise UserError(f"the reference log-prob of example {bad} is not finite: the model or its dtype is broken")
     return sums
 
 

@@ -20,7 +20,7 @@ from engine.world import World
 # what may change between a run and its resumption: none of it touches the trajectory
 CHANGEABLE = {
     "output_dir", "cache_dir", "micro_batch_tokens", "save_steps", "save_total_limit", "resume", "on_bad_row", "dry_run", "report_to",
-    "profile", "export_dtype", "eval_steps", "dataset_num_proc",
+    "profile", "export_dtype", "eval_steps", "dataset_num_proc", "cache_logprobs_only",
 }  # fmt: skip
 
 
@@ -34,23 +34,23 @@ def open_run(config: RunConfig, world: World, facts: dict[str, Any]) -> Iterator
     output_dir = Path(config.output_dir)
     lock = None
 
-    def prepare() -> None:
+    def prepare() -> bool:
         nonlocal lock
         if config.resume == "never" and output_dir.is_dir() and any(output_dir.iterdir()):
             raise UserError(f"--resume never: {output_dir} is not empty")
         if output_dir.exists() and not output_dir.is_dir():
             raise UserError(f"--output_dir {output_dir}: is a file")
         output_dir.mkdir(parents=True, exist_ok=True)
-        if world.is_main:
-            lock = _lock(output_dir / ".lock")
-            _check_same_configuration(config, output_dir / "config.yaml")
-
-    world.once("open_run", prepare) if world.local_rank == 0 else world.once("open_run", lambda: None)
-    finished = any(world.gather((output_dir / "final" / "config.json").is_file() and world.is_main))
-    if world.is_main and not finished:
+        lock = _lock(output_dir / ".lock")
+        _check_same_configuration(config, output_dir / "config.yaml")
+        if (output_dir / "final" / "config.json").is_file():
+            return True
         partial = output_dir / ".config.yaml.partial"
         configuration.save(config, partial, facts)
         partial.rename(output_dir / "config.yaml")
+        return False
+
+    finished = any(world.gather(world.on_main("open_run", prepare)))
     try:
         yield finished
     finally:
@@ -71,6 +71,31 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
+def settings(config: RunConfig) -> dict[str, Any]:
+    """The flags on which a run's trajectory depends, as YAML and JSON hold them."""
+    values = {k: list(v) if isinstance(v, tuple) else v for k, v in configuration.as_dict(config).items() if v is not None}
+    return {name: value for name, value in values.items() if name not in CHANGEABLE}
+
+
+@contextlib.contextmanager
+def waiting_for(path: Path, world: World) -> Iterator[None]:
+    """One run at a time in the body, the others wait: for what several runs would make at once."""
+    descriptor = None
+
+    def take() -> None:
+        nonlocal descriptor
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+
+    world.on_main("waiting_for", take)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def _check_same_configuration(config: RunConfig, path: Path) -> None:
     if not path.is_file():
         return
@@ -78,7 +103,7 @@ def _check_same_configuration(config: RunConfig, path: Path) -> None:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{path} is damaged: delete it or give another --output_dir") from None
-    now = {k: list(v) if isinstance(v, tuple) else v for k, v in configuration.as_dict(config).items() if v is not None}
+    now = settings(config)
     for name in sorted((earlier.keys() | now.keys()) - CHANGEABLE):
         if earlier.get(name) != now.get(name):
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from engine import attention, model, weights
 from engine.chat import ChatTokenizer, load_tokenizer
 from engine.config import Config, RunConfig, require_positive, resolve_batch_size
 from engine.embedded import embedded
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 from engine.store import Examples, Steps
 from engine.world import World
 
@@ -49,6 +50,11 @@ def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_
         raise UserError(f"--warmup_ratio is a share of the steps, at most 1, got {config.warmup_ratio}")
     if config.save_total_limit < 1:
         raise UserError(f"--save_total_limit must be at least 1, got {config.save_total_limit}")
+    if config.resume not in ("auto", "never") and not (Path(config.resume).expanduser() / "COMPLETE").is_file():
+        raise UserError(f"--resume {config.resume}: expected auto, never or the path of a checkpoint, and there is none{nearest(config.resume, ['auto', 'never'])}")
+    module = {"tensorboard": "tensorboard", "wandb": "wandb"}.get(config.report_to)
+    if module and importlib.util.find_spec(module) is None:
+        raise UserError(f"--report_to {config.report_to}: the package {module} is not installed")
     if config.dtype == "float16":
         raise UserError("--dtype float16 is refused: it needs loss scaling, which bfloat16 and float32 do not")
     if config.model_name_or_path is not None and config.dataset_name is None and config.mixer_list is None:
@@ -56,6 +62,9 @@ def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_
     config, line = resolve_batch_size(config, world.size)
     world.say(*filter(None, [line]))
     chosen = {}
+    for name in ("model_name_or_path", "value_model_name_or_path", "output_dir", "resume"):  # a shell expands ~, a YAML file does not
+        if str(vars(config).get(name)).startswith("~/"):
+            chosen[name] = str(Path(vars(config)[name]).expanduser())
     if config.model_name_or_path is None:
         root = Path(config.cache_dir).expanduser()
         made = world.once("embedded", lambda: embedded(root))
@@ -75,6 +84,7 @@ def prepare(config: RunConfig, world: World) -> Base:
     lm_config = model.load_config(directory)
     dtype = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32}.get(config.dtype) or getattr(torch, config.dtype)
     backend, why = attention.choose_backend(config.attention, world.device, lm_config, dtype)
+    world.agree("attention backend", backend)
     return Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why)
 
 

@@ -24,26 +24,27 @@ MAX_FILE_BYTES = 5 * 10**9
 INDEX = "model.safetensors.index.json"
 MIX_ELEMENTS = 2**22
 SCALAR_HEAD = "score.weight"
+SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def host_memory() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def resolve(name_or_path: str, revision: str | None) -> tuple[Path, str]:
+def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_or_path") -> tuple[Path, str]:
     """(local directory, resolved revision or 'local') of a model: a directory as it is, a hub id downloaded once."""
     if Path(name_or_path).is_dir():
         return Path(name_or_path), "local"
     parent = Path(name_or_path).parent
     if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or parent.is_dir():
         siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
-        raise UserError(f"--model_name_or_path {name_or_path}: no such directory{nearest(name_or_path, siblings)}")
+        raise UserError(f"{flag} {name_or_path}: no such directory{nearest(name_or_path, siblings)}")
     from huggingface_hub import snapshot_download
 
     try:
         directory = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
     except Exception as error:  # the hub's client raises its transport's own errors: whatever it is, the user reads one line
-        raise UserError(f"--model_name_or_path {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})") from None
+        raise UserError(f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})") from None
     return Path(directory), Path(directory).name
 
 
@@ -245,6 +246,8 @@ def _save_configs(lm: nn.Module, tokenizer: Any, source: Path, directory: Path, 
     config.save_pretrained(directory)
     own = (source / "generation_config.json").is_file()
     generation = GenerationConfig.from_pretrained(source) if own else GenerationConfig.from_model_config(config)
+    if any(getattr(generation, field, None) is not None for field in SAMPLING):
+        generation.do_sample = True  # hub configs often leave it out, and transformers then refuses to save them
     ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
     generation.eos_token_id = [end_of_turn_id, *(e for e in ends if e != end_of_turn_id)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import os
@@ -73,12 +74,20 @@ class World:
         """Runs `work` on the first rank of every machine and then, against what that one left on disk, on the others.
 
         The others wait on the store, not in a collective: however long the work takes (tokenising a million rows), nothing
-        times out. If the first rank fails, they fail with it, with its message.
+        times out. If the first rank fails, they fail with it, with its message. An OSError becomes a UserError.
         """
-        key = f"once/{next(_calls)}/{name}/{self.rank - self.local_rank}"
-        if self.local_rank == 0:
+        result = self._first(f"{name}/{self.rank - self.local_rank}", self.local_rank == 0, work)
+        return result if self.local_rank == 0 else _as_user_error(work)
+
+    def on_main(self, name: str, work: Callable[[], Any]) -> Any:
+        """Runs `work` on rank 0 while the others wait as in `once`; they get None, or its UserError."""
+        return self._first(name, self.is_main, work)
+
+    def _first(self, name: str, is_first: bool, work: Callable[[], Any]) -> Any:
+        key = f"first/{next(_calls)}/{name}"
+        if is_first:
             try:
-                result = work()
+                result = _as_user_error(work)
             except UserError as error:
                 self.store.set(key, f"error {error}")
                 raise
@@ -94,7 +103,7 @@ class World:
         status = self.store.get(key).decode()
         if status.startswith("error "):
             raise UserError(status.removeprefix("error "))
-        return work()
+        return None
 
     def agree(self, name: str, value: str) -> None:
         """Raises UserError on every rank whose `value` (a config, a dataset's fingerprint) is not rank 0's."""
@@ -104,6 +113,13 @@ class World:
         self.store.wait([key], COLLECTIVE_TIMEOUT)
         if self.store.get(key).decode() != digest:
             raise UserError(f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files")
+
+
+def _as_user_error(work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except OSError as error:
+        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
 
 
 def available_cores() -> int:
@@ -144,23 +160,50 @@ def _store(rank: int, size: int) -> dist.Store:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death."""
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or Ctrl-C."""
+    rank = int(os.environ.get("RANK", 0))
+    status, line = 0, ""
     try:
         command()
     except UserError as error:
-        if is_main or "rank " in str(error):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        status = 2
-    except (dist.DistBackendError, dist.DistNetworkError, RuntimeError) as error:
+        status, line = 2, f"error: {error}" if _speaks(rank, str(error)) else ""
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted; the same command goes on from the last checkpoint" if rank == 0 else ""
+    except OSError as error:
+        if error.filename is None:
+            raise
+        status, line = 2, f"error: {error.filename}: {error.strerror}"
+    except RuntimeError as error:
         if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")):
             raise
-        rank = os.environ.get("RANK", 0)
-        print(f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})", file=sys.stderr, flush=True)  # fmt: skip
         status = 1
-    else:
-        status = 0
-    finally:
-        if dist.is_initialized() and sys.exc_info()[0] is None:
-            dist.destroy_process_group()
+        line = f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})"
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        dist.destroy_process_group()
     sys.exit(status)
+
+
+def _speaks(rank: int, message: str) -> bool:
+    """Whether this rank prints its UserError: rank 0 does, and another only if rank 0 does not say the same.
+
+    Rank 0 leaves its message in the store and stays until the others have read it, two seconds at most.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1 or not dist.is_initialized():
+        return rank == 0  # before the ranks have met, all of them read the same command line
+    store = dist.PrefixStore("triptych", dist.distributed_c10d._get_default_store())
+    patience = timedelta(seconds=2)
+    try:
+        if rank == 0:
+            store.set("user_error", message)
+            with contextlib.suppress(RuntimeError):
+                store.wait([f"user_error_read/{other}" for other in range(1, size)], patience)
+            return True
+        store.wait(["user_error"], patience)
+        said = store.get("user_error").decode() == message
+        store.set(f"user_error_read/{rank}", "")
+        return not said
+    except RuntimeError:  # no word from rank 0: it may not have failed at all
+        return True

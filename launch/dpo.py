@@ -49,6 +49,7 @@ METRICS = (
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     __doc__ = __doc__
+    output_dir: str = flag("output/dpo", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/")
     loss_type: str = flag("dpo_norm", f"one of {', '.join(LOSSES)} (also {', '.join(f'{a} = {b}' for a, b in ALSO_KNOWN_AS.items())})")
     beta: float | None = flag(None, "strength of the preference; by loss: dpo_norm 5, dpo, ipo and wpo 0.1, simpo 2.5")
     gamma_beta_ratio: float | None = flag(None, "simpo only: the margin over beta; 0.3")
@@ -93,7 +94,8 @@ def train(config: Config) -> None:
 
         optimizer = optim.adamw(policy, config.weight_decay)
         identity = {"model": f"{fingerprint:016x}", "dataset": pairs.fingerprint}
-        checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity)
+        checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity,
+                                  settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
@@ -102,7 +104,7 @@ def train(config: Config) -> None:
             evaluate(policy, held_out, held_out_reference, config, hyper, here, metrics, 0)
 
         # descend L
-        with run.profiler(config.profile, output_dir, here) as profile:
+        with run.profiler(config.profile, output_dir, here) as profile, checkpoints:
             for step in range(state["step"], steps.total):
                 chosen = steps.examples(step)
                 totals = log.Totals(here)
@@ -214,6 +216,10 @@ def resolve_loss(config: Config) -> Config:
     hyper = {name: getattr(config, name) if getattr(config, name) is not None else default for name, default in defaults.items()}
     if not hyper["beta"] > 0:
         raise UserError(f"--beta must be greater than 0, got {hyper['beta']}")
+    if config.rpo_alpha < 0:
+        raise UserError(f"--rpo_alpha must not be negative, got {config.rpo_alpha}")
+    if config.cache_logprobs_only and loss_type in REFERENCE_FREE:
+        raise UserError(f"--cache_logprobs_only: --loss_type {loss_type} needs no reference")
     if not 0 <= hyper.get("label_smoothing", 0) < 0.5:
         raise UserError(f"--label_smoothing must be in [0, 0.5), got {hyper['label_smoothing']}")
     return dataclasses.replace(config, loss_type=loss_type, **hyper)

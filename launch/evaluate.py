@@ -22,10 +22,11 @@ from engine import model, setup, world
 from engine.config import flag, parse, require_positive
 from engine.embedded import embedded
 from engine.errors import UserError
+from engine.interval import accuracy
 from engine.prompts import Prompt, load_prompts
 from engine.rows import open_source
 from engine.world import World
-from launch.ppo import sample_and_verify, wilson
+from launch.ppo import sample_and_verify
 from rollout import Rollout, Sampler, SamplingParams
 from verifiers import MODES, Pool, Verdict, check
 
@@ -129,24 +130,6 @@ def load(config: Config, here: World, base: setup.Base) -> list[Prompt]:
     )
     here.say(*lines)
     return prompts[: config.num_prompts]
-
-
-def accuracy(scores_NK: np.ndarray) -> tuple[float, float, float]:
-    """(mean, low, high) of the scores of N prompts under K seeds, with the 95 % interval of the head of this file.
-
-    Scores in [0, 1], float64. rho is the one-way ANOVA estimate (Donner 1986), clipped to [0, 1]; without any spread there is
-    nothing to estimate it from, and it is taken as 1. Left out: variance between seeds that is common to all prompts.
-    """
-    n, k = scores_NK.shape
-    mean, rho = float(scores_NK.mean()), 0.0
-    if k > 1:
-        by_prompt_N = scores_NK.mean(1)
-        between = k * by_prompt_N.var(ddof=1) if n > 1 else 0.0
-        within = ((scores_NK - by_prompt_N[:, None]) ** 2).sum() / (n * (k - 1))
-        total = between + (k - 1) * within
-        rho = min(1.0, max(0.0, (between - within) / total)) if total > 0 else 1.0
-    effective = n * k / (1 + (k - 1) * rho)
-    return mean, *wilson(mean * effective, effective)
 
 
 def report(scores_NK: np.ndarray, prompts: list[Prompt], rows: list[tuple[int, Rollout, Verdict]], base: setup.Base) -> list[str]:

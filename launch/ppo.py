@@ -20,7 +20,6 @@ S responses · R response tokens (or slots) of all of them, end to end.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -36,8 +35,9 @@ from engine import log, model, optim, run, setup, weights, world
 from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse, require_positive
 from engine.data import mixture
-from engine.embedded import embedded
+from engine.embedded import Embedded, embedded
 from engine.errors import UserError
+from engine.interval import accuracy as accuracy_interval
 from engine.prompts import Prompt, fingerprint_of, load_prompts
 from engine.rows import open_source
 from engine.store import Steps, mixture_index, permutation
@@ -45,11 +45,13 @@ from engine.world import World
 from launch import sft
 from rollout import Experience, Request, Rollout, Sampler, SamplingParams, evaluate
 from verifiers import Pool, Verdict, check
+from verifiers.pool import MAX_ERROR_RATE
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     __doc__ = __doc__
+    output_dir: str = flag("output/ppo", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/")
     batch_size: int | None = flag(None, "prompts per iteration, whatever the machine; 224, embedded 32")
     num_samples_per_prompt: int | None = flag(None, "responses per prompt; 1, embedded 4")
     learning_rate: float | None = flag(None, "peak, of the policy; 3e-7 (Tülu 3 8B), embedded 1e-3")
@@ -104,11 +106,13 @@ def train(config: Config) -> None:
             here.say(f"{output_dir} is finished, final/ is written: nothing to do")
             return
         policy, reference, value_model, fingerprint = load_models(config, here, base)
-        sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=config.max_seq_length, slots=config.rollout_slots)
+        longest = config.response_length + max(len(prompt.ids) for prompt in prompts + held_out)
+        sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
         optimizers = {"policy": optim.adamw(policy, config.weight_decay), "value": optim.adamw(value_model, config.weight_decay)}
         trained = {"policy": (policy, optimizers["policy"]), "value": (value_model, optimizers["value"])}
         identity = {"model": f"{fingerprint:016x}", "dataset": fingerprint_of(prompts)}
-        checkpoints = Checkpoints(output_dir, here, trained, keep=config.save_total_limit, identity=identity)
+        checkpoints = Checkpoints(output_dir, here, trained, keep=config.save_total_limit, identity=identity,
+                                  settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
@@ -117,56 +121,60 @@ def train(config: Config) -> None:
         if state["step"] == 0:
             held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, 0)
 
-        for step in range(state["step"], steps.total):
-            clock = Clock()
-            # 1. sample responses from the policy, and 2. verify each as soon as it ends
-            sampler.load(policy)
-            chosen = steps.examples(step)
-            rollouts, verdicts = sample_and_verify(sampler, prompts, chosen, config.num_samples_per_prompt, params, config.seed, step, here, base, pool)
-            batch = experience(rollouts, verdicts, config)
-            times = {"time/rollout": clock.lap()}
+        with run.profiler(config.profile, output_dir, here) as profile, checkpoints:
+            for step in range(state["step"], steps.total):
+                clock = log.Clock()
+                # 1. sample responses from the policy, and 2. verify each as soon as it ends
+                sampler.load(policy)
+                chosen = steps.examples(step)
+                rollouts, verdicts = sample_and_verify(sampler, prompts, chosen, config.num_samples_per_prompt, params, config.seed, step, here, base, pool)
+                batch = experience(rollouts, verdicts, config)
+                sampler.release()  # its cache makes room for activations
+                times = {"time/rollout": clock.lap()}
 
-            # 3. evaluate them: pi_old, pi_ref and V, before any update
-            budget = config.micro_batch_tokens
-            old_R, entropy_R = evaluate(lambda mb: policy(mb, mode="entropy"), batch.tokens, budget, here)
-            ref_R = evaluate(reference, batch.tokens, budget, here) if reference else old_R
-            values_R = evaluate(value_model, batch.slots, budget, here)
-            for root in filter(None, (policy, reference, value_model)):
-                root.release()
-            if step == 0:
-                check_sampler(batch, old_R, config, base, here)
+                # 3. evaluate them: pi_old, pi_ref and V, before any update
+                budget = config.micro_batch_tokens
+                old_R, entropy_R = evaluate(lambda mb: policy(mb, mode="entropy"), batch.tokens, budget, here)
+                ref_R = evaluate(reference, batch.tokens, budget, here) if reference else old_R
+                values_R = evaluate(value_model, batch.slots, budget, here)
+                for root in filter(None, (policy, reference, value_model)):
+                    root.release()
+                if step == 0:
+                    check_sampler(batch, old_R, config, base, here)
 
-            # 4. rewards, advantages, returns
-            kl_R = losses.kl(old_R, ref_R, config.kl_estimator)
-            rewards_R = losses.token_rewards(batch.on_slots(kl_R), batch.scores_S, batch.slot_counts_S, config.kl_coef)
-            advantages_R, returns_R = losses.gae(rewards_R, values_R, batch.slot_counts_S, config.gamma, config.lam)
-            advantages_R = losses.whiten(advantages_R[batch.is_token_R])
-            times["time/evaluate"] = clock.lap()
+                # 4. rewards, advantages, returns
+                kl_R = losses.kl(old_R, ref_R, config.kl_estimator)
+                rewards_R = losses.token_rewards(batch.on_slots(kl_R), batch.scores_S, batch.slot_counts_S, config.kl_coef)
+                advantages_R, returns_R = losses.gae(rewards_R, values_R, batch.slot_counts_S, config.gamma, config.lam)
+                advantages_R = losses.whiten(advantages_R[batch.is_token_R])
+                times["time/evaluate"] = clock.lap()
 
-            # 5. several passes of clipped updates
-            lr = [optim.learning_rate(step, peak=peak, steps=steps.total, warmup_ratio=config.warmup_ratio, schedule=config.lr_scheduler_type)
-                  for peak in (config.learning_rate, config.value_learning_rate or config.learning_rate)]  # fmt: skip
-            totals, first_ratio, norms = log.Totals(here), None, []
-            for minibatch in minibatches(len(batch), config, step):
-                update(policy, value_model, batch, minibatch, old_R, advantages_R, values_R, returns_R, config, step, here, totals, throughput)
-                norms.append([optim.step(optimizers[name], here, lr=lr[i], max_norm=config.max_grad_norm).item() for i, name in enumerate(trained)])
-                first_ratio = first_ratio or totals.reduce(METRICS)
-            times["time/update"] = clock.lap()
+                # 5. several passes of clipped updates
+                lr = [optim.learning_rate(step, peak=peak, steps=steps.total, warmup_ratio=config.warmup_ratio, schedule=config.lr_scheduler_type)
+                      for peak in (config.learning_rate, config.value_learning_rate or config.learning_rate)]  # fmt: skip
+                totals, first_ratio = log.Totals(here), None
+                for minibatch in minibatches(len(batch), config, step):
+                    update(policy, value_model, batch, minibatch, old_R, advantages_R, values_R, returns_R, config, step, here, totals, throughput)
+                    norms = [optim.step(optimizers[name], here, lr=lr[i], max_norm=config.max_grad_norm).item() for i, name in enumerate(trained)]
+                    if not all(map(math.isfinite, norms)):
+                        raise UserError(f"step {step + 1}: gradient norms {norms} of policy and value model; what is not finite was not applied")
+                    first_ratio = first_ratio or totals.reduce(METRICS)
+                times["time/update"] = clock.lap()
 
-            # 6. the new weights reach the sampler at the top of the loop
-            sums = totals.reduce(METRICS)
-            row = summary(batch, rollouts, verdicts, prompts, kl_R, entropy_R, values_R, returns_R, sums) | times
-            row |= {"learning_rate": lr[0], "grad_norm": norms[-1][0], "grad_norm/value": norms[-1][1], **throughput.row()}
-            if not all(map(math.isfinite, (row["loss"], row["loss/value"], *norms[-1]))):
-                raise UserError(f"step {step + 1}: losses {row['loss']}, {row['loss/value']}, gradient norms {norms[-1]}; the weights were left as they are")
-            if step == 0:
-                check_ratio(first_ratio, config, base, here)
-            metrics.write(step + 1, row, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
-            if step + 1 < steps.total:
-                if config.eval_steps and (step + 1) % config.eval_steps == 0:
-                    held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, step + 1)
-                if config.save_steps and (step + 1) % config.save_steps == 0:
-                    checkpoints.save(step + 1, {"num_tokens": throughput.num_tokens})
+                # 6. the new weights reach the sampler at the top of the loop
+                sums = totals.reduce(METRICS)
+                row = summary(batch, rollouts, verdicts, prompts, kl_R, entropy_R, values_R, returns_R, sums) | times
+                row |= {"learning_rate": lr[0], "grad_norm": norms[0], "grad_norm/value": norms[1], **throughput.row()}
+                if step == 0:
+                    check_ratio(first_ratio, config, base, here)
+                metrics.write(step + 1, row, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
+                if profile is not None:
+                    profile.step()
+                if step + 1 < steps.total:
+                    if config.eval_steps and (step + 1) % config.eval_steps == 0:
+                        held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, step + 1)
+                    if config.save_steps and (step + 1) % config.save_steps == 0:
+                        checkpoints.save(step + 1, {"num_tokens": throughput.num_tokens})
 
         held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, steps.total)
         checkpoints.wait()
@@ -208,9 +216,9 @@ def sample_and_verify(
 
 
 def experience(rollouts: list[Rollout], verdicts: list[Verdict], config: Config) -> Experience:
-    """The responses that have a verdict, with their scores. Raises UserError if more than 1 % have none."""
+    """The responses that have a verdict, with their scores. Raises UserError if more than one and 1 % have none."""
     errors = [v.reason for v in verdicts if v.status == "error"]
-    if len(errors) > 0.01 * len(verdicts):
+    if len(errors) > max(1, MAX_ERROR_RATE * len(verdicts)):
         raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")
     judged = [(r, v) for r, v in zip(rollouts, verdicts, strict=True) if v.status == "ok"]
     scores = [
@@ -276,18 +284,17 @@ def held_out_accuracy(
     sampler: Sampler, policy: model.Policy, held_out: list[Prompt], params: SamplingParams, config: Config, here: World, base: setup.Base,
     pool: Pool, metrics: log.Metrics, samples: log.JsonLines | None, step: int,
 ) -> None:  # fmt: skip
-    """Verified accuracy on the held-out prompts with a 95 % (Wilson) interval, and a few responses with their verdicts."""
+    """Verified accuracy on the held-out prompts with a 95 % interval (engine/interval.py), and a few responses with their verdicts."""
     if not held_out:
         return
     sampler.load(policy)
     rollouts, verdicts = sample_and_verify(
         sampler, held_out, np.arange(len(held_out)), config.eval_samples, params, config.seed + EVALUATION, step, here, base, pool
     )
-    scores = [v.score for v in verdicts if v.status == "ok"]
-    low, high = wilson(float(np.sum(scores)), len(scores))
-    accuracy = float(np.mean(scores))
+    scores = np.array([v.score for v in verdicts]).reshape(len(held_out), config.eval_samples)  # an error counts as wrong here
+    accuracy, low, high = accuracy_interval(scores)
     metrics.write(step, {"eval/accuracy": accuracy, "eval/low": low, "eval/high": high, "eval/length": float(np.mean([len(r.response_ids) for r in rollouts]))})  # fmt: skip
-    lines = [f"held out, after iteration {step}: verified {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {len(scores)} responses)"]
+    lines = [f"held out, after iteration {step}: verified {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {len(verdicts)} responses)"]
     for rollout, verdict in list(zip(rollouts, verdicts, strict=True))[:: max(1, len(rollouts) // 4)][:4]:
         text = base.chat.tokenizer.decode(rollout.response_ids)
         lines.append(f"  {verdict.score:g} ({verdict.reason[:80]}): {text[:160]!r}")
@@ -297,26 +304,17 @@ def held_out_accuracy(
     metrics.say("\n".join(lines))
 
 
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % score interval of a proportion (Wilson 1927)."""
-    if n == 0:
-        return 0.0, 1.0
-    p, zz = successes / n, z * z / n
-    half = z * math.sqrt(p * (1 - p) / n + zz / (4 * n))
-    return (p + zz / 2 - half) / (1 + zz), (p + zz / 2 + half) / (1 + zz)
-
-
 # --- identities of a fresh run ---------------------------------------------------------------------------------------------------
 
 
 def check_sampler(batch: Experience, old_R: Tensor, config: Config, base: setup.Base, here: World) -> None:
-    """The sampler's log-probs are the trainer's, on average to 64 roundings of the compute dtype. Raises UserError."""
+    """The sampler's log-probs are the trainer's, on average to 8 roundings of the compute dtype. Raises UserError."""
     if config.top_k or config.top_p < 1 or config.temperature == 0:
         here.say("the policy is not what was sampled from (temperature 0, --top_k or --top_p): log-probs are of the whole distribution")
         return
     sampled_R = torch.as_tensor(np.concatenate([r.logprobs for r in batch.rollouts])).double()
     difference_R = (sampled_R - old_R).abs()
-    bound = 64 * torch.finfo(base.dtype).eps * max(1.0, old_R.abs().mean().item())
+    bound = 8 * torch.finfo(base.dtype).eps * max(1.0, old_R.abs().mean().item())
     here.say(f"step 0: sampler's and trainer's log-probs differ by {difference_R.mean():.1e} on average, {difference_R.max():.1e} at most; rounding allows {bound:.1e} on average")  # fmt: skip
     if not difference_R.mean() <= bound:
         raise UserError(f"step 0: the sampler is not the policy (log-probs differ by {difference_R.mean():.1e}, allowed {bound:.1e})")
@@ -326,7 +324,7 @@ def check_ratio(sums: dict[str, float], config: Config, base: setup.Base, here: 
     """In the first update the policy is still pi_old: the ratio is 1. Raises UserError."""
     if not sums["val/ratio"]:  # the value model's warm-up: no policy update
         return
-    off, bound = abs(sums["val/ratio"] / sums["tokens"] - 1), 64 * torch.finfo(base.dtype).eps
+    off, bound = abs(sums["val/ratio"] / sums["tokens"] - 1), 8 * torch.finfo(base.dtype).eps
     here.say(f"step 0: mean ratio of the first update off 1 by {off:.1e}, rounding allows {bound:.1e}")
     if not off <= bound:
         raise UserError(f"step 0: the first update's ratio is off 1 by {off:.1e}, allowed {bound:.1e}")
@@ -340,12 +338,19 @@ def embedded_default(config: Config, here: World) -> Config:
     root = Path(config.cache_dir).expanduser()
     made = here.once("embedded", lambda: embedded(root))
     tuned = made.model.parent / "tuned_on_sums"
-    if not any(here.gather((tuned / "final" / "config.json").is_file())):
+    with run.waiting_for(tuned.with_suffix(".lock"), here):
+        if all(here.gather((tuned / "final" / "config.json").is_file())):
+            return embedded_flags(config, made, tuned)
         here.say("fine-tuning the embedded tiny Llama on sums of which half are wrong (once; it is kept in --cache_dir)")
         sft.train(sft.Config(
             model_name_or_path=str(made.model), dataset_name=str(made.train_sums), output_dir=str(tuned), cache_dir=config.cache_dir,
             batch_size=48, num_train_epochs=8, learning_rate=5e-3, sample_tokens=0, max_seq_length=128,
         ))  # fmt: skip
+    return embedded_flags(config, made, tuned)
+
+
+def embedded_flags(config: Config, made: Embedded, tuned: Path) -> Config:
+    """What is not given, for the embedded model."""
     defaults = {"batch_size": 32, "num_samples_per_prompt": 4, "learning_rate": 1e-3, "response_length": 24}
     filled = {name: value for name, value in defaults.items() if getattr(config, name) is None}
     if config.dataset_name is None and config.mixer_list is None:
@@ -361,6 +366,10 @@ def validate(config: Config, base: setup.Base) -> None:
     for name, low, high in (("gamma", 0, 1), ("lam", 0, 1), ("top_p", 1e-9, 1), ("temperature", 0, 1e3), ("kl_coef", 0, 1e9), ("top_k", 0, 1e9)):
         if not low <= getattr(config, name) <= high:
             raise UserError(f"--{name} must be between {low:g} and {high:g}, got {getattr(config, name)}")
+    if config.value_model_name_or_path:
+        model.load_value_config(weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")[0], base.config.vocab_size)
+    if config.vf_coef < 0 or config.value_warmup_steps < 0:
+        raise UserError("--vf_coef and --value_warmup_steps must not be negative")
     longest = getattr(base.config, "max_position_embeddings", config.max_seq_length)
     if config.response_length >= min(config.max_seq_length, longest):
         raise UserError(f"--response_length {config.response_length} leaves no room for a prompt in {min(config.max_seq_length, longest)} tokens (--max_seq_length {config.max_seq_length}, the model's limit {longest})")  # fmt: skip
@@ -379,6 +388,7 @@ def load_data(config: Config, here: World, base: setup.Base) -> tuple[list[Promp
     prompts = [prompt for name, amount in mixture(config) for prompt in load(name, amount, config.dataset_split)]
     if here.size > len(prompts):
         raise UserError(f"{here.size} ranks for {len(prompts)} prompts: lower --nproc_per_node")
+    here.agree("prompts", fingerprint_of(prompts))
     return prompts, load(config.eval_dataset_name, "", config.eval_split) if config.eval_dataset_name else []
 
 
@@ -406,25 +416,13 @@ def load_models(config: Config, here: World, base: setup.Base) -> tuple[model.Po
     policy.temperature = config.temperature or 1.0
     reference = None
     if config.kl_coef:
-        reference, _ = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head=config.head)
+        reference, _ = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head=config.head, compile=config.compile)
         reference.requires_grad_(False)
         reference.temperature = policy.temperature
-    source = weights.resolve(config.value_model_name_or_path, None)[0] if config.value_model_name_or_path else base.directory
+    source = weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")[0] if config.value_model_name_or_path else base.directory
     value_model = model.load_value_model(source, here, vocab_size=base.config.vocab_size, dtype=base.dtype, backend=base.backend, compile=config.compile)
     value_model.gradient_sync = policy.gradient_sync
     return policy, reference, value_model, fingerprint
-
-
-class Clock:
-    """Seconds since the last lap."""
-
-    def __init__(self) -> None:
-        self.since = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds, self.since = now - self.since, now
-        return seconds
 
 
 if __name__ == "__main__":

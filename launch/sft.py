@@ -39,6 +39,7 @@ from losses.sft import REDUCTIONS, denominator, token_weights
 @dataclass(frozen=True, kw_only=True)
 class Config(RunConfig):
     __doc__ = __doc__
+    output_dir: str = flag("output/sft", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/")
     reduce_loss: str = flag("token", "the denominator: trained tokens, sequences (the original's), or a mean of sequences' means", choices=REDUCTIONS)  # fmt: skip
     batch_size: int | None = flag(None, "conversations per optimizer step, whatever the machine; 128, for the embedded model 16")
     learning_rate: float | None = flag(None, "peak; 5e-6 (Tülu 3 8B), for the embedded model 3e-3")
@@ -69,7 +70,8 @@ def train(config: Config) -> None:
         policy, fingerprint = setup.load_policy(config, here, base)
         optimizer = optim.adamw(policy, config.weight_decay)
         identity = {"model": f"{fingerprint:016x}", "dataset": conversations.fingerprint}
-        checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity)
+        checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity,
+                                  settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
@@ -78,7 +80,7 @@ def train(config: Config) -> None:
         if state["step"] == 0:
             evaluate(policy, held_out, prompt, base.chat, config, here, metrics, 0)
 
-        with run.profiler(config.profile, output_dir, here) as profile:
+        with run.profiler(config.profile, output_dir, here) as profile, checkpoints:
             for step in range(state["step"], steps.total):
                 chosen = steps.examples(step)
                 num_tokens = int(conversations.counts(chosen).sum())  # of all ranks and micro-batches, known before the first forward

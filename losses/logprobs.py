@@ -259,7 +259,9 @@ class _LinearLoss(torch.autograd.Function):
             with torch.enable_grad():
                 loss = loss_of_logprobs(leaf_R.requires_grad_(any(needs)), groups)
             total += loss.detach()
-            if not any(needs) or not loss.requires_grad:
+            if not loss.requires_grad:  # no gradient asked for, or a loss that does not depend on these rows
+                if head.hidden_grad_RD is not None:
+                    head.hidden_grad_RD[rows] = 0
                 continue
             (logprob_grad_R,) = torch.autograd.grad(loss, leaf_R)
             for i, piece in enumerate(pieces):

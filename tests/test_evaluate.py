@@ -7,8 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from launch.evaluate import accuracy
-from launch.ppo import wilson
+from engine.interval import accuracy, wilson
 from tests import ranks
 
 

@@ -205,7 +205,7 @@ def test_a_broken_reference_is_never_cached(setting, here):
     tensors["model.norm.weight"] *= np.float32(1e30)
     tensors["lm_head.weight"] *= np.float32(1e30)
     save_file(tensors, setting[0] / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises((FloatingPointError, model.UserError)):
+    with pytest.raises(model.UserError):
         reference(setting, here)
     assert not list((setting[2] / "reference").rglob("rows-*"))
 
