@@ -102,3 +102,43 @@ def dump_gradients() -> None:
         return original(optimizer, *args, **options)
 
     optim.step = dumping
+
+
+def write_slowly_and_poison_step_3() -> None:
+    """A NaN while the checkpoint of step 2 is being written."""
+    import time
+
+    from engine import checkpoint
+
+    describe = checkpoint._sync_and_describe
+    checkpoint._sync_and_describe = lambda path: (time.sleep(0.5), describe(path))[1]
+    poison_gradients_of_rank_1_at_step_3()
+
+
+def fail_on_rank_1_alone() -> None:
+    """An error that rank 0 knows nothing of."""
+    from engine import batch
+    from engine.errors import UserError
+
+    original = batch.step_batches
+
+    def failing(*args):
+        if os.environ["RANK"] == "1":
+            raise UserError("this rank's disk is damaged")
+        return original(*args)
+
+    batch.step_batches = failing
+
+
+def interrupt_at_step_5() -> None:
+    """Ctrl-C, as a terminal sends it to every process."""
+    from engine import optim
+
+    original, count = optim.learning_rate, iter(range(100))
+
+    def interrupted(*args, **options):
+        if next(count) == 4:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    optim.learning_rate = interrupted

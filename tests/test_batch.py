@@ -35,6 +35,19 @@ def test_pack_is_level_at_the_size_of_the_recipe():
         assert max(loads) <= 1.02 * sum(loads) / 8
 
 
+def test_pack_of_a_whole_dataset_takes_few_attempts():
+    """Every second sequence over half the budget, where the volume says nothing of the bins needed."""
+    from engine import batch
+
+    attempts, original = [], batch._emptiest_first
+    batch._emptiest_first = lambda *args: attempts.append(1) or original(*args)
+    try:
+        (bins,) = pack([1100, 700] * 2000, 2048, 1)
+    finally:
+        batch._emptiest_first = original
+    assert sum(map(len, bins)) == 4000 and len(attempts) < 40 and len(bins) <= 2200
+
+
 def test_micro_batch_is_shifted_once():
     """The docstring's example, by hand."""
     batch = micro_batch([(np.array([5, 6, 7]), np.array([0, 0, 1])), (np.array([8, 9]), np.array([1, 1]))], (4, 2), CPU)

@@ -93,6 +93,70 @@ def test_ranks_wait_for_slow_tokenisation_without_a_collective(runs):
     assert result.ok, result.output
 
 
+def test_an_older_checkpoint_starts_another_branch(runs, uninterrupted):
+    """--resume PATH to step 2 of a run that has 2, 4, 6: what is saved then is kept, what came after is put aside, and the end is the same."""
+    runs.launch("branch", 2, "kill_between_steps_7_and_8", save_steps=2, save_total_limit=9)
+    older = runs.root / "branch" / "checkpoints" / "step-000002"
+    result = runs.launch("branch", 2, log="branch.2", save_steps=1, save_total_limit=2, resume=older)
+    assert result.ok and "resuming after step 2" in result.output
+    assert digest(runs.root / "branch") == digest(uninterrupted)
+    names = sorted(p.name for p in older.parent.iterdir())
+    assert names == ["abandoned-step-000004", "abandoned-step-000006", "step-000008", "step-000009"]
+
+
+def test_a_checkpoint_of_other_flags_is_refused_from_another_directory(runs, uninterrupted):
+    older = uninterrupted / "checkpoints" / "step-000006"
+    result = runs.launch("elsewhere", 2, resume=older, learning_rate=0.5)
+    assert result.codes == [2, 2] and "is of a run with --learning_rate 0.002, now it is 0.5" in result.output
+    result = runs.launch("nowhere", 2, resume=runs.root / "nothing")
+    assert result.codes == [2, 2] and "expected auto, never or the path of a checkpoint" in result.output and "policy:" not in result.output
+
+
+def test_a_save_under_way_is_finished_before_an_error_ends_the_run(runs):
+    result = runs.launch("slow_save", 2, "write_slowly_and_poison_step_3", save_steps=2, micro_batch_tokens=100_000)
+    assert result.codes == [2, 2] and "step 3: loss" in result.output and "Connection" not in result.output
+    assert [p.name for p in (runs.root / "slow_save" / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_an_error_of_one_rank_is_said_by_that_rank(runs):
+    result = runs.launch("rank_1", 2, "fail_on_rank_1_alone")
+    assert not result.ok and "error: this rank's disk is damaged" in result.output
+
+
+def test_control_c_is_one_line(runs):
+    result = runs.launch("interrupted", 2, "interrupt_at_step_5", save_steps=2)
+    assert result.codes == [130, 130] and "interrupted; the same command goes on" in result.output and "Traceback" not in result.output
+    again = runs.launch("interrupted", 2, log="interrupted.2", save_steps=2)
+    assert again.ok and "resuming after step" in again.output
+
+
+def test_filling_the_cache_first_is_the_same_run(runs):
+    runs.run("cache_first", cache_logprobs_only="true")
+    result = runs.launch("cache_first", log="cache_first.2")
+    assert result.ok and "hit, all" in result.output
+
+
+def test_a_directory_that_cannot_be_made_is_one_line(runs):
+    result = launch([*runs.command("x")[:-2], "--output_dir", "/proc/nothing/here"], 2)
+    assert set(result.codes) == {2} and result.output.count("error: ") == 1 and "/proc/nothing" in result.output, result.output
+
+
+def test_export_keeps_the_inputs_dtype_and_a_sampling_config(runs, embedded_dir, tmp_path):
+    """A bfloat16 model whose generation config samples without saying so, as many on the hub do."""
+    import json
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    source = save_family("llama", tmp_path / "bf16", embedded_dir.model)
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(source)
+    (source / "generation_config.json").write_text(json.dumps({"temperature": 0.6, "top_p": 0.9, "eos_token_id": [7]}))
+    out = runs.run("bf16", model_name_or_path=source, max_steps=1)
+    lm = AutoModelForCausalLM.from_pretrained(out / "final")
+    assert lm.dtype == torch.bfloat16 and lm.config.dtype == torch.bfloat16
+    assert lm.generation_config.temperature == 0.6 and lm.generation_config.do_sample and lm.generation_config.eos_token_id == [1, 7]
+
+
 # --- the default, and real input -----------------------------------------------------------------------------------------------
 
 

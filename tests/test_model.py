@@ -150,19 +150,28 @@ def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):
         load(tmp_path / "mamba", here)
 
 
-def test_a_decoder_that_leaks_across_sequences_is_refused(family_dirs, here, monkeypatch):
+@pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
+def test_a_decoder_that_leaks_across_sequences_is_refused(dtype, family_dirs, here, monkeypatch):
     """The probe itself: attention that forgets the boundaries must be caught."""
     one = lambda packing: model.attention.Packing.of([sum(packing.lengths)], CPU)
     whole = lambda q, k, v, packing, **options: model.attention._eager(q, k, v, one(packing), **options)
     monkeypatch.setattr(model.attention, "_sdpa", whole)
     with pytest.raises(UserError, match="LlamaForCausalLM cannot be packed: log-probs of packed sequences differ"):
-        load(family_dirs["llama"], here)
+        load(family_dirs["llama"], here, dtype=dtype)
 
 
 def test_a_logit_scale_that_is_not_known_is_refused(family_dirs, here, monkeypatch):
     monkeypatch.setattr(model, "_logit_transform", lambda config: model.LogitTransform())
     with pytest.raises(UserError, match="GraniteForCausalLM cannot be packed"):
         load(family_dirs["granite"], here)
+
+
+def test_a_multimodal_model_is_refused_by_name(tmp_path):
+    from transformers import Gemma3Config
+
+    Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="Gemma3ForConditionalGeneration is multimodal"):
+        model.load_config(tmp_path)
 
 
 def test_chunked_attention_is_refused(family_dirs, tmp_path):
