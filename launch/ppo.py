@@ -307,14 +307,19 @@ def held_out_accuracy(
 # --- identities of a fresh run ---------------------------------------------------------------------------------------------------
 
 
+def rounding(base: setup.Base) -> float:
+    """By how much two ways to compute a log-prob may differ on average: 16 roundings of the compute dtype, in float32 1e-4."""
+    return max(16 * torch.finfo(base.dtype).eps, 1e-4)
+
+
 def check_sampler(batch: Experience, old_R: Tensor, config: Config, base: setup.Base, here: World) -> None:
-    """The sampler's log-probs are the trainer's, on average to 8 roundings of the compute dtype. Raises UserError."""
+    """The sampler's log-probs are the trainer's, on average, up to what rounding can do to them. Raises UserError."""
     if config.top_k or config.top_p < 1 or config.temperature == 0:
         here.say("the policy is not what was sampled from (temperature 0, --top_k or --top_p): log-probs are of the whole distribution")
         return
     sampled_R = torch.as_tensor(np.concatenate([r.logprobs for r in batch.rollouts])).double()
     difference_R = (sampled_R - old_R).abs()
-    bound = 8 * torch.finfo(base.dtype).eps * max(1.0, old_R.abs().mean().item())
+    bound = rounding(base) * max(1.0, old_R.abs().mean().item())
     here.say(f"step 0: sampler's and trainer's log-probs differ by {difference_R.mean():.1e} on average, {difference_R.max():.1e} at most; rounding allows {bound:.1e} on average")  # fmt: skip
     if not difference_R.mean() <= bound:
         raise UserError(f"step 0: the sampler is not the policy (log-probs differ by {difference_R.mean():.1e}, allowed {bound:.1e})")
@@ -324,7 +329,7 @@ def check_ratio(sums: dict[str, float], config: Config, base: setup.Base, here: 
     """In the first update the policy is still pi_old: the ratio is 1. Raises UserError."""
     if not sums["val/ratio"]:  # the value model's warm-up: no policy update
         return
-    off, bound = abs(sums["val/ratio"] / sums["tokens"] - 1), 8 * torch.finfo(base.dtype).eps
+    off, bound = abs(sums["val/ratio"] / sums["tokens"] - 1), rounding(base)
     here.say(f"step 0: mean ratio of the first update off 1 by {off:.1e}, rounding allows {bound:.1e}")
     if not off <= bound:
         raise UserError(f"step 0: the first update's ratio is off 1 by {off:.1e}, allowed {bound:.1e}")
