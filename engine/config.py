@@ -69,6 +69,7 @@ class RunConfig:
     attention: str = flag("auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"))  # fmt: skip
     head: str = flag("fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive"))
     gradient_sync: str = flag("auto", "reduce gradients after every micro-batch, or after the last, which keeps them unsharded (4 bytes a parameter)", choices=("auto", "every", "last"))  # fmt: skip
+    gradient_checkpointing: str = flag("none", "full: recompute every decoder layer in the backward pass, a third more work for a fraction of the activations", choices=("none", "full"))  # fmt: skip
     compile: bool = flag(False, "torch.compile every decoder layer")
     deterministic: bool = flag(False, "bitwise repeatable on CUDA as well, at some cost")
 

@@ -8,6 +8,7 @@ T tokens of the stream · R rows that count · D hidden · V vocabulary.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine import attention, weights
@@ -146,7 +148,7 @@ def load_config(directory: Path) -> Any:
 
 
 def load(
-    directory: Path, config: Any, world: World, *, dtype: torch.dtype, backend: str, head: str, compile: bool = False
+    directory: Path, config: Any, world: World, *, dtype: torch.dtype, backend: str, head: str
 ) -> tuple[Policy, int]:
     """The sharded policy with the checkpoint's weights, and their fingerprint. Collective.
 
@@ -158,8 +160,6 @@ def load(
     policy = Policy(lm, head)
     fingerprint = _materialise(policy, directory, world, dtype)
     check_packing(policy, config, world, dtype)
-    if compile:
-        compile_layers(policy)
     return policy, fingerprint
 
 
@@ -174,15 +174,13 @@ def load_value_config(directory: Path, vocab_size: int) -> Any:
     return config
 
 
-def load_value_model(directory: Path, world: World, *, vocab_size: int, dtype: torch.dtype, backend: str, compile: bool = False) -> ValueModel:
+def load_value_model(directory: Path, world: World, *, vocab_size: int, dtype: torch.dtype, backend: str) -> ValueModel:
     """The sharded value model: a reward model with its head, or any decoder with a head of zeros. Collective. Raises UserError."""
     config = load_value_config(directory, vocab_size)
     with torch.device("meta"):
         lm = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
     value_model = ValueModel(lm)
     _materialise(value_model, directory, world, dtype)
-    if compile:
-        compile_layers(value_model)
     return value_model
 
 
@@ -193,6 +191,12 @@ def _materialise(root: Root, directory: Path, world: World, dtype: torch.dtype) 
     root.to_empty(device=world.device)
     weights.initialise_buffers(lm, directory)
     return weights.stream(directory, lm, world)
+
+
+def recompute_layers(root: Root) -> None:
+    """Every decoder layer keeps only its input and runs again in the backward pass, inside FSDP's gathering of its weights."""
+    for layer in root.lm.base_model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 def compile_layers(root: Root) -> None:

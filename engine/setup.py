@@ -91,14 +91,23 @@ def prepare(config: RunConfig, world: World) -> Base:
 def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Policy, int]:
     """The sharded policy and its weights' fingerprint; prints what was loaded. Collective."""
     policy, fingerprint = model.load(
-        base.directory, base.config, world, dtype=base.dtype, backend=base.backend, head=config.head, compile=config.compile
+        base.directory, base.config, world, dtype=base.dtype, backend=base.backend, head=config.head
     )
+    transform_layers(policy, config)
     policy.gradient_sync, why = model.choose_gradient_sync(config.gradient_sync, policy, world)
     world.say(
         f"policy: {policy.num_parameters:,} parameters, weights {fingerprint:016x}, two packed sequences equal each alone",
         f"gradient sync: {policy.gradient_sync} ({why})",
     )
     return policy, fingerprint
+
+
+def transform_layers(root: model.Root, config: RunConfig) -> None:
+    """--gradient_checkpointing and --compile, in this order: what is compiled includes the recomputation."""
+    if config.gradient_checkpointing == "full":
+        model.recompute_layers(root)
+    if config.compile:
+        model.compile_layers(root)
 
 
 def first_screen(config: RunConfig, world: World, base: Base, examples: Examples, steps: Steps, *, unit: str, extra: list[str]) -> None:

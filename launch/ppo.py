@@ -421,11 +421,13 @@ def load_models(config: Config, here: World, base: setup.Base) -> tuple[model.Po
     policy.temperature = config.temperature or 1.0
     reference = None
     if config.kl_coef:
-        reference, _ = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head=config.head, compile=config.compile)
+        reference, _ = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head=config.head)
+        setup.transform_layers(reference, config)
         reference.requires_grad_(False)
         reference.temperature = policy.temperature
     source = weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")[0] if config.value_model_name_or_path else base.directory
-    value_model = model.load_value_model(source, here, vocab_size=base.config.vocab_size, dtype=base.dtype, backend=base.backend, compile=config.compile)
+    value_model = model.load_value_model(source, here, vocab_size=base.config.vocab_size, dtype=base.dtype, backend=base.backend)
+    setup.transform_layers(value_model, config)
     value_model.gradient_sync = policy.gradient_sync
     return policy, reference, value_model, fingerprint
 

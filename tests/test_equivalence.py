@@ -88,8 +88,9 @@ CHANGES = {
     "one_micro_batch": (1, {"micro_batch_tokens": 100_000}),
     "naive_head": (1, {"head": "naive"}),
     "eager_attention": (1, {"attention": "eager"}),
+    "recompute": (2, {"gradient_checkpointing": "full"}),
     "gradients_reduced_once": (2, {"gradient_sync": "last", "micro_batch_tokens": 200}),
-    "all_at_once": (3, {"micro_batch_tokens": 130, "head": "naive", "attention": "eager", "gradient_sync": "last"}),
+    "all_at_once": (3, {"micro_batch_tokens": 130, "head": "naive", "attention": "eager", "gradient_sync": "last", "gradient_checkpointing": "full"}),
 }
 
 
@@ -97,6 +98,11 @@ CHANGES = {
 def test_nothing_but_rounding_depends_on_the_layout(name, runs, baseline):
     ranks, changes = CHANGES[name]
     assert_same_to_rounding(runs, baseline, runs.run(name, ranks, **changes))
+
+
+@pytest.mark.drill
+def test_compiled_layers_are_the_same_to_rounding(runs, baseline):
+    assert_same_to_rounding(runs, baseline, runs.run("compiled", 2, compile="true"))
 
 
 def test_it_learns(baseline):
