@@ -3,7 +3,7 @@
     python -m benchmarks.data [--rows 1000000] [--workers N] [--json FILE]
 
 The file is generated from a seed (lengths log-normal, two thirds of one turn). Measured: tokenised rows a second, the peak of
-host memory (of the reading process, and of the largest worker) at a quarter and at all of the rows, which shows whether it
+host memory (of the reading process; a worker holds a few chunks of 256 rows) at a quarter and at all of the rows, which shows whether it
 grows with the dataset, the time to plan every step of an epoch and how level 8 ranks are at 128 conversations a step, and
 the time of a second start.
 """
@@ -64,9 +64,9 @@ def tokenise(path: str, root: str, workers: int, results: multiprocessing.Queue)
         encode = ConversationEncoder(chat, 4096, first_form(source))
         store = open_or_build(Path(root) / "tokens", source, encode, {"max_seq_length": 4096}, 1, "skip", workers)
         times.append(time.perf_counter() - start)
-    peaks = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    results.put({"rows": len(store), "seconds": times[0], "second_start": times[1], "before_mib": before / 1024, "peak_mib": peaks[0] / 1024,
-                 "worker_mib": peaks[1] / 1024, "tokens": int(store.offsets[-1]), "directory": str(store.directory)})  # fmt: skip
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    results.put({"rows": len(store), "seconds": times[0], "second_start": times[1], "before_mib": before / 1024, "peak_mib": peak / 1024,
+                 "tokens": int(store.offsets[-1]), "directory": str(store.directory)})  # fmt: skip
 
 
 def plan(directory: str) -> dict:
@@ -110,8 +110,8 @@ def main() -> None:
             found.append(figures)
             print(
                 f"{rows:>9,} conversations ({figures['file_mib']:.0f} MiB, {figures['tokens'] / 1e6:.0f} M tokens): {rows / figures['seconds']:,.0f} rows/s "
-                f"with {args.workers} workers; peak memory {figures['peak_mib']:.0f} MiB (before: {figures['before_mib']:.0f}), a worker "
-                f"{figures['worker_mib']:.0f}; second start {figures['second_start']:.2f} s"
+                f"with {args.workers} workers; peak memory of the reading process {figures['peak_mib']:.0f} MiB (before: {figures['before_mib']:.0f}); "
+                f"second start {figures['second_start']:.2f} s"
             )
         planned = plan(found[-1]["directory"])
     print(

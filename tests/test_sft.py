@@ -162,7 +162,7 @@ def test_real_conversations_and_a_mixture(shared_data, tmp_path, embedded_dir):
 def test_an_epoch_of_real_conversations(shared_data, tmp_path, embedded_dir):
     flags = {
         "model_name_or_path": save_family("llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, initializer_range=0.02),
-        "dataset_name": shared_data / "sft" / "gsm8k_train.jsonl", "cache_dir": tmp_path / "cache", "num_train_epochs": 1, "learning_rate": 1e-3,
+        "dataset_name": shared_data / "sft" / "gsm8k_train.jsonl", "cache_dir": tmp_path / "cache", "num_train_epochs": 1, "learning_rate": 5e-3,
     }  # fmt: skip
     result = launch(Runs("sft", tmp_path, flags).command("out"), 2, "launch.sft", timeout=3600)
     assert result.ok, result.output
