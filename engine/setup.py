@@ -110,6 +110,12 @@ def transform_layers(root: model.Root, config: RunConfig) -> None:
         model.compile_layers(root)
 
 
+def export(root: model.Root, base: Base, config: RunConfig, world: World, final: Path, inside: dict[str, Path] | None = None) -> None:
+    """Writes `final` in Hugging Face's format, in --export_dtype or the input checkpoint's. Collective."""
+    dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32
+    weights.export(root.lm, base.chat.tokenizer, base.directory, final, world, dtype=dtype, end_of_turn_id=base.chat.end_of_turn_id, inside=inside)
+
+
 def first_screen(config: RunConfig, world: World, base: Base, examples: Examples, steps: Steps, *, unit: str, extra: list[str]) -> None:
     """What will run, in a dozen lines; with --dry_run also one example with its mask."""
     tokens = int(examples.tokens.sum())

@@ -25,7 +25,7 @@ from torch import Tensor
 
 import losses
 from engine import batch as batching
-from engine import data, log, optim, refcache, run, setup, weights, world
+from engine import data, log, optim, refcache, run, setup, world
 from engine.batch import MicroBatch, sum_by_sequence
 from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse
@@ -133,11 +133,8 @@ def train(config: Config) -> None:
 
         if held_out:
             evaluate(policy, held_out, held_out_reference, config, hyper, here, metrics, steps.total)
-        checkpoints.wait()
         metrics.close()
-        export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32
-        weights.export(policy.lm, base.chat.tokenizer, base.directory, output_dir / "final", here,
-                       dtype=export_dtype, end_of_turn_id=base.chat.end_of_turn_id)  # fmt: skip
+        setup.export(policy, base, config, here, output_dir / "final")
         here.say(f"done: {output_dir / 'final'} loads with AutoModelForCausalLM.from_pretrained")
 
 

@@ -35,14 +35,14 @@ from engine import log, model, optim, run, setup, weights, world
 from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse, require_positive
 from engine.data import mixture
-from engine.embedded import Embedded, embedded
+from engine.embedded import Embedded
 from engine.errors import UserError
 from engine.interval import accuracy as accuracy_interval
 from engine.prompts import Prompt, fingerprint_of, load_prompts
 from engine.rows import open_source
 from engine.store import Steps, mixture_index, permutation
 from engine.world import World
-from launch import sft
+from launch.tuned import tuned_on_sums
 from rollout import Experience, Request, Rollout, Sampler, SamplingParams, evaluate
 from verifiers import Pool, Verdict, check
 from verifiers.pool import MAX_ERROR_RATE
@@ -87,7 +87,7 @@ METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/
 def train(config: Config) -> None:
     here = world.start(config.deterministic)
     if config.model_name_or_path is None:
-        config = embedded_default(config, here)
+        config = embedded_flags(config, *tuned_on_sums(Path(config.cache_dir).expanduser(), here))
     config = setup.resolve(config, here, embedded_defaults={}, embedded_data="problems",
                            defaults={"batch_size": 224, "num_samples_per_prompt": 1, "learning_rate": 3e-7, "response_length": 1024})  # fmt: skip
     base = setup.prepare(config, here)
@@ -177,12 +177,9 @@ def train(config: Config) -> None:
                         checkpoints.save(step + 1, {"num_tokens": throughput.num_tokens})
 
         held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, steps.total)
-        checkpoints.wait()
         metrics.close()
-        export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32
-        exported = {"dtype": export_dtype, "end_of_turn_id": base.chat.end_of_turn_id}
-        weights.export(value_model.lm, base.chat.tokenizer, base.directory, output_dir / ".value", here, **exported)
-        weights.export(policy.lm, base.chat.tokenizer, base.directory, output_dir / "final", here, inside={"value": output_dir / ".value"}, **exported)
+        setup.export(value_model, base, config, here, output_dir / ".value")
+        setup.export(policy, base, config, here, output_dir / "final", inside={"value": output_dir / ".value"})
         here.say(f"done: {output_dir / 'final'} loads with AutoModelForCausalLM.from_pretrained, its value/ as a sequence classifier")
 
 
@@ -336,22 +333,6 @@ def check_ratio(sums: dict[str, float], config: Config, base: setup.Base, here: 
 
 
 # --- before the algorithm begins --------------------------------------------------------------------------------------------------
-
-
-def embedded_default(config: Config, here: World) -> Config:
-    """The embedded problems, and for a model the embedded one fine-tuned on sums, half of them wrong (made here, once, and kept)."""
-    root = Path(config.cache_dir).expanduser()
-    made = here.once("embedded", lambda: embedded(root))
-    tuned = made.model.parent / "tuned_on_sums"
-    with run.waiting_for(tuned.with_suffix(".lock"), here):
-        if all(here.gather((tuned / "final" / "config.json").is_file())):
-            return embedded_flags(config, made, tuned)
-        here.say("fine-tuning the embedded tiny Llama on sums of which half are wrong (once; it is kept in --cache_dir)")
-        sft.train(sft.Config(
-            model_name_or_path=str(made.model), dataset_name=str(made.train_sums), output_dir=str(tuned), cache_dir=config.cache_dir,
-            batch_size=48, num_train_epochs=8, learning_rate=5e-3, sample_tokens=0, max_seq_length=128,
-        ))  # fmt: skip
-    return embedded_flags(config, made, tuned)
 
 
 def embedded_flags(config: Config, made: Embedded, tuned: Path) -> Config:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 import losses
 from engine import batch as batching
-from engine import data, log, optim, run, sample, setup, weights, world
+from engine import data, log, optim, run, sample, setup, world
 from engine.batch import MicroBatch
 from engine.chat import ChatTokenizer
 from engine.checkpoint import Checkpoints
@@ -108,11 +108,8 @@ def train(config: Config) -> None:
                         checkpoints.save(step + 1, {"num_tokens": throughput.num_tokens})
 
         evaluate(policy, held_out, prompt, base.chat, config, here, metrics, steps.total)
-        checkpoints.wait()
         metrics.close()
-        export_dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32
-        weights.export(policy.lm, base.chat.tokenizer, base.directory, output_dir / "final", here,
-                       dtype=export_dtype, end_of_turn_id=base.chat.end_of_turn_id)  # fmt: skip
+        setup.export(policy, base, config, here, output_dir / "final")
         here.say(f"done: {output_dir / 'final'} loads with AutoModelForCausalLM.from_pretrained")
 
 
