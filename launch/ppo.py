@@ -213,9 +213,9 @@ def sample_and_verify(
 
 
 def experience(rollouts: list[Rollout], verdicts: list[Verdict], config: Config) -> Experience:
-    """The responses that have a verdict, with their scores. Raises UserError if more than one and 1 % have none."""
+    """The responses that have a verdict, with their scores. Raises UserError if more than 1 % have none."""
     errors = [v.reason for v in verdicts if v.status == "error"]
-    if len(errors) > max(1, MAX_ERROR_RATE * len(verdicts)):
+    if len(errors) > MAX_ERROR_RATE * len(verdicts):
         raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")
     judged = [(r, v) for r, v in zip(rollouts, verdicts, strict=True) if v.status == "ok"]
     scores = [
@@ -264,7 +264,8 @@ def summary(batch: Experience, rollouts, verdicts, prompts, kl_R, entropy_R, val
     row = {name: sums[name] / max(1, sums["slots" if name == "loss/value" else "tokens"]) for name in METRICS[:-2]}
     verified: dict[str, list[float]] = {}
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
-        verified.setdefault(str(prompts[rollout.example].dataset).lower(), []).append(verdict.score)
+        if verdict.status == "ok":
+            verified.setdefault(str(prompts[rollout.example].dataset).lower(), []).append(verdict.score)
     return row | {f"verified/{name}": float(np.mean(scores)) for name, scores in verified.items()} | {
         "loss": row["loss/policy"],
         "objective/scores": batch.scores_S.mean().item(),
@@ -288,10 +289,13 @@ def held_out_accuracy(
     rollouts, verdicts = sample_and_verify(
         sampler, held_out, np.arange(len(held_out)), config.eval_samples, params, config.seed + EVALUATION, step, here, base, pool
     )
-    scores = np.array([v.score for v in verdicts]).reshape(len(held_out), config.eval_samples)  # an error counts as wrong here
-    accuracy, low, high = accuracy_interval(scores)
+    judged_NK = np.array([v.status == "ok" for v in verdicts]).reshape(len(held_out), config.eval_samples)
+    scores_NK = np.array([v.score for v in verdicts]).reshape(judged_NK.shape)[judged_NK.all(1)]  # an error is no wrong answer: its prompt is left out
+    if not len(scores_NK):
+        raise UserError(f"no held-out response could be verified, the first: {verdicts[0].reason}")
+    accuracy, low, high = accuracy_interval(scores_NK)
     metrics.write(step, {"eval/accuracy": accuracy, "eval/low": low, "eval/high": high, "eval/length": float(np.mean([len(r.response_ids) for r in rollouts]))})  # fmt: skip
-    lines = [f"held out, after iteration {step}: verified {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {len(verdicts)} responses)"]
+    lines = [f"held out, after iteration {step}: verified {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {scores_NK.size} responses)"]
     for rollout, verdict in list(zip(rollouts, verdicts, strict=True))[:: max(1, len(rollouts) // 4)][:4]:
         text = base.chat.tokenizer.decode(rollout.response_ids)
         lines.append(f"  {verdict.score:g} ({verdict.reason[:80]}): {text[:160]!r}")
