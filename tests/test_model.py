@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
 from engine import model, weights, world
@@ -138,6 +139,37 @@ def test_heads_agree(family_dirs, here):
         gradients.append([p.grad.full_tensor() for p in policy.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_recompute_runs_every_layer_again_in_the_backward_pass(recompute, family_dirs, here):
+    """Equal losses alone would not show that the flag does anything."""
+    policy, _ = load(family_dirs["llama"], here)
+    if recompute:
+        model.recompute_layers(policy)
+    calls = []
+    for layer in policy.lm.base_model.layers:
+        layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputation stops before a layer's end
+    loss = policy(micro_batch(sequences(), (0, 1, 2), CPU), lambda logprobs, _: -logprobs.sum())
+    assert len(calls) == 2
+    loss.backward()
+    assert len(calls) == (4 if recompute else 2)
+
+
+def test_gradient_sync_last_reduces_once_and_to_the_same_sum(family_dirs, here):
+    batches = [micro_batch([s], (i,), CPU) for i, s in enumerate(sequences())]
+    found = []
+    for mode in ("every", "last"):
+        policy, _ = load(family_dirs["llama"], here)
+        policy.gradient_sync = mode
+        for i, batch in enumerate(batches):
+            policy.sync_gradients(last=i == len(batches) - 1)
+            policy(batch, lambda logprobs, _: -logprobs.sum()).backward()
+            reduced = all(isinstance(p, DTensor) and p.grad is not None for p in policy.parameters())  # else whole and local
+            assert reduced == (mode == "every" or i == len(batches) - 1)
+        found.append([p.grad.full_tensor() for p in policy.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------
