@@ -53,12 +53,22 @@ class RunConfig:
     max_seq_length: int = flag(2048, "prompt + response, in tokens", aliases=("max_length",))
     on_bad_row: str = flag("skip", "a malformed row stops the run or is skipped, counted and listed", choices=("error", "skip"))
 
+    use_lora: bool = flag(False, "train low-rank adapters on the frozen model", aliases=("use_peft",), heading="adapters")
+    lora_rank: int | None = flag(None, "r of W + (alpha / r) B A; 16", aliases=("lora_r",))
+    lora_alpha: float | None = flag(None, "alpha; 32")
+    lora_target_modules: tuple[str, ...] | None = flag(None, "linear layers by the last part of their name (q_proj k_proj v_proj), or all-linear", many=True)  # fmt: skip
+    use_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
+    adapter_name_or_path: str | None = flag(None, "start from this adapter (PEFT's format): its rank, alpha and modules are taken")
+    load_in_4bit: bool = flag(False, "hold the frozen linear layers in NF4, 4 bits a weight, sharded (QLoRA)")
+    double_quant: bool = flag(False, "NF4 scales in 8 bits as well: 4.13 bits a weight instead of 4.5", aliases=("bnb_4bit_use_double_quant", "use_bnb_nested_quant"))  # fmt: skip
+    export_adapter: bool = flag(False, "final/ is the adapter alone (PEFT's format); without it, the merged model with the adapter in final/adapter")
+
     seed: int = flag(1, "every draw (data order, sampled tokens) is a function of it and of its own name", heading="optimization")
     num_train_epochs: int = flag(1, "passes over the data", aliases=("num_epochs",))
     max_steps: int = flag(-1, "stop after N optimizer steps, whatever the epochs (-1: off)", aliases=("max_train_steps",))
     per_device_train_batch_size: int | None = flag(None, "with --gradient_accumulation_steps and the number of ranks: sets --batch_size")
     gradient_accumulation_steps: int | None = flag(None, "see --per_device_train_batch_size")
-    optimizer: str = flag("adamw", "AdamW in fp32", choices=("adamw",))
+    optimizer: str = flag("adamw", "AdamW in fp32, or with moments of 8 bits by blocks of 256 (bitsandbytes)", choices=("adamw", "adamw_8bit"))
     lr_scheduler_type: str = flag("linear", "after the warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises linearly from 0")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (not on norms and biases)")
@@ -69,7 +79,9 @@ class RunConfig:
     attention: str = flag("auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"))  # fmt: skip
     head: str = flag("fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive"))
     gradient_sync: str = flag("auto", "reduce gradients after every micro-batch, or after the last, which keeps them unsharded (4 bytes a parameter)", choices=("auto", "every", "last"))  # fmt: skip
-    gradient_checkpointing: str = flag("none", "full: recompute every decoder layer in the backward pass, a third more work for a fraction of the activations", choices=("none", "full"))  # fmt: skip
+    gradient_checkpointing: str = flag("none", "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third more work for a fraction of the activations", choices=("none", "selective", "full"))  # fmt: skip
+    activation_offload: bool = flag(False, "what the backward pass needs waits in host memory (CUDA; most useful with --gradient_checkpointing full)")
+    master_dtype: str = flag("float32", "of the trained parameters and AdamW's arithmetic; bfloat16 halves both and loses small updates to rounding", choices=("float32", "bfloat16"))  # fmt: skip
     compile: bool = flag(False, "torch.compile every decoder layer")
     deterministic: bool = flag(False, "bitwise repeatable on CUDA as well, at some cost")
 
