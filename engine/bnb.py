@@ -1,0 +1,33 @@
+"""bitsandbytes, without the code that it would download."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import lru_cache
+from types import ModuleType
+
+
+@lru_cache
+def bitsandbytes() -> ModuleType:
+    """The package, imported when first needed.
+
+    On a CPU with AVX512-bf16 its import asks the package `kernels`, if that is there, for native code from a hub. Nothing of ours
+    needs that kernel, and no code is taken from outside at run time: during the import `kernels` cannot be found.
+    """
+    missing = object()
+    hidden = sys.modules.get("kernels", missing)
+    sys.modules["kernels"] = None  # type: ignore[assignment] - the import system's own way to say: not here
+    logger = logging.getLogger("bitsandbytes")
+    level, logger.disabled = logger.level, True
+    try:
+        import bitsandbytes as package
+        import bitsandbytes.functional
+    finally:
+        logger.disabled = False
+        logger.setLevel(level)
+        if hidden is missing:
+            del sys.modules["kernels"]
+        else:
+            sys.modules["kernels"] = hidden  # type: ignore[assignment]
+    return package
