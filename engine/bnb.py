@@ -19,12 +19,12 @@ def bitsandbytes() -> ModuleType:
     hidden = sys.modules.get("kernels", missing)
     sys.modules["kernels"] = None  # type: ignore[assignment] - the import system's own way to say: not here
     logger = logging.getLogger("bitsandbytes")
-    level, logger.disabled = logger.level, True
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it would warn that the kernel is missing
     try:
         import bitsandbytes as package
         import bitsandbytes.functional
     finally:
-        logger.disabled = False
         logger.setLevel(level)
         if hidden is missing:
             del sys.modules["kernels"]
