@@ -3,8 +3,9 @@
 A metric of a step is a sum over the step's examples divided by a count, both over all ranks: one all-reduce a step.
 
     perf/tokens_per_second_per_gpu   tokens fed to the model / seconds / ranks
-    perf/mfu                         model FLOPs / seconds / peak FLOP/s; 6 per matmul weight and token (the head: per counted
-                                     token), 6 x layers x heads x head size x sum of squared lengths for causal attention
+    perf/mfu                         model FLOPs / seconds / peak FLOP/s; 6 per matmul weight and token, 4 where it is frozen under
+                                     adapters (the head: per counted token), 6 x layers x heads x head size x sum of squared
+                                     lengths for causal attention
     perf/peak_memory_gib             allocator's peak on CUDA, resident set's peak on a CPU; rank 0's
 """
 
@@ -131,8 +132,10 @@ class Throughput:
         config = policy.lm.config
         embedding, head = (m.weight.numel() for m in (policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()))
         tied = config.tie_word_embeddings
-        self.body = policy.num_parameters - embedding - (0 if tied else head)
-        self.head = head
+        body = policy.num_parameters - embedding - (0 if tied else head)
+        frozen = policy.adapters is not None
+        self.per_token = 4 * body + 6 * policy.num_trained if frozen else 6 * body
+        self.per_row = (4 if frozen else 6) * head
         head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.attention = config.num_hidden_layers * config.num_attention_heads * head_size
         self.world, self.peak = world, peak_flops(world.device, dtype)
@@ -142,7 +145,7 @@ class Throughput:
     def count(self, batch: MicroBatch) -> None:
         if batch.examples:
             squares = sum(length * length for length in batch.lengths)
-            self._flops += 6 * (self.body * batch.num_tokens + self.head * len(batch.targets_R)) + 6 * self.attention * squares
+            self._flops += self.per_token * batch.num_tokens + self.per_row * len(batch.targets_R) + 6 * self.attention * squares
             self._tokens += batch.num_tokens
 
     def row(self) -> dict[str, float]:

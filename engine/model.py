@@ -19,9 +19,11 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from engine import attention, weights
+from engine import adapters as adapter_files
+from engine import attention, lora, weights
 from engine.batch import MicroBatch, micro_batch
 from engine.errors import UserError
+from engine.lora import Adapters
 from engine.world import World
 from losses.logprobs import (
     LogitTransform,
@@ -43,6 +45,8 @@ class Root(nn.Module):
         super().__init__()
         self.lm = lm
         self.gradient_sync = "every"
+        self.adapters: Adapters | None = None
+        self.base_weights = ""  # the fingerprint of what was read, without adapters
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The last hidden states of the stream's tokens, (T, D); only inside `forward`."""
@@ -65,7 +69,12 @@ class Root(nn.Module):
 
     @property
     def num_parameters(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        """Numbers of the model, however it holds them, adapters not counted."""
+        return lora.count(self.lm)[1]
+
+    @property
+    def num_trained(self) -> int:
+        return lora.count(self.lm)[0]
 
 
 class Policy(Root):
@@ -116,7 +125,8 @@ class ValueModel(Root):
     """A causal body with a scalar head: V(state before each counted token), (R,) fp32."""
 
     def forward(self, batch: MicroBatch) -> Tensor:
-        values_R1 = self.lm.score(self.hidden(batch).index_select(0, batch.rows_R))
+        score = self.lm.score
+        values_R1 = score(self.hidden(batch).index_select(0, batch.rows_R).to(score.weight.dtype))
         return torch.squeeze_copy(values_R1.float(), 1)  # not a view: FSDP hangs a hook on what is returned
 
 
@@ -147,20 +157,33 @@ def load_config(directory: Path) -> Any:
     return config
 
 
-def load(
-    directory: Path, config: Any, world: World, *, dtype: torch.dtype, backend: str, head: str
-) -> tuple[Policy, int]:
-    """The sharded policy with the checkpoint's weights, and their fingerprint. Collective.
+def build(
+    config: Any, world: World, *, dtype: torch.dtype, backend: str, head: str, master: torch.dtype = torch.float32, adapters: Adapters | None = None
+) -> Policy:
+    """The sharded policy on the world's device, with room for its weights and none read. Raises UserError.
 
-    fp32 masters in shards of 1 / world size; `dtype` for compute; gradients reduced in fp32 as plain sums (FSDP's averaging is
-    off: the launch file owns the denominator). No rank ever holds the whole model. Raises UserError.
+    Masters of dtype `master` in shards of 1 / world size, `dtype` for compute, gradients reduced in fp32 as plain sums (FSDP's
+    averaging is off: the launch file owns the denominator). With adapters, only these are trained and the model itself is
+    held in the compute dtype or in 4 bits.
     """
     with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32, attn_implementation=attention.register(backend))
-    policy = Policy(lm, head)
-    fingerprint = _materialise(policy, directory, world, dtype)
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=master, attn_implementation=attention.register(backend))
+    return _cut(Policy(lm, head), world, dtype, master, adapters)
+
+
+def load(
+    directory: Path, config: Any, world: World, *, dtype: torch.dtype, backend: str, head: str, master: torch.dtype = torch.float32,
+    adapters: Adapters | None = None, start: Path | None = None,
+) -> tuple[Policy, str]:  # fmt: skip
+    """`build` with the checkpoint's weights, the adapters new or from the directory `start`. Collective.
+
+    Returns the policy and what identifies its numbers: the weights' fingerprint, the form of 4 bits, the adapter's digest. No rank
+    ever holds the whole model. Raises UserError.
+    """
+    policy = build(config, world, dtype=dtype, backend=backend, head=head, master=master, adapters=adapters)
+    identity = _fill(policy, directory, world, start)
     check_packing(policy, config, world, dtype)
-    return policy, fingerprint
+    return policy, identity
 
 
 def load_value_config(directory: Path, vocab_size: int) -> Any:
@@ -174,23 +197,52 @@ def load_value_config(directory: Path, vocab_size: int) -> Any:
     return config
 
 
-def load_value_model(directory: Path, world: World, *, vocab_size: int, dtype: torch.dtype, backend: str) -> ValueModel:
+def build_value_model(
+    config: Any, world: World, *, dtype: torch.dtype, backend: str, master: torch.dtype = torch.float32, adapters: Adapters | None = None
+) -> ValueModel:
+    """As `build`, of the configuration that `load_value_config` gives; under adapters the scalar head is trained whole."""
+    with torch.device("meta"):
+        lm = AutoModelForSequenceClassification.from_config(copy.deepcopy(config), dtype=master, attn_implementation=attention.register(backend))
+    return _cut(ValueModel(lm), world, dtype, master, adapters)
+
+
+def load_value_model(
+    directory: Path, world: World, *, vocab_size: int, dtype: torch.dtype, backend: str, master: torch.dtype = torch.float32,
+    adapters: Adapters | None = None, start: Path | None = None,
+) -> ValueModel:  # fmt: skip
     """The sharded value model: a reward model with its head, or any decoder with a head of zeros. Collective. Raises UserError."""
     config = load_value_config(directory, vocab_size)
-    with torch.device("meta"):
-        lm = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32, attn_implementation=attention.register(backend))
-    value_model = ValueModel(lm)
-    _materialise(value_model, directory, world, dtype)
+    value_model = build_value_model(config, world, dtype=dtype, backend=backend, master=master, adapters=adapters)
+    _fill(value_model, directory, world, start)
     return value_model
 
 
-def _materialise(root: Root, directory: Path, world: World, dtype: torch.dtype) -> int:
-    """From the meta device to filled shards; returns the weights' fingerprint."""
+def _cut(root: Root, world: World, dtype: torch.dtype, master: torch.dtype, adapters: Adapters | None) -> Any:
+    """Adapted, sharded, and moved from the meta device to memory that nothing has filled yet."""
     lm = root.lm.eval()  # eval: dropout would be randomness with a state
-    shard(root, lm.base_model.layers, world, dtype)
+    root.adapters = adapters
+    if adapters is not None:
+        left = lora.adapt(lm, adapters, frozen=dtype, master=master)
+        if left:
+            world.say(f"not in 4 bits: {len(left)} linear layers whose rows are not whole blocks of 64, the first {left[0]}")
+    # adapters cast themselves and the frozen weights are in the compute dtype already: FSDP gathers each tensor as it is held
+    shard(root, lm.base_model.layers, world, None if adapters else dtype)
     root.to_empty(device=world.device)
-    weights.initialise_buffers(lm, directory)
-    return weights.stream(directory, lm, world)
+    return root
+
+
+def _fill(root: Root, directory: Path, world: World, start: Path | None) -> str:
+    """Weights from the checkpoint, adapters from `start` or new; returns the identity of the numbers."""
+    weights.initialise_buffers(root.lm, directory)
+    identity = root.base_weights = f"{weights.stream(directory, root.lm, world):016x}"
+    if (adapters := root.adapters) is not None:
+        tensors, digest = adapter_files.read(start, root.base_weights) if start else (None, "")
+        lora.initialise(root.lm, adapters.seed, tensors)
+        if adapters.four_bit:
+            identity += "-nf4" + ("-double" if adapters.double_quant else "")
+        if digest:
+            identity += f"-adapter-{digest}"
+    return identity
 
 
 def recompute_layers(root: Root) -> None:
@@ -205,8 +257,8 @@ def compile_layers(root: Root) -> None:
         layer.compile(dynamic=True)
 
 
-def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype) -> None:
-    """fully_shard on every decoder layer and the root, with sums instead of averages."""
+def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype | None) -> None:
+    """fully_shard on every decoder layer and the root, with sums instead of averages; dtype None: no cast before the gathering."""
     precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for layer in layers:
         fully_shard(layer, mesh=world.mesh, mp_policy=precision)

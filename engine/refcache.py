@@ -47,6 +47,8 @@ class Reference:
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """(S,) fp32 on the batch's device, in the order of its sequences."""
+        if not batch.examples:
+            return torch.zeros(len(batch.counts_S), device=batch.ids_T.device)
         sums_S = self.sums[list(batch.examples)].reshape(-1)
         if np.isnan(sums_S).any():
             raise RuntimeError(f"no reference log-prob for an example of {batch.examples}")
@@ -193,9 +195,9 @@ def _write_atomically(path: Path, content: bytes) -> None:
     partial.rename(path)
 
 
-def model_identity(fingerprint: int, config: Any, dtype: torch.dtype, backend: str, compiled: bool = False) -> dict[str, str]:
+def model_identity(weights: str, config: Any, dtype: torch.dtype, backend: str, compiled: bool = False) -> dict[str, str]:
     """What, besides tokens and mask, determines a log-prob."""
     described = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "use_cache", "dtype")}
     config_hash = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    return {"weights": f"{fingerprint:016x}", "config": config_hash, "dtype": str(dtype).removeprefix("torch."), "attention": backend,
+    return {"weights": weights, "config": config_hash, "dtype": str(dtype).removeprefix("torch."), "attention": backend,
             "compiled": str(compiled)}  # fmt: skip

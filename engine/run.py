@@ -43,7 +43,7 @@ def open_run(config: RunConfig, world: World, facts: dict[str, Any]) -> Iterator
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(output_dir / ".lock")
         _check_same_configuration(config, output_dir / "config.yaml")
-        if (output_dir / "final" / "config.json").is_file():
+        if any((output_dir / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
             return True
         partial = output_dir / ".config.yaml.partial"
         configuration.save(config, partial, facts)

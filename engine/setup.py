@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import attention, model, weights
+from engine import adapters, attention, model, weights
 from engine.chat import ChatTokenizer, load_tokenizer
 from engine.config import Config, RunConfig, require_positive, resolve_batch_size
 from engine.embedded import embedded
 from engine.errors import UserError, nearest
+from engine.lora import Adapters
 from engine.store import Examples, Steps
 from engine.world import World
 
@@ -31,6 +32,13 @@ class Base:
     dtype: torch.dtype
     backend: str
     why_backend: str
+    adapters: Adapters | None = None
+    start: Path | None = None  # the adapter that training starts from
+
+    def how(self, config: RunConfig) -> dict[str, Any]:
+        """The arguments of `model.load` that say how a policy is held and computed."""
+        return {"dtype": self.dtype, "backend": self.backend, "head": config.head, "master": getattr(torch, config.master_dtype),
+                "adapters": self.adapters, "start": self.start}  # fmt: skip
 
 
 def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_defaults: dict[str, Any], embedded_data: str) -> Config:
@@ -59,10 +67,11 @@ def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_
         raise UserError("--dtype float16 is refused: it needs loss scaling, which bfloat16 and float32 do not")
     if config.model_name_or_path is not None and config.dataset_name is None and config.mixer_list is None:
         raise UserError("--model_name_or_path needs --dataset_name or --mixer_list (without either, all is embedded)")
+    adapters.check_flags(config)
     config, line = resolve_batch_size(config, world.size)
     world.say(*filter(None, [line]))
     chosen = {}
-    for name in ("model_name_or_path", "value_model_name_or_path", "output_dir", "resume"):  # a shell expands ~, a YAML file does not
+    for name in ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume"):  # a shell expands ~, a YAML file does not
         if str(vars(config).get(name)).startswith("~/"):
             chosen[name] = str(Path(vars(config)[name]).expanduser())
     if config.model_name_or_path is None:
@@ -85,21 +94,21 @@ def prepare(config: RunConfig, world: World) -> Base:
     dtype = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32}.get(config.dtype) or getattr(torch, config.dtype)
     backend, why = attention.choose_backend(config.attention, world.device, lm_config, dtype)
     world.agree("attention backend", backend)
-    return Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why)
+    start = adapters.directory_of(config, world)
+    chosen = adapters.choose(config, lm_config, start, keep_initial=getattr(config, "reference", "") == "adapter")
+    return Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why, chosen, start)
 
 
-def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Policy, int]:
-    """The sharded policy and its weights' fingerprint; prints what was loaded. Collective."""
-    policy, fingerprint = model.load(
-        base.directory, base.config, world, dtype=base.dtype, backend=base.backend, head=config.head
-    )
+def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Policy, str]:
+    """The sharded policy and the identity of its numbers; prints what was loaded. Collective."""
+    policy, identity = model.load(base.directory, base.config, world, **base.how(config))
     transform_layers(policy, config)
     policy.gradient_sync, why = model.choose_gradient_sync(config.gradient_sync, policy, world)
     world.say(
-        f"policy: {policy.num_parameters:,} parameters, weights {fingerprint:016x}, two packed sequences equal each alone",
+        f"policy: {policy.num_parameters:,} parameters, {policy.num_trained:,} trained, weights {identity}, two packed sequences equal each alone",
         f"gradient sync: {policy.gradient_sync} ({why})",
     )
-    return policy, fingerprint
+    return policy, identity
 
 
 def transform_layers(root: model.Root, config: RunConfig) -> None:
@@ -111,7 +120,16 @@ def transform_layers(root: model.Root, config: RunConfig) -> None:
 
 
 def export(root: model.Root, base: Base, config: RunConfig, world: World, final: Path, inside: dict[str, Path] | None = None) -> None:
-    """Writes `final` in Hugging Face's format, in --export_dtype or the input checkpoint's. Collective."""
+    """Writes `final` in Hugging Face's format, in --export_dtype or the input checkpoint's, adapters merged. Collective.
+
+    A policy's adapter goes to final/adapter as well; under --export_adapter it is `final` itself.
+    """
+    if isinstance(root, model.Policy) and root.adapters is not None:
+        alone = final if config.export_adapter else final.with_name(".adapter")
+        adapters.save(root.lm, root.adapters, alone, world, base_name=config.model_name_or_path, base_fingerprint=root.base_weights, inside=inside)
+        if config.export_adapter:
+            return
+        inside = {"adapter": alone, **(inside or {})}
     dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32
     weights.export(root.lm, base.chat.tokenizer, base.directory, final, world, dtype=dtype, end_of_turn_id=base.chat.end_of_turn_id, inside=inside)
 
@@ -123,7 +141,8 @@ def first_screen(config: RunConfig, world: World, base: Base, examples: Examples
     name = (base.config.architectures or [base.config.model_type])[0]
     world.say(
         f"model: {name} from {base.directory}",
-        f"world: {world.size} x {world.device.type}, compute {str(base.dtype).removeprefix('torch.')}, masters float32",
+        f"world: {world.size} x {world.device.type}, compute {str(base.dtype).removeprefix('torch.')}, masters {config.master_dtype}",
+        *describe_adapters(config, base),
         f"attention: {base.backend} ({base.why_backend}); head: {config.head}",
         f"chat template: {base.chat.template_origin}; a turn ends with {base.chat.end_of_turn!r}",
         f"data: {len(examples):,} {unit}, {tokens:,} tokens; {min(config.batch_size, len(examples))} {unit} per step, {steps.total} steps, {steps.total / steps.per_epoch:.2g} epochs",
@@ -133,6 +152,16 @@ def first_screen(config: RunConfig, world: World, base: Base, examples: Examples
         world.say(f"warning: {longest} {unit} are longer than --micro_batch_tokens {config.micro_batch_tokens}; each is a micro-batch of its own")
     if config.dry_run:
         world.say("the first example (trained tokens in [[ ]]):", *(_marked(base.chat, ids, mask) for ids, mask in examples.sequences(0)))
+
+
+def describe_adapters(config: RunConfig, base: Base) -> list[str]:
+    """One line of the first screen, or none."""
+    if (a := base.adapters) is None:
+        return []
+    names = ", ".join(sorted({name.rpartition(".")[2] for name in a.modules}))
+    frozen = f"NF4{' with double quantisation' if a.double_quant else ''}" if a.four_bit else str(base.dtype).removeprefix("torch.")
+    start = f"from {config.adapter_name_or_path}" if base.start else "new"
+    return [f"adapters: {start}, rank {a.rank}, alpha {a.alpha:g}{' (rsLoRA)' if a.rslora else ''}, on {len(a.modules)} layers ({names}); the model is frozen in {frozen}"]
 
 
 def _marked(chat: ChatTokenizer, ids: np.ndarray, mask: np.ndarray) -> str:

@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 
+from engine import lora
 from engine.errors import UserError, nearest
+from engine.shards import local, local_rows, whole
 from engine.world import World
 
 MAX_FILE_BYTES = 5 * 10**9
@@ -93,16 +94,25 @@ def initialise_buffers(lm: nn.Module, directory: Path) -> None:
 
 @torch.no_grad()
 def stream(directory: Path, lm: nn.Module, world: World) -> int:
-    """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice. Returns the fingerprint. Collective.
+    """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice; 4-bit layers quantise theirs as it comes.
 
+    Returns the fingerprint of what was read (as float32, whatever dtype or form holds it). Collective. Adapters are left alone.
     A scalar head (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that `lm` lacks is left
     where it is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints whose names differ from the module's (older
     layouts, mixtures of experts) go through transformers' own loader instead, which holds the model in host memory once a rank.
     """
     files = files_by_name(directory)
-    own = dict(lm.named_parameters())
-    own |= {name: b for name, b in lm.named_buffers() if name in lm.state_dict(keep_vars=True)}
-    tied = set(lm.state_dict()) - set(own)
+    own: dict[str, Tensor | lora.AdaptedLinear] = {}
+    for name, p in lm.named_parameters():
+        layer = lm.get_submodule(name.rpartition(".")[0])
+        four_bit = isinstance(layer, lora.AdaptedLinear) and layer.four_bit
+        if name.endswith(".codes") and four_bit:
+            own[name.removesuffix("codes") + "weight"] = layer
+        elif not (isinstance(layer, lora.AdaptedLinear) and name.endswith(lora.OWN)):
+            own[name] = p
+    persistent = lm.state_dict(keep_vars=True)
+    own |= {name: b for name, b in lm.named_buffers() if name in persistent}
+    tied = {name for name in persistent if name not in own and not name.endswith(lora.OWN)}
     if SCALAR_HEAD in own and SCALAR_HEAD not in files:
         own.pop(SCALAR_HEAD).zero_()
         tied.add("lm_head.weight")
@@ -115,13 +125,18 @@ def stream(directory: Path, lm: nn.Module, world: World) -> int:
     fingerprint = 0
     for name, read in source:
         target = own[name]
-        rows = _local_rows(target)
-        shard = target.to_local() if isinstance(target, DTensor) else target
+        four_bit = isinstance(target, lora.AdaptedLinear)
+        rows = local_rows(target.codes if four_bit else target)
+        expected = (target.out_features, target.in_features) if four_bit else tuple(target.shape)
         shape, piece = read(rows)
-        if tuple(shape) != tuple(target.shape):
-            raise UserError(f"{directory}: {name} has shape {tuple(shape)}, the config says {tuple(target.shape)}")
-        shard.copy_(piece)
-        fingerprint = (fingerprint + _mix(name, shard, rows.start * (shard[0].numel() if shard.numel() else 0))) % 2**64
+        if tuple(shape) != expected:
+            raise UserError(f"{directory}: {name} has shape {tuple(shape)}, the config says {expected}")
+        if four_bit:
+            target.fill(piece)
+        else:
+            local(target).copy_(piece)
+        piece = piece.to(world.device)
+        fingerprint = (fingerprint + _mix(name, piece, rows.start * (piece[0].numel() if piece.numel() else 0))) % 2**64
     parts = torch.tensor([fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device)
     return int(world.sum(parts).item()) % 2**64
 
@@ -152,25 +167,14 @@ def _through_transformers(directory: Path, lm: nn.Module, missing: list[str], un
         yield name, lambda rows, name=name: (state[name].shape, state[name].detach()[rows] if state[name].dim() else state[name])
 
 
-def _local_rows(p: Tensor) -> slice:
-    """The rows of the whole tensor that this rank holds under FSDP's chunking of dimension 0."""
-    if not isinstance(p, DTensor):
-        return slice(0, p.shape[0] if p.dim() else None)
-    per_rank = -(-p.shape[0] // p.device_mesh.size())
-    start = min(p.device_mesh.get_local_rank() * per_rank, p.shape[0])
-    stop = min(start + per_rank, p.shape[0])
-    assert p.to_local().shape[0] == stop - start, (p.to_local().shape, start, stop)
-    return slice(start, stop)
-
-
-def _mix(name: str, shard: Tensor, offset: int) -> int:
-    """sum over elements of a 64-bit hash of (name, index, bits), modulo 2^64: the same for every sharding."""
+def _mix(name: str, piece: Tensor, offset: int) -> int:
+    """sum over elements of a 64-bit hash of (name, index, bits in float32), modulo 2^64: the same for every sharding."""
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-    flat = shard.detach().reshape(-1)
-    bits = flat.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.element_size()])
+    flat = piece.reshape(-1)
     total = 0
-    for start in range(0, len(bits), MIX_ELEMENTS):  # a few temporaries of 32 MiB, whatever the tensor
-        x = bits[start : start + MIX_ELEMENTS].to(torch.int64)
+    for start in range(0, len(flat), MIX_ELEMENTS):  # a few temporaries of 32 MiB, whatever the tensor
+        x = flat[start : start + MIX_ELEMENTS]
+        x = (x.float().view(torch.int32) if x.is_floating_point() else x).to(torch.int64)
         index = torch.arange(offset + start, offset + start + len(x), device=x.device)
         x = (x * -7046029254386353131) ^ (index * -4417276706812531889 + salt)
         x = (x ^ (x >> 32)) * -8796714831421723037
@@ -190,22 +194,22 @@ def export(
     """Writes `final` in Hugging Face's format: sharded safetensors with index, config, generation config, tokenizer, template.
 
     `source` is the directory the model came from: its generation config is kept, with the end-of-turn id added.
-    `inside` are finished directories to be moved into it, under new names. Tensors are gathered one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
+    Adapters are merged. `inside` are finished directories to be moved into it, under new names. Tensors are gathered one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
     """
     partial = final.with_name(f".{final.name}.partial")
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-    own = dict(lm.named_parameters()) | {n: b for n, b in lm.named_buffers() if n in lm.state_dict(keep_vars=True)}
-    plan = _plan_files([(name, t.numel() * _itemsize(t, dtype)) for name, t in own.items()])
+    own = lora.dense(lm)
+    plan = _plan_files([(name, shape.numel() * dtype.itemsize) for name, (shape, _) in own.items()])
     weight_map, total = {}, 0
     for i, names in enumerate(plan, start=1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
         tensors = {}
         for name in names:
-            whole = own[name].full_tensor() if isinstance(own[name], DTensor) else own[name]
+            tensor = whole(own[name][1]())
             if world.is_main:
-                tensors[name] = whole.to(dtype if whole.is_floating_point() else whole.dtype).cpu().contiguous().clone()
+                tensors[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).cpu().contiguous().clone()
                 total += tensors[name].nbytes
                 weight_map[name] = file
         if world.is_main:
@@ -221,10 +225,6 @@ def export(
             shutil.rmtree(final)
         partial.rename(final)
     world.barrier()
-
-
-def _itemsize(t: Tensor, dtype: torch.dtype) -> int:
-    return (dtype if t.is_floating_point() else t.dtype).itemsize
 
 
 def _plan_files(sizes: list[tuple[str, int]]) -> list[list[str]]:

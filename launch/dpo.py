@@ -3,7 +3,8 @@
     L = - (1/N) sum over pairs of log sigma( beta [ r(w) - r(l) ] ),    r(y) = ( log pi(y|x) - log pi_ref(y|x) ) / |y|
 
 w is the chosen and l the rejected answer to prompt x; |y| counts the trained tokens of y (content and end of turn). pi_ref is
-the policy before its first update: its log-probs are numbers in a cache, computed once, and there is no second model.
+the policy before its first update: its log-probs are numbers in a cache, computed once, and there is no second model. With
+adapters (--use_lora) the frozen model is there anyway, and --reference base or adapter asks it in every step instead.
 --loss_type picks another loss of losses/preference.py or losses/preference_variants.py.
 
 With no argument it trains an embedded tiny model on embedded preferences, in about a minute on two CPU cores.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +34,8 @@ from engine.config import RunConfig, flag, parse
 from engine.errors import UserError, nearest
 from engine.model import Policy
 from engine.preferences import PairEncoder
-from engine.refcache import Reference
+from engine.reference import CHOICES, frozen
+from engine.reference import resolve as resolve_reference
 from engine.store import Examples, Steps
 from engine.world import World
 
@@ -57,13 +60,14 @@ class Config(RunConfig):
     rpo_alpha: float = flag(0.0, "coefficient of the chosen answer's mean negative log-likelihood, added to the loss")
     count_turns: str = flag("last", "tokens counted: of the last assistant turn, or of all (the original's)", choices=("last", "all"))
     batch_size: int = flag(32, "pairs per optimizer step, whatever the machine")
-    learning_rate: float | None = flag(None, "peak; 5e-7 (Tülu 3 8B), for the embedded model 1e-3")
+    learning_rate: float | None = flag(None, "peak; 5e-7 (Tülu 3 8B), with adapters 5e-6, for the embedded model 1e-3")
+    reference: str = flag("auto", "log pi_ref from the cache (auto), or in every step from the frozen base or adapter under the trained one, or from a copy", choices=CHOICES)
     cache_logprobs_only: bool = flag(False, "fill the reference cache and stop")
 
 
 def train(config: Config) -> None:
     here = world.start(config.deterministic)
-    config = setup.resolve(config, here, defaults={"learning_rate": 5e-7}, embedded_defaults={"learning_rate": 1e-3}, embedded_data="pairs")
+    config = setup.resolve(config, here, defaults={"learning_rate": 5e-6 if config.use_lora else 5e-7}, embedded_defaults={"learning_rate": 1e-3}, embedded_data="pairs")
     config = resolve_loss(config)
     base = setup.prepare(config, here)
     pairs, held_out = load_pairs(config, here, base)
@@ -79,13 +83,15 @@ def train(config: Config) -> None:
         if finished:
             here.say(f"{output_dir} is finished, final/ is written: nothing to do")
             return
-        policy, fingerprint = setup.load_policy(config, here, base)
+        policy, weights = setup.load_policy(config, here, base)
 
         # log pi_ref(y) for every pair of the run: of the policy as it was loaded, also when a checkpoint is resumed below
         cached = dict(cache_dir=Path(config.cache_dir).expanduser(), micro_batch_tokens=config.micro_batch_tokens,
-                      identity=refcache.model_identity(fingerprint, base.config, base.dtype, base.backend, config.compile))  # fmt: skip
+                      identity=refcache.model_identity(weights, base.config, base.dtype, base.backend, config.compile))  # fmt: skip
         reference = held_out_reference = None
-        if config.loss_type not in REFERENCE_FREE:
+        if config.loss_type not in REFERENCE_FREE and config.reference != "cache":
+            reference = held_out_reference = frozen(config, here, base, policy).sums
+        elif config.loss_type not in REFERENCE_FREE:
             reference = refcache.reference_logprobs(policy, pairs, steps.used(), here, **cached)
             if held_out:
                 held_out_reference = refcache.reference_logprobs(policy, held_out, np.arange(len(held_out)), here, name="held-out reference", **cached)
@@ -93,7 +99,7 @@ def train(config: Config) -> None:
             return
 
         optimizer = optim.adamw(policy, config.weight_decay)
-        identity = {"model": f"{fingerprint:016x}", "dataset": pairs.fingerprint}
+        identity = {"model": weights, "dataset": pairs.fingerprint}
         checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity,
                                   settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
@@ -139,10 +145,10 @@ def train(config: Config) -> None:
 
 
 def preference_loss(
-    policy: Policy, batch: MicroBatch, reference: Reference | None, config: Config, hyper: dict[str, float], n_pairs: int, totals: log.Totals
+    policy: Policy, batch: MicroBatch, reference: Callable[[MicroBatch], Tensor] | None, config: Config, hyper: dict[str, float], n_pairs: int, totals: log.Totals
 ) -> Tensor:
     """This micro-batch's part of L: the sum of its pairs' losses over the pairs of the whole step; adds its metrics to `totals`."""
-    ref_S = reference(batch) if reference and batch.examples else torch.zeros(len(batch.lengths), device=batch.ids_T.device)
+    ref_S = reference(batch) if reference else torch.zeros(len(batch.counts_S), device=batch.ids_T.device)
 
     def loss_of_logprobs(logprobs_R: Tensor, chunk: slice) -> Tensor:
         sequences = slice(2 * chunk.start, 2 * chunk.stop)
@@ -215,8 +221,11 @@ def resolve_loss(config: Config) -> Config:
         raise UserError(f"--beta must be greater than 0, got {hyper['beta']}")
     if config.rpo_alpha < 0:
         raise UserError(f"--rpo_alpha must not be negative, got {config.rpo_alpha}")
-    if config.cache_logprobs_only and loss_type in REFERENCE_FREE:
-        raise UserError(f"--cache_logprobs_only: --loss_type {loss_type} needs no reference")
+    if loss_type in REFERENCE_FREE and "reference" in config.given:
+        raise UserError(f"--reference is not read by --loss_type {loss_type}")
+    config = resolve_reference(config, without_lora="cache", with_lora="cache")
+    if config.cache_logprobs_only and (loss_type in REFERENCE_FREE or config.reference != "cache"):
+        raise UserError(f"--cache_logprobs_only: --loss_type {loss_type} with --reference {config.reference} needs no cache")
     if not 0 <= hyper.get("label_smoothing", 0) < 0.5:
         raise UserError(f"--label_smoothing must be in [0, 0.5), got {hyper['label_smoothing']}")
     return dataclasses.replace(config, loss_type=loss_type, **hyper)

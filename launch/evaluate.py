@@ -73,8 +73,8 @@ def train(config: Config) -> None:
         max_new_tokens=config.response_length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         stop_ids=(base.chat.end_of_turn_id,),
     )  # fmt: skip
-    policy, fingerprint = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head="fused")
-    here.say(f"model: {base.directory}, weights {fingerprint:016x}, compute {str(base.dtype).removeprefix('torch.')}")
+    policy, identity = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head="fused")
+    here.say(f"model: {base.directory}, weights {identity}, compute {str(base.dtype).removeprefix('torch.')}")
     longest = max(len(prompt.ids) for prompt in prompts) + config.response_length
     sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
     sampler.load(policy)

@@ -8,8 +8,8 @@ clipped policy and value updates on them. With d_t = log pi(y_t) - log pi_ref(y_
     L_policy = (1/N) sum_t max( - A_t rho_t, - A_t clip(rho_t, 1 - eps, 1 + eps) ),   rho_t = pi(y_t) / pi_old(y_t)
     L_value  = (1/N) sum_t (V_t - G_t)^2 / 2
 
-N counts the response tokens of the mini-batch over all ranks. pi_ref is a frozen copy of the initial policy, V a model of its
-own. A step is an iteration: --batch_size prompts times --num_samples_per_prompt responses, then all updates.
+N counts the response tokens of the mini-batch over all ranks. pi_ref is a frozen copy of the initial policy (with adapters, the
+model under them), V a model of its own. A step is an iteration: --batch_size prompts times --num_samples_per_prompt responses, then all updates.
 Left out of the original on purpose: sampling one step stale, whitening per rank, means of micro-batch means.
 
 With no argument it fine-tunes the embedded tiny model on sums of which half are wrong, and reinforces the right ones.
@@ -39,6 +39,8 @@ from engine.embedded import Embedded
 from engine.errors import UserError
 from engine.interval import accuracy as accuracy_interval
 from engine.prompts import Prompt, fingerprint_of, load_prompts
+from engine.reference import FrozenPolicy, frozen
+from engine.reference import resolve as resolve_reference
 from engine.rows import open_source
 from engine.store import Steps, mixture_index, permutation
 from engine.world import World
@@ -54,7 +56,7 @@ class Config(RunConfig):
     output_dir: str = flag("output/ppo", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/")
     batch_size: int | None = flag(None, "prompts per iteration, whatever the machine; 224, embedded 32")
     num_samples_per_prompt: int | None = flag(None, "responses per prompt; 1, embedded 4")
-    learning_rate: float | None = flag(None, "peak, of the policy; 3e-7 (Tülu 3 8B), embedded 1e-3")
+    learning_rate: float | None = flag(None, "peak, of the policy; 3e-7 (Tülu 3 8B), with adapters 3e-6, embedded 1e-3")
     value_learning_rate: float | None = flag(None, "peak, of the value model; without it the policy's")
     warmup_ratio: float = flag(0.0, "share of the iterations in which the learning rates rise linearly from 0")
     response_length: int | None = flag(None, "longest response in tokens; 1024, embedded 24")
@@ -62,6 +64,7 @@ class Config(RunConfig):
     top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)")
     top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability")
     kl_coef: float = flag(0.05, "weight of the KL penalty in the reward (0: no reference is loaded)")
+    reference: str = flag("auto", "pi_ref: the frozen base or adapter under the trained one (auto, with --use_lora), or a frozen copy", choices=("auto", "base", "adapter", "copy"))  # fmt: skip
     kl_estimator: str = flag("k1", "of the penalty", choices=("k1", "k2", "k3"))
     gamma: float = flag(1.0, "discount")
     lam: float = flag(0.95, "GAE's lambda")
@@ -89,7 +92,8 @@ def train(config: Config) -> None:
     if config.model_name_or_path is None:
         config = embedded_flags(config, *tuned_on_sums(Path(config.cache_dir).expanduser(), here))
     config = setup.resolve(config, here, embedded_defaults={}, embedded_data="problems",
-                           defaults={"batch_size": 224, "num_samples_per_prompt": 1, "learning_rate": 3e-7, "response_length": 1024})  # fmt: skip
+                           defaults={"batch_size": 224, "num_samples_per_prompt": 1, "learning_rate": 3e-6 if config.use_lora else 3e-7, "response_length": 1024})  # fmt: skip
+    config = resolve_reference(config, without_lora="copy")
     base = setup.prepare(config, here)
     validate(config, base)
     prompts, held_out = load_data(config, here, base)
@@ -105,12 +109,12 @@ def train(config: Config) -> None:
         if finished:
             here.say(f"{output_dir} is finished, final/ is written: nothing to do")
             return
-        policy, reference, value_model, fingerprint = load_models(config, here, base)
+        policy, reference, value_model, weights_identity = load_models(config, here, base)
         longest = config.response_length + max(len(prompt.ids) for prompt in prompts + held_out)
         sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
         optimizers = {"policy": optim.adamw(policy, config.weight_decay), "value": optim.adamw(value_model, config.weight_decay)}
         trained = {"policy": (policy, optimizers["policy"]), "value": (value_model, optimizers["value"])}
-        identity = {"model": f"{fingerprint:016x}", "dataset": fingerprint_of(prompts)}
+        identity = {"model": weights_identity, "dataset": fingerprint_of(prompts)}
         checkpoints = Checkpoints(output_dir, here, trained, keep=config.save_total_limit, identity=identity,
                                   settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
@@ -389,7 +393,8 @@ def first_screen(config: Config, here: World, base: setup.Base, prompts: list[Pr
         counts[str(prompt.dataset).lower()] = counts.get(str(prompt.dataset).lower(), 0) + 1
     lines = [
         f"model: {name} from {base.directory}; value model from {config.value_model_name_or_path or 'the policy, with a head of zeros'}",
-        f"world: {here.size} x {here.device.type}, compute {str(base.dtype).removeprefix('torch.')}, attention {base.backend} ({base.why_backend})",
+        f"world: {here.size} x {here.device.type}, compute {str(base.dtype).removeprefix('torch.')}, masters {config.master_dtype}, attention {base.backend} ({base.why_backend})",
+        *setup.describe_adapters(config, base),
         f"chat template: {base.chat.template_origin}; a turn ends with {base.chat.end_of_turn!r}",
         f"data: {len(prompts):,} prompts ({', '.join(f'{n} {k}' for k, n in counts.items())})",
         f"iteration: {min(config.batch_size, len(prompts))} prompts x {config.num_samples_per_prompt} responses of at most {config.response_length} tokens, "
@@ -400,21 +405,22 @@ def first_screen(config: Config, here: World, base: setup.Base, prompts: list[Pr
     return lines + (["the first prompt:", base.chat.tokenizer.decode(prompts[0].ids)] if config.dry_run else [])
 
 
-def load_models(config: Config, here: World, base: setup.Base) -> tuple[model.Policy, model.Policy | None, model.ValueModel, int]:
-    """(policy, frozen reference or None where the penalty is 0, value model, fingerprint of the policy's weights). Collective."""
-    policy, fingerprint = setup.load_policy(config, here, base)
+def load_models(config: Config, here: World, base: setup.Base) -> tuple[model.Policy, FrozenPolicy | None, model.ValueModel, str]:
+    """(policy, frozen reference or None where the penalty is 0, value model, identity of the policy's numbers). Collective."""
+    policy, identity = setup.load_policy(config, here, base)
     policy.temperature = config.temperature or 1.0
-    reference = None
-    if config.kl_coef:
-        reference, _ = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head=config.head)
-        setup.transform_layers(reference, config)
-        reference.requires_grad_(False)
-        reference.temperature = policy.temperature
+    reference = frozen(config, here, base, policy) if config.kl_coef else None
+    how = base.how(config)
+    del how["head"]
+    if config.value_model_name_or_path:  # another model: what the policy's adapter starts from does not fit it
+        how["start"] = None
+    if base.adapters:
+        how["adapters"] = replace(base.adapters, keep_initial=False)
     source = weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")[0] if config.value_model_name_or_path else base.directory
-    value_model = model.load_value_model(source, here, vocab_size=base.config.vocab_size, dtype=base.dtype, backend=base.backend)
+    value_model = model.load_value_model(source, here, vocab_size=base.config.vocab_size, **how)
     setup.transform_layers(value_model, config)
     value_model.gradient_sync = policy.gradient_sync
-    return policy, reference, value_model, fingerprint
+    return policy, reference, value_model, identity
 
 
 if __name__ == "__main__":

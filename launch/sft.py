@@ -42,7 +42,7 @@ class Config(RunConfig):
     output_dir: str = flag("output/sft", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/")
     reduce_loss: str = flag("token", "the denominator: trained tokens, sequences (the original's), or a mean of sequences' means", choices=REDUCTIONS)  # fmt: skip
     batch_size: int | None = flag(None, "conversations per optimizer step, whatever the machine; 128, for the embedded model 16")
-    learning_rate: float | None = flag(None, "peak; 5e-6 (Tülu 3 8B), for the embedded model 3e-3")
+    learning_rate: float | None = flag(None, "peak; 5e-6 (Tülu 3 8B), with adapters 1e-4, for the embedded model 3e-3")
     num_train_epochs: int = flag(2, "passes over the data", aliases=("num_epochs",))
     max_seq_length: int = flag(4096, "tokens of a conversation; longer ones are cut", aliases=("max_length",))
     warmup_ratio: float = flag(0.03, "share of the steps in which the learning rate rises linearly from 0")
@@ -51,7 +51,7 @@ class Config(RunConfig):
 
 def train(config: Config) -> None:
     here = world.start(config.deterministic)
-    config = setup.resolve(config, here, defaults={"learning_rate": 5e-6, "batch_size": 128},
+    config = setup.resolve(config, here, defaults={"learning_rate": 1e-4 if config.use_lora else 5e-6, "batch_size": 128},
                            embedded_defaults={"learning_rate": 3e-3, "batch_size": 16}, embedded_data="conversations")  # fmt: skip
     base = setup.prepare(config, here)
     conversations, held_out = load_conversations(config, here, base.chat)
@@ -67,9 +67,9 @@ def train(config: Config) -> None:
         if finished:
             here.say(f"{output_dir} is finished, final/ is written: nothing to do")
             return
-        policy, fingerprint = setup.load_policy(config, here, base)
+        policy, weights = setup.load_policy(config, here, base)
         optimizer = optim.adamw(policy, config.weight_decay)
-        identity = {"model": f"{fingerprint:016x}", "dataset": conversations.fingerprint}
+        identity = {"model": weights, "dataset": conversations.fingerprint}
         checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity,
                                   settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}

@@ -1,6 +1,6 @@
 """Weights from the sharded policy to the sampler: one whole copy in the compute dtype, at addresses that stay.
 
-    W_sampler  <-  all_gather( cast(shard of W) )                  parameter by parameter, in the model's order
+    W_sampler  <-  all_gather( cast(shard of W + s B A) )          parameter by parameter, in the model's order
 
 The cast comes before the gather, so bf16 travels at half the bytes of the fp32 masters, and what is gathered is bit for bit
 what FSDP gathers for training. Addresses never change (CUDA graphs and views survive an update).
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
+from engine import lora
 from engine.world import World
 
 
@@ -35,13 +36,15 @@ def load(target: nn.Module, source: nn.Module, world: World) -> None:
 
     Raises ValueError where the two are not the same model.
     """
-    own, theirs = dict(target.named_parameters()), dict(source.named_parameters())
+    buffers = dict(source.named_buffers())
+    own = dict(target.named_parameters())
+    theirs = {name: read for name, (_, read) in lora.dense(source).items() if name not in buffers}
     if own.keys() != theirs.keys():
         raise ValueError(f"not the same model: {sorted(own.keys() ^ theirs.keys())[:4]}")
     for name, p in own.items():
-        _gather(p, theirs[name], world)
+        _gather(p, theirs[name](), world)
     modules = dict(target.named_modules())
-    for name, buffer in source.named_buffers():  # rotary frequencies, embedding scales: whole on every rank, in a dtype of their own
+    for name, buffer in buffers.items():  # rotary frequencies, embedding scales: whole on every rank, in a dtype of their own
         path, _, leaf = name.rpartition(".")
         held = modules[path]._buffers
         if held[leaf].dtype != buffer.dtype or held[leaf].shape != buffer.shape:
