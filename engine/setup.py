@@ -99,6 +99,15 @@ def prepare(config: RunConfig, world: World) -> Base:
     return Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why, chosen, start)
 
 
+def build_policy(config: RunConfig, world: World, base: Base) -> model.Policy:
+    """The sharded policy as it will be trained, with room for its weights and none read: what `launch.plan` measures."""
+    how = base.how(config)
+    del how["start"]
+    policy = model.build(base.config, world, **how)
+    transform_layers(policy, config)
+    return policy
+
+
 def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Policy, str]:
     """The sharded policy and the identity of its numbers; prints what was loaded. Collective."""
     policy, identity = model.load(base.directory, base.config, world, **base.how(config))
@@ -119,19 +128,21 @@ def transform_layers(root: model.Root, config: RunConfig) -> None:
         model.compile_layers(root)
 
 
-def export(root: model.Root, base: Base, config: RunConfig, world: World, final: Path, inside: dict[str, Path] | None = None) -> None:
+def export(root: model.Root, base: Base, config: RunConfig, world: World, final: Path, inside: dict[str, Path] | None = None) -> str:
     """Writes `final` in Hugging Face's format, in --export_dtype or the input checkpoint's, adapters merged. Collective.
 
-    A policy's adapter goes to final/adapter as well; under --export_adapter it is `final` itself.
+    A policy's adapter goes to final/adapter as well; under --export_adapter it is `final` itself. Returns what reads it.
     """
     if isinstance(root, model.Policy) and root.adapters is not None:
-        alone = final if config.export_adapter else final.with_name(".adapter")
-        adapters.save(root.lm, root.adapters, alone, world, base_name=config.model_name_or_path, base_fingerprint=root.base_weights, inside=inside)
+        facts = {"base_name": config.model_name_or_path, "base_fingerprint": root.base_weights}
         if config.export_adapter:
-            return
-        inside = {"adapter": alone, **(inside or {})}
+            adapters.save(root.lm, root.adapters, final, world, inside=inside, **facts)
+            return f"{final} is an adapter on {config.model_name_or_path}, for --adapter_name_or_path or PeftModel.from_pretrained"
+        adapters.save(root.lm, root.adapters, final.with_name(".adapter"), world, **facts)
+        inside = {"adapter": final.with_name(".adapter"), **(inside or {})}
     dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32
     weights.export(root.lm, base.chat.tokenizer, base.directory, final, world, dtype=dtype, end_of_turn_id=base.chat.end_of_turn_id, inside=inside)
+    return f"{final} loads with AutoModelForCausalLM.from_pretrained"
 
 
 def first_screen(config: RunConfig, world: World, base: Base, examples: Examples, steps: Steps, *, unit: str, extra: list[str]) -> None:

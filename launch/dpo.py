@@ -140,8 +140,7 @@ def train(config: Config) -> None:
         if held_out:
             evaluate(policy, held_out, held_out_reference, config, hyper, here, metrics, steps.total)
         metrics.close()
-        setup.export(policy, base, config, here, output_dir / "final")
-        here.say(f"done: {output_dir / 'final'} loads with AutoModelForCausalLM.from_pretrained")
+        here.say(f"done: {setup.export(policy, base, config, here, output_dir / 'final')}")
 
 
 def preference_loss(

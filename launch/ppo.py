@@ -183,8 +183,8 @@ def train(config: Config) -> None:
         held_out_accuracy(sampler, policy, held_out, params, config, here, base, pool, metrics, samples, steps.total)
         metrics.close()
         setup.export(value_model, base, config, here, output_dir / ".value")
-        setup.export(policy, base, config, here, output_dir / "final", inside={"value": output_dir / ".value"})
-        here.say(f"done: {output_dir / 'final'} loads with AutoModelForCausalLM.from_pretrained, its value/ as a sequence classifier")
+        done = setup.export(policy, base, config, here, output_dir / "final", inside={"value": output_dir / ".value"})
+        here.say(f"done: {done}, its value/ as a sequence classifier")
 
 
 # --- the steps of an iteration --------------------------------------------------------------------------------------------------

@@ -109,8 +109,7 @@ def train(config: Config) -> None:
 
         evaluate(policy, held_out, prompt, base.chat, config, here, metrics, steps.total)
         metrics.close()
-        setup.export(policy, base, config, here, output_dir / "final")
-        here.say(f"done: {output_dir / 'final'} loads with AutoModelForCausalLM.from_pretrained")
+        here.say(f"done: {setup.export(policy, base, config, here, output_dir / 'final')}")
 
 
 def sft_loss(policy: Policy, batch: MicroBatch, reduce: str, n: int, totals: log.Totals) -> Tensor:
