@@ -96,7 +96,7 @@ def dump_gradients() -> None:
         from engine.model import Policy
 
         (policy,) = (o for o in gc.get_objects() if isinstance(o, Policy))
-        gradients = {name.removeprefix("lm."): p.grad.full_tensor() for name, p in policy.named_parameters()}
+        gradients = {name.removeprefix("lm."): p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad}
         if os.environ["RANK"] == "0":
             torch.save(gradients, f"{output_dir}/gradients.pt")
         return original(optimizer, *args, **options)
@@ -142,3 +142,34 @@ def interrupt_at_step_5() -> None:
         return original(*args, **options)
 
     optim.learning_rate = interrupted
+
+
+def dump_what_is_held() -> None:
+    """Of the policy as it is loaded: bytes of this rank's shards, logits and log-probs of a micro-batch, the whole state dict; then gradients."""
+    import sys
+
+    import numpy as np
+    import torch
+    from torch.distributed.tensor import DTensor
+
+    from engine import model
+    from engine.batch import micro_batch
+
+    output_dir = sys.argv_of_stage[sys.argv_of_stage.index("--output_dir") + 1]
+    original = model.load
+
+    def dumping(directory, config, world, **options):
+        policy, identity = original(directory, config, world, **options)
+        ids = np.random.Generator(np.random.Philox(key=5)).integers(0, 500, 60)
+        batch = micro_batch([(ids, np.ones(60, bool))], (0,), world.device)
+        with torch.no_grad():
+            found = {"logits": policy(batch, mode="own_logits"), "logprobs": policy(batch)}
+        policy.release()
+        held = sum(p.to_local().nbytes for p in policy.parameters())
+        state = policy.lm.state_dict()
+        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
+        torch.save({"held": held, "state": whole, **found}, f"{output_dir}/held-{world.rank}.pt")
+        return policy, identity
+
+    model.load = dumping
+    dump_gradients()

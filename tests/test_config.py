@@ -298,7 +298,7 @@ def test_help_is_a_page_for_people(columns, capsys, monkeypatch):
             assert not re.search(rf"\n  --{alias}\b", own)
             assert re.search(rf"\(also [^)]*--{alias}\b", " ".join(own.split()))
     headings = [line for line in own.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["general:", "this stage:", "model:", "data:", "optimization:", "memory and speed:", "the run:"]
+    assert headings == ["general:", "this stage:", "model:", "data:", "adapters:", "optimization:", "memory and speed:", "the run:"]
     assert own.index("--loss_type") < own.index("--model_name_or_path")
 
 
