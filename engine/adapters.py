@@ -115,7 +115,7 @@ def _modules_of(directory: Path, rank: int, layers: dict[str, nn.Linear], model:
     return tuple(name for name in layers if name in found)
 
 
-def read(directory: Path, base_fingerprint: str) -> tuple[dict[str, Tensor], str]:
+def read(directory: Path, base_fingerprint: str | None) -> tuple[dict[str, Tensor], str]:
     """('NAME.lora_A' → fp32 tensor, the file's digest). Raises UserError if it says that it was trained on other weights."""
     described = directory / BASE
     if described.is_file():
@@ -123,7 +123,7 @@ def read(directory: Path, base_fingerprint: str) -> tuple[dict[str, Tensor], str
             trained_on = str(json.loads(described.read_text(encoding="utf-8"))["weights"])
         except (ValueError, KeyError, TypeError, OSError):
             raise UserError(f"{described}: not readable, delete it to use the adapter on any base that fits") from None
-        if trained_on != base_fingerprint:
+        if base_fingerprint is not None and trained_on != base_fingerprint:
             raise UserError(f"{directory}: the adapter was trained on other weights ({trained_on}) than this model's ({base_fingerprint})")
     tensors = {}
     with _open(directory) as f:

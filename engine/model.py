@@ -236,7 +236,8 @@ def _fill(root: Root, directory: Path, world: World, start: Path | None) -> str:
     weights.initialise_buffers(root.lm, directory)
     identity = root.base_weights = f"{weights.stream(directory, root.lm, world):016x}"
     if (adapters := root.adapters) is not None:
-        tensors, digest = adapter_files.read(start, root.base_weights) if start else (None, "")
+        same_weights = root.base_weights if isinstance(root, Policy) else None  # a value model has another head than what it starts from
+        tensors, digest = adapter_files.read(start, same_weights) if start else (None, "")
         lora.initialise(root.lm, adapters.seed, tensors)
         if adapters.four_bit:
             identity += "-nf4" + ("-double" if adapters.double_quant else "")

@@ -1,0 +1,333 @@
+"""Adapters: the formula, PEFT's files both ways, every layout, pi_ref under the adapters, merging, and what a user can get wrong."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from engine import lora, model, world
+from engine.batch import micro_batch
+from engine.lora import AdaptedLinear, Adapters
+from tests.families import FAMILIES, save_family
+from tests.test_equivalence import Runs, rows, trajectory, weights_of
+
+WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+
+
+@pytest.fixture(scope="module")
+def here():
+    return world.start()
+
+
+# --- the layer ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_forward_and_gradients_are_the_formulas(rslora):
+    """Against y = x W^T + b + s (x A^T) B^T and its derivatives written out in float64."""
+    torch.manual_seed(0)
+    source = nn.Linear(7, 5)
+    how = Adapters(rank=3, alpha=4.0, rslora=rslora, modules=(), seed=1)
+    layer = AdaptedLinear(source, how, 3, torch.float32)
+    layer.lora_A, layer.lora_B = nn.Parameter(torch.randn(3, 7)), nn.Parameter(torch.randn(5, 3))
+    layer.requires_grad_(False)
+    layer.lora_A.requires_grad_(True)
+    layer.lora_B.requires_grad_(True)
+    x, dy = torch.randn(4, 7, requires_grad=True), torch.randn(4, 5)
+    y = layer(x)
+    y.backward(dy)
+    s = 4.0 / (math.sqrt(3) if rslora else 3)
+    w, b, a, bb, x64, dy64 = (t.detach().double() for t in (source.weight, source.bias, layer.lora_A, layer.lora_B, x, dy))
+    expected = {
+        "y": (y, x64 @ w.T + b + s * (x64 @ a.T) @ bb.T), "dx": (x.grad, dy64 @ w + s * (dy64 @ bb) @ a),
+        "dA": (layer.lora_A.grad, s * (dy64 @ bb).T @ x64), "dB": (layer.lora_B.grad, s * dy64.T @ (x64 @ a.T)),
+    }  # fmt: skip
+    for name, (found, truth) in expected.items():
+        assert (found.double() - truth).norm() <= 8 * torch.finfo(torch.float32).eps * truth.norm(), name
+    assert source.weight.grad is None and source.bias.grad is None
+    with lora.using(layer, lora.OFF):
+        assert torch.equal(layer(x), source(x))
+    assert torch.equal(layer(x), y)
+
+
+def test_adapters_start_at_the_model_and_depend_on_seed_and_name_alone(here, tmp_path, embedded_dir):
+    source = save_family("qwen2", tmp_path / "model", embedded_dir.model)
+    config = model.load_config(source)
+    how = {"dtype": torch.float32, "backend": "sdpa", "head": "fused"}
+    modules = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
+    plain, _ = model.load(source, config, here, **how)
+    found = []
+    for seed in (1, 1, 2):
+        policy, _ = model.load(source, config, here, adapters=Adapters(4, 8.0, False, modules, seed), **how)
+        found.append({name: p.full_tensor() for name, p in policy.lm.named_parameters() if p.requires_grad})
+        batch = micro_batch([(np.arange(5, 25), np.ones(20, bool))], (0,), here.device)
+        assert torch.equal(policy(batch), plain(batch))
+    assert set(found[0]) == {f"{m}.lora_{leaf}" for m in modules for leaf in "AB"}
+    a0, a1, a2 = (f["model.layers.1.mlp.up_proj.lora_A"] for f in found)
+    assert torch.equal(a0, a1) and not torch.equal(a0, a2)
+    bound = 1 / math.sqrt(a0.shape[1])
+    assert a0.abs().max() <= bound and a0.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.2) and abs(a0.mean()) < bound / 5
+    assert policy.num_trained == sum(p.numel() for p in found[0].values())
+    assert policy.num_parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(source).parameters())
+
+
+# --- PEFT's format --------------------------------------------------------------------------------------------------------------
+
+
+def peft_adapter(source, directory, **options):
+    """An adapter made, filled and saved by PEFT; and PEFT's own logits with it."""
+    from peft import LoraConfig, get_peft_model
+
+    lm = get_peft_model(AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager"), LoraConfig(task_type="CAUSAL_LM", **options))
+    torch.manual_seed(3)
+    for name, p in lm.named_parameters():
+        if "lora_" in name:
+            p.data = torch.randn_like(p) * 0.2
+    lm.save_pretrained(directory)
+    return lm
+
+
+@pytest.mark.parametrize("name", ["llama_biased", "qwen2", "gemma3", "olmo2"])
+def test_an_adapter_of_pefts_gives_pefts_numbers_and_comes_back(name, here, tmp_path, embedded_dir):
+    from peft import PeftModel
+
+    from engine import adapters as files
+
+    source = save_family(name, tmp_path / "model", embedded_dir.model)
+    options = {"r": 3, "lora_alpha": 5, "use_rslora": name == "qwen2"}
+    options["target_modules"] = "all-linear" if name == "gemma3" else ["q_proj", "down_proj"]
+    if name == "olmo2":
+        options["layers_to_transform"] = [1]
+    theirs = peft_adapter(source, tmp_path / "peft", **options)
+    config = model.load_config(source)
+
+    class Flags:
+        use_lora, seed, load_in_4bit, double_quant = True, 1, False, False
+
+    chosen = files.choose(Flags, config, tmp_path / "peft", keep_initial=False)
+    how = {"dtype": torch.float32, "backend": "sdpa", "head": "fused"}
+    policy, identity = model.load(source, config, here, adapters=chosen, start=tmp_path / "peft", **how)
+    ids = np.random.Generator(np.random.Philox(key=3)).integers(2, 500, 30)
+    batch = micro_batch([(ids, np.ones(30, bool))], (0,), here.device)
+    with torch.no_grad():
+        logits = theirs(torch.as_tensor(ids[:-1])[None]).logits[0].float()
+        expected = logits.log_softmax(-1).gather(1, torch.as_tensor(ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(policy(batch), expected, rtol=2e-5, atol=2e-5)
+        with lora.using(policy, lora.OFF):
+            assert (policy(batch) - expected).abs().max() > 1e-2  # the adapter matters
+    assert identity.startswith(policy.base_weights + "-adapter-")
+
+    files.save(policy.lm, chosen, tmp_path / "ours", here, base_name=str(source), base_fingerprint=policy.base_weights)
+    a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("peft", "ours"))
+    assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager"), tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(torch.as_tensor(ids[:-1])[None]).logits[0].float(), logits)
+
+
+# --- through the real train -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, embedded_dir) -> Runs:
+    root = tmp_path_factory.mktemp("lora")
+    flags = {
+        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05, **WIDE), "cache_dir": root / "cache",
+        "dataset_name": embedded_dir.train_pairs, "batch_size": 8, "max_steps": 6, "learning_rate": 5e-3, "micro_batch_tokens": 500,
+        "warmup_ratio": 0.1, "use_lora": "true", "lora_rank": 4, "lora_target_modules": "all-linear",
+    }  # fmt: skip
+    return Runs("dpo", root, flags)
+
+
+@pytest.fixture(scope="module")
+def cached(runs):
+    return runs.run("cached")
+
+
+def losses_of(output_dir) -> list[float]:
+    return [row["loss"] for row in rows(output_dir) if "loss" in row]
+
+
+@pytest.mark.parametrize(("name", "ranks", "changes"), [
+    ("two_ranks", 2, {}), ("cut_small", 2, {"micro_batch_tokens": 60, "gradient_sync": "last", "gradient_checkpointing": "full"}),
+    ("naive_live", 3, {"head": "naive", "attention": "eager", "reference": "base"}),
+])  # fmt: skip
+def test_nothing_but_rounding_depends_on_the_layout(name, ranks, changes, runs, cached):
+    found = runs.run(name, ranks, **changes)
+    assert losses_of(found) == pytest.approx(losses_of(cached), rel=1e-5)
+    w, w0, w1 = weights_of(cached / "final"), weights_of(runs.root / "model"), weights_of(found / "final")
+    assert (w1 - w).norm() <= 1e-3 * (w - w0).norm()
+    assert losses_of(cached)[-1] < 0.8 * math.log(2)
+
+
+@pytest.mark.parametrize("reference", ["base", "copy"])
+def test_the_base_is_the_reference_of_new_adapters(reference, runs, cached):
+    """As good as cached numbers, and as a second frozen model; nothing is cached."""
+    found = runs.run(reference, 2, reference=reference, cache_dir=runs.root / f"cache_{reference}")
+    assert losses_of(found) == pytest.approx(losses_of(cached), rel=1e-6, abs=1e-6)
+    assert (runs.root / "cache" / "reference").is_dir() and not (runs.root / f"cache_{reference}" / "reference").exists()
+
+
+@pytest.mark.parametrize("four_bit", ["false", "true"])
+def test_a_starting_adapter_is_its_own_reference(four_bit, runs, cached):
+    """Frozen beside its trained copy; equal to a second frozen model with that adapter, and to the cache; not the bare base."""
+    start = {"adapter_name_or_path": cached / "final" / "adapter", "load_in_4bit": four_bit}
+    for flag in ("lora_rank", "lora_target_modules"):
+        runs.flags.pop(flag, None)
+    try:
+        found = {name: runs.run(f"{name}_{four_bit}", 2, reference=name, **start) for name in ("adapter", "copy", "cache")}
+    finally:
+        runs.flags |= {"lora_rank": 4, "lora_target_modules": "all-linear"}
+    first = rows(found["adapter"])[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["rewards/margins"] == 0
+    for name in ("copy", "cache"):
+        assert losses_of(found["adapter"]) == pytest.approx(losses_of(found[name]), rel=1e-6, abs=1e-6)
+    assert first["logps/chosen"] != pytest.approx(rows(cached)[0]["logps/chosen"], abs=0.1)  # the start is the adapter, not the base
+
+
+def test_merged_export_equals_the_adapter_on(runs, cached):
+    from peft import PeftModel
+
+    ids = torch.arange(2, 60)[None]
+    merged = AutoModelForCausalLM.from_pretrained(cached / "final")(ids).logits
+    base = AutoModelForCausalLM.from_pretrained(runs.root / "model")
+    plain = base(ids).logits
+    adapter_on = PeftModel.from_pretrained(base, cached / "final" / "adapter")(ids).logits
+    assert (merged - adapter_on).abs().max() <= 1e-5 < 1e-2 < (merged - plain).abs().max()
+
+
+def test_an_adapter_alone_is_exported_when_asked(runs, cached):
+    alone = runs.run("alone", export_adapter="true")
+    assert sorted(p.name for p in (alone / "final").iterdir()) == ["adapter_config.json", "adapter_model.safetensors", "base.json"]
+    a, b = (load_file(d / "adapter_model.safetensors") for d in (alone / "final", cached / "final" / "adapter"))
+    assert all(torch.equal(a[key], b[key]) for key in b) and a.keys() == b.keys()
+    again = runs.launch("alone", log="alone.2", export_adapter="true")
+    assert again.ok and "is finished" in again.output
+
+
+def test_compute_in_bfloat16_trains_float32_adapters(runs, cached):
+    out = runs.run("bf16", 2, dtype="bfloat16", max_steps=3, export_adapter="true", load_in_4bit="true")
+    tensors = load_file(out / "final" / "adapter_model.safetensors")
+    assert all(t.dtype == torch.float32 for t in tensors.values())
+    assert rows(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def ppo(tmp_path_factory) -> Runs:
+    root = tmp_path_factory.mktemp("ppo_lora")
+    flags = {"cache_dir": root / "cache", "max_steps": 3, "batch_size": 6, "num_samples_per_prompt": 2, "eval_samples": 1, "micro_batch_tokens": 500,
+             "use_lora": "true", "lora_rank": 4, "num_ppo_epochs": 2, "learning_rate": 5e-3}  # fmt: skip
+    return Runs("ppo", root, flags)
+
+
+def test_ppo_under_adapters(ppo):
+    """The base as reference equals a frozen copy; the sampler gets merged weights (checked at run time); an adapter starts another run."""
+    found = {name: ppo.run(name, 2, reference=name) for name in ("base", "copy")}
+    for a, b in zip(*(trajectory(out) for out in found.values()), strict=True):
+        same = [key for key in a if not key.startswith("time/")]
+        assert {k: a[k] for k in same} == {k: pytest.approx(b[k], rel=1e-6, abs=1e-6) for k in same}
+    iterations = [row for row in rows(found["base"]) if "loss" in row]
+    assert iterations[0]["objective/kl"] == 0 < abs(iterations[-1]["objective/kl"])
+
+    ppo.flags.pop("lora_rank")
+    start = {"adapter_name_or_path": found["base"] / "final" / "adapter", "load_in_4bit": "true", "max_steps": 2}
+    found = {name: ppo.run(f"start_{name}", 1, reference=name, **start) for name in ("adapter", "copy")}
+    for a, b in zip(*(rows(out) for out in found.values()), strict=True):
+        assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-6) and a.get("objective/kl") == pytest.approx(b.get("objective/kl"), abs=1e-6)
+    assert (found["adapter"] / "final" / "value" / "config.json").is_file()
+
+
+def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
+    """The sampler's weights: W + s B A of shards, for dense and 4-bit layers, and refuses another model."""
+    from rollout import handover
+
+    source = save_family("llama_biased", tmp_path / "model", embedded_dir.model, **WIDE)
+    config = model.load_config(source)
+    modules = tuple(f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qv")
+    for four_bit in (False, True):
+        policy, _ = model.load(source, config, here, dtype=torch.float32, backend="sdpa", head="fused",
+                               adapters=Adapters(4, 8.0, False, modules, 1, four_bit=four_bit))  # fmt: skip
+        for name, p in policy.lm.named_parameters():
+            if name.endswith("lora_B"):
+                p.detach().to_local().normal_()
+        target = handover.skeleton(config, "sdpa", torch.float32, here.device)
+        handover.load(target, policy.lm, here)
+        batch = micro_batch([(np.arange(5, 45), np.ones(40, bool))], (0,), here.device)
+        ids = batch.ids_T[None]
+        with torch.no_grad():
+            merged = target(ids).logits[0].log_softmax(-1).gather(1, batch.targets_R[:, None])[:, 0]
+            torch.testing.assert_close(merged, policy(batch), rtol=2e-5, atol=2e-5)
+    assert set(lora.dense(policy.lm)) == {n for n, _ in AutoModelForCausalLM.from_pretrained(source).named_parameters()}
+    assert all(isinstance(read(), DTensor) for _, read in lora.dense(policy.lm).values())
+
+
+# --- what a user can get wrong ---------------------------------------------------------------------------------------------------
+
+
+def refusal(runs: Runs, n: int, **changes) -> str:
+    flags = {key: value for key, value in changes.items() if value is not None}
+    kept = {key: value for key, value in runs.flags.items() if key not in changes}
+    result = Runs(runs.stage, runs.root, kept | flags).launch(f"refused{n}")
+    assert result.codes == [2] and "Traceback" not in result.output
+    (line,) = (line for line in result.output.splitlines() if line.startswith("error: "))
+    return line
+
+
+WRONG = {
+    "no such layer": ({"lora_target_modules": "q_prj"}, "no linear layer of LlamaForCausalLM is called that (did you mean q_proj?); there are down_proj, gate_proj"),
+    "4 bits without adapters": ({"use_lora": None, "lora_rank": None, "lora_target_modules": None, "load_in_4bit": "true"}, "--load_in_4bit needs --use_lora"),
+    "rank without adapters": ({"use_lora": None, "lora_target_modules": None}, "--lora_rank is not read without --use_lora"),
+    "double without 4 bits": ({"double_quant": "true"}, "--double_quant is not read without --load_in_4bit"),
+    "rank 0": ({"lora_rank": 0}, "--lora_rank must be greater than 0, got 0"),
+    "adapter's reference without one": ({"reference": "adapter"}, "so the reference is --reference base"),
+    "base without adapters": ({"use_lora": None, "lora_rank": None, "lora_target_modules": None, "reference": "base"}, "--reference base needs --use_lora"),
+    "cache asked of a live reference": ({"reference": "base", "cache_logprobs_only": "true"}, "needs no cache"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_flags_that_contradict_are_one_line(case, runs):
+    changes, message = WRONG[case]
+    assert message in refusal(runs, sorted(WRONG).index(case), **changes)
+
+
+def test_adapters_that_do_not_fit_are_one_line(runs, cached, tmp_path, embedded_dir):
+    mine = cached / "final" / "adapter"
+    start = {"adapter_name_or_path": mine, "lora_rank": None, "lora_target_modules": None}
+    assert "--lora_rank is that of --adapter_name_or_path" in refusal(runs, 10, adapter_name_or_path=mine)
+    other = save_family("llama", tmp_path / "other", embedded_dir.model)
+    assert "the adapter is of another model: base_model.model.model.layers" in refusal(runs, 11, model_name_or_path=other, **start)
+    weights = load_file(runs.root / "model" / "model.safetensors")
+    weights["model.norm.weight"][0] += 1
+    changed = save_family("llama", tmp_path / "changed", embedded_dir.model, **WIDE)
+    save_file(weights, changed / "model.safetensors", metadata={"format": "pt"})
+    assert "the adapter was trained on other weights" in refusal(runs, 12, model_name_or_path=changed, **start)
+    assert "the reference is --reference adapter" in refusal(runs, 13, reference="base", **start)
+    assert "no usable adapter_config.json" in refusal(runs, 14, **start | {"adapter_name_or_path": tmp_path})
+    assert "no such directory" in refusal(runs, 15, **start | {"adapter_name_or_path": cached / "final" / "adaptor"})
+    described = json.loads((mine / "adapter_config.json").read_text())
+    for i, (key, value, message) in enumerate([
+        ("use_dora", True, "use_dora is not supported"), ("peft_type", "IA3", "only LoRA is read"), ("r", 5, "this model's layer takes [5, 128]"),
+        ("r", "many", "no usable adapter_config.json"), ("modules_to_save", ["lm_head"], "modules_to_save is not supported"),
+    ]):  # fmt: skip
+        bad = tmp_path / f"bad{i}"
+        bad.mkdir()
+        (bad / "adapter_config.json").write_text(json.dumps(described | {key: value}))
+        save_file(load_file(mine / "adapter_model.safetensors"), bad / "adapter_model.safetensors")
+        assert message in refusal(runs, 20 + i, **start | {"adapter_name_or_path": bad})
+
+
+def test_every_family_is_adapted_by_its_own_names():
+    for config_class, options in FAMILIES.values():
+        with torch.device("meta"):
+            lm = AutoModelForCausalLM.from_config(config_class(**{"hidden_size": 32, "num_hidden_layers": 2, "vocab_size": 64} | options))
+        names = {name.rpartition(".")[2] for name in lora.linears(lm)}
+        assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
