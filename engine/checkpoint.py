@@ -1,6 +1,6 @@
 """Checkpoints that survive a kill at any moment, and resume that is exact.
 
-A checkpoint is output_dir/checkpoints/step-000100: DCP shards in safetensors (masters and AdamW moments; no pickle), a
+A checkpoint is output_dir/checkpoints/step-000100: DCP shards in safetensors (what is trained: masters and AdamW moments; no pickle), a
 readable state.json, and COMPLETE, a manifest with the size and SHA-256 of every file. It is written in the background, from
 a copy, over a process group of its own, under a temporary name; it gets its own name when every rank's files are on disk. So
 a directory named step-* is whole, and one that has since been damaged is noticed before it is read.
@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
+from engine import optim
 from engine.errors import UserError
 from engine.world import World
 
@@ -55,7 +57,7 @@ class Checkpoints:
             return self.wait()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         future = dcp.async_save(self._tensors(), storage_writer=writer, process_group=self.group)
-        steps = {name: int(next(iter(self._moments(optimizer).values()))["step"]) for name, (_, optimizer) in self.trained.items()}
+        steps = {part: int(next(iter(optimizer.state.values()))["step"]) for part, (_, optimizer) in self.trained.items()}
         state = {"step": step, "optimizer_steps": steps, "identity": self.identity, "settings": self.settings,
                  "world_size": self.world.size, **state}  # fmt: skip
         self._writer = threading.Thread(target=self._commit, args=(future, partial, step, state), daemon=True)
@@ -163,42 +165,41 @@ class Checkpoints:
             if state["identity"].get(name) != value:
                 raise UserError(f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started with")
         reader = HuggingFaceStorageReader(str(path))
-        tensors = self._tensors()
+        tensors = self._tensors(state["world_size"])
         stored = reader.read_metadata().state_dict_metadata
         wrong = [n for n in stored.keys() ^ tensors.keys()] or [n for n, t in tensors.items() if stored[n].size != t.shape or stored[n].properties.dtype != t.dtype]  # fmt: skip
         if wrong:
             raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
         dcp.load(tensors, storage_reader=reader)
-        for name, (_, optimizer) in self.trained.items():
-            for moments in optimizer.state.values():
-                moments["step"].fill_(state["optimizer_steps"][name])
+        rounded = 0
+        for part, name, p, optimizer in self._parameters():
+            read = {m: tensors.pop(key) for m in optim.MOMENTS if (key := f"{part}.{m}.{name}") in tensors}
+            rounded += optim.adopt(optimizer, p, read, state["world_size"])
+            optimizer.state[p]["step"].fill_(state["optimizer_steps"][part])
         if self.world.is_main:  # what came after the resumed step belongs to another branch now: kept, but out of the way
             for later in (p for p in self._named() if int(STEP.fullmatch(p.name).group(1)) > state["step"]):
                 shutil.rmtree(later.with_name(f"abandoned-{later.name}"), ignore_errors=True)
                 later.rename(later.with_name(f"abandoned-{later.name}"))
         if state["world_size"] != self.world.size:
             self.world.say(f"resuming a run of {state['world_size']} ranks on {self.world.size}: the same trajectory to rounding, not to the bit")
+        if rounded:
+            self.world.say(f"8-bit moments were requantised: block boundaries moved ({rounded} of {sum(1 for _ in self._parameters())} tensors)")
         return state
 
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = {}
+    def _parameters(self) -> Iterator[tuple[str, str, nn.Parameter, torch.optim.Optimizer]]:
+        """What is trained, in the order of its modules; what is frozen is known by the identity of the model."""
         for part, (module, optimizer) in self.trained.items():
-            moments = self._moments(optimizer)
             for name, p in module.named_parameters():
-                tensors[f"{part}.master.{name}"] = p.detach()
                 if p.requires_grad:
-                    tensors[f"{part}.exp_avg.{name}"] = moments[p]["exp_avg"]
-                    tensors[f"{part}.exp_avg_sq.{name}"] = moments[p]["exp_avg_sq"]
-        return tensors
+                    yield part, name, p, optimizer
 
-    def _moments(self, optimizer: torch.optim.Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
-        """AdamW's state of every trained parameter, made (zero) where no step was taken yet."""
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                if p not in optimizer.state:
-                    step = torch.zeros((), dtype=torch.float32, device=self.world.device)
-                    optimizer.state[p] = {"step": step, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
-        return optimizer.state
+    def _tensors(self, ranks: int | None = None) -> dict[str, Tensor]:
+        """Masters and moments by name; given `ranks`, to read into what a run of so many ranks wrote."""
+        tensors = {}
+        for part, name, p, optimizer in self._parameters():
+            tensors[f"{part}.master.{name}"] = p.detach()
+            tensors |= {f"{part}.{m}.{name}": moment for m, moment in optim.moments(optimizer, p, ranks).items()}
+        return tensors
 
 
 def _make_empty(directory: Path) -> str:

@@ -6,19 +6,51 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from engine.adamw8bit import AdamW8bit
+from engine.shards import local
 from engine.world import World
 
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")  # names in checkpoints; scales are of 8-bit moments
 
-def adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW (betas 0.9, 0.999, eps 1e-8) on fp32 masters; weight decay on matrices only. The learning rate is set per step."""
+
+def adamw(model: nn.Module, weight_decay: float, kind: str = "adamw", world: World | None = None) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set per step.
+
+    kind 'adamw': moments in the masters' dtype (in bfloat16, v stalls: its changes of 1 / 1000 are less than a rounding);
+    'adamw_8bit': in 8 bits, in fp32 for small tensors, and `world` says which.
+    """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.dim() >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    optimizer = AdamW8bit(groups)
+    if world is not None:
+        world.say(optimizer.describe({p: name for name, p in model.named_parameters()}))
+    return optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, ranks: int | None = None) -> dict[str, Tensor]:
+    """Name → tensor: a parameter's state without its step, made (zero) where no step was taken yet.
+
+    Given `ranks`, tensors to read into what a run of so many ranks wrote; `adopt` takes it over.
+    """
+    if isinstance(optimizer, AdamW8bit):
+        return optimizer.moments(p, ranks)
+    state = optimizer.state[p]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=local(p).device)
+        state |= {name: torch.zeros_like(p) for name in MOMENTS[:2]}
+    return {name: state[name] for name in MOMENTS[:2]}
+
+
+def adopt(optimizer: torch.optim.Optimizer, p: nn.Parameter, read: dict[str, Tensor], ranks: int) -> bool:
+    """Takes over what was read into `moments(optimizer, p, ranks)`; returns whether 8-bit moments were rounded again."""
+    return isinstance(optimizer, AdamW8bit) and optimizer.adopt(p, read, ranks)
 
 
 def learning_rate(step: int, *, peak: float, steps: int, warmup_ratio: float, schedule: str) -> float:
@@ -35,11 +67,6 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup_ratio: float, sc
     return peak * {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "constant": 1.0}[schedule]
 
 
-def local(p: Tensor) -> Tensor:
-    """This rank's shard."""
-    return p.to_local() if isinstance(p, DTensor) else p
-
-
 @torch.no_grad()
 def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm: float) -> Tensor:
     """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before clipping (fp64).
@@ -49,7 +76,8 @@ def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm:
     """
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [g for g in grads if g.numel()]
-    squares = torch.stack(torch._foreach_norm(grads)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64)
+    wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32  # a norm in bfloat16 is off by up to 1 / 256
+    squares = torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64)
     norm = world.sum(squares.to(world.device)).sqrt()
     if max_norm > 0 and grads:
         torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))

@@ -98,7 +98,7 @@ def train(config: Config) -> None:
         if config.cache_logprobs_only:
             return
 
-        optimizer = optim.adamw(policy, config.weight_decay)
+        optimizer = optim.adamw(policy, config.weight_decay, config.optimizer, here)
         identity = {"model": weights, "dataset": pairs.fingerprint}
         checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity,
                                   settings=run.settings(config))  # fmt: skip

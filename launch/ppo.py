@@ -112,7 +112,7 @@ def train(config: Config) -> None:
         policy, reference, value_model, weights_identity = load_models(config, here, base)
         longest = config.response_length + max(len(prompt.ids) for prompt in prompts + held_out)
         sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
-        optimizers = {"policy": optim.adamw(policy, config.weight_decay), "value": optim.adamw(value_model, config.weight_decay)}
+        optimizers = {name: optim.adamw(module, config.weight_decay, config.optimizer, here) for name, module in (("policy", policy), ("value", value_model))}
         trained = {"policy": (policy, optimizers["policy"]), "value": (value_model, optimizers["value"])}
         identity = {"model": weights_identity, "dataset": fingerprint_of(prompts)}
         checkpoints = Checkpoints(output_dir, here, trained, keep=config.save_total_limit, identity=identity,

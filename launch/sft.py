@@ -68,7 +68,7 @@ def train(config: Config) -> None:
             here.say(f"{output_dir} is finished, final/ is written: nothing to do")
             return
         policy, weights = setup.load_policy(config, here, base)
-        optimizer = optim.adamw(policy, config.weight_decay)
+        optimizer = optim.adamw(policy, config.weight_decay, config.optimizer, here)
         identity = {"model": weights, "dataset": conversations.fingerprint}
         checkpoints = Checkpoints(output_dir, here, {"policy": (policy, optimizer)}, keep=config.save_total_limit, identity=identity,
                                   settings=run.settings(config))  # fmt: skip
