@@ -156,6 +156,23 @@ def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
     return peak - before
 
 
+def allocator_peak(run: Callable[[], Any]) -> int:
+    """The most bytes that torch's allocator held at once of what `run()` allocated: every allocation and release on a CPU, CUDA's own count."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profile:
+        run()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak
+
+
 def _free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
