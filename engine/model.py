@@ -8,7 +8,6 @@ T tokens of the stream · R rows that count · D hidden · V vocabulary.
 from __future__ import annotations
 
 import copy
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from engine import adapters as adapter_files
@@ -244,18 +242,6 @@ def _fill(root: Root, directory: Path, world: World, start: Path | None) -> str:
         if digest:
             identity += f"-adapter-{digest}"
     return identity
-
-
-def recompute_layers(root: Root) -> None:
-    """Every decoder layer keeps only its input and runs again in the backward pass, inside FSDP's gathering of its weights."""
-    for layer in root.lm.base_model.layers:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-
-
-def compile_layers(root: Root) -> None:
-    """torch.compile on every decoder layer, for any number of tokens: one artefact serves all layers and all micro-batches."""
-    for layer in root.lm.base_model.layers:
-        layer.compile(dynamic=True)
 
 
 def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype | None) -> None:

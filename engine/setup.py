@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import adapters, attention, model, weights
+from engine import adapters, attention, layers, model, weights
 from engine.chat import ChatTokenizer, load_tokenizer
 from engine.config import Config, RunConfig, require_positive, resolve_batch_size
 from engine.embedded import embedded
@@ -123,9 +123,9 @@ def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Poli
 def transform_layers(root: model.Root, config: RunConfig) -> None:
     """--gradient_checkpointing and --compile, in this order: what is compiled includes the recomputation."""
     if config.gradient_checkpointing == "full":
-        model.recompute_layers(root)
+        layers.recompute_layers(root)
     if config.compile:
-        model.compile_layers(root)
+        layers.compile_layers(root)
 
 
 def export(root: model.Root, base: Base, config: RunConfig, world: World, final: Path, inside: dict[str, Path] | None = None) -> str:

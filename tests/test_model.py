@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
-from engine import model, weights, world
+from engine import layers, model, weights, world
 from engine.batch import micro_batch
 from engine.errors import UserError
 from tests.families import FAMILIES, save_family
@@ -146,7 +146,7 @@ def test_recompute_runs_every_layer_again_in_the_backward_pass(recompute, family
     """Equal losses alone would not show that the flag does anything."""
     policy, _ = load(family_dirs["llama"], here)
     if recompute:
-        model.recompute_layers(policy)
+        layers.recompute_layers(policy)
     calls = []
     for layer in policy.lm.base_model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputation stops before a layer's end
