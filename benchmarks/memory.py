@@ -208,7 +208,7 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
                 shard.fill_(1.0)
     if policy.adapters is not None:
         lora.initialise(policy.lm, 1)
-    optimizer = optim.adamw(policy, 0.0, eight_bit=config.optimizer == "adamw_8bit")
+    optimizer = optim.adamw(policy, 0.0, config.optimizer, here)
     ids = np.random.Generator(np.random.Philox(key=1)).integers(2, lm_config.vocab_size, args.tokens + 1)
     halves = [(ids[: len(ids) // 2], np.ones(len(ids) // 2, bool)), (ids[len(ids) // 2 :], np.ones(len(ids) - len(ids) // 2, bool))]
     batch = micro_batch(halves, (0, 1), here.device)
