@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,14 +55,10 @@ def choose(config: RunConfig, lm_config: Any, directory: Path | None, keep_initi
     """What --use_lora and its flags say of this model; `directory` is the adapter's that training starts from. Raises UserError."""
     if not config.use_lora:
         return None
-    with torch.device("meta"):
-        lm = AutoModelForCausalLM.from_config(copy.deepcopy(lm_config))
-    layers, name = lora.linears(lm), type(lm).__name__
     how = {"seed": config.seed, "four_bit": config.load_in_4bit, "double_quant": config.double_quant, "keep_initial": keep_initial}
     if directory is not None:
-        described = _read_config(directory)
-        rank, alpha, rslora = int(described["r"]), float(described["lora_alpha"]), bool(described.get("use_rslora"))
-        return Adapters(rank, alpha, rslora, _modules_of(directory, rank, layers, name), **how)
+        return replace(of_directory(directory, lm_config), **how)
+    layers, name = _layers_of(lm_config)
     wanted = config.lora_target_modules or ("all-linear",)
     known = sorted({n.rpartition(".")[2] for n in layers})
     for target in wanted:
@@ -69,6 +66,20 @@ def choose(config: RunConfig, lm_config: Any, directory: Path | None, keep_initi
             raise UserError(f"--lora_target_modules {target}: no linear layer of {name} is called that{nearest(target, known)}; there are {', '.join(known)}")
     chosen = tuple(n for n in layers if "all-linear" in wanted or n in wanted or n.rpartition(".")[2] in wanted)
     return Adapters(config.lora_rank or 16, config.lora_alpha or 32.0, config.use_rslora, chosen, **how)
+
+
+def of_directory(directory: Path, lm_config: Any) -> Adapters:
+    """The adapters that an adapter's files describe, for this model. Raises UserError."""
+    described = _read_config(directory)
+    rank, alpha, rslora = int(described["r"]), float(described["lora_alpha"]), bool(described.get("use_rslora"))
+    return Adapters(rank, alpha, rslora, _modules_of(directory, rank, *_layers_of(lm_config)), seed=0)
+
+
+def _layers_of(lm_config: Any) -> tuple[dict[str, nn.Linear], str]:
+    """(the linear layers that can be adapted, the model's class)."""
+    with torch.device("meta"):
+        lm = AutoModelForCausalLM.from_config(copy.deepcopy(lm_config))
+    return lora.linears(lm), type(lm).__name__
 
 
 def _read_config(directory: Path) -> dict[str, Any]:
@@ -177,9 +188,8 @@ def _targets(lm: nn.Module, adapters: Adapters) -> list[str]:
     return sorted(short) if exact else list(adapters.modules)
 
 
-def directory_of(config: RunConfig, world: World) -> Path | None:
+def directory_of(name: str | None, world: World) -> Path | None:
     """Where --adapter_name_or_path lies, downloaded if it is a hub id. Raises UserError."""
-    name = config.adapter_name_or_path
     if name is None:
         return None
     return world.once("adapter", lambda: weights.resolve(name, None, "--adapter_name_or_path"))[0]

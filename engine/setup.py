@@ -94,9 +94,12 @@ def prepare(config: RunConfig, world: World) -> Base:
     dtype = {"auto": torch.bfloat16 if world.device.type == "cuda" else torch.float32}.get(config.dtype) or getattr(torch, config.dtype)
     backend, why = attention.choose_backend(config.attention, world.device, lm_config, dtype)
     world.agree("attention backend", backend)
-    start = adapters.directory_of(config, world)
+    base = Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why)
+    start = adapters.directory_of(config.adapter_name_or_path, world)
+    if not isinstance(config, RunConfig):  # launch.evaluate: an adapter as it is
+        return dataclasses.replace(base, start=start, adapters=adapters.of_directory(start, lm_config) if start else None)
     chosen = adapters.choose(config, lm_config, start, keep_initial=getattr(config, "reference", "") == "adapter")
-    return Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why, chosen, start)
+    return dataclasses.replace(base, start=start, adapters=chosen)
 
 
 def build_policy(config: RunConfig, world: World, base: Base) -> model.Policy:

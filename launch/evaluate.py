@@ -40,6 +40,7 @@ class Config:
         None, "local directory or hub id of a decoder; without it, the embedded tiny Llama", heading="model"
     )
     model_revision: str | None = flag(None, "branch, tag or commit of the model on the hub")
+    adapter_name_or_path: str | None = flag(None, "an adapter on it, in PEFT's format")
     dataset_name: str | None = flag(None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded problems", heading="data")
     dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub")
     dataset_split: str = flag("test", "split of a hub dataset, or of a directory whose files are named after splits")
@@ -73,8 +74,9 @@ def train(config: Config) -> None:
         max_new_tokens=config.response_length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
         stop_ids=(base.chat.end_of_turn_id,),
     )  # fmt: skip
-    policy, identity = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head="fused")
-    here.say(f"model: {base.directory}, weights {identity}, compute {str(base.dtype).removeprefix('torch.')}")
+    policy, identity = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head="fused",
+                                  adapters=base.adapters, start=base.start)  # fmt: skip
+    here.say(f"model: {base.directory}{f' with the adapter {base.start}' if base.start else ''}, weights {identity}, compute {str(base.dtype).removeprefix('torch.')}")
     longest = max(len(prompt.ids) for prompt in prompts) + config.response_length
     sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
     sampler.load(policy)

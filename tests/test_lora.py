@@ -17,6 +17,7 @@ from engine import lora, model, world
 from engine.batch import micro_batch
 from engine.lora import AdaptedLinear, Adapters
 from tests.families import FAMILIES, save_family
+from tests.ranks import launch
 from tests.test_equivalence import Runs, rows, trajectory, weights_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -243,6 +244,17 @@ def test_ppo_under_adapters(ppo):
     for a, b in zip(*(rows(out) for out in found.values()), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-6) and a.get("objective/kl") == pytest.approx(b.get("objective/kl"), abs=1e-6)
     assert (found["adapter"] / "final" / "value" / "config.json").is_file()
+
+    final, responses = ppo.root / "base" / "final", []  # an adapter is evaluated as it is, or merged: the same greedy answers
+    (tuned,) = (ppo.root / "cache").glob("*/tuned_on_sums/final")
+    for name, flags in (("merged", ["--model_name_or_path", final]), ("adapter", ["--model_name_or_path", tuned, "--adapter_name_or_path", final / "adapter"])):
+        out = ppo.root / f"{name}.jsonl"
+        problems = tuned.parents[1] / "held_out_problems.jsonl"
+        argv = [*flags, "--dataset_name", problems, "--temperature", 0, "--num_prompts", 12, "--response_length", 24, "--output", out, "--cache_dir", ppo.root]
+        result = launch(argv, module="launch.evaluate", log=ppo.root / f"{name}.log")
+        assert result.ok, result.output
+        responses.append([json.loads(line)["response"] for line in out.read_text().splitlines()])
+    assert responses[0] == responses[1] and len(responses[0]) == 12
 
 
 def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
