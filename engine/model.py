@@ -22,6 +22,7 @@ from engine import attention, lora, weights
 from engine.batch import MicroBatch, micro_batch
 from engine.errors import UserError
 from engine.lora import Adapters
+from engine.shards import local
 from engine.world import World
 from losses.logprobs import (
     LogitTransform,
@@ -69,6 +70,11 @@ class Root(nn.Module):
     def num_parameters(self) -> int:
         """Numbers of the model, however it holds them, adapters not counted."""
         return lora.count(self.lm)[1]
+
+    @property
+    def bytes_held(self) -> int:
+        """Of this rank's shards."""
+        return sum(local(p).nbytes for p in self.parameters())
 
     @property
     def num_trained(self) -> int:

@@ -117,7 +117,7 @@ def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Poli
     transform_layers(policy, config)
     policy.gradient_sync, why = model.choose_gradient_sync(config.gradient_sync, policy, world)
     world.say(
-        f"policy: {policy.num_parameters:,} parameters, {policy.num_trained:,} trained, weights {identity}, two packed sequences equal each alone",
+        f"policy: {policy.num_parameters:,} parameters, {policy.num_trained:,} trained, {policy.bytes_held / 2**20:,.0f} MiB held by each rank, weights {identity}, two packed sequences equal each alone",
         f"gradient sync: {policy.gradient_sync} ({why})",
     )
     return policy, identity
