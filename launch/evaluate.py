@@ -12,6 +12,7 @@ With no argument it evaluates the embedded tiny Llama (as `launch.ppo` fine-tune
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -87,9 +88,9 @@ def train(config: Config) -> None:
         for seed in range(config.seed, config.seed + config.num_seeds):
             chosen = np.arange(len(prompts))
             rollouts, verdicts = sample_and_verify(sampler, prompts, chosen, 1, params, seed, 0, here, base, pool)
-            scores_KN.append([verdict.score for verdict in verdicts])
+            scores_KN.append([verdict.score if verdict.status == "ok" else math.nan for verdict in verdicts])
             rows += [(seed, rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-            here.say(f"seed {seed}: {np.mean(scores_KN[-1]):.2%}")
+            here.say(f"seed {seed}: {np.nanmean(scores_KN[-1]):.2%}")
     here.say(*report(np.array(scores_KN).T, prompts, rows, base))
     if config.output and here.is_main:
         write(Path(config.output), rows, prompts, base)
@@ -146,7 +147,7 @@ def report(scores_NK: np.ndarray, prompts: list[Prompt], rows: list[tuple[int, R
     rollouts = [rollout for _, rollout, _ in rows]
     unverified = sum(verdict.status == "error" for _, _, verdict in rows)
     stopped = np.mean([rollout.finish_reason == "stop" for rollout in rollouts])
-    lines.append(f"responses: {np.mean([len(r.response_ids) for r in rollouts]):.1f} tokens on average, {stopped:.1%} ended by themselves, {unverified} not verifiable (counted as wrong)")  # fmt: skip
+    lines.append(f"responses: {np.mean([len(r.response_ids) for r in rollouts]):.1f} tokens on average, {stopped:.1%} ended by themselves, {unverified} not verifiable (their prompts are left out)")  # fmt: skip
     for _, rollout, verdict in rows[:: max(1, len(rows) // SHOWN)][:SHOWN]:
         lines.append(f"  {verdict.score:g} ({verdict.reason[:80]}): {base.chat.tokenizer.decode(rollout.response_ids)[:160]!r}")
     return lines

@@ -293,13 +293,12 @@ def held_out_accuracy(
     rollouts, verdicts = sample_and_verify(
         sampler, held_out, np.arange(len(held_out)), config.eval_samples, params, config.seed + EVALUATION, step, here, base, pool
     )
-    judged_NK = np.array([v.status == "ok" for v in verdicts]).reshape(len(held_out), config.eval_samples)
-    scores_NK = np.array([v.score for v in verdicts]).reshape(judged_NK.shape)[judged_NK.all(1)]  # an error is no wrong answer: its prompt is left out
-    if not len(scores_NK):
-        raise UserError(f"no held-out response could be verified, the first: {verdicts[0].reason}")
+    scores_NK = np.array([v.score if v.status == "ok" else math.nan for v in verdicts]).reshape(len(held_out), config.eval_samples)
     accuracy, low, high = accuracy_interval(scores_NK)
+    if math.isnan(accuracy):
+        raise UserError(f"no held-out prompt could be verified, the first: {verdicts[0].reason}")
     metrics.write(step, {"eval/accuracy": accuracy, "eval/low": low, "eval/high": high, "eval/length": float(np.mean([len(r.response_ids) for r in rollouts]))})  # fmt: skip
-    lines = [f"held out, after iteration {step}: verified {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {scores_NK.size} responses)"]
+    lines = [f"held out, after iteration {step}: verified {accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}, {np.isfinite(scores_NK).sum()} responses)"]
     for rollout, verdict in list(zip(rollouts, verdicts, strict=True))[:: max(1, len(rollouts) // 4)][:4]:
         text = base.chat.tokenizer.decode(rollout.response_ids)
         lines.append(f"  {verdict.score:g} ({verdict.reason[:80]}): {text[:160]!r}")

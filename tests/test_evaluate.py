@@ -32,6 +32,12 @@ def test_seeds_count_for_what_they_add():
     assert accuracy(np.ones((1, 4)))[0] == 1.0
 
 
+def test_a_prompt_without_a_verdict_is_left_out():
+    scores = np.array([[1.0, 0.0], [np.nan, 0.0], [1.0, 1.0]])
+    assert accuracy(scores) == accuracy(scores[[0, 2]])
+    assert np.isnan(accuracy(scores[1:2])[0]) and accuracy(scores[1:2])[1:] == (0.0, 1.0)
+
+
 def test_interval_covers():
     """95 % of intervals hold the truth, for prompts of very different difficulty under four seeds."""
     generator = np.random.Generator(np.random.Philox(key=1))
