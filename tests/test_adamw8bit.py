@@ -101,10 +101,14 @@ def test_many_steps_stay_in_the_band_of_the_quantiser():
     assert max(abs(a - b) for a, b in zip(moved, expected, strict=True)) > 1e-5  # and moments are rounded
 
 
+CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_to_the_bit_of_bitsandbytes_own_optimizer(dtype):
+def test_to_the_bit_of_bitsandbytes_own_optimizer(dtype, device):
     """Also the tensors that stay in fp32, rows that never get a gradient, and a last block that is not whole."""
-    make = lambda: nn.Sequential(nn.Linear(64, 100), nn.LayerNorm(100), nn.Linear(100, 61, bias=False), nn.Linear(61, 7)).to(dtype)
+    make = lambda: nn.Sequential(nn.Linear(64, 100), nn.LayerNorm(100), nn.Linear(100, 61, bias=False), nn.Linear(61, 7)).to(device, dtype)
     torch.manual_seed(1)
     ours = make()
     theirs = make()
@@ -187,7 +191,7 @@ class Module(nn.Module):
         self.frozen = nn.Parameter(torch.zeros(5000, 3), requires_grad=False)
 
 
-def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: torch.dtype) -> None:
+def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: torch.dtype, kind: str) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
     sys.stdout = sys.stderr = open(root / f"log-{resumed}-{ranks}.txt", "a", buffering=1)  # noqa: SIM115 - until the process ends
     torch.set_num_threads(1)
@@ -200,7 +204,7 @@ def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: to
     here = world.start()
     module = Module().to(dtype)
     model.shard(module, nn.ModuleList(), here, dtype)
-    optimizer = optim.adamw(module, 0.1, "adamw_8bit", here)
+    optimizer = optim.adamw(module, 0.1, kind, here)
     checkpoints = Checkpoints(root / f"{resumed}-{ranks}", here, {"policy": (module, optimizer)}, keep=2, identity={}, settings={})
     state = checkpoints.resume(str(root / f"0-{resumed}" / "checkpoints" / f"step-{SAVED:06d}")) if resumed else {"step": 0}
     names = {p: name.removeprefix("lm.") for name, p in module.named_parameters()}
@@ -223,12 +227,14 @@ def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: to
     destroy_process_group()
 
 
-def on_ranks(ranks: int, root: Path, resumed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[dict[str, torch.Tensor], str]:
+def on_ranks(
+    ranks: int, root: Path, resumed: int = 0, dtype: torch.dtype = torch.float32, kind: str = "adamw_8bit"
+) -> tuple[dict[str, torch.Tensor], str]:
     """(the weights after STEPS steps, what was said); resumed: from the checkpoint that so many ranks wrote."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = [context.Process(target=_child, args=(rank, ranks, port, root, resumed, dtype)) for rank in range(ranks)]
+    processes = [context.Process(target=_child, args=(rank, ranks, port, root, resumed, dtype, kind)) for rank in range(ranks)]
     for process in processes:
         process.start()
     for process in processes:
@@ -320,9 +326,10 @@ def test_resumed_by_other_ranks(then, now, rounded, sharded):
         assert apart <= 0.02, (name, apart)
 
 
-def test_bfloat16_weights_through_a_checkpoint(tmp_path):
-    final, _ = on_ranks(2, tmp_path, dtype=torch.bfloat16)
-    resumed, _ = on_ranks(2, tmp_path, resumed=2, dtype=torch.bfloat16)
+@pytest.mark.parametrize("kind, now", [("adamw_8bit", 2), ("adamw", 3)])
+def test_bfloat16_weights_through_a_checkpoint(kind, now, tmp_path):
+    final, _ = on_ranks(2, tmp_path, dtype=torch.bfloat16, kind=kind)
+    resumed, _ = on_ranks(now, tmp_path, resumed=2, dtype=torch.bfloat16, kind=kind)
     assert all(torch.equal(resumed[name], final[name]) and final[name].dtype == torch.bfloat16 for name in final)
 
 
@@ -367,3 +374,13 @@ def test_another_optimizer_on_resume_is_refused(tmp_path, embedded_dir):
     assert not runs.launch("out", 1, "kill_between_steps_7_and_8").ok
     refused = runs.launch("out", 1, log="out.2", optimizer="adamw")
     assert refused.codes == [2] and "--optimizer adamw_8bit, now it is adamw" in refused.output
+
+
+def test_it_learns_as_well_as_with_moments_in_fp32(tmp_path):
+    """The embedded SFT run, 60 steps: a held-out loss within one standard deviation over seeds, 0.011 (found: 0.004 lower)."""
+    flags = {"cache_dir": tmp_path / "cache", "max_steps": 60, "sample_tokens": 0}
+    runs, loss = Runs("sft", tmp_path, flags), {}
+    for optimizer in ("adamw", "adamw_8bit"):
+        before, loss[optimizer] = (row["eval/loss"] for row in rows(runs.run(optimizer, optimizer=optimizer)) if "eval/loss" in row)
+        assert loss[optimizer] < 0.25 * before
+    assert 0 < abs(loss["adamw_8bit"] - loss["adamw"]) < 0.011

@@ -60,6 +60,30 @@ def test_a_norm_that_is_not_finite_changes_nothing(poison):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+def test_bfloat16_gradients_are_clipped_by_an_exact_norm(kind):
+    """The norm of rounded gradients is not itself rounded; the factor is, as one number of the gradients' type."""
+    model = nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 3)).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(p.shape, generator=generator).bfloat16() for p in model.parameters()]
+    exact = math.sqrt(sum(x * x for g in gradients for x in g.flatten().tolist()))
+    for scale in (1.0, 0.01):  # far beyond max_norm, and within it
+        optimizer, clipped = optim.adamw(model, 0.0, kind), []
+        for p, g in zip(model.parameters(), gradients, strict=True):
+            p.grad = g * scale
+        optimizer.register_step_pre_hook(lambda o, *_, clipped=clipped: clipped.extend(p.grad.clone() for p in model.parameters()))
+        norm = optim.step(optimizer, Alone(), lr=0.0, max_norm=2.0).item()
+        assert norm == pytest.approx(exact * scale, rel=1e-6 if scale == 1 else 1e-3)
+        after = math.sqrt(sum(x * x for g in clipped for x in g.flatten().tolist()))
+        assert after == pytest.approx(min(2.0, exact * scale), rel=2**-7 if scale == 1 else 1e-3)
+
+
+def test_frozen_parameters_are_left_out():
+    model = nn.Sequential(nn.Linear(70, 70).requires_grad_(False), nn.Linear(70, 3))
+    for kind in ("adamw", "adamw_8bit"):
+        assert [p for g in optim.adamw(model, 0.0, kind).param_groups for p in g["params"]] == [model[1].weight, model[1].bias]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
 @pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.1, 1.0])
 def test_schedules_are_those_of_transformers(schedule, warmup_ratio):
