@@ -28,9 +28,8 @@ from engine.ledger import Cost, Ledger, Peak
 from engine.rehearsal import ACTIVATIONS, GATHERED, WEIGHTS, follow, rehearsal
 from launch import dpo, ppo, sft
 from losses.sft import denominator
-from rollout import Experience, Rollout, Sampler, SamplingParams
+from rollout import Experience, Rollout, Sampler, SamplingParams, handover
 from rollout import cache as caching
-from rollout import handover
 from rollout.choice import choose
 
 REFERENCE, VALUE, SAMPLER, KV_CACHE, OPTIMIZER, BATCH = "reference copy", "value model", "sampler's weights", "KV cache", "optimizer", "other"
@@ -46,11 +45,11 @@ class Work:
     units: int  # of a rank and step
 
     @classmethod
-    def of(cls, stage: str, config: Any, ranks: int, longest: int, mean: float) -> Work:
-        """For units of at most `longest` tokens a sequence and `mean` on average, both counted before the shift by one."""
+    def of(cls, stage: str, config: Any, ranks: int, longest: int, mean: float | None = None) -> Work:
+        """For units of at most `longest` tokens a sequence and `mean` on average (None: the longest), counted before the shift by one."""
         batch = config.batch_size * (config.num_samples_per_prompt if stage == "ppo" else 1)
         sequences, units = 2 if stage == "dpo" else 1, math.ceil(batch / ranks)
-        budget, most, typical = config.micro_batch_tokens, longest - 1, max(1, round(mean) - 1)
+        budget, most, typical = config.micro_batch_tokens, longest - 1, max(1, round(mean or longest) - 1)
         whole = max(1, budget // (sequences * most))
         full = [most] * (sequences * min(whole, units))
         if whole < units and (left := (budget - sum(full)) // sequences) > most // 16:
@@ -74,6 +73,8 @@ class Rehearsed:
     tokens: int  # of the timed micro-batch
     model_flops: float  # of the timed micro-batch, as perf/mfu counts them
     gradient_sync: tuple[str, str]
+    dtype: torch.dtype  # of the checkpoint
+    compute: torch.dtype
     rollout: dict[str, Cost] = field(default_factory=dict)  # PPO: hand-over, prefill (a token), decode (a token of all slots), evaluate (a micro-batch)
     slots: int = 0
     steady: dict[str, int] = field(default_factory=dict)  # live between two steps, by kind
@@ -85,7 +86,8 @@ def rehearse(stage: str, config: Any, lm_config: Any, device: Device, ranks: int
     torch.manual_seed(0)
     dtype = {"auto": torch.float32 if device.name == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(torch, config.dtype)
     backend = "sdpa" if device.name == "cpu" else "varlen"
-    chosen = adapters.choose(config, lm_config, None, keep_initial=getattr(config, "reference", "") == "adapter")
+    start = Path(config.adapter_name_or_path).expanduser() if config.adapter_name_or_path else None
+    chosen = adapters.choose(config, lm_config, start if start and start.is_dir() else None, keep_initial=getattr(config, "reference", "") == "adapter")
     base = setup.Base(Path("."), "planned", lm_config, None, dtype, backend, "planned", chosen, None)
     with rehearsal(device, ranks, per_node=per_node, fused=0.5 if config.compile else 1.0) as (here, ledger, mode):
         with ledger.phase("loading", WEIGHTS):
@@ -148,8 +150,9 @@ class _Stage:
 
     def result(self, sync: tuple[str, str], costs: tuple[Cost, Cost, Cost], tokens: int, model_flops: float, **more: Any) -> Rehearsed:
         steady = {kind: size for kind, size in self.ledger.live.items() if size}
-        trained = self.policy.num_trained
-        return Rehearsed(self.policy.num_parameters, trained, self.ledger.peak, self.ledger.peaks, *costs, tokens, model_flops, sync, steady=steady, **more)
+        held = self.base.config.dtype or torch.float32, self.base.dtype
+        numbers = self.policy.num_parameters, self.policy.num_trained
+        return Rehearsed(*numbers, self.ledger.peak, self.ledger.peaks, *costs, tokens, model_flops, sync, *held, steady=steady, **more)
 
 
 class _Supervised(_Stage):
