@@ -10,6 +10,9 @@ Blocks are counted from the first number of a shard, as a kernel sees it, so the
 ceil(rows / ranks) * columns, is under 4096 numbers keeps fp32 moments: it would gain nothing. That number is the same on every rank,
 also where a rank's own shard is shorter or empty.
 
+On a CPU bitsandbytes (0.50) finds codes in a table of 1 / 32768 of a block's scale, so a 0 beside larger numbers is held as 2e-5 of it: a
+weight without a gradient, in a block with others that have one, moves by some 0.3 % of lr a step.
+
 The kernels are bitsandbytes'; source: Dettmers et al. 2022, 8-bit Optimizers via Block-wise Quantization (arXiv 2110.02861). Left out on
 purpose: fp32 moments for embeddings, which the paper needs for training from scratch, and paging to the host.
 """

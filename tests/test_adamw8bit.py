@@ -364,9 +364,9 @@ def test_a_killed_run_ends_in_the_same_bits_and_on_other_ranks_in_the_band(stage
             assert trajectory(runs.root / name) == trajectory(runs.root / "whole")
             continue
         for x, y in zip(rows(runs.root / "whole"), rows(runs.root / name), strict=True):
-            assert y["loss"] == pytest.approx(x["loss"], rel=1e-2)
+            assert y["loss"] == pytest.approx(x["loss"], rel=1e-3)
         w, w0, w1 = (weights_of(d) for d in (runs.root / "whole" / "final", runs.root / "model", runs.root / name / "final"))
-        assert (w1 - w).norm() <= 0.05 * (w - w0).norm()
+        assert (w1 - w).norm() <= 0.02 * (w - w0).norm()  # found: 0.006
 
 
 def test_another_optimizer_on_resume_is_refused(tmp_path, embedded_dir):
