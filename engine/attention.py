@@ -7,6 +7,9 @@ only through attention runs on it unmodified; no mask is ever built. The stream'
 that the decoder passes through: `packing`, whatever has `cu_seqlens` (int32, S + 1), `max_seqlen` and `lengths` (the same as
 Python ints): a MicroBatch, or `Packing` where there is none.
 
+While torch.compile traces a layer, backends that are not one operation of a graph already (`sdpa`, `eager`, `flash4`) become the operator
+triptych::packed_attention, whose boundaries are a tensor alone and whose backward pass computes its weights again.
+
 Backends: flash-attention 4, 3 or 2 where installed, torch's own varlen kernel on CUDA, scaled_dot_product_attention
 per sequence (any device), and `eager`, the formula written out, which the others equal.
 
@@ -18,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +34,7 @@ from engine.errors import UserError
 
 NAME = "triptych"
 BACKENDS = ("flash4", "flash3", "flash2", "varlen", "sdpa", "eager")
+OPAQUE = ("flash4", "sdpa", "eager")  # to torch.compile: loops over lengths, or kernels that it cannot look into
 
 
 def choose_backend(requested: str, device: torch.device, config: Any, dtype: torch.dtype) -> tuple[str, str]:
@@ -82,7 +87,8 @@ def register(backend: str) -> str:
 
 def packed(backend: str) -> Callable:
     """Packed attention on `backend` as a function of AttentionInterface's signature, for who registers it within another."""
-    return _packed({"sdpa": _sdpa, "eager": _eager, "varlen": _varlen}.get(backend) or _flash(backend))
+    attend = {"sdpa": _sdpa, "eager": _eager, "varlen": _varlen}.get(backend) or _flash(backend)
+    return _packed(_while_compiling(backend, attend) if backend in OPAQUE else attend)
 
 
 class Packing(NamedTuple):
@@ -97,6 +103,12 @@ class Packing(NamedTuple):
         """Of sequences of these lengths, end to end."""
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         return cls(tuple(lengths), cu_seqlens, max(lengths))
+
+    @classmethod
+    def at(cls, cu_seqlens: Tensor) -> Packing:
+        """With these boundaries; sequences of length 0 are left out. Waits for the device."""
+        lengths = tuple(n for n in cu_seqlens.diff().tolist() if n)
+        return cls(lengths, cu_seqlens, max(lengths))
 
 
 def _packed(attend: Callable) -> Callable:
@@ -114,7 +126,6 @@ def _packed(attend: Callable) -> Callable:
     return attention
 
 
-@torch.compiler.disable  # a loop over lengths is another program for every batch: a compiled layer calls it as it is
 def _eager(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
     """The formula, sequence by sequence."""
     outs, groups = [], q_TNH.shape[1] // k_TKH.shape[1]
@@ -139,7 +150,6 @@ def _window_LL(length: int, window: int | None, device: torch.device) -> Tensor:
     return visible_LL if window is None else visible_LL.triu(1 - window)
 
 
-@torch.compiler.disable
 def _sdpa(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
     """One call per sequence: on a CPU four to six times faster than one call with a block mask."""
     if softcap is not None or sinks_N is not None:
@@ -212,3 +222,94 @@ def _flash(backend: str) -> Callable:
         return out[0] if isinstance(out, tuple) else out
 
     return attend
+
+
+# --- as one operator, for compiled layers -------------------------------------------------------------------------------------
+
+
+def _while_compiling(backend: str, attend: Callable) -> Callable:
+    """`attend`, and in a graph the operator of that backend."""
+
+    def attend_or_trace(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
+        if not torch.compiler.is_compiling():
+            return attend(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
+        return _operator(q_TNH, k_TKH, v_TKH, sinks_N, packing.cu_seqlens, backend, scale, window, softcap)
+
+    return attend_or_trace
+
+
+@torch.library.custom_op("triptych::packed_attention", mutates_args=())
+def _operator(
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, backend: str, scale: float, window: int | None, softcap: float | None
+) -> Tensor:  # fmt: skip
+    attend = {"sdpa": _sdpa, "eager": _eager}.get(backend) or _flash(backend)
+    return attend(q_TNH, k_TKH, v_TKH, Packing.at(cu_seqlens), scale=scale, window=window, softcap=softcap, sinks_N=sinks_N).contiguous()
+
+
+@_operator.register_fake
+def _(q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, backend, scale, window, softcap) -> Tensor:
+    return q_TNH.new_empty((q_TNH.shape[0], q_TNH.shape[1], v_TKH.shape[2]))
+
+
+@torch.library.custom_op("triptych::packed_attention_backward", mutates_args=())
+def _operator_backward(
+    grad_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of q, k, v and the sinks (empty without), by sequences and key heads: a score matrix exists of one group of query heads."""
+    groups = q_TNH.shape[1] // k_TKH.shape[1]
+    dq_TNH, dk_TKH, dv_TKH = (x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH))
+    dsinks_N = q_TNH.new_zeros(0 if sinks_N is None else len(sinks_N), dtype=torch.promote_types(q_TNH.dtype, torch.float32))
+    for start, end in pairwise(cu_seqlens.tolist()):
+        visible_LL = _window_LL(end - start, window, q_TNH.device)
+        for head in range(k_TKH.shape[1] if end > start else 0):
+            rows, heads = slice(start, end), slice(head * groups, (head + 1) * groups)
+            g_GLH, q_GLH = (x[rows, heads].transpose(0, 1).to(dsinks_N.dtype) for x in (grad_TNH, q_TNH))
+            k_LH, v_LH = (x[rows, head].to(dsinks_N.dtype) for x in (k_TKH, v_TKH))
+            sinks_G = None if sinks_N is None else sinks_N[heads].to(dsinks_N.dtype)
+            dq_GLH, dk_TKH[rows, head], dv_TKH[rows, head], dsinks_G = _gradients(g_GLH, q_GLH, k_LH, v_LH, sinks_G, visible_LL, scale, softcap)
+            dq_TNH[rows, heads] = dq_GLH.transpose(0, 1)
+            if dsinks_G is not None:
+                dsinks_N[heads] += dsinks_G
+    return dq_TNH, dk_TKH, dv_TKH, dsinks_N
+
+
+def _gradients(g_GLH, q_GLH, k_LH, v_LH, sinks_G, visible_LL, scale, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsinks) of one sequence and the G query heads of one key head, in fp32 or more.
+
+    With z = scale q k^T, c = cap(z), p = softmax(c, sink), delta_t = sum_s p_ts (g_t . v_s), the gradient's part along the output:
+    dv = p^T g,   dc = p (g v^T - delta),   dz = dc (1 - (c / softcap)^2),   dq = scale dz k,   dk = scale dz^T q,   dsink = - sum_t p_sink delta_t
+    """
+    c_GLL = q_GLH @ k_LH.T * scale
+    c_GLL = c_GLL if softcap is None else softcap * torch.tanh(c_GLL / softcap)
+    p_GLX = c_GLL.masked_fill(~visible_LL, float("-inf"))
+    if sinks_G is not None:
+        p_GLX = torch.cat([p_GLX, sinks_G[:, None, None].expand(-1, len(k_LH), 1)], -1)
+    p_GLX = p_GLX.softmax(-1)
+    p_GLL = p_GLX[..., : len(k_LH)]
+    dc_GLL = g_GLH @ v_LH.T
+    delta_GL1 = (p_GLL * dc_GLL).sum(-1, keepdim=True)
+    dz_GLL = p_GLL * (dc_GLL - delta_GL1) * scale
+    dz_GLL = dz_GLL if softcap is None else dz_GLL * (1 - (c_GLL / softcap).square())
+    dk_LH, dv_LH = (torch.einsum("gts,gth->sh", weights_GLL, x_GLH) for weights_GLL, x_GLH in ((dz_GLL, q_GLH), (p_GLL, g_GLH)))
+    dsinks_G = None if sinks_G is None else -(p_GLX[..., -1:] * delta_GL1).sum((1, 2))
+    return dz_GLL @ k_LH, dk_LH, dv_LH, dsinks_G
+
+
+@_operator_backward.register_fake
+def _(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, scale, window, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sinks = 0 if sinks_N is None else len(sinks_N)
+    return (*(x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH)), q_TNH.new_empty(sinks, dtype=torch.promote_types(q_TNH.dtype, torch.float32)))
+
+
+def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.options = inputs[6:]
+
+
+def _differentiate(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
+    *grads, dsinks_N = _operator_backward(grad_TNH, *ctx.saved_tensors, *ctx.options)
+    sinks_N = ctx.saved_tensors[3]
+    return (*grads, None if sinks_N is None else dsinks_N.to(sinks_N.dtype), None, None, None, None, None)
+
+
+_operator.register_autograd(_differentiate, setup_context=_keep)

@@ -17,8 +17,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine.attention import Packing
 from engine.store import Examples
 from engine.world import World
+
+TILE, TILE_LESS = 128, 8  # of `rounded_up`
+
+
+@dataclass
+class Stream:
+    """A micro-batch as compiled layers see it: no numbers on the host but one, which depends on little."""
+
+    ids_T: Tensor
+    positions_T: Tensor
+    cu_seqlens: Tensor
+    max_seqlen: int  # or more
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        return Packing.at(self.cu_seqlens).lengths
 
 
 @dataclass(frozen=True)
@@ -47,6 +64,21 @@ class MicroBatch:
     def num_tokens(self) -> int:
         """Tokens fed to the model, those of an empty micro-batch's placeholder not counted."""
         return sum(self.lengths) if self.examples else 0
+
+    def rounded_up(self) -> Stream:
+        """The stream with a tail that counts for nothing, one more sequence, up to a length of 120, 248, 376, ...
+
+        8 less than a multiple of 128: whole tiles of a matrix product, and never equal to a width of the model, which torch.compile would take
+        for the same number. The boundaries are 2^n + 1, at least 65, the last ones equal: as many sequences of length 0.
+        """
+        tokens, device = len(self.ids_T), self.ids_T.device
+        tail = -(tokens + TILE_LESS) % TILE
+        bounds = 2 ** max(6, len(self.lengths).bit_length()) + 1
+        longest = 2 ** max(7, (max(*self.lengths, tail) - 1).bit_length())
+        ends = torch.full((bounds - len(self.cu_seqlens),), tokens + tail, dtype=torch.int32, device=device)
+        ids_T = torch.cat([self.ids_T, torch.zeros(tail, dtype=torch.int64, device=device)])
+        positions_T = torch.cat([self.positions_T, torch.arange(tail, device=device)])
+        return Stream(ids_T, positions_T, torch.cat([self.cu_seqlens, ends]), longest)
 
 
 def sum_by_sequence(values_R: Tensor, counts_S: Tensor) -> Tensor:

@@ -68,6 +68,12 @@ def resolve(config: Config, world: World, *, defaults: dict[str, Any], embedded_
     if config.model_name_or_path is not None and config.dataset_name is None and config.mixer_list is None:
         raise UserError("--model_name_or_path needs --dataset_name or --mixer_list (without either, all is embedded)")
     adapters.check_flags(config)
+    if config.master_dtype == "bfloat16" and config.optimizer == "adamw":
+        world.say("warning: under --master_dtype bfloat16 AdamW's second moment is in bfloat16 too, where it stalls; --optimizer adamw_8bit keeps it better in fewer bytes")
+    if config.compile and (why_not := layers.why_not_compile(world.device)):
+        raise UserError(f"--compile: {why_not}")
+    if config.activation_offload and world.device.type == "cpu":
+        world.say("--activation_offload: on a CPU what waits is copied from host memory to host memory; it saves nothing here")
     config, line = resolve_batch_size(config, world.size)
     world.say(*filter(None, [line]))
     chosen = {}
@@ -124,11 +130,13 @@ def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Poli
 
 
 def transform_layers(root: model.Root, config: RunConfig) -> None:
-    """--gradient_checkpointing and --compile, in this order: what is compiled includes the recomputation."""
-    if config.gradient_checkpointing == "full":
-        layers.recompute_layers(root)
+    """--gradient_checkpointing, --compile, --activation_offload, from within: what is compiled includes the recomputation."""
+    if config.gradient_checkpointing != "none":
+        layers.recompute_layers(root, config.gradient_checkpointing)
     if config.compile:
         layers.compile_layers(root)
+    if config.activation_offload:
+        layers.offload_layers(root)
 
 
 def export(root: model.Root, base: Base, config: RunConfig, world: World, final: Path, inside: dict[str, Path] | None = None) -> str:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -125,6 +126,11 @@ def _as_user_error(work: Callable[[], Any]) -> Any:
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def compiler(*names: str) -> str | None:
+    """The first of these programs that is there; $CXX stands for what that variable names."""
+    return next(filter(None, (shutil.which(os.environ.get(name[1:], "") if name.startswith("$") else name) for name in names)), None)
 
 
 def start(deterministic: bool = False) -> World:
