@@ -78,7 +78,7 @@ class RunConfig:
     dtype: str = flag("auto", "compute dtype; masters are fp32; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32", "float16"))  # fmt: skip
     attention: str = flag("auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"))  # fmt: skip
     head: str = flag("fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive"))
-    gradient_sync: str = flag("auto", "reduce gradients after every micro-batch, or after the last, which keeps them unsharded (4 bytes a parameter)", choices=("auto", "every", "last"))  # fmt: skip
+    gradient_sync: str = flag("auto", "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce after its last, which holds whole fp32 gradients", choices=("auto", "every", "keep", "last"))  # fmt: skip
     gradient_checkpointing: str = flag("none", "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third more work for a fraction of the activations", choices=("none", "selective", "full"))  # fmt: skip
     activation_offload: bool = flag(False, "what the backward pass needs waits in host memory (CUDA; most useful with --gradient_checkpointing full)")
     master_dtype: str = flag("float32", "of the trained parameters and AdamW's arithmetic; bfloat16 halves both and loses small updates to rounding", choices=("float32", "bfloat16"))  # fmt: skip
@@ -92,7 +92,7 @@ class RunConfig:
     resume: str = flag("auto", "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's path")  # fmt: skip
     eval_steps: int = flag(0, "evaluate every N steps (0: before the first and after the last)")
     export_dtype: str | None = flag(None, "dtype of final/; without it, the input checkpoint's", choices=("bfloat16", "float16", "float32"))
-    dry_run: bool = flag(False, "resolve everything, show one example with its mask, and stop before the weights are loaded")
+    dry_run: bool = flag(False, "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before the weights are loaded")
     profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto")
     report_to: str = flag("none", "a second home for metrics.jsonl's rows", choices=("none", "tensorboard", "wandb"))
     given: dict = field(default_factory=dict, repr=False, compare=False, metadata={"help": None})

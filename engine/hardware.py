@@ -28,6 +28,7 @@ class Device:
     bandwidth: float  # bytes/s of its memory
     link: float  # bytes/s to and from its neighbours in a node, each way
     network: float  # bytes/s of a whole node to other nodes, each way
+    host: float  # bytes/s to and from the host's memory, as reached
     attention: float  # share of `flops` that flash-attention 2, the kernel inside torch, reaches
     launch: float = 5e-6  # seconds below which no operation goes, from Python
     reserved: int = 3 * 2**30 // 2  # context, libraries' workspaces, NCCL's buffers: outside the allocator
@@ -51,13 +52,13 @@ MIB, TERA, GIGA = 2**20, 1e12, 1e9
 DEVICES = {
     d.name: d
     for d in (
-        Device("h100-80gb", 81_559 * MIB, 989 * TERA, 67 * TERA, 3.35 * TERA, 450 * GIGA, 400 * GIGA, 0.35),
-        Device("h200-141gb", 143_771 * MIB, 989 * TERA, 67 * TERA, 4.8 * TERA, 450 * GIGA, 400 * GIGA, 0.35),
-        Device("a100-80gb", 81_920 * MIB, 312 * TERA, 19.5 * TERA, 2.04 * TERA, 300 * GIGA, 200 * GIGA, 0.6),
-        Device("a100-40gb", 40_960 * MIB, 312 * TERA, 19.5 * TERA, 1.56 * TERA, 300 * GIGA, 200 * GIGA, 0.6),
-        Device("l40s-48gb", 46_068 * MIB, 362 * TERA, 91.6 * TERA, 0.864 * TERA, 32 * GIGA, 50 * GIGA, 0.5),
-        Device("rtx4090-24gb", 24_564 * MIB, 165 * TERA, 82.6 * TERA, 1.01 * TERA, 32 * GIGA, 12.5 * GIGA, 0.6),
-        Device("b200-180gb", 183_359 * MIB, 2250 * TERA, 80 * TERA, 8.0 * TERA, 900 * GIGA, 400 * GIGA, 0.2),
+        Device("h100-80gb", 81_559 * MIB, 989 * TERA, 67 * TERA, 3.35 * TERA, 450 * GIGA, 400 * GIGA, 45 * GIGA, 0.35),
+        Device("h200-141gb", 143_771 * MIB, 989 * TERA, 67 * TERA, 4.8 * TERA, 450 * GIGA, 400 * GIGA, 45 * GIGA, 0.35),
+        Device("a100-80gb", 81_920 * MIB, 312 * TERA, 19.5 * TERA, 2.04 * TERA, 300 * GIGA, 200 * GIGA, 22 * GIGA, 0.6),
+        Device("a100-40gb", 40_960 * MIB, 312 * TERA, 19.5 * TERA, 1.56 * TERA, 300 * GIGA, 200 * GIGA, 22 * GIGA, 0.6),
+        Device("l40s-48gb", 46_068 * MIB, 362 * TERA, 91.6 * TERA, 0.864 * TERA, 32 * GIGA, 50 * GIGA, 22 * GIGA, 0.5),
+        Device("rtx4090-24gb", 24_564 * MIB, 165 * TERA, 82.6 * TERA, 1.01 * TERA, 32 * GIGA, 12.5 * GIGA, 22 * GIGA, 0.6),
+        Device("b200-180gb", 183_359 * MIB, 2250 * TERA, 80 * TERA, 8.0 * TERA, 900 * GIGA, 400 * GIGA, 45 * GIGA, 0.2),
     )
 }
 
@@ -81,7 +82,7 @@ def _this_machine(ranks: int) -> Device:
     bf16 = 2 * n**3 / _best(lambda: a16 @ a16)
     x, y = torch.ones(2**23), torch.empty(2**23)
     bandwidth = 2 * x.nbytes / _best(lambda: y.copy_(x))
-    share = {"reserved": 0, "launch": 5e-6, "attention": 0.3, "link": bandwidth / 4, "network": 1 * GIGA}
+    share = {"reserved": 0, "launch": 5e-6, "attention": 0.3, "link": bandwidth / 4, "network": 1 * GIGA, "host": bandwidth}
     return Device("cpu", weights.host_memory() // ranks, bf16 / MATMUL, fp32 / MATMUL, bandwidth=bandwidth / MEMORY, **share)
 
 

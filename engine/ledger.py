@@ -16,7 +16,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 from unittest import mock
 
@@ -29,24 +29,32 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.hardware import Device
 
 aten = torch.ops.aten
+HOST = "host memory"  # the kind that is not the device's
 DEVICE_OF = torch.ops.prim.device.default
 
 
 @dataclass
 class Cost:
-    """Of one phase: FLOPs, bytes of memory traffic, and seconds of computing and of collectives, which overlap."""
+    """Of one phase: FLOPs, bytes of memory traffic, and seconds of computing, of collectives and to and from the host, which overlap."""
 
     flops: float = 0.0
     moved: float = 0.0
     computing: float = 0.0
     communicating: float = 0.0
+    hauling: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return max(self.computing, self.communicating)
+        return max(self.computing, self.communicating, self.hauling)
 
-    def minus(self, other: Cost) -> Cost:
-        return Cost(*(getattr(self, f) - getattr(other, f) for f in ("flops", "moved", "computing", "communicating")))
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(Cost)))
+
+    def __mul__(self, factor: float) -> Cost:
+        return Cost(*(getattr(self, f.name) * factor for f in fields(Cost)))
+
+    def __sub__(self, other: Cost) -> Cost:
+        return self + other * -1.0
 
 
 @dataclass(frozen=True)
@@ -141,7 +149,8 @@ class Ledger(TorchDispatchMode):
 
     def _add(self, kind: str, size: int) -> None:
         self.live[kind] = self.live.get(kind, 0) + size
-        self.total += size
+        if kind != HOST:
+            self.total += size
         if size > 0:
             self._look()
 
@@ -201,6 +210,10 @@ class Ledger(TorchDispatchMode):
         moved = 2 * sum(map(_bytes, tensors))
         self.costs[self.phase_name].moved += moved
         self.costs[self.phase_name].computing += self.device.seconds(0, moved)
+
+    def haul(self, t: Tensor) -> None:
+        """A copy to or from the host."""
+        self.costs[self.phase_name].hauling += _bytes(t) / self.device.host
 
     def _count(self, plan: str, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
         cost = self.costs[self.phase_name]

@@ -24,10 +24,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
-from engine import attention, model, weights
+from engine import attention, layers, model, weights
 from engine.bnb import bitsandbytes
 from engine.hardware import Device
-from engine.ledger import Ledger
+from engine.ledger import HOST, Ledger
 from engine.world import World
 from losses import logprobs
 
@@ -55,7 +55,7 @@ def rehearsal(device: Device, size: int, *, per_node: int, fused: float = 1.0) -
         here = RehearsedWorld(0, size, 0, torch.device("cpu"), mesh, dist.HashStore())
         ledger = Ledger(device, ranks=size, per_node=per_node, block=1 if device.name == "cpu" else 512, fused=fused)
         with contextlib.ExitStack() as stack:
-            for patch in _stand_ins(device, size) + _attributions(ledger) + _asides(ledger) + _updates(ledger):
+            for patch in _stand_ins(device, size) + _attributions(ledger) + _asides(ledger) + _updates(ledger) + _hauls(ledger):
                 stack.enter_context(patch)
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(ledger)
@@ -138,6 +138,25 @@ def _updates(ledger: Ledger) -> list[Any]:
         ledger.touch([k[name] for name in ("g", "p", "state1", "state2")])
 
     return [mock.patch.object(kernels, name, update) for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit")]
+
+
+def _hauls(ledger: Ledger) -> list[Any]:
+    """--activation_offload: what is packed lies in host memory, and travels over the link to it."""
+    load, road = getattr(layers, "_Load", None), getattr(layers, "_Road", None)
+    if load is None or road is None or ledger.device.name == "cpu":
+        return []
+
+    def packing(method: Callable) -> Callable:
+        def wrapped(*args: Any) -> Any:
+            with ledger.allocating(HOST):
+                return method(*args)
+
+        return wrapped
+
+    def copying(_: Callable) -> Callable:
+        return lambda self, target, source: ledger.haul(source)
+
+    return _wrapped(load, {"pack": packing}) + _wrapped(road, {"copy": copying})
 
 
 def _asides(ledger: Ledger) -> list[Any]:

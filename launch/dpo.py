@@ -31,6 +31,7 @@ from engine import data, log, optim, refcache, run, setup, world
 from engine.batch import MicroBatch, sum_by_sequence
 from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse
+from engine.dry_run import show_plan
 from engine.errors import UserError, nearest
 from engine.model import Policy
 from engine.preferences import PairEncoder
@@ -76,6 +77,7 @@ def train(config: Config) -> None:
     loss_line = f"loss: {config.loss_type} ({', '.join(f'{k} {v:g}' for k, v in hyper.items())}), learning rate {config.learning_rate:g}"
     setup.first_screen(config, here, base, pairs, steps, unit="pairs", extra=[loss_line])
     if config.dry_run:
+        show_plan("dpo", config, here, pairs.tokens / 2 + 1, pairs.counts(np.arange(len(pairs))).sum() / pairs.tokens.sum())
         return
 
     output_dir = Path(config.output_dir)

@@ -30,6 +30,7 @@ from engine.config import RunConfig, flag, parse, require_positive, resolve_batc
 from engine.embedded import embedded
 from engine.errors import UserError, nearest
 from engine.hardware import Device
+from engine.ledger import HOST
 from engine.reference import resolve as resolve_reference
 from launch import dpo, ppo, sft
 from launch.rehearse import Rehearsed, Work, rehearse
@@ -165,7 +166,7 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
         config = resolve_reference(config, without_lora="copy")
     lm_config = load_architecture(config.architecture, config.model_name_or_path, config.cache_dir)
     most = min(config.max_seq_length, getattr(lm_config, "max_position_embeddings", config.max_seq_length), config.longest_tokens or 2**62)
-    config = dataclasses.replace(config, max_seq_length=most)
+    config = dataclasses.replace(config, max_seq_length=most, batch_size=min(config.batch_size, config.num_examples or config.batch_size))
     if stage != "ppo":
         return config, lm_config, None
     if config.response_length >= most:
@@ -308,23 +309,27 @@ def table(plan: Plan, lm_config: Any) -> list[str]:
     name = (lm_config.architectures or [lm_config.model_type])[0]
     unit = {"sft": "conversations", "dpo": "pairs", "ppo": "responses"}[plan.stage]
     where = f"{plan.ranks} x {device.name}" + (f" in {config.nodes} nodes" if config.nodes > 1 else "")
+    scale, unit_of_memory = (GIB, "GiB") if plan.needed >= GIB else (2**20, "MiB")
     lines = [
         f"plan: {plan.stage} of {name}, {seen.parameters:,} parameters, {seen.trained:,} trained, on {where}",
         f"work of a rank and step: {plan.work.units} {unit}, {plan.work.micro_batches} micro-batches, the fullest of {sum(plan.work.full):,} tokens in "
         f"sequences of at most {max(plan.work.full) + 1:,}",
         f"compute {str(seen.compute).removeprefix('torch.')}, masters {config.master_dtype}, {config.optimizer}, checkpointing {config.gradient_checkpointing}, "
         f"gradient sync {seen.gradient_sync[0]}",
-        "", f"{'memory of a rank, GiB':<44}{'at the peak':>12}{'between steps':>15}",
+        "", f"{'memory of a rank, ' + unit_of_memory:<44}{'at the peak':>12}{'between steps':>15}",
     ]  # fmt: skip
-    for kind in sorted(seen.peak.kinds, key=lambda k: -seen.peak.kinds[k]):
-        if max(seen.peak.kinds[kind], seen.steady.get(kind, 0)) >= GIB / 200:
-            lines.append(f"  {kind:<42}{seen.peak.kinds[kind] / GIB:>12.2f}{seen.steady.get(kind, 0) / GIB:>15.2f}")
-    lines.append(f"  {'allocator, peak in: ' + seen.peak.phase:<42}{seen.peak.total / GIB:>12.2f}{sum(seen.steady.values()) / GIB:>15.2f}")
+    for kind in sorted(seen.peak.kinds.keys() - {HOST}, key=lambda k: -seen.peak.kinds[k]):
+        if max(seen.peak.kinds[kind], seen.steady.get(kind, 0)) >= scale / 200:
+            lines.append(f"  {kind:<42}{seen.peak.kinds[kind] / scale:>12.2f}{seen.steady.get(kind, 0) / scale:>15.2f}")
+    lines.append(f"  {'allocator, peak in: ' + seen.peak.phase:<42}{seen.peak.total / scale:>12.2f}{sum(size for kind, size in seen.steady.items() if kind != HOST) / scale:>15.2f}")
     if outside := plan.needed - seen.peak.total:
-        lines.append(f"  {'context, libraries, fragmentation':<42}{outside / GIB:>12.2f}")
+        lines.append(f"  {'context, libraries, fragmentation':<42}{outside / scale:>12.2f}")
     left = device.memory - plan.needed
-    verdict = f"it fits, {left / GIB:.1f} left" if left >= 0 else f"it does not fit, {-left / GIB:.1f} too much"
-    lines += [f"  {'needed, of ' + f'{device.memory / GIB:.1f}':<42}{plan.needed / GIB:>12.2f}   {verdict}", ""]
+    verdict = f"it fits, {left / scale:.1f} left" if left >= 0 else f"it does not fit, {-left / scale:.1f} too much"
+    lines += [f"  {'needed, of ' + f'{device.memory / scale:.1f}':<42}{plan.needed / scale:>12.2f}   {verdict}"]
+    if waiting := seen.peak.kinds.get(HOST):
+        lines.append(f"  {'in host memory':<42}{waiting / scale:>12.2f}")
+    lines.append("")
     return lines + speed(plan) + disk(plan)
 
 
@@ -350,7 +355,7 @@ def total_steps(plan: Plan) -> int | None:
 
 
 def disk(plan: Plan) -> list[str]:
-    return ["disk: " + ", ".join(f"{name} {size / GIB:,.3g} GiB" for name, size in plan.disk.items() if size)]
+    return ["disk: " + ", ".join(f"{name} {size / GIB:,.2g} GiB" for name, size in plan.disk.items() if size)]
 
 
 def suggestion(plan: Plan, change: dict[str, Any] | None, other: Plan | None) -> list[str]:

@@ -35,6 +35,7 @@ from engine import log, model, optim, run, setup, weights, world
 from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse, require_positive
 from engine.data import mixture
+from engine.dry_run import show_plan
 from engine.embedded import Embedded
 from engine.errors import UserError
 from engine.interval import accuracy as accuracy_interval
@@ -102,6 +103,7 @@ def train(config: Config) -> None:
                             stop_ids=(base.chat.end_of_turn_id,))  # fmt: skip
     here.say(*first_screen(config, here, base, prompts, steps))
     if config.dry_run:
+        show_plan("ppo", config, here, np.array([len(prompt.ids) for prompt in prompts]) + config.response_length)
         return
 
     output_dir = Path(config.output_dir)

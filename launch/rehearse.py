@@ -83,13 +83,14 @@ class Rehearsed:
 def rehearse(stage: str, config: Any, lm_config: Any, device: Device, ranks: int, per_node: int, *, work: Work, trained_share: float = 1.0,
              value_config: Any = None) -> Rehearsed:  # fmt: skip
     """A step of the stage on rank 0 of `ranks`. Raises UserError for what the stage itself refuses."""
-    torch.manual_seed(0)
+    fused = 0.5 if config.compile else 1.0  # the share of the traffic between matrix products that is left where layers are compiled
+    config = dataclasses.replace(config, compile=False)
     dtype = {"auto": torch.float32 if device.name == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(torch, config.dtype)
     backend = "sdpa" if device.name == "cpu" else "varlen"
     start = Path(config.adapter_name_or_path).expanduser() if config.adapter_name_or_path else None
     chosen = adapters.choose(config, lm_config, start if start and start.is_dir() else None, keep_initial=getattr(config, "reference", "") == "adapter")
     base = setup.Base(Path("."), "planned", lm_config, None, dtype, backend, "planned", chosen, None)
-    with rehearsal(device, ranks, per_node=per_node, fused=0.5 if config.compile else 1.0) as (here, ledger, mode):
+    with rehearsal(device, ranks, per_node=per_node, fused=fused) as (here, ledger, mode):
         with ledger.phase("loading", WEIGHTS):
             policy = setup.build_policy(config, here, base)
         sync = model.choose_gradient_sync(config.gradient_sync, policy, here)
@@ -123,8 +124,7 @@ class _Stage:
         return dataclasses.replace(real, **fakes)
 
     def cost(self, *phases: str) -> Cost:
-        parts = [self.ledger.costs.get(name, Cost()) for name in phases]
-        return Cost(*(sum(getattr(p, f.name) for p in parts) for f in dataclasses.fields(Cost)))
+        return sum((self.ledger.costs.get(name, Cost()) for name in phases), Cost())
 
     def frozen(self) -> Any:
         """pi_ref as the stage makes it, a copy with room for its weights and none read."""
@@ -168,11 +168,11 @@ class _Supervised(_Stage):
             for i in range(count):
                 before, flops_before = self.cost("forward", "backward"), self.throughput._flops
                 tokens = self._micro_batch(lengths, last=i == count - 1)
-                passes.append(self.cost("forward", "backward").minus(before))
+                passes.append(self.cost("forward", "backward") - before)
                 flops = self.throughput._flops - flops_before
             before = self.cost("optimizer")
             self.optimizer_step(optimizer, OPTIMIZER)
-        return self.result(sync, (passes[0], passes[-1], self.cost("optimizer").minus(before)), tokens, flops)
+        return self.result(sync, (passes[0], passes[-1], self.cost("optimizer") - before), tokens, flops)
 
     def _reference(self) -> Any:
         if self.stage != "dpo" or self.config.loss_type in dpo.REFERENCE_FREE:
@@ -236,13 +236,13 @@ class _Ppo(_Stage):
         with ledger.phase("hand-over", GATHERED):
             before = self.cost("hand-over")
             sampler.load(self.policy)
-            costs["hand-over"] = self.cost("hand-over").minus(before)
+            costs["hand-over"] = self.cost("hand-over") - before
         prompt = config.max_seq_length - config.response_length
         slots = min(config.rollout_slots, self.work.units)
         with mock.patch.object(caching.SlotCache, "write", counted_write), ledger.phase("prefill", ACTIVATIONS):
             before, together = self.cost("prefill"), max(1, min(slots, 8192 // prompt))
             sampler._prefill({slot: [0] * prompt for slot in range(together)})
-            costs["prefill"] = scaled(self.cost("prefill").minus(before), 1 / together)
+            costs["prefill"] = (self.cost("prefill") - before) * (1 / together)
         params = SamplingParams(max_new_tokens=config.response_length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
         with ledger.phase("decode", ACTIVATIONS):
             for position in (config.max_seq_length - 1, prompt + config.response_length // 2):  # the most memory, then the mean time
@@ -250,7 +250,7 @@ class _Ppo(_Stage):
                 rows = torch.zeros(4, slots, dtype=torch.int64)
                 hidden_AD = sampler._forward(rows[0], caching.Pass(sampler._cache, rows[1], rows[2], position))
                 torch.stack([x.double() for x in choose(sampler._logits(hidden_AD), params, rows[2], rows[3])])
-                costs["decode"] = self.cost("decode").minus(before)
+                costs["decode"] = self.cost("decode") - before
         sampler.release()
         return costs
 
@@ -264,7 +264,7 @@ class _Ppo(_Stage):
             value_model(batch)
         for root in filter(None, (self.policy, frozen, value_model)):
             root.release()
-        return self.cost("evaluate").minus(before)
+        return self.cost("evaluate") - before
 
     def _update(self, value_model: model.ValueModel, optimizers: list) -> tuple[Cost, Cost, Cost]:
         """`launch.ppo.update` over responses that make two micro-batches a rank."""
@@ -282,11 +282,11 @@ class _Ppo(_Stage):
         with self.ledger.phase("update", ACTIVATIONS):
             ppo.update(self.policy, value_model, batch, np.arange(len(batch)), of_tokens, of_tokens, of_slots, of_slots, config,
                        config.value_warmup_steps, self.here, logs.Totals(self.here), self.throughput)  # fmt: skip
-        update = scaled(self.cost("update").minus(before), 1 / n)
+        update = (self.cost("update") - before) * (1 / n)
         before = self.cost("optimizer")
         for optimizer, kind in zip(optimizers, (OPTIMIZER, VALUE), strict=True):
             self.optimizer_step(optimizer, kind)
-        return update, update, self.cost("optimizer").minus(before)
+        return update, update, self.cost("optimizer") - before
 
 
 def _skeleton(config: Any, attention_name: str, dtype: torch.dtype, device: torch.device) -> torch.nn.Module:
@@ -302,6 +302,3 @@ def _skeleton(config: Any, attention_name: str, dtype: torch.dtype, device: torc
     lm.tie_weights()
     return lm.eval()
 
-
-def scaled(cost: Cost, factor: float) -> Cost:
-    return Cost(*(factor * getattr(cost, f.name) for f in dataclasses.fields(Cost)))

@@ -29,6 +29,7 @@ from engine.chat import ChatTokenizer
 from engine.checkpoint import Checkpoints
 from engine.config import RunConfig, flag, parse
 from engine.conversations import ConversationEncoder, first_form
+from engine.dry_run import show_plan
 from engine.errors import UserError
 from engine.model import Policy
 from engine.store import Examples, Steps
@@ -60,6 +61,7 @@ def train(config: Config) -> None:
     lines = [f"loss: {config.reduce_loss}, {trained:,} trained tokens ({trained / conversations.tokens.sum():.0%}), learning rate {config.learning_rate:g}"]
     setup.first_screen(config, here, base, conversations, steps, unit="conversations", extra=lines)
     if config.dry_run:
+        show_plan("sft", config, here, conversations.tokens + 1, trained / conversations.tokens.sum())
         return
 
     output_dir = Path(config.output_dir)
