@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -132,3 +134,39 @@ def test_one_rank_under_nccl_trains_the_embedded_model(tmp_path, capsys):
     losses = [row["loss"] for row in rows if "loss" in row]
     assert len(losses) == 4 and abs(losses[0] - math.log(2)) < 0.1
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("double", [False, True])
+def test_four_bits_are_bitsandbytes_own(double):
+    """On the device: codes, weights, the product and its gradient, in bf16."""
+    bnb = pytest.importorskip("bitsandbytes").functional
+    from tests.test_nf4 import layer_of
+
+    torch.manual_seed(0)
+    weight = torch.randn(192, 256, device=DEVICE, dtype=torch.bfloat16) * 0.1
+    packed_, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    layer = layer_of(weight, double, DEVICE)
+    dense = bnb.dequantize_4bit(packed_, state)
+    assert torch.equal(layer.codes.flatten(), packed_.flatten())
+    x = torch.randn(64, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    assert relative_error(y, x.double() @ dense.double().T) < 2**-7
+    assert relative_error(x.grad, torch.ones_like(y).double() @ dense.double()) < 2**-7
+
+
+@pytest.mark.parametrize("flags", [
+    {"use_lora": "true", "learning_rate": "2e-2"}, {"use_lora": "true", "learning_rate": "2e-2", "load_in_4bit": "true", "double_quant": "true", "gradient_checkpointing": "full"},
+    {"optimizer": "adamw_8bit", "gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full", "activation_offload": "true"},
+    {"use_lora": "true", "learning_rate": "2e-2", "load_in_4bit": "true", "compile": "true"},
+], ids=lambda flags: "-".join(flags))  # fmt: skip
+def test_a_small_model_learns_in_little_memory(flags, tmp_path):
+    """launch.sft in bf16 on one GPU: the loss falls, also with adapters, 4 bits, 8-bit moments, recomputation, offloading."""
+    if {"load_in_4bit", "optimizer"} & flags.keys():
+        pytest.importorskip("bitsandbytes")
+    words = [word for key, value in flags.items() for word in (f"--{key}", value)]
+    command = [sys.executable, "-m", "launch.sft", "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--max_steps", "20", *words]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    losses = [row["loss"] for row in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    assert len(losses) == 20 and losses[-1] < 0.9 * losses[0]

@@ -20,9 +20,9 @@ LORA = {"use_lora": "true", "load_in_4bit": "true", "lora_rank": 8, "sample_toke
 QUANTISED = dict(rank=2, alpha=4.0, rslora=False, modules=("layer",), seed=1, four_bit=True)
 
 
-def layer_of(weight: torch.Tensor, double: bool) -> AdaptedLinear:
+def layer_of(weight: torch.Tensor, double: bool, device: str | torch.device = "cpu") -> AdaptedLinear:
     source = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
-    layer = AdaptedLinear(source, Adapters(**QUANTISED, double_quant=double), 0, torch.float32).to_empty(device="cpu")
+    layer = AdaptedLinear(source, Adapters(**QUANTISED, double_quant=double), 0, torch.float32).to_empty(device=device)
     layer.fill(weight)
     return layer
 
