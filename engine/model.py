@@ -44,6 +44,7 @@ class Root(nn.Module):
         super().__init__()
         self.lm = lm
         self.gradient_sync = "every"
+        self.gathered_dtype: torch.dtype | None = None  # None: what is gathered travels as it is held
         self.adapters: Adapters | None = None
         self.base_weights = ""  # the fingerprint of what was read, without adapters
 
@@ -54,11 +55,17 @@ class Root(nn.Module):
         ).last_hidden_state[0]
 
     def sync_gradients(self, last: bool) -> None:
-        """Before a micro-batch. gradient_sync 'every': reduce at once; 'last': keep weights and gradients whole until the last."""
+        """Before a micro-batch, which is the step's last or not.
+
+        gradient_sync 'every': weights are gathered for each forward and each backward pass, gradients reduced after each; 'keep': weights
+        are gathered once a step; 'last': and gradients, whole until then, reduced once.
+        """
+        if self.gradient_sync == "every":
+            return
+        self.set_reshard_after_forward(False)
+        self.set_reshard_after_backward(last)
         if self.gradient_sync == "last":
             self.set_requires_gradient_sync(last)
-            self.set_reshard_after_backward(last)
-            self.set_reshard_after_forward(False)
 
     def release(self) -> None:
         """Frees gathered weights after forwards without a backward, so that the next forward gathers the current ones."""
@@ -230,7 +237,8 @@ def _cut(root: Root, world: World, dtype: torch.dtype, master: torch.dtype, adap
         if left:
             world.say(f"not in 4 bits: {len(left)} linear layers whose rows are not whole blocks of 64, the first {left[0]}")
     # adapters cast themselves and the frozen weights are in the compute dtype already: FSDP gathers each tensor as it is held
-    shard(root, lm.base_model.layers, world, None if adapters else dtype)
+    root.gathered_dtype = None if adapters else dtype
+    shard(root, lm.base_model.layers, world, root.gathered_dtype)
     root.to_empty(device=world.device)
     return root
 
@@ -262,8 +270,13 @@ def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dty
             module.set_force_sum_reduction_for_comms(True)
 
 
-def choose_gradient_sync(requested: str, root: Root, world: World) -> tuple[str, str]:
-    """(mode, why): 'last' where whole fp32 gradients and compute weights take under a quarter of the rank's memory."""
+def choose_gradient_sync(requested: str, root: Root, world: World, models: int = 1) -> tuple[str, str]:
+    """(mode, why) of `Root.sync_gradients`: the one of the fewest collectives that fits.
+
+    last: whole weights in the dtype they travel in, and fp32 gradients of what is trained, take at most half of the memory that this rank's
+    shards of weights, gradients and moments leave; keep: the weights alone do; else every. Times `models` where so many like `root`
+    are trained at once. The other half is for activations. Reckoned from sizes, not measured: a run that resumes must choose the same.
+    """
     if requested != "auto":
         return requested, "as asked"
     if world.size == 1:
@@ -273,9 +286,13 @@ def choose_gradient_sync(requested: str, root: Root, world: World) -> tuple[str,
     else:
         memory = weights.host_memory() // world.size
     memory = min(world.gather(memory))  # ranks that chose differently would wait for each other for ever
-    needed = 8 * root.num_parameters
-    mode = "last" if needed < memory / 4 else "every"
-    return mode, f"whole gradients and weights would take {needed / 2**30:.2g} of {memory / 2**30:.3g} GiB"
+    travels = [root.gathered_dtype if root.gathered_dtype and p.is_floating_point() else p.dtype for p in root.parameters()]
+    gathered = models * sum(p.numel() * dtype.itemsize for p, dtype in zip(root.parameters(), travels, strict=True))
+    gradients = models * 4 * root.num_trained
+    state = (models * sum(p.numel() * p.dtype.itemsize for p in root.parameters()) + 3 * gradients) // world.size
+    room = max(0, memory - state) / 2
+    mode = "last" if gathered + gradients <= room else "keep" if gathered <= room else "every"
+    return mode, f"whole weights {gathered / 2**30:.3g} GiB, whole gradients {gradients / 2**30:.3g}, room for them {room / 2**30:.3g} of {memory / 2**30:.3g}"
 
 
 @torch.no_grad()

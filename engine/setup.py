@@ -121,12 +121,17 @@ def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Poli
     """The sharded policy and the identity of its numbers; prints what was loaded. Collective."""
     policy, identity = model.load(base.directory, base.config, world, **base.how(config))
     transform_layers(policy, config)
-    policy.gradient_sync, why = model.choose_gradient_sync(config.gradient_sync, policy, world)
+    policy.gradient_sync, why = choose_gradient_sync(config, policy, world)
     world.say(
         f"policy: {policy.num_parameters:,} parameters, {policy.num_trained:,} trained, {policy.bytes_held / 2**20:,.0f} MiB held by each rank, weights {identity}, two packed sequences equal each alone",
         f"gradient sync: {policy.gradient_sync} ({why})",
     )
     return policy, identity
+
+
+def choose_gradient_sync(config: RunConfig, policy: model.Policy, world: World) -> tuple[str, str]:
+    """(mode, why); of a stage that trains a value model as well, which is about as large, for both."""
+    return model.choose_gradient_sync(config.gradient_sync, policy, world, models=2 if hasattr(config, "value_model_name_or_path") else 1)
 
 
 def transform_layers(root: model.Root, config: RunConfig) -> None:

@@ -156,20 +156,26 @@ def test_recompute_runs_every_layer_again_in_the_backward_pass(recompute, family
     assert len(calls) == (4 if recompute else 2)
 
 
-def test_gradient_sync_last_reduces_once_and_to_the_same_sum(family_dirs, here):
+def test_gradient_sync_gathers_and_reduces_as_often_as_it_says_to_the_same_sum(family_dirs, here):
     batches = [micro_batch([s], (i,), CPU) for i, s in enumerate(sequences())]
     found = []
-    for mode in ("every", "last"):
+    for mode in ("every", "keep", "last"):
         policy, _ = load(family_dirs["llama"], here)
         policy.gradient_sync = mode
+        reduced = []
+        for p in policy.parameters():
+            p.register_post_accumulate_grad_hook(lambda p, reduced=reduced: reduced.append(p))
         for i, batch in enumerate(batches):
-            policy.sync_gradients(last=i == len(batches) - 1)
+            last = i == len(batches) - 1
+            policy.sync_gradients(last)
             policy(batch, lambda logprobs, _: -logprobs.sum()).backward()
-            reduced = all(isinstance(p, DTensor) and p.grad is not None for p in policy.parameters())  # else whole and local
-            assert reduced == (mode == "every" or i == len(batches) - 1)
+            cut = [isinstance(p, DTensor) for p in policy.parameters()]
+            assert all(cut) if last or mode == "every" else not any(cut)
+            assert len(reduced) == len(cut) * ((i + 1) if mode != "last" else int(last))
         found.append([p.grad.full_tensor() for p in policy.parameters()])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    for every, keep, last in zip(*found, strict=True):
+        assert torch.equal(every, keep)
+        torch.testing.assert_close(every, last, rtol=1e-5, atol=1e-6)
 
 
 # --- refusals -----------------------------------------------------------------------------------------------------------------
