@@ -173,3 +173,29 @@ def dump_what_is_held() -> None:
 
     model.load = dumping
     dump_gradients()
+
+
+def without_a_compiler() -> None:
+    from torch._inductor import cpp_builder, exc
+
+    def none():
+        raise exc.InvalidCxxCompiler
+
+    cpp_builder.get_cpp_compiler = none
+
+
+def trace_without_generating_code() -> None:
+    """torch.compile up to the graphs of both passes; how many there are and how many breaks, after every step, goes to the output."""
+    import torch
+    import torch._dynamo.utils
+
+    from engine import optim
+
+    compiled, original, counters = torch.compile, optim.step, torch._dynamo.utils.counters
+    torch.compile = lambda f, **options: compiled(f, **options, backend="aot_eager")
+
+    def counting(*args, **options):
+        print(f"graphs {counters['stats']['unique_graphs']}, breaks {sum(counters['graph_break'].values())}", flush=True)
+        return original(*args, **options)
+
+    optim.step = counting
