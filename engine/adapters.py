@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import re
 import shutil
 from dataclasses import replace
@@ -86,11 +87,11 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Raises UserError for anything but plain LoRA."""
     try:
         described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind, rank, _ = described["peft_type"], int(described["r"]), float(described["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError):
+        kind, rank, alpha = described["peft_type"], int(described["r"]), float(described["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         raise UserError(f"{directory}: no usable {CONFIG} of a LoRA adapter") from None
-    if kind != "LORA" or rank < 1:
-        raise UserError(f"{directory}: an adapter of type {kind}, rank {rank}; only LoRA is read")
+    if kind != "LORA" or rank < 1 or not math.isfinite(alpha):
+        raise UserError(f"{directory}: an adapter of type {str(kind)[:20]!r}, rank {rank}, alpha {alpha}; only LoRA is read")
     for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "use_qalora", "target_parameters"):
         if described.get(name):
             raise UserError(f"{directory / CONFIG}: {name} is not supported, only plain LoRA of one rank")
@@ -140,7 +141,9 @@ def read(directory: Path, base_fingerprint: str | None) -> tuple[dict[str, Tenso
     with _open(directory) as f:
         for key in f.keys():  # noqa: SIM118
             match = KEY.fullmatch(key)
-            tensors[f"{match['name']}.lora_{match['leaf']}"] = f.get_tensor(key).float()
+            tensor = tensors[f"{match['name']}.lora_{match['leaf']}"] = f.get_tensor(key).float()
+            if not tensor.isfinite().all():
+                raise UserError(f"{directory / TENSORS}: {key} holds numbers that are not finite")
     with open(directory / TENSORS, "rb") as f:
         digest = hashlib.file_digest(f, "sha256")
     digest.update((directory / CONFIG).read_bytes())

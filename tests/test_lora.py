@@ -329,11 +329,15 @@ def test_adapters_that_do_not_fit_are_one_line(runs, cached, tmp_path, embedded_
     for i, (key, value, message) in enumerate([
         ("use_dora", True, "use_dora is not supported"), ("peft_type", "IA3", "only LoRA is read"), ("r", 5, "this model's layer takes [5, 128]"),
         ("r", "many", "no usable adapter_config.json"), ("modules_to_save", ["lm_head"], "modules_to_save is not supported"),
+        ("lora_alpha", math.nan, "only LoRA is read"), ("tensors", math.inf, "holds numbers that are not finite"),
     ]):  # fmt: skip
         bad = tmp_path / f"bad{i}"
         bad.mkdir()
         (bad / "adapter_config.json").write_text(json.dumps(described | {key: value}))
-        save_file(load_file(mine / "adapter_model.safetensors"), bad / "adapter_model.safetensors")
+        tensors = load_file(mine / "adapter_model.safetensors")
+        if key == "tensors":
+            next(iter(tensors.values()))[0, 0] = value
+        save_file(tensors, bad / "adapter_model.safetensors")
         assert message in refusal(runs, 20 + i, **start | {"adapter_name_or_path": bad})
 
 
