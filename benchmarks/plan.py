@@ -58,7 +58,7 @@ def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Pat
     rows = {
         "sft": [{"messages": [user(i), answer(i, "one")]} for i in range(64)],
         "dpo": [{"chosen": [user(i), answer(i, "one")], "rejected": [user(i), answer(i, "two")]} for i in range(64)],
-        "ppo": [{"messages": [{"role": "user", "content": f"{i:03d}" * 38}], "ground_truth": "1", "dataset": "gsm8k"} for i in range(64)],
+        "ppo": [{"messages": [{"role": "user", "content": f"{i:03d}" * 30}], "ground_truth": "1", "dataset": "gsm8k"} for i in range(64)],
     }
     for stage, lines in rows.items():
         (root / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

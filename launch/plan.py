@@ -15,9 +15,9 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -206,68 +206,78 @@ def make(stage: str, config: Any, lm_config: Any, value_config: Any, device: Dev
 # --- what to change -----------------------------------------------------------------------------------------------------------------
 
 
-def changes(plan: Plan) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(name, flags) of what may make it fit, cheapest first; of one name, the mildest first."""
-    config = plan.config
+def changes(plan: Plan) -> list[list[dict[str, Any]]]:
+    """Flags that may make it fit, by what they cost: speed alone; the optimizer's precision; what is trained; more nodes."""
+    config, budget = plan.config, plan.config.micro_batch_tokens
+    speed, precision, trained, nodes = [], [], [], []
     if plan.seen.gradient_sync[0] != "every" and plan.ranks > 1:
-        yield "gradient_sync", {"gradient_sync": "every"}
-    budget, least = config.micro_batch_tokens // 2, (2 if plan.stage == "dpo" else 1) * (config.max_seq_length - 1)
-    while budget >= least:
-        yield "micro_batch_tokens", {"micro_batch_tokens": budget}
-        budget //= 2
+        speed.append({"gradient_sync": "every"})
+    while (budget := budget // 2) >= (2 if plan.stage == "dpo" else 1) * (config.max_seq_length - 1):
+        speed.append({"micro_batch_tokens": budget})
     levels = ("none", "selective", "full")
-    for level in levels[levels.index(config.gradient_checkpointing) + 1 :]:
-        yield "gradient_checkpointing", {"gradient_checkpointing": level}
+    speed += [{"gradient_checkpointing": level} for level in levels[levels.index(config.gradient_checkpointing) + 1 :]]
     if not config.activation_offload and plan.device.name != "cpu":
-        yield "activation_offload", {"activation_offload": True, "gradient_checkpointing": "full"}
+        speed.append({"gradient_checkpointing": "full", "activation_offload": True})
     if config.optimizer == "adamw":
-        yield "optimizer", {"optimizer": "adamw_8bit"}
+        precision.append({"optimizer": "adamw_8bit"})
     if config.master_dtype == "float32":
-        yield "master_dtype", {"master_dtype": "bfloat16"}
+        precision.append({"master_dtype": "bfloat16"})
     if not config.use_lora:
-        yield "use_lora", {"use_lora": True}
+        trained.append({"use_lora": True})
     if not config.load_in_4bit:
-        yield "load_in_4bit", {"use_lora": True, "load_in_4bit": True}
-    nodes = 2 * config.nodes
-    while config.gpus * nodes <= MOST_GPUS:
-        yield "nodes", {"nodes": nodes}
-        nodes *= 2
+        trained.append({"use_lora": True, "load_in_4bit": True})
+    while config.gpus * config.nodes * 2 ** (len(nodes) + 1) <= MOST_GPUS:
+        nodes.append({"nodes": config.nodes * 2 ** (len(nodes) + 1)})
+    return [speed, precision, trained, nodes]
 
 
 def suggest(plan: Plan, lm_config: Any, value_config: Any) -> tuple[dict[str, Any] | None, Plan | None]:
-    """(flags, plan) of what makes it fit: the first single change that does, else the fewest that do together, else more nodes.
+    """(flags, plan) of what makes it fit: of the cheapest kind that does the fastest single change, else the fewest with those before.
 
     Candidates are estimated from rehearsals of a few layers, and planned whole where the estimate says that they may fit.
     """
+    estimates: dict[str, tuple[float, float]] = {}
 
-    def likely(flags: dict[str, Any]) -> bool:
-        return estimate(plan, adjusted(plan.config, flags), lm_config, value_config) <= 1.03 * plan.device.memory
+    def estimated(flags: dict[str, Any]) -> tuple[float, float]:
+        if (key := json.dumps(flags, sort_keys=True)) not in estimates:
+            estimates[key] = estimate(plan, adjusted(plan.config, flags), lm_config, value_config)
+        return estimates[key]
 
     def attempt(flags: dict[str, Any]) -> Plan | None:
-        try:
-            other = make(plan.stage, adjusted(plan.config, flags), lm_config, value_config, plan.device) if likely(flags) else None
-        except UserError:  # a change that this model, or this torch, does not take
+        if estimated(flags)[0] > 1.03 * plan.device.memory:
             return None
-        return other if other and other.fits else None
+        other = make(plan.stage, adjusted(plan.config, flags), lm_config, value_config, plan.device)
+        return other if other.fits else None
 
-    tried = list(changes(plan))
-    more, here = ([flags for name, flags in tried if (name == "nodes") == which] for which in (True, False))
-    for flags in here:
-        if other := attempt(flags):
-            return flags, other
-    together: dict[str, Any] = {}
-    for flags in here:
-        together |= flags
-        if together != flags and (other := attempt(together)):
-            for name in [n for n in together if n not in flags]:  # what the later ones made needless
-                fewer = {n: value for n, value in together.items() if n != name}
-                if without := attempt(fewer):
-                    together, other = fewer, without
-            return together, other
-    for flags in more + [together | flags for flags in more]:
-        if other := attempt(flags):
-            return flags, other
+    *kinds, nodes = changes(plan)
+    every, together = [flags for kind in kinds for flags in kind], {}
+    for kind in kinds:
+        for flags in sorted(kind, key=lambda flags: estimated(flags)[1]):
+            if other := attempt(flags):
+                return flags, other
+        for flags in kind:
+            together = together | flags
+            if together != flags and (other := attempt(together)):
+                return _relaxed(together, other, flags, every, attempt)
+    if nodes and estimated(together | nodes[-1])[0] <= 1.03 * plan.device.memory:
+        for flags in nodes:
+            if other := attempt(flags):
+                return flags, other
+        for flags in nodes:
+            if other := attempt(together | flags):
+                return _relaxed(together | flags, other, flags, every, attempt)
     return None, None
+
+
+def _relaxed(together: dict[str, Any], plan: Plan, last: dict[str, Any], tried: list[dict[str, Any]], attempt: Any) -> tuple[dict[str, Any], Plan]:
+    """Without what the last change made needless, or milder."""
+    for name in [n for n in together if n not in last]:
+        milder = [together | flags for flags in tried if flags.keys() == {name} and flags[name] != together[name]]
+        for fewer in [{n: value for n, value in together.items() if n != name}, *milder]:
+            if other := attempt(fewer):
+                together, plan = fewer, other
+                break
+    return together, plan
 
 
 def adjusted(config: Any, flags: dict[str, Any]) -> Any:
@@ -278,19 +288,22 @@ def adjusted(config: Any, flags: dict[str, Any]) -> Any:
     return changed
 
 
-def estimate(plan: Plan, config: Any, lm_config: Any, value_config: Any) -> float:
-    """Bytes of a rank, extrapolated from 2 and 3 layers: each phase's peak grows by the same amount with each further layer."""
+def estimate(plan: Plan, config: Any, lm_config: Any, value_config: Any) -> tuple[float, float]:
+    """(bytes of a rank, seconds a token), extrapolated from 2 and 3 layers: with each further layer, every phase's peak and the time
+    grow by the same amount. Infinite for a change that this model, or this torch, does not take."""
     layers = lm_config.num_hidden_layers
-    if layers <= 6 or len(set(getattr(lm_config, "layer_types", None) or [0])) > 1:
-        return 0.0
+    alike = layers > 6 and len(set(getattr(lm_config, "layer_types", None) or [0])) == 1
     if config.gradient_sync == "auto":
         config = dataclasses.replace(config, gradient_sync=plan.seen.gradient_sync[0])
+    depths = (2, 3) if alike else (layers,)
     try:
-        two, three = (make(plan.stage, config, shallow(lm_config, n), value_config and shallow(value_config, n), plan.device).seen for n in (2, 3))
+        made = [make(plan.stage, config, shallow(lm_config, n), value_config and shallow(value_config, n), plan.device) for n in depths]
     except UserError:
-        return float("inf")
-    peaks = [two.peaks[p].total + (layers - 2) * (three.peaks[p].total - two.peaks[p].total) for p in two.peaks.keys() & three.peaks.keys()]
-    return max(peaks) + plan.device.reserved
+        return math.inf, math.inf
+    one, other = made[0], made[-1]
+    grown = lambda a, b: a + (layers - depths[0]) * (b - a)
+    peak = max(grown(one.seen.peaks[p].total, other.seen.peaks[p].total) for p in one.seen.peaks.keys() & other.seen.peaks.keys())
+    return peak + plan.device.reserved, grown(one.seconds / one.tokens, other.seconds / other.tokens)
 
 
 def shallow(lm_config: Any, layers: int) -> Any:
@@ -360,7 +373,7 @@ def disk(plan: Plan) -> list[str]:
 
 def suggestion(plan: Plan, change: dict[str, Any] | None, other: Plan | None) -> list[str]:
     if other is None:
-        return ["no change of these flags makes it fit: " + ", ".join(dict.fromkeys(name for name, _ in changes(plan)))]
+        return ["no change of these flags makes it fit: " + ", ".join(dict.fromkeys(name for kind in changes(plan) for flags in kind for name in flags))]
     words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items())
     rate, before = other.tokens / other.seconds, plan.tokens / plan.seconds
     return [f"it fits with {words}: {other.needed / GIB:.1f} of {other.device.memory / GIB:.1f} GiB, at best {other.seconds:.3g} s a step, "
