@@ -72,6 +72,36 @@ def test_no_gradient_crosses_a_sequence(backend):
         assert x.grad[0, :, :1].abs().sum() == 0 and x.grad[0, :, 14:].abs().sum() == 0
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "eager"])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+def test_the_operator_of_compiled_layers_is_the_same_function_with_the_same_gradients(backend, options, kv_heads):
+    """Its backward pass is the derivative written out; the truth is autograd through the loop. Boundaries with empty sequences."""
+    scaling, window, softcap, sinks = (options.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux"))
+    found = []
+    for operator in (False, True):
+        q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in stream(kv_heads=kv_heads))
+        sinks_N = None if sinks is None else sinks.clone().requires_grad_()
+        packing = attention.Packing.of(LENGTHS, q.device)
+        if operator:
+            cu_seqlens = torch.cat([packing.cu_seqlens, packing.cu_seqlens[-1:].expand(3)])
+            out = attention._operator(q, k, v, sinks_N, cu_seqlens, backend, scaling, window, softcap)
+        else:
+            out = attention._eager(q, k, v, packing, scale=scaling, window=window, softcap=softcap, sinks_N=sinks_N)
+        found.append([out, *torch.autograd.grad(out.sin().sum(), [x for x in (q, k, v, sinks_N) if x is not None])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_the_operator_keeps_the_contract_of_operators():
+    """Fake shapes, strides and dtypes, aliasing, where its derivative is registered, in bfloat16 as well."""
+    for dtype, sinks in ((torch.float32, True), (torch.bfloat16, False)):
+        q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in stream(dtype=dtype))
+        sinks_N = torch.zeros(4, dtype=dtype, requires_grad=True) if sinks else None
+        arguments = (q, k, v, sinks_N, attention.Packing.of(LENGTHS, q.device).cu_seqlens, "sdpa", 0.3, 8, None)
+        torch.library.opcheck(attention._operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+
+
 def test_a_mask_or_dropout_is_refused():
     q, k, v = stream()
     with pytest.raises(ValueError, match="no mask and no dropout"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ class Runs:
 
     def launch(self, name: str, ranks: int = 1, hook: str = "", log: str = "", **changes) -> Result:
         hook = hook and f"tests.hooks:{hook}"
-        return launch(self.command(name, **changes), ranks, f"launch.{self.stage}", self.root / f"{log or name}.log", hook, timeout=120)
+        return launch(self.command(name, **changes), ranks, f"launch.{self.stage}", self.root / f"{log or name}.log", hook, timeout=300)
 
     def run(self, name: str, ranks: int = 1, **changes) -> Path:
         result = self.launch(name, ranks, **changes)
@@ -89,7 +90,11 @@ CHANGES = {
     "naive_head": (1, {"head": "naive"}),
     "eager_attention": (1, {"attention": "eager"}),
     "recompute": (2, {"gradient_checkpointing": "full"}),
+    "selective": (2, {"gradient_checkpointing": "selective"}),
+    "offloaded": (1, {"activation_offload": "true", "micro_batch_tokens": 100_000}),  # tensors large enough to be moved
     "gradients_reduced_once": (2, {"gradient_sync": "last", "micro_batch_tokens": 200}),
+    "weights_kept": (2, {"gradient_sync": "keep", "micro_batch_tokens": 200}),
+    "kept_recomputed_offloaded": (2, {"gradient_sync": "keep", "micro_batch_tokens": 1000, "gradient_checkpointing": "full", "activation_offload": "true"}),
     "all_at_once": (3, {"micro_batch_tokens": 130, "head": "naive", "attention": "eager", "gradient_sync": "last", "gradient_checkpointing": "full"}),
 }
 
@@ -101,8 +106,22 @@ def test_nothing_but_rounding_depends_on_the_layout(name, runs, baseline):
 
 
 @pytest.mark.drill
-def test_compiled_layers_are_the_same_to_rounding(runs, baseline):
-    assert_same_to_rounding(runs, baseline, runs.run("compiled", 2, compile="true"))
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+def test_compiled_layers_are_the_same_to_rounding(recomputed, runs, baseline):
+    changes = {"gradient_checkpointing": recomputed, "micro_batch_tokens": 150}
+    assert_same_to_rounding(runs, baseline, runs.run(f"compiled_{recomputed}", 2, compile="true", **changes))
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "selective", "activation_offload": "true", "gradient_sync": "keep"}], ids=["plain", "all"])
+def test_compiled_layers_are_traced_once_for_all_lengths(changes, runs, baseline):
+    """With gradients and, for the reference or the evaluation, without; no breaks; on two ranks whose micro-batches differ, some empty."""
+    name = f"traced_{len(changes)}"
+    result = runs.launch(name, 2, "trace_without_generating_code", compile="true", **({"micro_batch_tokens": 60} | changes))
+    assert result.ok, result.output
+    counted = re.findall(r"graphs (\d+), breaks (\d+)", result.output)
+    assert len(counted) == 2 * STEPS and len(set(counted)) == 1 and counted[0][1] == "0" and int(counted[0][0]) <= 2
+    assert_same_to_rounding(runs, baseline, runs.root / name)
 
 
 def test_it_learns(baseline):
