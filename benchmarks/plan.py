@@ -26,6 +26,7 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "sft": ("sft", 1, {}),
     "sft, bfloat16": ("sft", 1, {"dtype": "bfloat16"}),
     "sft, full recomputation": ("sft", 1, {"gradient_checkpointing": "full", "micro_batch_tokens": 2048}),
+    "sft, selective recomputation": ("sft", 1, {"gradient_checkpointing": "selective"}),
     "sft, 8-bit moments": ("sft", 1, {"optimizer": "adamw_8bit"}),
     "sft, bfloat16 masters": ("sft", 1, {"dtype": "bfloat16", "master_dtype": "bfloat16"}),
     "sft, naive head": ("sft", 1, {"head": "naive"}),
@@ -136,7 +137,7 @@ def main() -> None:
         root = Path(directory)
         model, data = made(root)
         for name in CASES:
-            if arguments.only and arguments.only not in name:
+            if arguments.only and arguments.only != name and (arguments.only in CASES or arguments.only not in name):
                 continue
             plan, peak = compare(name, root, model, data)
             total = plan["peak"]["total"]

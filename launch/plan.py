@@ -210,8 +210,9 @@ def changes(plan: Plan) -> list[list[dict[str, Any]]]:
     """Flags that may make it fit, by what they cost: speed alone; the optimizer's precision; what is trained; more nodes."""
     config, budget = plan.config, plan.config.micro_batch_tokens
     speed, precision, trained, nodes = [], [], [], []
-    if plan.seen.gradient_sync[0] != "every" and plan.ranks > 1:
-        speed.append({"gradient_sync": "every"})
+    if plan.ranks > 1:
+        modes = ("last", "keep", "every")
+        speed += [{"gradient_sync": mode} for mode in modes[modes.index(plan.seen.gradient_sync[0]) + 1 :]]
     while (budget := budget // 2) >= (2 if plan.stage == "dpo" else 1) * (config.max_seq_length - 1):
         speed.append({"micro_batch_tokens": budget})
     levels = ("none", "selective", "full")

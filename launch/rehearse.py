@@ -93,7 +93,7 @@ def rehearse(stage: str, config: Any, lm_config: Any, device: Device, ranks: int
     with rehearsal(device, ranks, per_node=per_node, fused=fused) as (here, ledger, mode):
         with ledger.phase("loading", WEIGHTS):
             policy = setup.build_policy(config, here, base)
-        sync = model.choose_gradient_sync(config.gradient_sync, policy, here)
+        sync = setup.choose_gradient_sync(config, policy, here)
         policy.gradient_sync = sync[0]
         follow(policy, ledger)
         run = _Ppo if stage == "ppo" else _Supervised
