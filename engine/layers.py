@@ -17,6 +17,7 @@ T tokens of the stream · D hidden.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import sysconfig
 import weakref
 from collections.abc import Callable, Iterable
@@ -65,6 +66,7 @@ def _what_to_keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 def compile_layers(root: nn.Module) -> None:
     """torch.compile on every decoder layer: equal layers share a graph, and the stream comes rounded up, so that none is compiled twice."""
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)  # its advice, on selective recomputation in place, is heeded
     torch._dynamo.config.recompile_limit = 64  # of one code object: kinds of layers x models x adapters x with or without gradients
     for layer in root.lm.base_model.layers:
         layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
