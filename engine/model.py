@@ -270,12 +270,12 @@ def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dty
             module.set_force_sum_reduction_for_comms(True)
 
 
-def choose_gradient_sync(requested: str, root: Root, world: World, models: int = 1) -> tuple[str, str]:
+def choose_gradient_sync(requested: str, root: Root, world: World, models: int = 1, working: int = 0) -> tuple[str, str]:
     """(mode, why) of `Root.sync_gradients`: the one of the fewest collectives that fits.
 
     last: whole weights in the dtype they travel in, and fp32 gradients of what is trained, take at most half of the memory that this rank's
-    shards of weights, gradients and moments leave; keep: the weights alone do; else every. Times `models` where so many like `root`
-    are trained at once. The other half is for activations. Reckoned from sizes, not measured: a run that resumes must choose the same.
+    shards of weights, gradients and moments and `working` bytes (activations, the head) leave; keep: the weights alone do; else every.
+    Times `models` where so many like `root` are trained at once. Reckoned from sizes, not measured: a run that resumes must choose the same.
     """
     if requested != "auto":
         return requested, "as asked"
@@ -290,7 +290,7 @@ def choose_gradient_sync(requested: str, root: Root, world: World, models: int =
     gathered = models * sum(p.numel() * dtype.itemsize for p, dtype in zip(root.parameters(), travels, strict=True))
     gradients = models * 4 * root.num_trained
     state = (models * sum(p.numel() * p.dtype.itemsize for p in root.parameters()) + 3 * gradients) // world.size
-    room = max(0, memory - state) / 2
+    room = max(0, memory - state - working) / 2
     mode = "last" if gathered + gradients <= room else "keep" if gathered <= room else "every"
     return mode, f"whole weights {gathered / 2**30:.3g} GiB, whole gradients {gradients / 2**30:.3g}, room for them {room / 2**30:.3g} of {memory / 2**30:.3g}"
 

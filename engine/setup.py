@@ -19,6 +19,7 @@ from engine.errors import UserError, nearest
 from engine.lora import Adapters
 from engine.store import Examples, Steps
 from engine.world import World
+from losses.logprobs import default_chunk_rows
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,23 @@ def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Poli
 
 def choose_gradient_sync(config: RunConfig, policy: model.Policy, world: World) -> tuple[str, str]:
     """(mode, why); of a stage that trains a value model as well, which is about as large, for both."""
-    return model.choose_gradient_sync(config.gradient_sync, policy, world, models=2 if hasattr(config, "value_model_name_or_path") else 1)
+    models = 2 if hasattr(config, "value_model_name_or_path") else 1
+    return model.choose_gradient_sync(config.gradient_sync, policy, world, models=models, working=_working_memory(config, policy))
+
+
+def _working_memory(config: RunConfig, policy: model.Policy) -> int:
+    """About what a full micro-batch takes, in bytes: an upper estimate, since what it decides (`--gradient_sync auto`) must not run out of memory.
+
+    An eager layer keeps some 5.5 (D + F) numbers of a token (launch.plan, Llama 8B), 6 here; selective recomputation keeps 0.55 of
+    that, full D numbers and one whole layer. The head takes its chunk of logits 3.5 times. D hidden, F intermediate size.
+    """
+    shape = policy.lm.config
+    hidden, inner = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
+    numbers = 6 * (hidden + inner)
+    layers = {"none": numbers, "selective": 0.55 * numbers, "full": hidden}[config.gradient_checkpointing] * shape.num_hidden_layers
+    wide = policy.gathered_dtype or next(p.dtype for p in policy.parameters() if p.is_floating_point())
+    head = policy.lm.get_output_embeddings().weight
+    return round(config.micro_batch_tokens * (layers + numbers) * wide.itemsize + 3.5 * 4 * head.shape[0] * default_chunk_rows(head))
 
 
 def transform_layers(root: model.Root, config: RunConfig) -> None:

@@ -116,7 +116,7 @@ def train(config: Config) -> None:
 
 def sft_loss(policy: Policy, batch: MicroBatch, reduce: str, n: int, totals: log.Totals) -> Tensor:
     """This micro-batch's part of L; adds its value to `totals`."""
-    weights_R = token_weights(batch.counts_S, reduce) if batch.examples else torch.zeros(0, device=batch.ids_T.device)
+    weights_R = token_weights(batch.counts_S, reduce, batch.cuts[-1]) if batch.examples else torch.zeros(0, device=batch.ids_T.device)
 
     def loss_of_logprobs(logprobs_R: Tensor, rows: slice) -> Tensor:
         loss = losses.sft(logprobs_R, weights_R[rows]) / n

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from losses.kernels import logits_gradient_, logits_statistics
 
+VOCABULARY_ROWS = 2**14  # of the weight's gradient that are made at a time, where they are added in another dtype
 LossOfLogprobs = Callable[[Tensor, slice], Tensor]
 
 
@@ -210,10 +211,11 @@ class _Head:
             hidden_CD = self.hidden_RD[rows]
             if hidden_CD.dtype == self.wide:
                 self.weight_grad_VD.addmm_(grad_CV.T, hidden_CD)
-            elif hidden_CD.is_cuda:
-                self.weight_grad_VD.add_(torch.mm(grad_CV.T, hidden_CD, out_dtype=torch.float32))
-            else:
-                self.weight_grad_VD.add_(grad_CV.T @ hidden_CD)
+                return
+            for part in _pieces(slice(0, len(self.weight_grad_VD)), VOCABULARY_ROWS):  # a second V x D matrix never exists
+                grad_PC = grad_CV[:, part].T
+                product_PD = torch.mm(grad_PC, hidden_CD, out_dtype=torch.float32) if hidden_CD.is_cuda else grad_PC @ hidden_CD
+                self.weight_grad_VD[part].add_(product_PD)
 
 
 class _LinearLogprobs(torch.autograd.Function):

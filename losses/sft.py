@@ -19,12 +19,15 @@ from torch import Tensor
 REDUCTIONS = ("token", "sum", "mean")
 
 
-def token_weights(counts_S: Tensor, reduce: str) -> Tensor:
-    """The weight of every trained token in the numerator, (R,) fp32: 1, or under 'mean' 1 / |y_s|. Raises ValueError."""
+def token_weights(counts_S: Tensor, reduce: str, num_tokens: int | None = None) -> Tensor:
+    """The weight of every trained token in the numerator, (R,) fp32: 1, or under 'mean' 1 / |y_s|. Raises ValueError.
+
+    `num_tokens`, the sum of the counts, spares a wait for the device.
+    """
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     weights_S = torch.ones_like(counts_S, dtype=torch.float32) if reduce != "mean" else 1 / counts_S.clamp(min=1).float()
-    return weights_S.repeat_interleave(counts_S)
+    return weights_S.repeat_interleave(counts_S, output_size=num_tokens)
 
 
 def denominator(num_tokens: int, num_sequences: int, reduce: str) -> int:
