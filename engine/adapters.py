@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import math
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,14 @@ from engine.world import World
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 ONLY_WITH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "adapter_name_or_path", "load_in_4bit", "double_quant", "export_adapter")
+FORM = "form"  # key of base.json: of the frozen weights, '' or nf4 or nf4-double
+# of LoraConfig, what may be set without meaning anything but plain LoRA on the weights as they are
+HARMLESS = {
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora",
+}  # fmt: skip
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # ways to initialise that leave the model's weights alone
 KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<leaf>[AB])\.weight")
 
 
@@ -38,6 +46,8 @@ def check_flags(config: RunConfig) -> None:
     """Raises UserError for adapter flags that contradict each other; nothing is opened."""
     if config.load_in_4bit and not config.use_lora:
         raise UserError("--load_in_4bit needs --use_lora: weights in 4 bits cannot be trained, only adapters on them")
+    if config.export_adapter and config.export_dtype not in (None, config.master_dtype):
+        raise UserError(f"--export_dtype {config.export_dtype} is not read with --export_adapter: adapters are written as they are trained, in --master_dtype")
     for name in ONLY_WITH_LORA:
         if getattr(config, name) and not config.use_lora:
             raise UserError(f"--{name} is not read without --use_lora")
@@ -48,7 +58,7 @@ def check_flags(config: RunConfig) -> None:
             raise UserError(f"--{name} must be greater than 0, got {getattr(config, name)}")
     if config.adapter_name_or_path is not None:
         for name in ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora"):
-            if name in config.given:
+            if getattr(config, name) not in (None, False):
                 raise UserError(f"--{name} is that of --adapter_name_or_path: give one of them")
 
 
@@ -76,6 +86,16 @@ def of_directory(directory: Path, lm_config: Any) -> Adapters:
     return Adapters(rank, alpha, rslora, _modules_of(directory, rank, *_layers_of(lm_config)), seed=0)
 
 
+def for_value_model(adapters: Adapters, lm_config: Any, everything: bool) -> Adapters:
+    """The same adapters on another model: on all its linear layers, or on those of the same last names. Raises UserError."""
+    layers, name = _layers_of(lm_config)
+    wanted = {n.rpartition(".")[2] for n in adapters.modules}
+    modules = tuple(n for n in layers if everything or n.rpartition(".")[2] in wanted)
+    if not modules:
+        raise UserError(f"--value_model_name_or_path: {name} has none of the layers {', '.join(sorted(wanted))}, which are adapted")
+    return replace(adapters, modules=modules, keep_initial=False)
+
+
 def _layers_of(lm_config: Any) -> tuple[dict[str, nn.Linear], str]:
     """(the linear layers that can be adapted, the model's class)."""
     with torch.device("meta"):
@@ -87,16 +107,22 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Raises UserError for anything but plain LoRA."""
     try:
         described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind, rank, alpha = described["peft_type"], int(described["r"]), float(described["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        raise UserError(f"{directory}: no usable {CONFIG} of a LoRA adapter") from None
-    if kind != "LORA" or rank < 1 or not math.isfinite(alpha):
-        raise UserError(f"{directory}: an adapter of type {str(kind)[:20]!r}, rank {rank}, alpha {alpha}; only LoRA is read")
-    for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "use_qalora", "target_parameters"):
-        if described.get(name):
-            raise UserError(f"{directory / CONFIG}: {name} is not supported, only plain LoRA of one rank")
+        kind, rank, alpha, rslora = described["peft_type"], described["r"], described["lora_alpha"], described.get("use_rslora", False)
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        there = " (the adapter of a merged run is in its adapter/)" if (directory / "adapter" / CONFIG).is_file() else ""
+        raise UserError(f"{directory}: no usable {CONFIG} of a LoRA adapter{there}") from None
+    if kind != "LORA":
+        raise UserError(f"{directory}: an adapter of type {str(kind)[:20]!r}; only LoRA is read")
+    numbers = type(rank) is int and 0 < rank < 2**20 and type(alpha) in (int, float) and 0 < alpha < 2**20  # no NaN either
+    if not numbers or type(rslora) is not bool:
+        raise UserError(f"{directory / CONFIG}: r, lora_alpha and use_rslora must be a whole number, a number above 0 and a truth value")
+    for name, value in described.items():
+        if value and (name not in HARMLESS or name in ("rank_pattern", "alpha_pattern")):
+            raise UserError(f"{directory / CONFIG}: {name[:40]} is not supported, only plain LoRA of one rank")
     if described.get("bias", "none") != "none":
-        raise UserError(f"{directory / CONFIG}: bias {described['bias']} is not supported, biases stay frozen")
+        raise UserError(f"{directory / CONFIG}: biases stay frozen, only bias none is supported")
+    if described.get("init_lora_weights") not in PLAIN_STARTS:
+        raise UserError(f"{directory / CONFIG}: this init_lora_weights changes the model's own weights; save the adapter as plain LoRA first")
     return described
 
 
@@ -118,7 +144,10 @@ def _modules_of(directory: Path, rank: int, layers: dict[str, nn.Linear], model:
                 close = nearest(match["name"], list(layers)) if match else ""
                 raise UserError(f"{directory}: the adapter is of another model: {key} fits no linear layer of {model}{close}")
             layer = layers[match["name"]]
-            shape, expected = f.get_slice(key).get_shape(), {"A": [rank, layer.in_features], "B": [layer.out_features, rank]}[match["leaf"]]
+            tensor = f.get_slice(key)
+            if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(f"{directory / TENSORS}: {key} is {tensor.get_dtype()}, not a floating dtype")
+            shape, expected = tensor.get_shape(), {"A": [rank, layer.in_features], "B": [layer.out_features, rank]}[match["leaf"]]
             if list(shape) != expected:
                 raise UserError(f"{directory}: the adapter is of another model: {key} is {list(shape)}, this model's layer takes {expected}")
             found.setdefault(match["name"], set()).add(match["leaf"])
@@ -127,36 +156,44 @@ def _modules_of(directory: Path, rank: int, layers: dict[str, nn.Linear], model:
     return tuple(name for name in layers if name in found)
 
 
-def read(directory: Path, base_fingerprint: str | None) -> tuple[dict[str, Tensor], str]:
-    """('NAME.lora_A' → fp32 tensor, the file's digest). Raises UserError if it says that it was trained on other weights."""
-    described = directory / BASE
+def read(directory: Path, base_weights: str | None) -> tuple[Callable[[str, slice], Tensor], str, str]:
+    """(of 'NAME.lora_A' some rows, in fp32; the files' digest; the form of the weights that it was trained on).
+
+    Raises UserError if it says that it was trained on other weights than `base_weights` (None: not asked).
+    """
+    described, form = directory / BASE, ""
     if described.is_file():
         try:
-            trained_on = str(json.loads(described.read_text(encoding="utf-8"))["weights"])
-        except (ValueError, KeyError, TypeError, OSError):
+            facts = json.loads(described.read_text(encoding="utf-8"))
+            trained_on, form = str(facts["weights"]), str(facts.get(FORM, ""))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             raise UserError(f"{described}: not readable, delete it to use the adapter on any base that fits") from None
-        if base_fingerprint is not None and trained_on != base_fingerprint:
-            raise UserError(f"{directory}: the adapter was trained on other weights ({trained_on}) than this model's ({base_fingerprint})")
-    tensors = {}
-    with _open(directory) as f:
-        for key in f.keys():  # noqa: SIM118
-            match = KEY.fullmatch(key)
-            tensor = tensors[f"{match['name']}.lora_{match['leaf']}"] = f.get_tensor(key).float()
-            if not tensor.isfinite().all():
-                raise UserError(f"{directory / TENSORS}: {key} holds numbers that are not finite")
+        if base_weights is not None and trained_on != base_weights:
+            raise UserError(f"{directory}: the adapter was trained on other weights ({trained_on[:16]}) than this model's ({base_weights})")
+    file = _open(directory)
     with open(directory / TENSORS, "rb") as f:
         digest = hashlib.file_digest(f, "sha256")
     digest.update((directory / CONFIG).read_bytes())
-    return tensors, digest.hexdigest()[:16]
+
+    def rows_of(name: str, rows: slice) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        rows_RI = file.get_slice(f"base_model.model.{layer}.{leaf}.weight")[rows].float()
+        if not rows_RI.isfinite().all():
+            raise UserError(f"{directory / TENSORS}: {name} holds numbers that are not finite")
+        return rows_RI
+
+    return rows_of, digest.hexdigest()[:16], form
 
 
 @torch.no_grad()
 def save(
-    lm: nn.Module, adapters: Adapters, directory: Path, world: World, *, base_name: str, base_fingerprint: str, inside: dict[str, Path] | None = None
-) -> None:
+    lm: nn.Module, adapters: Adapters, directory: Path, world: World, *, base_name: str, revision: str, base_weights: str,
+    inside: dict[str, Path] | None = None,
+) -> None:  # fmt: skip
     """Writes the trained adapter in PEFT's format, as it is held; the directory appears whole or not at all. Collective.
 
-    `inside` are finished directories to be moved into it, under new names.
+    `base_name`, `revision` ('local': none) and the fingerprint `base_weights` say what it belongs on. `inside` are finished directories to
+    be moved into it, under new names.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     tensors = {}
@@ -170,11 +207,11 @@ def save(
         partial.mkdir(parents=True)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         described = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "r": adapters.rank, "lora_alpha": adapters.alpha,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": None if revision == "local" else revision, "r": adapters.rank, "lora_alpha": adapters.alpha,
             "use_rslora": adapters.rslora, "target_modules": _targets(lm, adapters), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         }  # fmt: skip
         (partial / CONFIG).write_text(json.dumps(described, indent=2), encoding="utf-8")
-        (partial / BASE).write_text(json.dumps({"weights": base_fingerprint}), encoding="utf-8")
+        (partial / BASE).write_text(json.dumps({"weights": base_weights, FORM: adapters.form}), encoding="utf-8")
         for name, finished in (inside or {}).items():
             finished.rename(partial / name)
         if directory.exists():

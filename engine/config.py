@@ -75,7 +75,7 @@ class RunConfig:
     max_grad_norm: float = flag(1.0, "global gradient norm is clipped to it (0: off)", aliases=("clip_grad_norm",))
 
     micro_batch_tokens: int = flag(8192, "tokens in memory at a time on each rank: the memory knob, without effect on results", heading="memory and speed")  # fmt: skip
-    dtype: str = flag("auto", "compute dtype; masters are fp32; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32", "float16"))  # fmt: skip
+    dtype: str = flag("auto", "compute dtype (masters: --master_dtype); auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32", "float16"))  # fmt: skip
     attention: str = flag("auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"))  # fmt: skip
     head: str = flag("fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive"))
     gradient_sync: str = flag("auto", "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce after its last, which holds whole fp32 gradients", choices=("auto", "every", "keep", "last"))  # fmt: skip

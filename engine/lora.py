@@ -47,6 +47,11 @@ class Adapters:
     keep_initial: bool = False  # a frozen copy of the adapter that training starts from, as the reference
 
     @property
+    def form(self) -> str:
+        """Of the frozen weights: '', nf4 or nf4-double."""
+        return "" if not self.four_bit else "nf4-double" if self.double_quant else "nf4"
+
+    @property
     def scaling(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
@@ -124,8 +129,8 @@ def linears(lm: nn.Module) -> dict[str, nn.Linear]:
 def adapt(lm: nn.Module, adapters: Adapters, *, frozen: torch.dtype, master: torch.dtype) -> list[str]:
     """Freezes a model on the meta device, in the compute dtype, and puts adapters on the named layers.
 
-    Under 4 bits every linear layer of the blocks is quantised, adapted or not; returns the names of those that are left dense
-    because their rows are not whole blocks. A scalar head stays trained.
+    Under 4 bits every linear layer of the blocks is quantised, adapted or not; returns the names of the matrices that are left dense:
+    those whose rows are not whole blocks, and stacked ones (a mixture's experts). A scalar head stays trained.
     """
     lm.requires_grad_(False)
     for p in lm.parameters():
@@ -141,6 +146,7 @@ def adapt(lm: nn.Module, adapters: Adapters, *, frozen: torch.dtype, master: tor
         path, _, leaf = name.rpartition(".")
         how = adapters if not dense else replace(adapters, four_bit=False)
         setattr(lm.get_submodule(path), leaf, AdaptedLinear(source, how, rank, master))
+    left += [name for name, p in lm.base_model.layers.named_parameters() if p.dim() > 2] if adapters.four_bit else []
     if (score := getattr(lm, "score", None)) is not None:
         score.weight.data = score.weight.data.to(master)
         score.requires_grad_(True)
@@ -152,16 +158,17 @@ def adapted(lm: nn.Module) -> dict[str, AdaptedLinear]:
 
 
 @torch.no_grad()
-def initialise(lm: nn.Module, seed: int, start: dict[str, Tensor] | None = None) -> None:
-    """Fills the adapters, and their initial copies, from `start` ('NAME.lora_A' → tensor), or at random (A) and with 0 (B)."""
+def initialise(lm: nn.Module, seed: int, start: Callable[[str, slice], Tensor] | None = None) -> None:
+    """Fills the adapters, and their initial copies, from `start` (of 'NAME.lora_A' some rows), or at random (A) and with 0 (B)."""
     for name, module in adapted(lm).items():
         for leaf in ("A", "B") if module.rank else ():
             p = getattr(module, f"lora_{leaf}")
+            rows = local_rows(p)
             if start:
-                values = start[f"{name}.lora_{leaf}"]
+                values = start(f"{name}.lora_{leaf}", rows)
             else:
-                values = _uniform(seed, name, p.shape) if leaf == "A" else torch.zeros(p.shape)
-            local(p).copy_(values[local_rows(p)])
+                values = (_uniform(seed, name, p.shape) if leaf == "A" else torch.zeros(p.shape))[rows]
+            local(p).copy_(values)
             if (kept := getattr(module, f"initial_{leaf}", None)) is not None:
                 local(kept).copy_(local(p))
 

@@ -8,6 +8,7 @@ T tokens of the stream · R rows that count · D hidden · V vocabulary.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Root(nn.Module):
         self.gathered_dtype: torch.dtype | None = None  # None: what is gathered travels as it is held
         self.adapters: Adapters | None = None
         self.base_weights = ""  # the fingerprint of what was read, without adapters
+        self.identity = ""  # and of all that determines the numbers it starts with
 
     def hidden(self, batch: MicroBatch) -> Tensor:
         """The last hidden states of the stream's tokens, (T, D); only inside `forward`."""
@@ -153,6 +155,8 @@ def _logit_transform(config: Any) -> LogitTransform:
 
 def load_config(directory: Path) -> Any:
     """The decoder's configuration. Raises UserError for what Triptych does not train, by name."""
+    if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+        raise UserError(f"{directory} is an adapter: give the model it was trained on, and this to --adapter_name_or_path")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -192,9 +196,9 @@ def load(
     ever holds the whole model. Raises UserError.
     """
     policy = build(config, world, dtype=dtype, backend=backend, head=head, master=master, adapters=adapters)
-    identity = _fill(policy, directory, world, start)
-    check_packing(policy, config, world, dtype)
-    return policy, identity
+    _fill(policy, directory, world, start, narrowed=master.itemsize < dtype.itemsize)
+    check_packing(policy, config, world, dtype, f" with the adapter {start}" if start else "")
+    return policy, policy.identity
 
 
 def load_value_config(directory: Path, vocab_size: int) -> Any:
@@ -224,7 +228,7 @@ def load_value_model(
     """The sharded value model: a reward model with its head, or any decoder with a head of zeros. Collective. Raises UserError."""
     config = load_value_config(directory, vocab_size)
     value_model = build_value_model(config, world, dtype=dtype, backend=backend, master=master, adapters=adapters)
-    _fill(value_model, directory, world, start)
+    _fill(value_model, directory, world, start, narrowed=master.itemsize < dtype.itemsize)
     return value_model
 
 
@@ -235,7 +239,7 @@ def _cut(root: Root, world: World, dtype: torch.dtype, master: torch.dtype, adap
     if adapters is not None:
         left = lora.adapt(lm, adapters, frozen=dtype, master=master)
         if left:
-            world.say(f"not in 4 bits: {len(left)} linear layers whose rows are not whole blocks of 64, the first {left[0]}")
+            world.say(f"not in 4 bits: {len(left)} matrices whose rows are not whole blocks of 64, or that are stacked, the first {left[0]}")
     # adapters cast themselves and the frozen weights are in the compute dtype already: FSDP gathers each tensor as it is held
     root.gathered_dtype = None if adapters else dtype
     shard(root, lm.base_model.layers, world, root.gathered_dtype)
@@ -243,19 +247,19 @@ def _cut(root: Root, world: World, dtype: torch.dtype, master: torch.dtype, adap
     return root
 
 
-def _fill(root: Root, directory: Path, world: World, start: Path | None) -> str:
-    """Weights from the checkpoint, adapters from `start` or new; returns the identity of the numbers."""
+def _fill(root: Root, directory: Path, world: World, start: Path | None, narrowed: bool) -> None:
+    """Weights from the checkpoint, adapters from `start` or new, and the root's identity; `narrowed`: masters round what is computed with."""
     weights.initialise_buffers(root.lm, directory)
-    identity = root.base_weights = f"{weights.stream(directory, root.lm, world):016x}"
+    root.identity = root.base_weights = f"{weights.stream(directory, root.lm, world):016x}"
     if (adapters := root.adapters) is not None:
-        same_weights = root.base_weights if isinstance(root, Policy) else None  # a value model has another head than what it starts from
-        tensors, digest = adapter_files.read(start, same_weights) if start else (None, "")
+        same = root.base_weights if isinstance(root, Policy) else None  # a value model has another head than what it starts from
+        tensors, digest, form = adapter_files.read(start, same) if start else (None, "", adapters.form)
+        if form != adapters.form:
+            form = {"": "as they are", "nf4": "in NF4", "nf4-double": "in NF4 with double quantisation"}.get(form, "in another form")
+            world.say(f"warning: {start} was trained on weights held {form}, which are other numbers than these")
         lora.initialise(root.lm, adapters.seed, tensors)
-        if adapters.four_bit:
-            identity += "-nf4" + ("-double" if adapters.double_quant else "")
-        if digest:
-            identity += f"-adapter-{digest}"
-    return identity
+        root.identity += (f"-{adapters.form}" if adapters.form else "") + (f"-adapter-{digest}" if digest else "")
+    root.identity += "-rounded" if narrowed else ""
 
 
 def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype | None) -> None:
@@ -296,7 +300,7 @@ def choose_gradient_sync(requested: str, root: Root, world: World, models: int =
 
 
 @torch.no_grad()
-def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype) -> None:
+def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype, adapted: str = "") -> None:
     """Two packed sequences must have the log-probs of the model's own logits for each alone, else the model is refused by name.
 
     This catches decoders that mix tokens other than through attention (state spaces, convolutions), that read positions or
@@ -323,6 +327,8 @@ def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype)
         policy.release()
     expected_R = torch.cat(alone_R)
     difference = (packed_R - expected_R).square().mean().sqrt().item()
+    if not math.isfinite(difference):
+        raise UserError(f"{name}{adapted}: log-probs are not finite numbers")
     bound = max(16 * torch.finfo(dtype).eps, 1e-4) * max(1.0, expected_R.std().item())
     if not difference <= bound:
         raise UserError(f"{name} cannot be packed: log-probs of packed sequences differ from those alone by {difference:.1e} (bound {bound:.1e})")  # fmt: skip

@@ -20,7 +20,7 @@ from engine.world import World
 # what may change between a run and its resumption: none of it touches the trajectory
 CHANGEABLE = {
     "output_dir", "cache_dir", "micro_batch_tokens", "save_steps", "save_total_limit", "resume", "on_bad_row", "dry_run", "report_to",
-    "profile", "export_dtype", "eval_steps", "dataset_num_proc", "cache_logprobs_only",
+    "profile", "export_dtype", "export_adapter", "eval_steps", "dataset_num_proc", "cache_logprobs_only",
 }  # fmt: skip
 
 

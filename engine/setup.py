@@ -104,8 +104,10 @@ def prepare(config: RunConfig, world: World) -> Base:
     base = Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why)
     start = adapters.directory_of(config.adapter_name_or_path, world)
     if not isinstance(config, RunConfig):  # launch.evaluate: an adapter as it is
-        return dataclasses.replace(base, start=start, adapters=adapters.of_directory(start, lm_config) if start else None)
-    chosen = adapters.choose(config, lm_config, start, keep_initial=getattr(config, "reference", "") == "adapter")
+        form = {"four_bit": config.load_in_4bit, "double_quant": config.double_quant}
+        return dataclasses.replace(base, start=start, adapters=dataclasses.replace(adapters.of_directory(start, lm_config), **form) if start else None)
+    keep_initial = getattr(config, "reference", "") == "adapter" and getattr(config, "kl_coef", 1) != 0
+    chosen = adapters.choose(config, lm_config, start, keep_initial)
     return dataclasses.replace(base, start=start, adapters=chosen)
 
 
@@ -116,6 +118,15 @@ def build_policy(config: RunConfig, world: World, base: Base) -> model.Policy:
     policy = model.build(base.config, world, **how)
     transform_layers(policy, config)
     return policy
+
+
+def value_adapters(config: Any, base: Base) -> Adapters | None:
+    """The policy's adapters on the value model's own layers. Raises UserError."""
+    if base.adapters is None or config.value_model_name_or_path is None:
+        return base.adapters and dataclasses.replace(base.adapters, keep_initial=False)
+    directory, _ = weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")
+    everything = base.start is None and "all-linear" in (config.lora_target_modules or ("all-linear",))
+    return adapters.for_value_model(base.adapters, model.load_value_config(directory, base.config.vocab_size), everything)
 
 
 def load_policy(config: RunConfig, world: World, base: Base) -> tuple[model.Policy, str]:
@@ -167,10 +178,11 @@ def export(root: model.Root, base: Base, config: RunConfig, world: World, final:
     A policy's adapter goes to final/adapter as well; under --export_adapter it is `final` itself. Returns what reads it.
     """
     if isinstance(root, model.Policy) and root.adapters is not None:
-        facts = {"base_name": config.model_name_or_path, "base_fingerprint": root.base_weights}
+        facts = {"base_name": config.model_name_or_path, "revision": base.revision, "base_weights": root.base_weights}
+        held = {"": "", "nf4": " held in NF4", "nf4-double": " held in NF4 with double quantisation"}[root.adapters.form]
         if config.export_adapter:
             adapters.save(root.lm, root.adapters, final, world, inside=inside, **facts)
-            return f"{final} is an adapter on {config.model_name_or_path}, for --adapter_name_or_path or PeftModel.from_pretrained"
+            return f"{final} is an adapter on {config.model_name_or_path}{held}, for --adapter_name_or_path or PeftModel.from_pretrained"
         adapters.save(root.lm, root.adapters, final.with_name(".adapter"), world, **facts)
         inside = {"adapter": final.with_name(".adapter"), **(inside or {})}
     dtype = getattr(torch, config.export_dtype) if config.export_dtype else base.config.dtype or torch.float32

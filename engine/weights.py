@@ -119,7 +119,7 @@ def stream(directory: Path, lm: nn.Module, world: World) -> int:
     missing, unexpected = sorted(own.keys() - files.keys()), sorted(files.keys() - own.keys() - tied)
     unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
     if missing or unexpected:
-        source = _through_transformers(directory, lm, missing, unexpected)
+        source = _through_transformers(directory, lm, list(own), missing, unexpected)
     else:
         source = _by_slices(files, own)
     fingerprint = 0
@@ -152,18 +152,18 @@ def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple
                 yield name, lambda rows, tensor=tensor: (tensor.get_shape(), tensor[rows] if tensor.get_shape() else tensor[...])
 
 
-def _through_transformers(directory: Path, lm: nn.Module, missing: list[str], unexpected: list[str]) -> Iterator[tuple[str, Any]]:
+def _through_transformers(directory: Path, lm: nn.Module, wanted: list[str], missing: list[str], unexpected: list[str]) -> Iterator[tuple[str, Any]]:
     config = type(lm.config).from_pretrained(directory)
     try:
         whole, report = type(lm).from_pretrained(directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory}: {str(error).splitlines()[0][:200]}") from None
-    if report["missing_keys"] or report["mismatched_keys"]:
-        name = sorted(report["missing_keys"] or report["mismatched_keys"])[0]
-        name = name if isinstance(name, str) else name[0]
+    lost = {name if isinstance(name, str) else name[0] for name in (*report["missing_keys"], *report["mismatched_keys"])} & set(wanted)
+    if lost:
+        name = min(lost)
         raise UserError(f"{directory}: tensor {name} is missing or has another shape{nearest(name, unexpected)}")
     state = dict(whole.named_parameters()) | dict(whole.named_buffers())
-    for name in [n for n, _ in lm.named_parameters()] + [n for n, _ in lm.named_buffers() if n in lm.state_dict()]:
+    for name in wanted:
         yield name, lambda rows, name=name: (state[name].shape, state[name].detach()[rows] if state[name].dim() else state[name])
 
 
@@ -207,9 +207,10 @@ def export(
         file = "model.safetensors" if len(plan) == 1 else f"model-{i:05d}-of-{len(plan):05d}.safetensors"
         tensors = {}
         for name in names:
-            tensor = whole(own[name][1]())
+            shard = own[name][1]()
+            tensor = whole(shard.to(dtype) if shard.is_floating_point() else shard)
             if world.is_main:
-                tensors[name] = tensor.to(dtype if tensor.is_floating_point() else tensor.dtype).cpu().contiguous().clone()
+                tensors[name] = tensor.cpu().contiguous().clone()
                 total += tensors[name].nbytes
                 weight_map[name] = file
         if world.is_main:

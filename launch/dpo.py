@@ -205,7 +205,7 @@ def check_identity(row: dict[str, float], tokens: float, pairs: int, config: Con
     off = abs(row["loss"] - math.log(2)) if exact else margin
     here.say(f"step 0: margins {margin:.1e}" + (f", |loss - log 2| {off:.1e}" if exact else "") + f", rounding allows {bound:.1e}")
     if not max(margin, off) <= bound:
-        raise UserError(f"step 0: the policy is not its reference (margins {margin:.2e}, allowed {bound:.2e}); the reference cache does not fit")
+        raise UserError(f"step 0: the policy is not its reference (margins {margin:.2e}, allowed {bound:.2e}; --reference {config.reference})")
 
 
 def resolve_loss(config: Config) -> Config:
@@ -222,7 +222,7 @@ def resolve_loss(config: Config) -> Config:
         raise UserError(f"--beta must be greater than 0, got {hyper['beta']}")
     if config.rpo_alpha < 0:
         raise UserError(f"--rpo_alpha must not be negative, got {config.rpo_alpha}")
-    if loss_type in REFERENCE_FREE and "reference" in config.given:
+    if loss_type in REFERENCE_FREE and config.reference not in ("auto", "cache"):
         raise UserError(f"--reference is not read by --loss_type {loss_type}")
     config = resolve_reference(config, without_lora="cache", with_lora="cache")
     if config.cache_logprobs_only and (loss_type in REFERENCE_FREE or config.reference != "cache"):

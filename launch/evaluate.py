@@ -42,6 +42,8 @@ class Config:
     )
     model_revision: str | None = flag(None, "branch, tag or commit of the model on the hub")
     adapter_name_or_path: str | None = flag(None, "an adapter on it, in PEFT's format")
+    load_in_4bit: bool = flag(False, "with an adapter: the model's linear layers in NF4, as the adapter was trained on them")
+    double_quant: bool = flag(False, "with --load_in_4bit, as in training")
     dataset_name: str | None = flag(None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded problems", heading="data")
     dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub")
     dataset_split: str = flag("test", "split of a hub dataset, or of a directory whose files are named after splits")
@@ -99,6 +101,8 @@ def train(config: Config) -> None:
 def resolve(config: Config, here: World) -> Config:
     """Fills what is left open. Raises UserError."""
     here.agree("configuration", repr(config))
+    if (config.load_in_4bit and not config.adapter_name_or_path) or (config.double_quant and not config.load_in_4bit):
+        raise UserError("--load_in_4bit is read with --adapter_name_or_path, --double_quant with --load_in_4bit")
     require_positive(config, "num_prompts", "max_seq_length", "response_length", "num_seeds", "rollout_slots")
     for name, low, high in (("top_p", 1e-9, 1), ("temperature", 0, 1e3), ("top_k", 0, 1e9)):
         if not low <= getattr(config, name) <= high:

@@ -9,7 +9,7 @@ clipped policy and value updates on them. With d_t = log pi(y_t) - log pi_ref(y_
     L_value  = (1/N) sum_t (V_t - G_t)^2 / 2
 
 N counts the response tokens of the mini-batch over all ranks. pi_ref is a frozen copy of the initial policy (with adapters, the
-model under them), V a model of its own. A step is an iteration: --batch_size prompts times --num_samples_per_prompt responses, then all updates.
+model under them, or the adapter that training starts from), V a model of its own. A step is an iteration: --batch_size prompts times --num_samples_per_prompt responses, then all updates.
 Left out of the original on purpose: sampling one step stale, whitening per rank, means of micro-batch means.
 
 With no argument it fine-tunes the embedded tiny model on sums of which half are wrong, and reinforces the right ones.
@@ -116,7 +116,7 @@ def train(config: Config) -> None:
         sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
         optimizers = {name: optim.adamw(module, config.weight_decay, config.optimizer, here) for name, module in (("policy", policy), ("value", value_model))}
         trained = {"policy": (policy, optimizers["policy"]), "value": (value_model, optimizers["value"])}
-        identity = {"model": weights_identity, "dataset": fingerprint_of(prompts)}
+        identity = {"model": weights_identity, "value model": value_model.identity, "dataset": fingerprint_of(prompts)}
         checkpoints = Checkpoints(output_dir, here, trained, keep=config.save_total_limit, identity=identity,
                                   settings=run.settings(config))  # fmt: skip
         state = checkpoints.resume(config.resume) or {"step": 0, "num_tokens": 0}
@@ -363,6 +363,7 @@ def validate(config: Config, base: setup.Base) -> None:
             raise UserError(f"--{name} must be between {low:g} and {high:g}, got {getattr(config, name)}")
     if config.value_model_name_or_path:
         model.load_value_config(weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")[0], base.config.vocab_size)
+        setup.value_adapters(config, base)
     if config.vf_coef < 0 or config.value_warmup_steps < 0:
         raise UserError("--vf_coef and --value_warmup_steps must not be negative")
     longest = getattr(base.config, "max_position_embeddings", config.max_seq_length)
@@ -413,14 +414,15 @@ def load_models(config: Config, here: World, base: setup.Base) -> tuple[model.Po
     reference = frozen(config, here, base, policy) if config.kl_coef else None
     how = base.how(config)
     del how["head"]
+    how["adapters"] = setup.value_adapters(config, base)
     if config.value_model_name_or_path:  # another model: what the policy's adapter starts from does not fit it
         how["start"] = None
-    if base.adapters:
-        how["adapters"] = replace(base.adapters, keep_initial=False)
     source = weights.resolve(config.value_model_name_or_path, None, "--value_model_name_or_path")[0] if config.value_model_name_or_path else base.directory
     value_model = model.load_value_model(source, here, vocab_size=base.config.vocab_size, **how)
     setup.transform_layers(value_model, config)
     value_model.gradient_sync = policy.gradient_sync
+    on = f", adapters on {len(value_model.adapters.modules)} layers" if value_model.adapters else ""
+    here.say(f"value model: {value_model.num_parameters:,} parameters, {value_model.num_trained:,} trained{on}, weights {value_model.identity}")
     return policy, reference, value_model, identity
 
 

@@ -3,7 +3,7 @@
     W_sampler  <-  all_gather( cast(shard of W + s B A) )          parameter by parameter, in the model's order
 
 The cast comes before the gather, so bf16 travels at half the bytes of the fp32 masters, and what is gathered is bit for bit
-what FSDP gathers for training. Addresses never change (CUDA graphs and views survive an update).
+what FSDP gathers for training; under adapters it is their sum, rounded once. Addresses never change (CUDA graphs and views survive an update).
 """
 
 from __future__ import annotations
@@ -52,6 +52,9 @@ def load(target: nn.Module, source: nn.Module, world: World) -> None:
         held[leaf].copy_(buffer)
 
 
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, and before
+
+
 def _gather(target: Tensor, p: Tensor, world: World) -> None:
     if not isinstance(p, DTensor) or world.size == 1:
         target.copy_(p.to_local() if isinstance(p, DTensor) else p)
@@ -59,10 +62,10 @@ def _gather(target: Tensor, p: Tensor, world: World) -> None:
     rows, per_rank = p.shape[0], -(-p.shape[0] // world.size)  # FSDP's chunks: the last ranks may hold less, or nothing
     shard = p.to_local().to(target.dtype)
     if rows == per_rank * world.size:
-        dist.all_gather_into_tensor(target.data, shard.contiguous(), group=p.device_mesh.get_group())
+        _all_gather(target.data, shard.contiguous(), group=p.device_mesh.get_group())
         return
     padded = target.new_zeros(per_rank, *target.shape[1:])
     padded[: len(shard)] = shard
     whole = target.new_empty(per_rank * world.size, *target.shape[1:])
-    dist.all_gather_into_tensor(whole, padded, group=p.device_mesh.get_group())
+    _all_gather(whole, padded, group=p.device_mesh.get_group())
     target.copy_(whole[:rows])

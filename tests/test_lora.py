@@ -126,7 +126,7 @@ def test_an_adapter_of_pefts_gives_pefts_numbers_and_comes_back(name, here, tmp_
             assert (policy(batch) - expected).abs().max() > 1e-2  # the adapter matters
     assert identity.startswith(policy.base_weights + "-adapter-")
 
-    files.save(policy.lm, chosen, tmp_path / "ours", here, base_name=str(source), base_fingerprint=policy.base_weights)
+    files.save(policy.lm, chosen, tmp_path / "ours", here, base_name=str(source), revision="local", base_weights=policy.base_weights)
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("peft", "ours"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     again = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(source, attn_implementation="eager"), tmp_path / "ours")
@@ -221,6 +221,49 @@ def test_compute_in_bfloat16_trains_float32_adapters(runs, cached):
     assert rows(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+def test_masters_that_round_have_a_reference_of_their_own(runs, cached):
+    """In the same cache: float32 masters' numbers are not those of bfloat16 masters, of the model nor of a starting adapter."""
+    start = {"adapter_name_or_path": cached / "final" / "adapter"}
+    kept = {key: value for key, value in runs.flags.items() if key not in ("lora_rank", "lora_target_modules", "use_lora")}
+    for name, flags in (("all", {}), ("adapter", {"use_lora": "true"} | start)):
+        for master in ("float32", "bfloat16"):
+            result = Runs("dpo", runs.root, kept | flags | {"max_steps": 1, "master_dtype": master, "optimizer": "adamw_8bit"}).launch(f"{name}_{master}")
+            assert result.ok, result.output
+            assert rows(runs.root / f"{name}_{master}")[0]["rewards/margins"] == 0, result.output
+
+
+@pytest.mark.parametrize(("flags", "again"), [({"loss_type": "simpo"}, {}), ({"use_lora": "true", "adapter_name_or_path": "ADAPTER"}, {})])
+def test_a_saved_configuration_can_be_fed_back(flags, again, runs, cached, tmp_path):
+    flags = {key: cached / "final" / "adapter" if value == "ADAPTER" else value for key, value in flags.items()}
+    kept = {key: value for key, value in runs.flags.items() if key not in ("lora_rank", "lora_target_modules", "use_lora")}
+    first = Runs("dpo", tmp_path, kept | flags | {"max_steps": 1}).run("first")
+    result = launch(["--config", first / "config.yaml", "--output_dir", tmp_path / "again"], 1, "launch.dpo", tmp_path / "log")
+    assert result.ok, result.output
+    assert losses_of(first) == losses_of(tmp_path / "again")
+
+
+@pytest.mark.parametrize("four_bit", ["false", "true"])
+def test_a_mixture_of_experts_takes_adapters_on_what_is_linear(four_bit, runs, tmp_path, embedded_dir):
+    """Its checkpoint's names are not its module's: it comes through transformers' loader. Stacked experts stay dense, and that is said."""
+    from transformers import AutoTokenizer, Qwen3MoeConfig
+
+    shape = {"hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+             "head_dim": 16, "num_experts": 4, "num_experts_per_tok": 2, "vocab_size": 512, "max_position_embeddings": 256, "eos_token_id": 1}  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(Qwen3MoeConfig(**shape)).save_pretrained(tmp_path / "moe")
+    AutoTokenizer.from_pretrained(embedded_dir.model).save_pretrained(tmp_path / "moe")
+    result = Runs("dpo", tmp_path, runs.flags | {"model_name_or_path": tmp_path / "moe", "max_steps": 2, "load_in_4bit": four_bit}).launch("out", 2)
+    assert result.ok, result.output
+    assert ("not in 4 bits" in result.output and "stacked" in result.output) == (four_bit == "true")
+
+
+def test_weights_in_another_form_than_the_adapter_knows_are_said(runs, cached, tmp_path):
+    flags = {key: value for key, value in runs.flags.items() if key not in ("lora_rank", "lora_target_modules")}
+    start = {"adapter_name_or_path": cached / "final" / "adapter", "max_steps": 1}
+    result = Runs("dpo", tmp_path, flags | start | {"load_in_4bit": "true"}).launch("out")
+    assert result.ok and "was trained on weights held as they are, which are other numbers" in result.output
+
+
 @pytest.fixture(scope="module")
 def ppo(tmp_path_factory) -> Runs:
     root = tmp_path_factory.mktemp("ppo_lora")
@@ -257,6 +300,23 @@ def test_ppo_under_adapters(ppo):
     assert responses[0] == responses[1] and len(responses[0]) == 12
 
 
+def test_a_value_model_of_another_shape_is_adapted_on_its_own_layers(ppo, embedded_dir, tmp_path):
+    """All of them, its head trained whole; a resumed run wants the very same frozen weights under it."""
+    value = save_family("qwen3", tmp_path / "value", embedded_dir.model, num_hidden_layers=3, **WIDE)
+    runs = Runs("ppo", tmp_path, ppo.flags | {"value_model_name_or_path": value, "save_steps": 1, "max_steps": 2})
+    result = runs.launch("out")
+    assert result.ok and "adapters on 21 layers" in result.output, result.output
+    head = load_file(tmp_path / "out" / "final" / "value" / "model.safetensors")["score.weight"]
+    assert head.abs().max() > 0
+    for path in (tmp_path / "out" / "final").rglob("*.json"):
+        path.unlink()
+    weights = load_file(value / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, value / "model.safetensors", metadata={"format": "pt"})
+    refused = runs.launch("out", log="again")
+    assert not refused.ok and "is of another value model" in refused.output
+
+
 def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
     """The sampler's weights: W + s B A of shards, for dense and 4-bit layers, and refuses another model."""
     from rollout import handover
@@ -290,6 +350,7 @@ def refusal(runs: Runs, n: int, **changes) -> str:
     result = Runs(runs.stage, runs.root, kept | flags).launch(f"refused{n}")
     assert result.codes == [2] and "Traceback" not in result.output
     (line,) = (line for line in result.output.splitlines() if line.startswith("error: "))
+    assert line.isprintable()
     return line
 
 
@@ -301,6 +362,7 @@ WRONG = {
     "rank 0": ({"lora_rank": 0}, "--lora_rank must be greater than 0, got 0"),
     "adapter's reference without one": ({"reference": "adapter"}, "so the reference is --reference base"),
     "base without adapters": ({"use_lora": None, "lora_rank": None, "lora_target_modules": None, "reference": "base"}, "--reference base needs --use_lora"),
+    "a dtype that is not written": ({"export_adapter": "true", "export_dtype": "bfloat16"}, "--export_dtype bfloat16 is not read with --export_adapter"),
     "cache asked of a live reference": ({"reference": "base", "cache_logprobs_only": "true"}, "needs no cache"),
 }  # fmt: skip
 
@@ -324,19 +386,28 @@ def test_adapters_that_do_not_fit_are_one_line(runs, cached, tmp_path, embedded_
     assert "the adapter was trained on other weights" in refusal(runs, 12, model_name_or_path=changed, **start)
     assert "the reference is --reference adapter" in refusal(runs, 13, reference="base", **start)
     assert "no usable adapter_config.json" in refusal(runs, 14, **start | {"adapter_name_or_path": tmp_path})
+    assert "is in its adapter/" in refusal(runs, 16, **start | {"adapter_name_or_path": cached / "final"})
+    assert "is an adapter: give the model" in refusal(runs, 17, model_name_or_path=mine)
     assert "no such directory" in refusal(runs, 15, **start | {"adapter_name_or_path": cached / "final" / "adaptor"})
     described = json.loads((mine / "adapter_config.json").read_text())
     for i, (key, value, message) in enumerate([
         ("use_dora", True, "use_dora is not supported"), ("peft_type", "IA3", "only LoRA is read"), ("r", 5, "this model's layer takes [5, 128]"),
-        ("r", "many", "no usable adapter_config.json"), ("modules_to_save", ["lm_head"], "modules_to_save is not supported"),
-        ("lora_alpha", math.nan, "only LoRA is read"), ("tensors", math.inf, "holds numbers that are not finite"),
+        ("r", "many", "must be a whole number"), ("r", 4.5, "must be a whole number"), ("use_rslora", "false", "and a truth value"), ("modules_to_save", ["lm_head"], "modules_to_save is not supported"),
+        ("lora_alpha", math.nan, "a number above 0"), ("lora_alpha", 0, "a number above 0"), ("init_lora_weights", "pissa", "changes the model's own weights"),
+        ("layer_replication", [[0, 2]], "layer_replication is not supported"), ("tensors", math.inf, "holds numbers that are not finite"),
+        ("tensors", 1e38, "log-probs are not finite numbers"), ("name", "\n\x1b[31mq", "fits no linear layer"), ("dtype", torch.int32, "not a floating dtype"),
     ]):  # fmt: skip
         bad = tmp_path / f"bad{i}"
         bad.mkdir()
-        (bad / "adapter_config.json").write_text(json.dumps(described | {key: value}))
+        (bad / "adapter_config.json").write_text(json.dumps(described | ({} if key in ("tensors", "name", "dtype") else {key: value})))
         tensors = load_file(mine / "adapter_model.safetensors")
         if key == "tensors":
-            next(iter(tensors.values()))[0, 0] = value
+            for tensor in tensors.values():
+                tensor[:] = value
+        elif key == "name":
+            tensors[f"base_model.model.{value}.lora_A.weight"] = torch.zeros(4, 64)
+        elif key == "dtype":
+            tensors = {name: tensor.to(value) for name, tensor in tensors.items()}
         save_file(tensors, bad / "adapter_model.safetensors")
         assert message in refusal(runs, 20 + i, **start | {"adapter_name_or_path": bad})
 
