@@ -193,6 +193,19 @@ def _status(key: str) -> int:
         return next(int(line.split()[1]) * 1024 for line in f if line.startswith(key))
 
 
+def save_random_llama(directory: Path, tokenizer_from: Path, hidden: int, layers: int, vocab: int) -> None:
+    """A Llama of this shape with weights drawn from seed 0, in Hugging Face's format."""
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 128),
+        vocab_size=vocab, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(directory)
+
+
 class FreshProcesses:
     """Runs functions each in a process of its own, forked from a server that has imported `modules` and computed nothing."""
 

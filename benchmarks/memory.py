@@ -230,20 +230,12 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
 
 def make_inputs(args: argparse.Namespace, root: Path) -> None:
     """The data, and a model trained on curt answers: it knows the questions and the facts, not the tone."""
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
+    from benchmarks.measure import save_random_llama
     from engine.embedded import embedded
     from engine.store import TokenStore
 
     made = embedded(root)
-    config = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.hidden * 3, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 128), vocab_size=args.vocab, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(root / "random")
-    AutoTokenizer.from_pretrained(made.model).save_pretrained(root / "random")
+    save_random_llama(root / "random", made.model, args.hidden, args.layers, args.vocab)
     curt = [{"messages": json.loads(line)["rejected"]} for line in made.train_pairs.read_text().splitlines()]
     (root / "curt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curt))
     for name, path in (("courteous", made.train_conversations), ("held_out", made.held_out_conversations)):

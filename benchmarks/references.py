@@ -79,21 +79,13 @@ def run_case(stage: str, flags: dict[str, Any], steps: int, root: Path) -> dict[
 
 
 def make_inputs(args: argparse.Namespace, root: Path) -> None:
-    import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
-
+    from benchmarks.measure import save_random_llama
     from engine.config import parse
     from engine.embedded import embedded
     from launch import sft
 
     made = embedded(root)
-    config = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.hidden * 3, num_hidden_layers=args.layers, num_attention_heads=args.hidden // 64,
-        num_key_value_heads=max(1, args.hidden // 128), vocab_size=args.vocab, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(root / "model")
-    AutoTokenizer.from_pretrained(made.model).save_pretrained(root / "model")
+    save_random_llama(root / "model", made.model, args.hidden, args.layers, args.vocab)
     for name, path in (("pairs", made.train_pairs), ("problems", made.train_problems)):
         (root / f"{name}.jsonl").write_text(path.read_text())
     flags = {"model_name_or_path": root / "model", "dataset_name": made.train_conversations, "output_dir": root / "adapter", "cache_dir": root / "cache",
