@@ -157,6 +157,7 @@ def test_weights_and_optimizer_halve_from_one_rank_to_two(tiny):
     assert two.seen.micro_batch.communicating > one.seen.micro_batch.communicating
 
 
+@pytest.mark.drill
 def test_every_knob_does_to_memory_what_it_says(tiny):
     flags = {"batch_size": 64, "max_seq_length": 256, "micro_batch_tokens": 4096}
     changes = ({}, {"micro_batch_tokens": 2048}, {"gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full"}, {"activation_offload": True})
