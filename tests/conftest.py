@@ -20,6 +20,16 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def tuned(tmp_path_factory) -> Path:
+    """A cache directory that holds the embedded model fine-tuned on sums, made as a first run of launch.ppo makes it."""
+    from tests.test_equivalence import Runs
+
+    cache = tmp_path_factory.mktemp("cache")
+    Runs("ppo", cache, {"cache_dir": cache, "max_steps": 1, "num_ppo_epochs": 1, "eval_samples": 1}).run("first", 2)
+    return cache
+
+
+@pytest.fixture(scope="session")
 def embedded_dir(tmp_path_factory):
     """The embedded default: its model directory and data files, by name."""
     from engine.embedded import embedded

@@ -347,7 +347,7 @@ def runs_of(stage: str, root: Path, embedded_dir) -> Runs:
     return Runs(stage, root, flags | ({"sample_tokens": 0} if stage == "sft" else {}))
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("dpo", marks=pytest.mark.drill)])
 def test_a_killed_run_ends_in_the_same_bits_and_on_other_ranks_in_the_band(stage, tmp_path, embedded_dir):
     runs = runs_of(stage, tmp_path, embedded_dir)
     whole = runs.launch("whole", 2)

@@ -88,6 +88,7 @@ def test_a_nan_on_one_rank_stops_all_ranks_in_the_same_step(runs):
     assert len(rows(runs.root / "nan")) == 2
 
 
+@pytest.mark.drill
 def test_ranks_wait_for_slow_tokenisation_without_a_collective(runs):
     result = runs.launch("slow", 2, "tokenise_slowly", max_seq_length=777, max_steps=1)
     assert result.ok, result.output

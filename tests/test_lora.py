@@ -265,34 +265,45 @@ def test_weights_in_another_form_than_the_adapter_knows_are_said(runs, cached, t
 
 
 @pytest.fixture(scope="module")
-def ppo(tmp_path_factory) -> Runs:
+def ppo(tmp_path_factory, tuned) -> Runs:
     root = tmp_path_factory.mktemp("ppo_lora")
-    flags = {"cache_dir": root / "cache", "max_steps": 3, "batch_size": 6, "num_samples_per_prompt": 2, "eval_samples": 1, "micro_batch_tokens": 500,
+    flags = {"cache_dir": tuned, "max_steps": 3, "batch_size": 6, "num_samples_per_prompt": 2, "eval_samples": 1, "micro_batch_tokens": 500,
              "use_lora": "true", "lora_rank": 4, "num_ppo_epochs": 2, "learning_rate": 5e-3}  # fmt: skip
     return Runs("ppo", root, flags)
 
 
-def test_ppo_under_adapters(ppo):
-    """The base as reference equals a frozen copy; the sampler gets merged weights (checked at run time); an adapter starts another run."""
-    found = {name: ppo.run(name, 2, reference=name) for name in ("base", "copy")}
+@pytest.fixture(scope="module")
+def ppo_runs(ppo):
+    return {name: ppo.run(name, 2, reference=name) for name in ("base", "copy")}
+
+
+def test_ppo_under_adapters(ppo_runs):
+    """The base as reference equals a frozen copy; the sampler gets merged weights (checked at run time)."""
+    found = ppo_runs
     for a, b in zip(*(trajectory(out) for out in found.values()), strict=True):
         same = [key for key in a if not key.startswith("time/")]
         assert {k: a[k] for k in same} == {k: pytest.approx(b[k], rel=1e-6, abs=1e-6) for k in same}
     iterations = [row for row in rows(found["base"]) if "loss" in row]
     assert iterations[0]["objective/kl"] == 0 < abs(iterations[-1]["objective/kl"])
 
-    ppo.flags.pop("lora_rank")
-    start = {"adapter_name_or_path": found["base"] / "final" / "adapter", "load_in_4bit": "true", "max_steps": 2}
-    found = {name: ppo.run(f"start_{name}", 1, reference=name, **start) for name in ("adapter", "copy")}
+
+@pytest.mark.drill
+def test_ppo_from_an_adapter(ppo, ppo_runs):
+    flags = {key: value for key, value in ppo.flags.items() if key != "lora_rank"}
+    start = {"adapter_name_or_path": ppo_runs["base"] / "final" / "adapter", "load_in_4bit": "true", "max_steps": 2}
+    found = {name: Runs("ppo", ppo.root, flags | start).run(f"start_{name}", 1, reference=name) for name in ("adapter", "copy")}
     for a, b in zip(*(rows(out) for out in found.values()), strict=True):
         assert a.get("loss") == pytest.approx(b.get("loss"), abs=1e-6) and a.get("objective/kl") == pytest.approx(b.get("objective/kl"), abs=1e-6)
     assert (found["adapter"] / "final" / "value" / "config.json").is_file()
 
-    final, responses = ppo.root / "base" / "final", []  # an adapter is evaluated as it is, or merged: the same greedy answers
-    (tuned,) = (ppo.root / "cache").glob("*/tuned_on_sums/final")
-    for name, flags in (("merged", ["--model_name_or_path", final]), ("adapter", ["--model_name_or_path", tuned, "--adapter_name_or_path", final / "adapter"])):
+
+def test_an_adapter_is_evaluated_as_it_is_or_merged(ppo, ppo_runs, tuned):
+    """The same greedy answers."""
+    final, responses = ppo_runs["base"] / "final", []
+    (base,) = tuned.glob("*/tuned_on_sums/final")
+    for name, flags in (("merged", ["--model_name_or_path", final]), ("adapter", ["--model_name_or_path", base, "--adapter_name_or_path", final / "adapter"])):
         out = ppo.root / f"{name}.jsonl"
-        problems = tuned.parents[1] / "held_out_problems.jsonl"
+        problems = base.parents[1] / "held_out_problems.jsonl"
         argv = [*flags, "--dataset_name", problems, "--temperature", 0, "--num_prompts", 12, "--response_length", 24, "--output", out, "--cache_dir", ppo.root]
         result = launch(argv, module="launch.evaluate", log=ppo.root / f"{name}.log")
         assert result.ok, result.output

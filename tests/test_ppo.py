@@ -15,14 +15,6 @@ from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
 
 
 @pytest.fixture(scope="module")
-def tuned(tmp_path_factory) -> Path:
-    """A cache directory that holds the embedded model fine-tuned on sums, made as a first run makes it."""
-    cache = tmp_path_factory.mktemp("cache")
-    Runs("ppo", cache, {"cache_dir": cache, "max_steps": 1, "num_ppo_epochs": 1, "eval_samples": 1}).run("first", 2)
-    return cache
-
-
-@pytest.fixture(scope="module")
 def runs(tuned, tmp_path_factory) -> Runs:
     flags = {"cache_dir": tuned, "max_steps": 6, "batch_size": 8, "num_samples_per_prompt": 2, "eval_samples": 1, "micro_batch_tokens": 500}
     return Runs("ppo", tmp_path_factory.mktemp("ppo"), flags)

@@ -238,11 +238,12 @@ def test_every_loss_and_beta_shares_the_cache(tmp_path, embedded_dir):
     """Through the entry point: only the first of four runs computes; simpo needs none."""
     from tests.ranks import launch
 
-    said = []
+    pairs, said = tmp_path / "pairs.jsonl", []
+    pairs.write_text("".join(embedded_dir.train_pairs.read_text().splitlines(keepends=True)[:200]))
     for i, extra in enumerate((["--cache_logprobs_only"], ["--loss_type", "dpo", "--beta", "0.3"], ["--seed", "9"], ["--loss_type", "simpo"])):
-        argv = ["--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / str(i), "--max_steps", "48", *extra]
+        argv = ["--model_name_or_path", embedded_dir.model, "--dataset_name", pairs, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / str(i), *extra]
         result = launch(argv, 1 + i % 2, log=tmp_path / f"{i}.log")
         assert result.ok, result.output
         said.append(result.output)
     assert "miss" in said[0] and not (tmp_path / "0" / "final").exists()
-    assert "hit, all 3072" in said[1] and "hit, all 3072" in said[2] and "reference:" not in said[3]
+    assert "hit, all 400" in said[1] and "hit, all 400" in said[2] and "reference:" not in said[3]
