@@ -56,7 +56,7 @@ class RunConfig:
     use_lora: bool = flag(False, "train low-rank adapters on the frozen model", aliases=("use_peft",), heading="adapters")
     lora_rank: int | None = flag(None, "r of W + (alpha / r) B A; 16", aliases=("lora_r",))
     lora_alpha: float | None = flag(None, "alpha; 32")
-    lora_target_modules: tuple[str, ...] | None = flag(None, "linear layers by the last part of their name (q_proj k_proj v_proj), or all-linear", many=True)  # fmt: skip
+    lora_target_modules: tuple[str, ...] | None = flag(None, "linear layers by the last part of their name (q_proj k_proj v_proj); without it, or with all-linear, every one", many=True)  # fmt: skip
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
     adapter_name_or_path: str | None = flag(None, "start from this adapter (PEFT's format): its rank, alpha and modules are taken")
     load_in_4bit: bool = flag(False, "hold the frozen linear layers in NF4, 4 bits a weight, sharded (QLoRA)")
