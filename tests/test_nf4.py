@@ -139,7 +139,7 @@ def uninterrupted(small):
     return small.run("uninterrupted", 2, save_steps=2)
 
 
-@pytest.mark.parametrize("hook", ["kill_rank_1_while_writing_step_4", "kill_between_steps_7_and_8"])
+@pytest.mark.parametrize("hook", ["kill_rank_1_while_writing_step_4", pytest.param("kill_between_steps_7_and_8", marks=pytest.mark.drill)])
 def test_a_killed_run_ends_in_the_same_bits(hook, small, uninterrupted):
     assert not small.launch(hook, 2, hook, save_steps=2).ok
     again = small.launch(hook, 2, log=f"{hook}.2", save_steps=2)
