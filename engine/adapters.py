@@ -1,7 +1,7 @@
 """Adapters as flags and as files: which layers of which model, PEFT's format in and out.
 
 An adapter's directory has adapter_config.json and adapter_model.safetensors with `base_model.model.NAME.lora_A.weight` (r, I) and
-`...lora_B.weight` (O, r); ours also has base.json, the fingerprint of the weights it was trained on.
+`...lora_B.weight` (O, r); ours also has base.json, the fingerprint and form (dense, NF4) of the weights it was trained on.
 """
 
 from __future__ import annotations
@@ -82,8 +82,8 @@ def choose(config: RunConfig, lm_config: Any, directory: Path | None, keep_initi
 def of_directory(directory: Path, lm_config: Any) -> Adapters:
     """The adapters that an adapter's files describe, for this model. Raises UserError."""
     described = _read_config(directory)
-    rank, alpha, rslora = int(described["r"]), float(described["lora_alpha"]), bool(described.get("use_rslora"))
-    return Adapters(rank, alpha, rslora, _modules_of(directory, rank, *_layers_of(lm_config)), seed=0)
+    rank, rslora = described["r"], described.get("use_rslora", False)
+    return Adapters(rank, float(described["lora_alpha"]), rslora, _modules_of(directory, rank, *_layers_of(lm_config)), seed=0)
 
 
 def for_value_model(adapters: Adapters, lm_config: Any, everything: bool) -> Adapters:
@@ -207,16 +207,12 @@ def save(
         partial.mkdir(parents=True)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         described = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name, "revision": None if revision == "local" else revision, "r": adapters.rank, "lora_alpha": adapters.alpha,
-            "use_rslora": adapters.rslora, "target_modules": _targets(lm, adapters), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
+            "revision": None if revision == "local" else revision, "r": adapters.rank, "lora_alpha": adapters.alpha, "use_rslora": adapters.rslora, "target_modules": _targets(lm, adapters), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
         }  # fmt: skip
         (partial / CONFIG).write_text(json.dumps(described, indent=2), encoding="utf-8")
         (partial / BASE).write_text(json.dumps({"weights": base_weights, FORM: adapters.form}), encoding="utf-8")
-        for name, finished in (inside or {}).items():
-            finished.rename(partial / name)
-        if directory.exists():
-            shutil.rmtree(directory)
-        partial.rename(directory)
+        weights.publish(partial, directory, inside)
     world.barrier()
 
 

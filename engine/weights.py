@@ -220,12 +220,17 @@ def export(
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
         _save_configs(lm, tokenizer, source, partial, dtype, end_of_turn_id)
-        for name, directory in (inside or {}).items():
-            directory.rename(partial / name)
-        if final.exists():
-            shutil.rmtree(final)
-        partial.rename(final)
+        publish(partial, final, inside)
     world.barrier()
+
+
+def publish(partial: Path, final: Path, inside: dict[str, Path] | None) -> None:
+    """Gives a finished directory its name, with other finished directories in it; what had the name goes."""
+    for name, directory in (inside or {}).items():
+        directory.rename(partial / name)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
 
 
 def _plan_files(sizes: list[tuple[str, int]]) -> list[list[str]]:

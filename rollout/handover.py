@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from engine import lora
+from engine.shards import local
 from engine.world import World
 
 
@@ -57,7 +58,7 @@ _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  #
 
 def _gather(target: Tensor, p: Tensor, world: World) -> None:
     if not isinstance(p, DTensor) or world.size == 1:
-        target.copy_(p.to_local() if isinstance(p, DTensor) else p)
+        target.copy_(local(p))
         return
     rows, per_rank = p.shape[0], -(-p.shape[0] // world.size)  # FSDP's chunks: the last ranks may hold less, or nothing
     shard = p.to_local().to(target.dtype)
