@@ -4,16 +4,16 @@
 
 Registered with transformers' AttentionInterface under the name NAME, so every decoder of the library that mixes tokens
 only through attention runs on it unmodified; no mask is ever built. The stream's boundaries arrive as keyword arguments
-that the decoder passes through: `packing`, whatever has `cu_seqlens` (int32, S + 1), `max_seqlen` and `lengths` (the same as
-Python ints): a MicroBatch, or `Packing` where there is none.
+that the decoder passes through: `packing`, whatever has `cu_seqlens` (int32, S + 1, on the device), `bounds` (the same on the host),
+`max_seqlen` and `lengths` (Python ints): a MicroBatch, or `Packing` where there is none. Nothing here waits for the device.
 
-While torch.compile traces a layer, backends that are not one operation of a graph already (`sdpa`, `eager`, `flash4`) become the operator
-triptych::packed_attention, whose boundaries are a tensor alone and whose backward pass computes its weights again.
+Backends that are not one operation of a graph already become the operator triptych::packed_attention: `flash4` always, with the library's own
+backward kernel, `sdpa` and `eager` while torch.compile traces a layer, with the gradient written out below.
 
 Backends: flash-attention 4, 3 or 2 where installed, torch's own varlen kernel on CUDA, scaled_dot_product_attention
 per sequence (any device), and `eager`, the formula written out, which the others equal.
 
-T tokens of the stream · N query heads · K key/value heads · H head size · L tokens of one sequence · W window.
+T tokens of the stream · N query heads · K key/value heads · G = N / K · H head size · L tokens of one sequence · W window.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -31,10 +32,12 @@ from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
 from engine.errors import UserError
+from engine.world import on_device
 
 NAME = "triptych"
 BACKENDS = ("flash4", "flash3", "flash2", "varlen", "sdpa", "eager")
-OPAQUE = ("flash4", "sdpa", "eager")  # to torch.compile: loops over lengths, or kernels that it cannot look into
+BY_LENGTHS = ("sdpa", "eager")  # loops over sequences, which torch.compile would trace anew for all lengths
+SCORES = 2**24  # elements of the score matrices that a written-out gradient holds at a time, or one key head's
 
 
 def choose_backend(requested: str, device: torch.device, config: Any, dtype: torch.dtype) -> tuple[str, str]:
@@ -87,8 +90,11 @@ def register(backend: str) -> str:
 
 def packed(backend: str) -> Callable:
     """Packed attention on `backend` as a function of AttentionInterface's signature, for who registers it within another."""
-    attend = {"sdpa": _sdpa, "eager": _eager, "varlen": _varlen}.get(backend) or _flash(backend)
-    return _packed(_while_compiling(backend, attend) if backend in OPAQUE else attend)
+    if backend == "flash4":
+        return _packed(_as_operator(backend))
+    if backend in BY_LENGTHS:
+        return _packed(_operator_while_compiling(backend))
+    return _packed(_varlen if backend == "varlen" else _flash(backend))
 
 
 class Packing(NamedTuple):
@@ -96,19 +102,20 @@ class Packing(NamedTuple):
 
     lengths: tuple[int, ...]
     cu_seqlens: Tensor
+    bounds: Tensor  # `cu_seqlens` on the host
     max_seqlen: int
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
         """Of sequences of these lengths, end to end."""
-        cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
-        return cls(tuple(lengths), cu_seqlens, max(lengths))
+        bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        return cls(tuple(lengths), on_device(bounds, device), bounds, max(lengths))
 
     @classmethod
-    def at(cls, cu_seqlens: Tensor) -> Packing:
-        """With these boundaries; sequences of length 0 are left out. Waits for the device."""
-        lengths = tuple(n for n in cu_seqlens.diff().tolist() if n)
-        return cls(lengths, cu_seqlens, max(lengths))
+    def at(cls, cu_seqlens: Tensor, bounds: Tensor) -> Packing:
+        """With these boundaries, on the device and on the host; sequences of length 0 are left out of `lengths`."""
+        lengths = tuple(n for n in bounds.diff().tolist() if n)
+        return cls(lengths, cu_seqlens, bounds, max(lengths))
 
 
 def _packed(attend: Callable) -> Callable:
@@ -167,35 +174,27 @@ def _sdpa(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> T
     return torch.cat(outs)
 
 
+@lru_cache
+def _varlen_options() -> dict[str, Any]:
+    """torch 2.13 wants to be told that query heads share keys; 2.11 has no such argument. The kernel below both takes such heads as they are."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
 def _varlen(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None or sinks_N is not None:
         raise UserError("--attention varlen has neither soft-caps nor sinks, which this model needs: use --attention eager")
-    parameters = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"scale": scale} if "scale" in parameters else {}
-    if "window_size" in parameters:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        options["is_causal"] = True
-    else:
-        raise UserError("this torch's varlen attention has no sliding window: use --attention sdpa")
-    if q_TNH.shape[1] != k_TKH.shape[1]:
-        if "enable_gqa" in parameters:
-            options["enable_gqa"] = True
-        else:
-            k_TKH, v_TKH = (x.repeat_interleave(q_TNH.shape[1] // k_TKH.shape[1], dim=1) for x in (k_TKH, v_TKH))
-    if "scale" not in parameters:
-        q_TNH = q_TNH * (scale * q_TNH.shape[-1] ** 0.5)
+    visible = (-1 if window is None else window - 1, 0)
     cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    return varlen_attn(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, longest, longest, **options)
+    return varlen_attn(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=visible, **_varlen_options())
 
 
 def _flash(backend: str) -> Callable:
-    """flash-attention's varlen function of the version asked for, called with the arguments that its signature has."""
-    if backend == "flash4":
-        from flash_attn.cute import flash_attn_varlen_func
-    elif backend == "flash3":
+    """flash-attention's varlen function of version 2 or 3, called with the arguments that its signature has."""
+    if backend == "flash3":
         from flash_attn_interface import flash_attn_varlen_func
     elif backend == "flash2":
         from flash_attn import flash_attn_varlen_func
@@ -224,92 +223,150 @@ def _flash(backend: str) -> Callable:
     return attend
 
 
-# --- as one operator, for compiled layers -------------------------------------------------------------------------------------
+@lru_cache
+def flash4_kernels() -> tuple[Callable, Callable]:
+    """flash-attention 4's forward and backward call, of which its public function is made. Raises UserError where a release has others."""
+    from flash_attn.cute import interface
+
+    kernels = []
+    for name, needed in FLASH4.items():
+        kernel = getattr(interface, name, None)
+        missing = [name] if kernel is None else sorted(needed - inspect.signature(kernel).parameters.keys())
+        if missing:
+            raise UserError(f"--attention flash4: this flash-attn-4 has no {', '.join(missing)} in flash_attn.cute.interface: use --attention varlen")
+        kernels.append(kernel)
+    return kernels[0], kernels[1]
 
 
-def _while_compiling(backend: str, attend: Callable) -> Callable:
-    """`attend`, and in a graph the operator of that backend."""
+_BOTH = {"softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "learnable_sink"}
+_STREAM = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
+FLASH4 = {"_flash_attn_fwd": {"q", "k", "v", "return_lse"} | _BOTH | _STREAM,
+          "_flash_attn_bwd": {"q", "k", "v", "out", "dout", "lse", "deterministic"} | _BOTH | _STREAM}  # fmt: skip
 
-    def attend_or_trace(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
-        if not torch.compiler.is_compiling():
-            return attend(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
-        return _operator(q_TNH, k_TKH, v_TKH, sinks_N, packing.cu_seqlens, backend, scale, window, softcap)
 
-    return attend_or_trace
+def _flash4_options(packing: Packing, scale: float, window: int | None, softcap: float | None, sinks_N: Tensor | None) -> dict[str, Any]:
+    return {
+        "softmax_scale": scale, "causal": True, "softcap": softcap or 0.0, "learnable_sink": sinks_N,
+        "window_size_left": None if window is None else window - 1, "window_size_right": None if window is None else 0,
+        "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_k": packing.cu_seqlens, "max_seqlen_q": packing.max_seqlen, "max_seqlen_k": packing.max_seqlen,
+    }  # fmt: skip
+
+
+# --- as one operator ------------------------------------------------------------------------------------------------------------
+
+
+def _as_operator(backend: str) -> Callable:
+    def attend(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
+        return _operator(q_TNH, k_TKH, v_TKH, sinks_N, packing.cu_seqlens, packing.bounds, backend, scale, window, softcap)[0]
+
+    return attend
+
+
+def _operator_while_compiling(backend: str) -> Callable:
+    attend, operator = {"sdpa": _sdpa, "eager": _eager}[backend], _as_operator(backend)
+    return lambda *inputs, **options: (operator if torch.compiler.is_compiling() else attend)(*inputs, **options)
 
 
 @torch.library.custom_op("triptych::packed_attention", mutates_args=())
 def _operator(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, backend: str, scale: float, window: int | None, softcap: float | None
-) -> Tensor:  # fmt: skip
-    attend = {"sdpa": _sdpa, "eager": _eager}.get(backend) or _flash(backend)
-    return attend(q_TNH, k_TKH, v_TKH, Packing.at(cu_seqlens), scale=scale, window=window, softcap=softcap, sinks_N=sinks_N).contiguous()
+    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, bounds: Tensor, backend: str, scale: float,
+    window: int | None, softcap: float | None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(out, log-sum-exp (N, T) fp32 where the backend's backward kernel needs it, else empty)."""
+    packing = Packing.at(cu_seqlens, bounds)
+    if backend == "flash4":
+        out_TNH, lse_NT, *_ = flash4_kernels()[0](q_TNH, k_TKH, v_TKH, return_lse=True, **_flash4_options(packing, scale, window, softcap, sinks_N))
+        return out_TNH, lse_NT
+    attend = {"sdpa": _sdpa, "eager": _eager}[backend]
+    out_TNH = attend(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
+    return out_TNH.contiguous(), q_TNH.new_empty(0, dtype=torch.float32)
 
 
 @_operator.register_fake
-def _(q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, backend, scale, window, softcap) -> Tensor:
-    return q_TNH.new_empty((q_TNH.shape[0], q_TNH.shape[1], v_TKH.shape[2]))
+def _(q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, bounds, backend, scale, window, softcap) -> tuple[Tensor, Tensor]:
+    T, N, _ = q_TNH.shape
+    return q_TNH.new_empty((T, N, v_TKH.shape[2])), q_TNH.new_empty((N, T) if backend == "flash4" else (0,), dtype=torch.float32)
 
 
 @torch.library.custom_op("triptych::packed_attention_backward", mutates_args=())
 def _operator_backward(
-    grad_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, scale: float, window: int | None, softcap: float | None
+    grad_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor,
+    bounds: Tensor, backend: str, scale: float, window: int | None, softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of q, k, v and the sinks (empty without), by sequences and key heads: a score matrix exists of one group of query heads."""
+    """Gradients of q, k, v and the sinks (empty without)."""
+    if backend == "flash4":
+        options = _flash4_options(Packing.at(cu_seqlens, bounds), scale, window, softcap, sinks_N)
+        options["deterministic"] = torch.are_deterministic_algorithms_enabled()
+        grads = flash4_kernels()[1](q_TNH, k_TKH, v_TKH, out_TNH, grad_TNH.contiguous(), lse_NT, **options)
+        return (*grads[:3], grads[3].float() if sinks_N is not None else q_TNH.new_zeros(0, dtype=torch.float32))
+    return _written_out(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, bounds, scale, window, softcap)
+
+
+def _written_out(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, bounds, scale, window, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by sequences, and by as many key heads at a time as SCORES allows."""
     groups = q_TNH.shape[1] // k_TKH.shape[1]
+    wide = torch.promote_types(q_TNH.dtype, torch.float32)
     dq_TNH, dk_TKH, dv_TKH = (x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH))
-    dsinks_N = q_TNH.new_zeros(0 if sinks_N is None else len(sinks_N), dtype=torch.promote_types(q_TNH.dtype, torch.float32))
-    for start, end in pairwise(cu_seqlens.tolist()):
+    dsinks_N = q_TNH.new_zeros(0 if sinks_N is None else len(sinks_N), dtype=wide)
+    for start, end in pairwise(bounds.tolist()):
+        if end == start:
+            continue
         visible_LL = _window_LL(end - start, window, q_TNH.device)
-        for head in range(k_TKH.shape[1] if end > start else 0):
-            rows, heads = slice(start, end), slice(head * groups, (head + 1) * groups)
-            g_GLH, q_GLH = (x[rows, heads].transpose(0, 1).to(dsinks_N.dtype) for x in (grad_TNH, q_TNH))
-            k_LH, v_LH = (x[rows, head].to(dsinks_N.dtype) for x in (k_TKH, v_TKH))
-            sinks_G = None if sinks_N is None else sinks_N[heads].to(dsinks_N.dtype)
-            dq_GLH, dk_TKH[rows, head], dv_TKH[rows, head], dsinks_G = _gradients(g_GLH, q_GLH, k_LH, v_LH, sinks_G, visible_LL, scale, softcap)
-            dq_TNH[rows, heads] = dq_GLH.transpose(0, 1)
-            if dsinks_G is not None:
-                dsinks_N[heads] += dsinks_G
+        at_once = max(1, SCORES // (groups * (end - start) ** 2))
+        for first in range(0, k_TKH.shape[1], at_once):
+            last = min(first + at_once, k_TKH.shape[1])
+            rows, heads = slice(start, end), slice(first * groups, last * groups)
+            g_KGLH, q_KGLH = (x[rows, heads].transpose(0, 1).unflatten(0, (-1, groups)).to(wide) for x in (grad_TNH, q_TNH))
+            k_KLH, v_KLH = (x[rows, first:last].transpose(0, 1).to(wide) for x in (k_TKH, v_TKH))
+            sinks_KG = None if sinks_N is None else sinks_N[heads].to(wide).view(-1, groups)
+            dq_KGLH, dk_KLH, dv_KLH, dsinks_KG = _gradients(g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softcap)
+            dq_TNH[rows, heads] = dq_KGLH.flatten(0, 1).transpose(0, 1).to(dq_TNH.dtype)
+            dk_TKH[rows, first:last], dv_TKH[rows, first:last] = (x.transpose(0, 1).to(dk_TKH.dtype) for x in (dk_KLH, dv_KLH))
+            if dsinks_KG is not None:
+                dsinks_N[heads] += dsinks_KG.flatten()
     return dq_TNH, dk_TKH, dv_TKH, dsinks_N
 
 
-def _gradients(g_GLH, q_GLH, k_LH, v_LH, sinks_G, visible_LL, scale, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(dq, dk, dv, dsinks) of one sequence and the G query heads of one key head, in fp32 or more.
+def _gradients(g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """(dq, dk, dv, dsinks) of one sequence, K key heads and the G query heads of each, in fp32 or more.
 
     With z = scale q k^T, c = cap(z), p = softmax(c, sink), delta_t = sum_s p_ts (g_t . v_s), the gradient's part along the output:
     dv = p^T g,   dc = p (g v^T - delta),   dz = dc (1 - (c / softcap)^2),   dq = scale dz k,   dk = scale dz^T q,   dsink = - sum_t p_sink delta_t
     """
-    c_GLL = q_GLH @ k_LH.T * scale
-    c_GLL = c_GLL if softcap is None else softcap * torch.tanh(c_GLL / softcap)
-    p_GLX = c_GLL.masked_fill(~visible_LL, float("-inf"))
-    if sinks_G is not None:
-        p_GLX = torch.cat([p_GLX, sinks_G[:, None, None].expand(-1, len(k_LH), 1)], -1)
-    p_GLX = p_GLX.softmax(-1)
-    p_GLL = p_GLX[..., : len(k_LH)]
-    dc_GLL = g_GLH @ v_LH.T
-    delta_GL1 = (p_GLL * dc_GLL).sum(-1, keepdim=True)
-    dz_GLL = p_GLL * (dc_GLL - delta_GL1) * scale
-    dz_GLL = dz_GLL if softcap is None else dz_GLL * (1 - (c_GLL / softcap).square())
-    dk_LH, dv_LH = (torch.einsum("gts,gth->sh", weights_GLL, x_GLH) for weights_GLL, x_GLH in ((dz_GLL, q_GLH), (p_GLL, g_GLH)))
-    dsinks_G = None if sinks_G is None else -(p_GLX[..., -1:] * delta_GL1).sum((1, 2))
-    return dz_GLL @ k_LH, dk_LH, dv_LH, dsinks_G
+    length = k_KLH.shape[1]
+    c_KGLL = torch.einsum("kgth,ksh->kgts", q_KGLH, k_KLH) * scale
+    c_KGLL = c_KGLL if softcap is None else softcap * torch.tanh(c_KGLL / softcap)
+    p_KGLX = c_KGLL.masked_fill(~visible_LL, float("-inf"))
+    if sinks_KG is not None:
+        p_KGLX = torch.cat([p_KGLX, sinks_KG[..., None, None].expand(-1, -1, length, 1)], -1)
+    p_KGLX = p_KGLX.softmax(-1)
+    p_KGLL = p_KGLX[..., :length]
+    dc_KGLL = torch.einsum("kgth,ksh->kgts", g_KGLH, v_KLH)
+    delta_KGL1 = (p_KGLL * dc_KGLL).sum(-1, keepdim=True)
+    dz_KGLL = p_KGLL * (dc_KGLL - delta_KGL1) * scale
+    dz_KGLL = dz_KGLL if softcap is None else dz_KGLL * (1 - (c_KGLL / softcap).square())
+    dk_KLH, dv_KLH = (torch.einsum("kgts,kgth->ksh", w_KGLL, x_KGLH) for w_KGLL, x_KGLH in ((dz_KGLL, q_KGLH), (p_KGLL, g_KGLH)))
+    dsinks_KG = None if sinks_KG is None else -(p_KGLX[..., -1:] * delta_KGL1).sum((2, 3))
+    return torch.einsum("kgts,ksh->kgth", dz_KGLL, k_KLH), dk_KLH, dv_KLH, dsinks_KG
 
 
 @_operator_backward.register_fake
-def _(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, scale, window, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, sinks_N, cu_seqlens, bounds, backend, scale, window, softcap) -> tuple[Tensor, ...]:
     sinks = 0 if sinks_N is None else len(sinks_N)
     return (*(x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH)), q_TNH.new_empty(sinks, dtype=torch.promote_types(q_TNH.dtype, torch.float32)))
 
 
-def _keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.options = inputs[6:]
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, bounds, *options = inputs
+    ctx.save_for_backward(q_TNH, k_TKH, v_TKH, *output, sinks_N, cu_seqlens, bounds)
+    ctx.options = options
+    ctx.mark_non_differentiable(output[1])
 
 
-def _differentiate(ctx: Any, grad_TNH: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiate(ctx: Any, grad_TNH: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     *grads, dsinks_N = _operator_backward(grad_TNH, *ctx.saved_tensors, *ctx.options)
-    sinks_N = ctx.saved_tensors[3]
-    return (*grads, None if sinks_N is None else dsinks_N.to(sinks_N.dtype), None, None, None, None, None)
+    sinks_N = ctx.saved_tensors[5]
+    return (*grads, None if sinks_N is None else dsinks_N.to(sinks_N.dtype), *(None,) * 6)
 
 
 _operator.register_autograd(_differentiate, setup_context=_keep)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from engine.attention import Packing
 from engine.store import Examples
-from engine.world import World
+from engine.world import World, on_device
 
 TILE, TILE_LESS = 128, 8  # of `rounded_up`
 
@@ -31,11 +31,12 @@ class Stream:
     ids_T: Tensor
     positions_T: Tensor
     cu_seqlens: Tensor
+    bounds: Tensor  # `cu_seqlens` on the host
     max_seqlen: int  # or more
 
     @property
     def lengths(self) -> tuple[int, ...]:
-        return Packing.at(self.cu_seqlens).lengths
+        return Packing.at(self.cu_seqlens, self.bounds).lengths
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class MicroBatch:
     ids_T: Tensor  # int64
     positions_T: Tensor  # int64, restart at 0 with every sequence
     cu_seqlens: Tensor  # int32, S + 1
+    bounds: Tensor  # the same, on the host
     lengths: tuple[int, ...]  # of the S sequences, on the host
     rows_R: Tensor  # int64: indices into the stream of the positions that count, sequence by sequence
     targets_R: Tensor  # int64: the token that each of them predicts
@@ -75,10 +77,10 @@ class MicroBatch:
         tail = -(tokens + TILE_LESS) % TILE
         bounds = 2 ** max(6, len(self.lengths).bit_length()) + 1
         longest = 2 ** max(7, (max(*self.lengths, tail) - 1).bit_length())
-        ends = torch.full((bounds - len(self.cu_seqlens),), tokens + tail, dtype=torch.int32, device=device)
         ids_T = torch.cat([self.ids_T, torch.zeros(tail, dtype=torch.int64, device=device)])
         positions_T = torch.cat([self.positions_T, torch.arange(tail, device=device)])
-        return Stream(ids_T, positions_T, torch.cat([self.cu_seqlens, ends]), longest)
+        ends = [torch.full((bounds - len(x),), tokens + tail, dtype=torch.int32, device=x.device) for x in (self.cu_seqlens, self.bounds)]
+        return Stream(ids_T, positions_T, torch.cat([self.cu_seqlens, ends[0]]), torch.cat([self.bounds, ends[1]]), longest)
 
 
 def sum_by_sequence(values_R: Tensor, counts_S: Tensor) -> Tensor:
@@ -91,18 +93,18 @@ def micro_batch(sequences: Sequence[tuple[np.ndarray, np.ndarray]], examples: Se
     sequences = sequences or [(np.zeros(2, np.int64), np.zeros(2, bool))]
     masks = [np.asarray(mask[1:], bool) for _, mask in sequences]
     lengths = tuple(len(mask) for mask in masks)
-    cu_seqlens = np.concatenate([[0], np.cumsum(lengths)])
+    bounds = torch.as_tensor(np.concatenate([[0], np.cumsum(lengths)]), dtype=torch.int32)
     counts = [int(mask.sum()) for mask in masks]
     mask_T = np.concatenate(masks)
 
-    def to_device(array, dtype=torch.int64) -> Tensor:
-        tensor = torch.as_tensor(np.ascontiguousarray(array), dtype=dtype)
-        return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+    def to_device(array) -> Tensor:
+        return on_device(torch.as_tensor(np.ascontiguousarray(array), dtype=torch.int64), device)
 
     return MicroBatch(
         ids_T=to_device(np.concatenate([ids[:-1] for ids, _ in sequences])),
         positions_T=to_device(np.concatenate([np.arange(length) for length in lengths])),
-        cu_seqlens=to_device(cu_seqlens, torch.int32),
+        cu_seqlens=on_device(bounds, device),
+        bounds=bounds,
         lengths=lengths,
         rows_R=to_device(np.flatnonzero(mask_T)),
         targets_R=to_device(np.concatenate([ids[1:] for ids, _ in sequences])[mask_T]),

@@ -84,8 +84,8 @@ def test_the_operator_of_compiled_layers_is_the_same_function_with_the_same_grad
         sinks_N = None if sinks is None else sinks.clone().requires_grad_()
         packing = attention.Packing.of(LENGTHS, q.device)
         if operator:
-            cu_seqlens = torch.cat([packing.cu_seqlens, packing.cu_seqlens[-1:].expand(3)])
-            out = attention._operator(q, k, v, sinks_N, cu_seqlens, backend, scaling, window, softcap)
+            bounds = torch.cat([packing.bounds, packing.bounds[-1:].expand(3)])
+            out, _ = attention._operator(q, k, v, sinks_N, bounds, bounds.clone(), backend, scaling, window, softcap)
         else:
             out = attention._eager(q, k, v, packing, scale=scaling, window=window, softcap=softcap, sinks_N=sinks_N)
         found.append([out, *torch.autograd.grad(out.sin().sum(), [x for x in (q, k, v, sinks_N) if x is not None])])
@@ -98,7 +98,8 @@ def test_the_operator_keeps_the_contract_of_operators():
     for dtype, sinks in ((torch.float32, True), (torch.bfloat16, False)):
         q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in stream(dtype=dtype))
         sinks_N = torch.zeros(4, dtype=dtype, requires_grad=True) if sinks else None
-        arguments = (q, k, v, sinks_N, attention.Packing.of(LENGTHS, q.device).cu_seqlens, "sdpa", 0.3, 8, None)
+        packing = attention.Packing.of(LENGTHS, q.device)
+        arguments = (q, k, v, sinks_N, packing.cu_seqlens, packing.bounds, "sdpa", 0.3, 8, None)
         torch.library.opcheck(attention._operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 

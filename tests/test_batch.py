@@ -74,6 +74,7 @@ def test_a_stream_rounded_up_is_the_stream_and_a_tail(lengths):
     assert stream.positions_T[tokens:].tolist() == list(range(tail))
     assert stream.lengths == batch.lengths + ((tail,) if tail else ())
     bounds = stream.cu_seqlens.tolist()
+    assert torch.equal(stream.bounds, stream.cu_seqlens) and torch.equal(batch.bounds, batch.cu_seqlens)
     assert stream.cu_seqlens.dtype == torch.int32 and bounds[: len(batch.lengths) + 1] == batch.cu_seqlens.tolist() and set(bounds[len(batch.lengths) + 1 :]) == {len(stream.ids_T)}
     assert len(bounds) in (65, 129) and (len(bounds) == 65 or len(lengths) >= 64)
     assert stream.max_seqlen >= max(stream.lengths) and stream.max_seqlen in (128, 256, 512)
