@@ -10,8 +10,10 @@ T tokens of the stream · S sequences · R rows that count (positions whose next
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -155,10 +157,47 @@ def _emptiest_first(order: list[int], tokens: Sequence[int], budget: int, count:
     return bins
 
 
+class MicroBatches:
+    """This rank's micro-batches of one step after another; on CUDA each is built and copied by a thread of its own while the device works on the last."""
+
+    def __init__(self, examples: Examples, budget: int, world: World, ahead: bool | None = None) -> None:
+        """`ahead` (default: on CUDA): build on a thread. Where the device is the host, that would take its cores."""
+        self.examples, self.budget, self.world = examples, budget, world
+        cuda = world.device.type == "cuda"
+        ready = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if cuda else {}
+        self._thread = ThreadPoolExecutor(1, "micro-batches", **ready) if (cuda if ahead is None else ahead) else None
+        self._begun: tuple[bytes, Callable[[], Any]] | None = None
+
+    def __call__(self, chosen: np.ndarray, then: np.ndarray | None = None) -> Iterator[tuple[MicroBatch, bool]]:
+        """(micro-batch, is it the last) of a step on the examples `chosen`; the same number on every rank. The next step takes `then`."""
+        begun, self._begun = self._begun, None
+        first = begun[1] if begun and begun[0] == chosen.tobytes() else self._soon(self._begin, chosen)
+        plan, batch = first()
+        for i in range(len(plan)):
+            last = i == len(plan) - 1
+            if not last:
+                following = self._soon(self._build, plan[i + 1])
+            elif then is not None:
+                self._begun = (then.tobytes(), self._soon(self._begin, then))
+            yield batch, last
+            if not last:
+                batch = following()
+
+    def _soon(self, work: Callable, *arguments: Any) -> Callable[[], Any]:
+        """What `work` returns, when it is asked for."""
+        return self._thread.submit(work, *arguments).result if self._thread else lambda: work(*arguments)
+
+    def _begin(self, chosen: np.ndarray) -> tuple[list[list[int]], MicroBatch]:
+        """The examples of every micro-batch, and the first of them."""
+        per_rank = pack(self.examples.tokens[chosen].tolist(), self.budget, self.world.size)[self.world.rank]
+        plan = [[int(chosen[p]) for p in positions] for positions in per_rank]
+        return plan, self._build(plan[0])
+
+    def _build(self, mine: list[int]) -> MicroBatch:
+        sequences = [sequence for example in mine for sequence in self.examples.sequences(example)]
+        return micro_batch(sequences, mine, self.world.device)
+
+
 def step_batches(examples: Examples, chosen: np.ndarray, budget: int, world: World) -> Iterator[tuple[MicroBatch, bool]]:
-    """(micro-batch, is it the last) of this rank for one step's examples; the same number on every rank."""
-    per_rank = pack(examples.tokens[chosen].tolist(), budget, world.size)[world.rank]
-    for i, positions in enumerate(per_rank):
-        mine = [int(chosen[p]) for p in positions]
-        sequences = [sequence for example in mine for sequence in examples.sequences(example)]
-        yield micro_batch(sequences, mine, world.device), i == len(per_rank) - 1
+    """The `MicroBatches` of one step, or pass, alone."""
+    return MicroBatches(examples, budget, world)(chosen)

@@ -29,24 +29,24 @@ PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12, "
 
 
 class Totals:
-    """Named sums of one step, kept on the device until `reduce`."""
+    """Named sums of one step: of tensors on the device until `reduce`, of Python's numbers on the host."""
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self.sums: dict[str, Tensor] = {}
+        self.sums: dict[str, Tensor | float] = {}
 
     def add(self, **values: Tensor | float) -> None:
         """Adds each tensor's sum (detached, in fp64) to its name; a '/' in a metric's name is written '__'."""
         for key, value in values.items():
             name = key.replace("__", "/")
-            amount = torch.as_tensor(value, device=self.world.device).detach().double().sum()
+            amount = value.detach().double().sum() if isinstance(value, Tensor) else float(value)
             self.sums[name] = self.sums.get(name, 0.0) + amount
 
     def reduce(self, names: tuple[str, ...]) -> dict[str, float]:
-        """The sums over all ranks, by name. Every rank must pass the same names: a rank without examples has no sums of its own."""
-        zero = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        stacked = self.world.sum(torch.stack([torch.as_tensor(self.sums.get(name, zero)) for name in names]))
-        return dict(zip(names, stacked.tolist(), strict=True))
+        """The sums over all ranks, by name; waits for the device. Every rank must pass the same names: one without examples has no sums of its own."""
+        held = [self.sums.get(name, 0.0) for name in names]
+        on_device = [x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=self.world.device) for x in held]
+        return dict(zip(names, self.world.sum(torch.stack(on_device)).tolist(), strict=True))
 
 
 class JsonLines:
@@ -126,7 +126,9 @@ def _reporter(report_to: str, output_dir: Path) -> Any:
 
 
 class Throughput:
-    """Tokens and FLOPs of the steps since the last `row`."""
+    """Tokens and FLOPs of a step, counted into its `Totals` under the names COUNTED."""
+
+    COUNTED = ("perf/tokens", "perf/flops")
 
     def __init__(self, world: World, policy: Any, dtype: torch.dtype, num_tokens: int = 0) -> None:
         config = policy.lm.config
@@ -140,26 +142,27 @@ class Throughput:
         self.attention = config.num_hidden_layers * config.num_attention_heads * head_size
         self.world, self.peak = world, peak_flops(world.device, dtype)
         self.num_tokens = num_tokens
-        self._flops, self._tokens, self._since = 0.0, 0, time.perf_counter()
+        self._since = time.perf_counter()
 
-    def count(self, batch: MicroBatch) -> None:
-        if batch.examples:
-            squares = sum(length * length for length in batch.lengths)
-            self._flops += self.per_token * batch.num_tokens + self.per_row * len(batch.targets_R) + 6 * self.attention * squares
-            self._tokens += batch.num_tokens
+    def flops(self, batch: MicroBatch) -> float:
+        """Model FLOPs of the batch, forward and backward."""
+        if not batch.examples:
+            return 0.0
+        squares = sum(length * length for length in batch.lengths)
+        return self.per_token * batch.num_tokens + self.per_row * len(batch.targets_R) + 6.0 * self.attention * squares
 
-    def row(self) -> dict[str, float]:
-        """Collective. The metrics of the step that just ended."""
+    def count(self, batch: MicroBatch, totals: Totals) -> None:
+        totals.add(perf__tokens=batch.num_tokens, perf__flops=self.flops(batch))
+
+    def row(self, sums: dict[str, float]) -> dict[str, float]:
+        """The metrics of a step from its reduced totals. Time goes from one `row` to the next: each comes after a wait for the device."""
         if self.world.device.type == "cuda":
-            torch.cuda.synchronize(self.world.device)
             peak_memory = torch.cuda.max_memory_allocated(self.world.device)
         else:
             peak_memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         now = time.perf_counter()
-        sums = torch.tensor([float(self._tokens), self._flops], dtype=torch.float64, device=self.world.device)
-        tokens, flops = self.world.sum(sums).tolist()
+        tokens, flops = (sums[name] for name in self.COUNTED)
         seconds, self._since = now - self._since, now
-        self._flops, self._tokens = 0.0, 0
         self.num_tokens += int(tokens)
         return {
             "num_tokens": self.num_tokens,

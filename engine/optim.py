@@ -68,20 +68,21 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup_ratio: float, sc
 
 
 @torch.no_grad()
-def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm: float) -> Tensor:
-    """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before clipping (fp64).
+def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm: float) -> float:
+    """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before clipping.
 
     A norm that is not finite leaves weights and moments untouched, on every rank alike since the norm is global; the caller
-    stops the run. This is the one place in a step that waits for the device.
+    stops the run. Waits for the device once, for the norm.
     """
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [g for g in grads if g.numel()]
     wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32  # a norm in bfloat16 is off by up to 1 / 256
     squares = torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64)
-    norm = world.sum(squares.to(world.device)).sqrt()
-    if max_norm > 0 and grads:
-        torch._foreach_mul_(grads, (max_norm / (norm + 1e-6)).clamp(max=1.0).to(grads[0].dtype))
-    if torch.isfinite(norm):
+    norm = world.sum(squares.to(world.device)).sqrt().item()
+    if math.isfinite(norm):
+        if norm + 1e-6 > max_norm > 0 and grads:
+            factor = torch.tensor(max_norm / (norm + 1e-6), dtype=grads[0].dtype).item()  # rounded once, as the gradients' own numbers are
+            torch._foreach_mul_(grads, factor)
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.step()

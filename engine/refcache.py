@@ -31,7 +31,7 @@ from engine.batch import MicroBatch, micro_batch, pack, sum_by_sequence
 from engine.errors import UserError
 from engine.model import Policy
 from engine.store import Examples
-from engine.world import World
+from engine.world import World, on_device
 
 VERSION = 1
 SEQUENCES_PER_SEGMENT = 2**16
@@ -52,7 +52,7 @@ class Reference:
         sums_S = self.sums[list(batch.examples)].reshape(-1)
         if np.isnan(sums_S).any():
             raise RuntimeError(f"no reference log-prob for an example of {batch.examples}")
-        return torch.as_tensor(sums_S).to(batch.ids_T.device, non_blocking=True)
+        return on_device(torch.as_tensor(sums_S), batch.ids_T.device)
 
 
 def reference_logprobs(
@@ -98,12 +98,15 @@ def _compute(policy: Policy, examples: Examples, used: np.ndarray, block: np.nda
     """fp32 sums of the sequences numbered `block` (example-major over `used`), on every rank. Raises on numbers that are not finite."""
     sequences = [examples.sequences(int(used[i // per_example]))[i % per_example] for i in block]
     bins = pack([len(ids) - 1 for ids, _ in sequences], budget, world.size)[world.rank]
-    mine: list[tuple[int, float]] = []
+    order: list[int] = []
+    parts: list[Tensor] = []
     for positions in bins:
         batch = micro_batch([sequences[i] for i in positions], positions, world.device)
-        logprobs_R = policy(batch)
+        logprobs_R = policy(batch)  # collective, also where the batch is a placeholder
         if positions:
-            mine += zip(positions, sum_by_sequence(logprobs_R.double(), batch.counts_S).float().tolist(), strict=True)
+            order += positions
+            parts.append(sum_by_sequence(logprobs_R.double(), batch.counts_S).float())
+    mine = list(zip(order, torch.cat(parts).tolist() if parts else [], strict=True))  # one wait for the device
     sums = np.full(len(block), np.nan, np.float32)
     for position, value in (pair for part in world.gather(mine) for pair in part):
         sums[position] = value

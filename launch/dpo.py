@@ -108,6 +108,7 @@ def train(config: Config) -> None:
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
         throughput = log.Throughput(here, policy, base.dtype, state["num_tokens"])
+        batches = batching.MicroBatches(pairs, config.micro_batch_tokens, here)
         if held_out and state["step"] == 0:
             evaluate(policy, held_out, held_out_reference, config, hyper, here, metrics, 0)
 
@@ -116,20 +117,22 @@ def train(config: Config) -> None:
             for step in range(state["step"], steps.total):
                 chosen = steps.examples(step)
                 totals = log.Totals(here)
-                for batch, last in batching.step_batches(pairs, chosen, config.micro_batch_tokens, here):
+                upcoming = steps.examples(step + 1) if step + 1 < steps.total else None
+                for batch, last in batches(chosen, then=upcoming):
                     policy.sync_gradients(last)
                     loss = preference_loss(policy, batch, reference, config, hyper, len(chosen), totals)
                     loss.backward()
-                    throughput.count(batch)
+                    throughput.count(batch, totals)
+                sums = totals.reduce((*METRICS, *throughput.COUNTED))
                 lr = optim.learning_rate(step, peak=config.learning_rate, steps=steps.total, warmup_ratio=config.warmup_ratio,
                                          schedule=config.lr_scheduler_type)  # fmt: skip
-                grad_norm = optim.step(optimizer, here, lr=lr, max_norm=config.max_grad_norm).item()
-                row = {name: total / len(chosen) for name, total in totals.reduce(METRICS).items()}
+                grad_norm = optim.step(optimizer, here, lr=lr, max_norm=config.max_grad_norm)
+                row = {name: sums[name] / len(chosen) for name in METRICS}
                 if not math.isfinite(grad_norm + row["loss"]):
                     raise UserError(f"step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, on pairs {chosen.tolist()[:8]} ...; the weights were left as they are")  # fmt: skip
                 if step == 0 and reference is not None:
                     check_identity(row, pairs.counts(chosen).mean(), len(chosen), config, base, here)
-                row |= {"learning_rate": lr, "grad_norm": grad_norm, **throughput.row()}
+                row |= {"learning_rate": lr, "grad_norm": grad_norm, **throughput.row(sums)}
                 metrics.write(step + 1, row, f"loss {row['loss']:.4f}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
                 if profile is not None:
                     profile.step()

@@ -161,16 +161,16 @@ def train(config: Config) -> None:
                 totals, first_ratio = log.Totals(here), None
                 for minibatch in minibatches(len(batch), config, step):
                     update(policy, value_model, batch, minibatch, old_R, advantages_R, values_R, returns_R, config, step, here, totals, throughput)
-                    norms = [optim.step(optimizers[name], here, lr=lr[i], max_norm=config.max_grad_norm).item() for i, name in enumerate(trained)]
+                    norms = [optim.step(optimizers[name], here, lr=lr[i], max_norm=config.max_grad_norm) for i, name in enumerate(trained)]
                     if not all(map(math.isfinite, norms)):
                         raise UserError(f"step {step + 1}: gradient norms {norms} of policy and value model; what is not finite was not applied")
                     first_ratio = first_ratio or totals.reduce(METRICS)
                 times["time/update"] = clock.lap()
 
                 # 6. the new weights reach the sampler at the top of the loop
-                sums = totals.reduce(METRICS)
+                sums = totals.reduce((*METRICS, *throughput.COUNTED))
                 row = summary(batch, rollouts, verdicts, prompts, kl_R, entropy_R, values_R, returns_R, sums) | times
-                row |= {"learning_rate": lr[0], "grad_norm": norms[0], "grad_norm/value": norms[1], **throughput.row()}
+                row |= {"learning_rate": lr[0], "grad_norm": norms[0], "grad_norm/value": norms[1], **throughput.row(sums)}
                 if step == 0:
                     check_ratio(first_ratio, config, base, here)
                 metrics.write(step + 1, row, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
@@ -247,7 +247,7 @@ def update(
     if step >= config.value_warmup_steps:
         for mb, last in batching.step_batches(batch.tokens, minibatch, config.micro_batch_tokens, here):
             policy.sync_gradients(last)
-            mb_old_R, mb_advantages_R = (batch.tokens.rows(x_R, mb.examples).float().to(here.device) for x_R in (old_R, advantages_R))
+            mb_old_R, mb_advantages_R = (world.on_device(batch.tokens.rows(x_R, mb.examples).float(), here.device) for x_R in (old_R, advantages_R))
 
             def loss_of_logprobs(logprobs_R: Tensor, rows: slice, mb_old_R=mb_old_R, mb_advantages_R=mb_advantages_R) -> Tensor:
                 loss_R = losses.ppo_policy(logprobs_R, mb_old_R[rows], mb_advantages_R[rows], config.cliprange)
@@ -256,10 +256,10 @@ def update(
                 return loss_R.sum() / n_tokens
 
             policy(mb, loss_of_logprobs).backward()
-            throughput.count(mb)
+            throughput.count(mb, totals)
     for mb, last in batching.step_batches(batch.slots, minibatch, config.micro_batch_tokens, here):
         value_model.sync_gradients(last)
-        mb_old_R, mb_returns_R = (batch.slots.rows(x_R, mb.examples).float().to(here.device) for x_R in (values_R, returns_R))
+        mb_old_R, mb_returns_R = (world.on_device(batch.slots.rows(x_R, mb.examples).float(), here.device) for x_R in (values_R, returns_R))
         loss_R = losses.ppo_value(value_model(mb), mb_old_R, mb_returns_R, config.cliprange_value)
         totals.add(loss__value=loss_R)
         (config.vf_coef * loss_R.sum() / n_slots).backward()

@@ -166,10 +166,9 @@ class _Supervised(_Stage):
         for lengths in steps:
             passes, tokens, flops = [], 0, 0.0
             for i in range(count):
-                before, flops_before = self.cost("forward", "backward"), self.throughput._flops
-                tokens = self._micro_batch(lengths, last=i == count - 1)
+                before = self.cost("forward", "backward")
+                tokens, flops = self._micro_batch(lengths, last=i == count - 1)
                 passes.append(self.cost("forward", "backward") - before)
-                flops = self.throughput._flops - flops_before
             before = self.cost("optimizer")
             self.optimizer_step(optimizer, OPTIMIZER)
         return self.result(sync, (passes[0], passes[-1], self.cost("optimizer") - before), tokens, flops)
@@ -181,15 +180,15 @@ class _Supervised(_Stage):
             return lambda batch: torch.zeros(len(batch.counts_S))
         return self.frozen().sums
 
-    def _micro_batch(self, lengths: tuple[int, ...], last: bool) -> int:
+    def _micro_batch(self, lengths: tuple[int, ...], last: bool) -> tuple[int, float]:
+        """(tokens, model FLOPs)."""
         batch, totals = self.batch(lengths), logs.Totals(self.here)
         self.policy.sync_gradients(last)
         with self.ledger.phase("forward", ACTIVATIONS):
             loss = self._loss(batch, totals)
         with self.ledger.phase("backward", ACTIVATIONS):
             loss.backward()
-        self.throughput.count(batch)
-        return batch.num_tokens
+        return batch.num_tokens, self.throughput.flops(batch)
 
     def _loss(self, batch: MicroBatch, totals: logs.Totals) -> torch.Tensor:
         if self.stage == "sft":
@@ -218,10 +217,11 @@ class _Ppo(_Stage):
         optimizers = [self.optimizer(self.policy, OPTIMIZER), self.optimizer(value_model, VALUE)]
         rollout = self._rollout(sampler)
         rollout["evaluate"] = self._evaluate(frozen, value_model)
-        costs = self._update(value_model, optimizers)
+        totals = logs.Totals(here)
+        costs = self._update(value_model, optimizers, totals)
         tokens = sum(self.work.full)
         n = min(2, self.work.micro_batches)
-        result = self.result(sync, costs, tokens, self.throughput._flops / n, rollout=rollout, slots=min(config.rollout_slots, self.work.units))
+        result = self.result(sync, costs, tokens, totals.sums["perf/flops"] / n, rollout=rollout, slots=min(config.rollout_slots, self.work.units))
         return dataclasses.replace(result, trained=result.trained + value_model.num_trained)
 
     @torch.no_grad()
@@ -266,7 +266,7 @@ class _Ppo(_Stage):
             root.release()
         return self.cost("evaluate") - before
 
-    def _update(self, value_model: model.ValueModel, optimizers: list) -> tuple[Cost, Cost, Cost]:
+    def _update(self, value_model: model.ValueModel, optimizers: list, totals: logs.Totals) -> tuple[Cost, Cost, Cost]:
         """`launch.ppo.update` over responses that make two micro-batches a rank."""
         config, n = self.config, min(2, self.work.micro_batches)
         prompt = config.max_seq_length - config.response_length
@@ -281,7 +281,7 @@ class _Ppo(_Stage):
         before = self.cost("update")
         with self.ledger.phase("update", ACTIVATIONS):
             ppo.update(self.policy, value_model, batch, np.arange(len(batch)), of_tokens, of_tokens, of_slots, of_slots, config,
-                       config.value_warmup_steps, self.here, logs.Totals(self.here), self.throughput)  # fmt: skip
+                       config.value_warmup_steps, self.here, totals, self.throughput)  # fmt: skip
         update = (self.cost("update") - before) * (1 / n)
         before = self.cost("optimizer")
         for optimizer, kind in zip(optimizers, (OPTIMIZER, VALUE), strict=True):

@@ -78,6 +78,7 @@ def train(config: Config) -> None:
         here.say(f"resuming after step {state['step']}" if state["step"] else "starting at step 0")
         metrics = log.Metrics(output_dir, here, start=state["step"], total=steps.total, report_to=config.report_to)
         throughput = log.Throughput(here, policy, base.dtype, state["num_tokens"])
+        batches = batching.MicroBatches(conversations, config.micro_batch_tokens, here)
         prompt = sample.first_prompt(held_out or conversations)
         if state["step"] == 0:
             evaluate(policy, held_out, prompt, base.chat, config, here, metrics, 0)
@@ -88,18 +89,20 @@ def train(config: Config) -> None:
                 num_tokens = int(conversations.counts(chosen).sum())  # of all ranks and micro-batches, known before the first forward
                 n = denominator(num_tokens, len(chosen), config.reduce_loss)
                 totals = log.Totals(here)
-                for batch, last in batching.step_batches(conversations, chosen, config.micro_batch_tokens, here):
+                upcoming = steps.examples(step + 1) if step + 1 < steps.total else None
+                for batch, last in batches(chosen, then=upcoming):
                     policy.sync_gradients(last)
                     loss = sft_loss(policy, batch, config.reduce_loss, n, totals)
                     loss.backward()
-                    throughput.count(batch)
+                    throughput.count(batch, totals)
+                sums = totals.reduce(("loss", *throughput.COUNTED))
                 lr = optim.learning_rate(step, peak=config.learning_rate, steps=steps.total, warmup_ratio=config.warmup_ratio,
                                          schedule=config.lr_scheduler_type)  # fmt: skip
-                grad_norm = optim.step(optimizer, here, lr=lr, max_norm=config.max_grad_norm).item()
-                row = totals.reduce(("loss",)) | {"trained_tokens": num_tokens}
+                grad_norm = optim.step(optimizer, here, lr=lr, max_norm=config.max_grad_norm)
+                row = {"loss": sums["loss"], "trained_tokens": num_tokens}
                 if not math.isfinite(grad_norm + row["loss"]):
                     raise UserError(f"step {step + 1}: loss {row['loss']}, gradient norm {grad_norm}, on conversations {chosen.tolist()[:8]} ...; the weights were left as they are")  # fmt: skip
-                row |= {"learning_rate": lr, "grad_norm": grad_norm, **throughput.row()}
+                row |= {"learning_rate": lr, "grad_norm": grad_norm, **throughput.row(sums)}
                 metrics.write(step + 1, row, f"loss {row['loss']:.4f}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
                 if profile is not None:
                     profile.step()

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -61,6 +62,11 @@ class Pass:
     lengths: tuple[int, ...] | None = None  # of the packed prompts; None: decoding
     masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window, the same for all layers
 
+    @cached_property
+    def packing(self) -> Packing:
+        """The boundaries of the packed prompts, the same for all layers."""
+        return Packing.of(self.lengths, self.positions_T.device)
+
     def visible(self, window: int | None) -> Tensor:
         """True where the token of slot a may see cached position s, (A, L) bool."""
         if window not in self.masks:
@@ -82,8 +88,7 @@ def register(packed: Callable) -> str:
         k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (key_1KTH, value_1KTH))
         rollout.cache.write(module.layer_idx, k_TKH, v_TKH, rollout.slots_T, rollout.positions_T)
         if rollout.lengths is not None:
-            packing = Packing.of(rollout.lengths, query_1NTH.device)
-            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "packing": packing}
+            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "packing": rollout.packing}
             return packed(module, query_1NTH, key_1KTH, value_1KTH, None, **options)
         q_ANH = query_1NTH[0].transpose(0, 1)
         scale = scaling if scaling is not None else q_ANH.shape[-1] ** -0.5

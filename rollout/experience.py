@@ -67,11 +67,14 @@ class Experience:
 @torch.no_grad()
 def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, budget: int, world: World) -> Tensor:
     """`forward(batch)`, (..., R), over all responses, shared among the ranks, in float64 on every rank's host. Collective."""
-    mine: list[tuple[int, np.ndarray]] = []
+    order: list[int] = []
+    outs: list[Tensor] = []
     for batch, _ in step_batches(sequences, np.arange(len(sequences.ids)), budget, world):
-        out = forward(batch).double().cpu()
+        out = forward(batch)  # collective, also where the batch is a placeholder
         if batch.examples:
-            parts = out.split([int(sequences.counted[e]) for e in batch.examples], dim=-1)
-            mine += [(e, part.numpy()) for e, part in zip(batch.examples, parts, strict=True)]
+            order += batch.examples
+            outs.append(out.double())
+    parts = torch.cat(outs, -1).cpu().split([int(sequences.counted[e]) for e in order], dim=-1) if outs else ()  # one wait for the device
+    mine = [(e, part.numpy()) for e, part in zip(order, parts, strict=True)]
     found = dict(pair for part in world.gather(mine) for pair in part)
     return torch.as_tensor(np.concatenate([found[e] for e in range(len(sequences.ids))], axis=-1))

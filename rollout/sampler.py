@@ -27,7 +27,7 @@ from torch import Tensor
 
 from engine import attention
 from engine.model import Policy
-from engine.world import World
+from engine.world import World, on_device
 from rollout import cache as caching
 from rollout import handover
 from rollout.choice import SamplingParams, choose
@@ -225,7 +225,7 @@ class Sampler:
     def _prefill_stream(self, stream: list[tuple[int, list[int]]]) -> None:
         lengths = tuple(len(ids) for _, ids in stream)
         rows = [(token, slot, position) for slot, ids in stream for position, token in enumerate(ids)]
-        ids_T, slots_T, positions_T = torch.tensor(rows).T.contiguous().to(self.world.device)
+        ids_T, slots_T, positions_T = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
         self._forward(ids_T, caching.Pass(self._cache, slots_T, positions_T, max(lengths), lengths))
 
     def _forward(self, ids_T: Tensor, rollout: caching.Pass) -> Tensor:
@@ -235,7 +235,7 @@ class Sampler:
     def _advance(self, active: list[_Sequence], params: SamplingParams) -> list[tuple[int, str]]:
         """One token for every active slot. Returns the slots that are finished, and why."""
         rows = [((s.response or s.prompt)[-1], slot, s.position, len(s.response), s.key) for slot, s in enumerate(active)]
-        ids_A, slots_A, positions_A, taken_A, keys_A = torch.tensor(rows).T.contiguous().to(self.world.device)
+        ids_A, slots_A, positions_A, taken_A, keys_A = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
         longest = 1 + max(s.position for s in active)
         hidden_AD = self._forward(ids_A, caching.Pass(self._cache, slots_A, positions_A, longest))
         chosen = choose(self._logits(hidden_AD), params, keys_A, taken_A)

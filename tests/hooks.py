@@ -120,14 +120,14 @@ def fail_on_rank_1_alone() -> None:
     from engine import batch
     from engine.errors import UserError
 
-    original = batch.step_batches
+    original = batch.MicroBatches._begin
 
     def failing(*args):
         if os.environ["RANK"] == "1":
             raise UserError("this rank's disk is damaged")
         return original(*args)
 
-    batch.step_batches = failing
+    batch.MicroBatches._begin = failing
 
 
 def interrupt_at_step_5() -> None:
