@@ -279,11 +279,13 @@ def choose_gradient_sync(requested: str, root: Root, world: World, models: int =
 
     last: whole weights in the dtype they travel in, and fp32 gradients of what is trained, take at most half of the memory that this rank's
     shards of weights, gradients and moments and `working` bytes (activations, the head) leave; keep: the weights alone do; else every.
-    Times `models` where so many like `root` are trained at once. Reckoned from sizes, not measured: a run that resumes must choose the same.
+    Times `models` where so many like `root` are trained at once. One rank gathers nothing, but FSDP casts and copies all weights for every pass: on
+    a GPU it keeps the copy where that fits, on a CPU memory counts for more. Reckoned from sizes, not measured: a run that resumes must choose the same.
     """
     if requested != "auto":
         return requested, "as asked"
-    if world.size == 1:
+    alone = world.size == 1
+    if alone and not local(next(root.parameters())).is_cuda:
         return "every", "one rank has nothing to gather"
     if world.device.type == "cuda":
         memory = torch.cuda.get_device_properties(world.device).total_memory
@@ -295,8 +297,8 @@ def choose_gradient_sync(requested: str, root: Root, world: World, models: int =
     gradients = models * 4 * root.num_trained
     state = (models * sum(p.numel() * p.dtype.itemsize for p in root.parameters()) + 3 * gradients) // world.size
     room = max(0, memory - state - working) / 2
-    mode = "last" if gathered + gradients <= room else "keep" if gathered <= room else "every"
-    return mode, f"whole weights {gathered / 2**30:.3g} GiB, whole gradients {gradients / 2**30:.3g}, room for them {room / 2**30:.3g} of {memory / 2**30:.3g}"
+    mode = "last" if not alone and gathered + gradients <= room else "keep" if gathered <= room else "every"
+    return mode, f"{'one rank, which keeps or copies; ' if alone else ''}whole weights {gathered / 2**30:.3g} GiB, whole gradients {gradients / 2**30:.3g}, room for them {room / 2**30:.3g} of {memory / 2**30:.3g}"
 
 
 @torch.no_grad()

@@ -184,6 +184,8 @@ class _Head:
         self.wide = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
         rows = min(chunk_rows, len(targets_R))
         self.buffer_CV = hidden_RD.new_empty((rows, weight_VD.shape[0]), dtype=self.wide)
+        mixed = hidden_RD.dtype != self.wide and any(grads)
+        self.grad_CV = hidden_RD.new_empty(self.buffer_CV.shape) if mixed else None  # None: over the logits
         self.hidden_grad_RD = torch.empty_like(hidden_RD) if grads[0] else None
         self.weight_grad_VD = torch.zeros_like(weight_VD, dtype=self.wide) if grads[1] else None
 
@@ -199,23 +201,22 @@ class _Head:
         return self.transform(out_CV)
 
     def accumulate(self, rows: slice, logits_CV: Tensor, lse_C, logprob_grad_C, entropy_C=None, entropy_grad_C=None) -> None:
-        """Overwrites the chunk's logits with their gradient and adds it to the two accumulators."""
-        softcap, scale = self.transform.softcap, self.transform.scale
-        logits_gradient_(logits_CV, lse_C, self.targets_R[rows], logprob_grad_C, entropy_C, entropy_grad_C, softcap)
-        if scale != 1.0:
-            logits_CV.mul_(scale)
-        grad_CV = logits_CV.to(self.hidden_RD.dtype)
+        """Adds the gradient of the chunk, which takes the place of its logits, to the two accumulators."""
+        into_CV = None if self.grad_CV is None else self.grad_CV[: len(logits_CV)]
+        transform = self.transform.softcap, self.transform.scale
+        logits_gradient_(logits_CV, lse_C, self.targets_R[rows], logprob_grad_C, entropy_C, entropy_grad_C, *transform, into_CV)
+        grad_CV = logits_CV if into_CV is None else into_CV
         if self.hidden_grad_RD is not None:
             torch.mm(grad_CV, self.weight_VD, out=self.hidden_grad_RD[rows])
         if self.weight_grad_VD is not None:
             hidden_CD = self.hidden_RD[rows]
             if hidden_CD.dtype == self.wide:
                 self.weight_grad_VD.addmm_(grad_CV.T, hidden_CD)
-                return
-            for part in _pieces(slice(0, len(self.weight_grad_VD)), VOCABULARY_ROWS):  # a second V x D matrix never exists
-                grad_PC = grad_CV[:, part].T
-                product_PD = torch.mm(grad_PC, hidden_CD, out_dtype=torch.float32) if hidden_CD.is_cuda else grad_PC @ hidden_CD
-                self.weight_grad_VD[part].add_(product_PD)
+            elif hidden_CD.is_cuda:  # added within the product, in the tensor cores' own accumulator
+                torch.addmm(self.weight_grad_VD, grad_CV.T, hidden_CD, out_dtype=torch.float32, out=self.weight_grad_VD)
+            else:
+                for part in _pieces(slice(0, len(self.weight_grad_VD)), VOCABULARY_ROWS):  # a second V x D matrix never exists
+                    self.weight_grad_VD[part].add_(grad_CV[:, part].T @ hidden_CD)
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -62,6 +62,9 @@ def difference(module, rows: int, vocab: int, entropy: bool, softcap: float | No
     entropies = (entropy_C, entropy_coef_C) if entropy else (None, None)
     module.logits_gradient_(logits_CV, lse_C, targets_C, coef_C, *entropies, softcap)
     assert (around[rows] == 7.0).all()
+    into_CV = torch.full((rows, vocab + 3), 7.0, device=device, dtype=torch.bfloat16)[:, :vocab]  # in another dtype, with a scale
+    module.logits_gradient_(before, lse_C, targets_C, coef_C, *entropies, softcap, 0.5, into_CV)
+    torch.testing.assert_close(into_CV.double(), 0.5 * expected[3], rtol=2**-7, atol=1e-6)  # the interpreter truncates
     pairs = [(lse_C, expected[0]), (logprobs_C, expected[1]), (logits_CV, expected[3])] + ([(entropy_C, expected[2])] if entropy else [])
     return max(((got - want).abs().max().item() if got.numel() else 0.0) for got, want in pairs)
 

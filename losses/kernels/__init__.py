@@ -27,9 +27,10 @@ def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tu
     return _module(logits_CV).logits_statistics(logits_CV, targets_C, entropy)
 
 
-def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C=None, entropy_grad_C=None, softcap=None) -> None:
-    """Overwrites (soft-capped) logits with the gradient of the loss with respect to the logits before the soft-cap.
+def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C=None, entropy_grad_C=None, softcap=None, scale=1.0, into_CV=None) -> None:
+    """Overwrites (soft-capped) logits with the gradient of the loss with respect to the logits before scale and soft-cap.
 
-    dL/dz_v = dL/dlogp (1[v = y] - p_v) - dL/dH p_v (log p_v + H),  times 1 - (z_v / softcap)^2 where there is a soft-cap.
+    dL/dz_v = scale [dL/dlogp (1[v = y] - p_v) - dL/dH p_v (log p_v + H)],  times 1 - (z_v / softcap)^2 where there is a soft-cap.
+    Given `into_CV`, the gradient goes there, in its dtype, and the logits may hold anything afterwards.
     """
-    _module(logits_CV).logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap)
+    _module(logits_CV).logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale, into_CV)

@@ -1,6 +1,6 @@
 """The two passes as Triton kernels: one program a row, online softmax, fp32 arithmetic.
 
-Bytes moved per logit: 4 read (statistics), 4 read and 4 written (gradient); torch operations move five times that.
+Bytes moved per logit: 4 read (statistics), 4 read and 2 or 4 written (gradient); torch operations move five times that.
 They also run under TRITON_INTERPRET=1 on a CPU, which is how the CPU suite tests them.
 """
 
@@ -50,14 +50,13 @@ if AVAILABLE:
 
     @triton.jit
     def _gradient_kernel(
-        logits, targets, lse, logprob_grad, entropy, entropy_grad, V, stride, softcap,
+        logits, out, targets, lse, logprob_grad, entropy, entropy_grad, V, stride, out_stride, softcap, scale,
         WITH_ENTROPY: tl.constexpr, WITH_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < V
-        pointer = logits + row * stride + column
-        z = tl.load(pointer, mask=inside, other=0.0).to(tl.float32)
+        z = tl.load(logits + row * stride + column, mask=inside, other=0.0).to(tl.float32)
         logp = z - tl.load(lse + row)
         p = tl.exp(logp)
         coef = tl.load(logprob_grad + row)
@@ -66,7 +65,7 @@ if AVAILABLE:
             grad -= tl.load(entropy_grad + row) * p * (logp + tl.load(entropy + row))
         if WITH_SOFTCAP:
             grad *= 1.0 - (z / softcap) * (z / softcap)
-        tl.store(pointer, grad, mask=inside)
+        tl.store(out + row * out_stride + column, (grad * scale).to(out.dtype.element_ty), mask=inside)
 
 
 def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -80,12 +79,13 @@ def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tu
     return lse_C, logprobs_C, entropy_C
 
 
-def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap) -> None:
+def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale=1.0, into_CV=None) -> None:
     C, V = logits_CV.shape
+    out_CV = logits_CV if into_CV is None else into_CV
     with_entropy = entropy_grad_C is not None
     entropies = (entropy_C, entropy_grad_C.contiguous()) if with_entropy else (lse_C, lse_C)
     if C:
         _gradient_kernel[(C, triton.cdiv(V, BLOCK))](
-            logits_CV, targets_C, lse_C, logprob_grad_C.contiguous(), *entropies, V, logits_CV.stride(0), softcap or 1.0,
-            with_entropy, softcap is not None, BLOCK,
+            logits_CV, out_CV, targets_C, lse_C, logprob_grad_C.contiguous(), *entropies, V, logits_CV.stride(0), out_CV.stride(0),
+            softcap or 1.0, scale, with_entropy, softcap is not None, BLOCK,
         )  # fmt: skip
