@@ -4,7 +4,7 @@ Within `rehearsal` the engine's own code runs as it is, under a ledger. What sta
 
     attention           an operation that keeps what a flash kernel keeps (its output and an fp32 log-sum-exp per head and token)
                         and takes its workspace (fp32 query gradients, one key and value gradient a query head)
-    the head's kernels  the two Triton kernels, which take nothing
+    the head's kernels  the two Triton kernels, which take nothing, and a product that adds, whose fake of torch 2.11 is broken
     Tensor.is_cuda      True, so that the code takes the branches that it takes there
 
 Collectives are torch's fake process group's: they move nothing, and what is allocated around them is real FSDP's doing.
@@ -90,6 +90,7 @@ def _stand_ins(device: Device, size: int) -> list[Any]:
         flash = attention._packed(_attend)
         patches += [
             mock.patch.object(attention, "packed", lambda backend: flash),
+            mock.patch.object(logprobs, "add_product_", lambda total_VD, a_VC, b_CD: torch.mm(a_VC, b_CD, out_dtype=total_VD.dtype, out=total_VD)),
             mock.patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
         ]
     return patches

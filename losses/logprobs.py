@@ -209,14 +209,18 @@ class _Head:
         if self.hidden_grad_RD is not None:
             torch.mm(grad_CV, self.weight_VD, out=self.hidden_grad_RD[rows])
         if self.weight_grad_VD is not None:
-            hidden_CD = self.hidden_RD[rows]
-            if hidden_CD.dtype == self.wide:
-                self.weight_grad_VD.addmm_(grad_CV.T, hidden_CD)
-            elif hidden_CD.is_cuda:  # added within the product, in the tensor cores' own accumulator
-                torch.addmm(self.weight_grad_VD, grad_CV.T, hidden_CD, out_dtype=torch.float32, out=self.weight_grad_VD)
-            else:
-                for part in _pieces(slice(0, len(self.weight_grad_VD)), VOCABULARY_ROWS):  # a second V x D matrix never exists
-                    self.weight_grad_VD[part].add_(grad_CV[:, part].T @ hidden_CD)
+            add_product_(self.weight_grad_VD, grad_CV.T, self.hidden_RD[rows])
+
+
+def add_product_(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    """total += a b, where the total may be wider than the factors; a second V x D matrix never exists."""
+    if b_CD.dtype == total_VD.dtype:
+        total_VD.addmm_(a_VC, b_CD)
+    elif b_CD.is_cuda:  # added within the product, by the tensor cores' own accumulator
+        torch.addmm(total_VD, a_VC, b_CD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        for part in _pieces(slice(0, len(total_VD)), VOCABULARY_ROWS):
+            total_VD[part].add_(a_VC[part] @ b_CD)
 
 
 class _LinearLogprobs(torch.autograd.Function):
