@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.masking_utils import AttentionMaskInterface
 
 from engine.errors import UserError
 from engine.world import on_device
@@ -82,9 +81,12 @@ def _installed(module: str) -> bool:
 
 
 def register(backend: str) -> str:
-    """Registers packed attention on `backend` and returns the name for a model's `attn_implementation`."""
+    """Registers packed attention on `backend` and returns the name for a model's `attn_implementation`.
+
+    Nothing is registered with AttentionMaskInterface: for a name unknown there the library builds no mask. For a known one it would first look
+    at the position ids for packed sequences, and with that wait for the device in every forward pass.
+    """
     AttentionInterface.register(NAME, packed(backend))
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     return NAME
 
 

@@ -69,7 +69,7 @@ class AdaptedLinear(nn.Module):
         self.bias = source.bias
         shapes = nf4.shapes(self.out_features, self.in_features, adapters.double_quant) if self.four_bit else {}
         for name in ("codes", "scales", "groups"):
-            empty = torch.empty(shapes[name], dtype=torch.uint8, device="meta") if name in shapes else None
+            empty = torch.empty(shapes[name], dtype=nf4.HELD, device="meta") if name in shapes else None
             self.register_parameter(name, empty if empty is None else nn.Parameter(empty, requires_grad=False))
         for name in ["lora", *(["initial"] if adapters.keep_initial else [])] if rank else []:
             for leaf, shape in (("A", (rank, self.in_features)), ("B", (self.out_features, rank))):
@@ -99,13 +99,14 @@ class AdaptedLinear(nn.Module):
     def fill(self, rows_OI: Tensor) -> None:
         """Quantises this rank's rows of W. Collective under double quantisation, which needs the scales of all rows."""
         codes, scales = nf4.quantise(rows_OI.to(self.codes.device))
-        local(self.codes).copy_(codes)
+        held = {"codes": codes}
         if self.groups is None:
-            local(self.scales).copy_(scales.view(torch.uint8))
-            return
-        codes, groups = nf4.quantise_scales(whole(sharded_like(scales, self.codes)))
-        local(self.scales).copy_(codes[local_rows(self.scales)])
-        local(self.groups).copy_(groups[local_rows(self.groups)])
+            held["scales"] = scales
+        else:
+            codes, groups = nf4.quantise_scales(whole(sharded_like(scales, self.codes)))
+            held |= {"scales": codes[local_rows(self.scales)], "groups": groups[local_rows(self.groups)]}
+        for name, rows in held.items():
+            local(getattr(self, name)).copy_(rows.view(nf4.HELD))
 
     @torch.no_grad()
     def merged(self) -> Tensor:

@@ -6,8 +6,9 @@ Double quantisation holds the scales in 8 bits as well: s_b = o + u_g d_c, d one
 256 blocks, o the mean of all of a matrix's scales.
 
 Blocks never straddle rows (64 divides their length), so codes (O, I / 2) and scales (O, I / 64) are cut by FSDP like the matrix itself.
-All are uint8 Parameters, the fp32 scales as bytes: mixed precision casts floating tensors, and a cast scale is a wrong
-weight. They are in every state dict under their names; nothing lives beside them in Python objects.
+All are Parameters of bytes, the fp32 scales too: a cast scale is a wrong weight. They are in every state dict under their names; nothing lives
+beside them in Python objects. Their dtype, HELD, is a floating one of one byte, since FSDP of torch 2.11 makes each of its parameters with a
+gradient first, which bytes cannot have; nothing computes in it: what is held is only ever copied, and read as `uint8` here.
 
 The quantiser and the kernels are bitsandbytes'; source: Dettmers et al. 2023, QLoRA (arXiv 2305.14314), sections 3 and 4.
 
@@ -25,10 +26,11 @@ from torch import Tensor
 from engine.bnb import bitsandbytes
 
 BLOCK, GROUP = 64, 256
+HELD = torch.float8_e5m2
 
 
 def shapes(out_features: int, in_features: int, double: bool) -> dict[str, tuple[int, int]]:
-    """The shapes of the uint8 tensors that hold a matrix. Raises ValueError where 64 does not divide the rows."""
+    """The shapes of the tensors of bytes that hold a matrix. Raises ValueError where 64 does not divide the rows."""
     if in_features % BLOCK:
         raise ValueError(f"rows of {in_features} weights are not whole blocks of {BLOCK}")
     blocks = in_features // BLOCK
@@ -81,7 +83,8 @@ def _(codes: Tensor, scales: Tensor, groups: Tensor | None, dtype: torch.dtype, 
 
 
 def dequantise(codes: Tensor, scales: Tensor, groups: Tensor | None, dtype: torch.dtype, first_row: int = 0) -> Tensor:
-    """The rows of a matrix that start at `first_row`, (O, I). `groups` are the whole matrix's; None: the scales are fp32 bytes."""
+    """The rows of a matrix that start at `first_row`, (O, I), from what is held. `groups` are the whole matrix's; None: the scales are fp32."""
+    codes, scales, groups = (x if x is None else x.view(torch.uint8) for x in (codes, scales, groups))
     return _dequantise(codes, scales, groups, dtype, first_row)
 
 

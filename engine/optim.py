@@ -77,8 +77,8 @@ def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm:
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [g for g in grads if g.numel()]
     wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32  # a norm in bfloat16 is off by up to 1 / 256
-    squares = torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64)
-    norm = world.sum(squares.to(world.device)).sqrt().item()
+    squares = torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64, device=world.device)
+    norm = world.sum(squares).sqrt().item()
     if math.isfinite(norm):
         if norm + 1e-6 > max_norm > 0 and grads:
             factor = torch.tensor(max_norm / (norm + 1e-6), dtype=grads[0].dtype).item()  # rounded once, as the gradients' own numbers are

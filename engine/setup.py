@@ -157,7 +157,7 @@ def _working_memory(config: RunConfig, policy: model.Policy) -> int:
     hidden, inner = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size
     numbers = 6 * (hidden + inner)
     layers = {"none": numbers, "selective": 0.55 * numbers, "full": hidden}[config.gradient_checkpointing] * shape.num_hidden_layers
-    wide = policy.gathered_dtype or next(p.dtype for p in policy.parameters() if p.is_floating_point())
+    wide = policy.gathered_dtype or next(p.dtype for p in policy.parameters() if p.dtype.itemsize > 1)
     head = policy.lm.get_output_embeddings().weight
     return round(config.micro_batch_tokens * (layers + numbers) * wide.itemsize + 3.5 * 4 * head.shape[0] * default_chunk_rows(head))
 

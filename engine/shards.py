@@ -25,7 +25,11 @@ def local_rows(p: Tensor) -> slice:
 
 def whole(p: Tensor) -> Tensor:
     """All rows, on every rank. Collective."""
-    return p.full_tensor() if isinstance(p, DTensor) else p
+    if not isinstance(p, DTensor):
+        return p
+    if p.dtype.itemsize > 1:
+        return p.full_tensor()
+    return sharded_like(local(p).view(torch.uint8), p).full_tensor().view(p.dtype)  # gloo knows bytes, and no float of one
 
 
 def sharded_like(rows: Tensor, p: Tensor) -> Tensor:

@@ -150,10 +150,10 @@ def dump_what_is_held() -> None:
 
     import numpy as np
     import torch
-    from torch.distributed.tensor import DTensor
 
     from engine import model
     from engine.batch import micro_batch
+    from engine.shards import whole
 
     output_dir = sys.argv_of_stage[sys.argv_of_stage.index("--output_dir") + 1]
     original = model.load
@@ -167,8 +167,7 @@ def dump_what_is_held() -> None:
         policy.release()
         held = sum(p.to_local().nbytes for p in policy.parameters())
         state = policy.lm.state_dict()
-        whole = {name: t.full_tensor() if isinstance(t, DTensor) else t for name, t in state.items()}
-        torch.save({"held": held, "state": whole, **found}, f"{output_dir}/held-{world.rank}.pt")
+        torch.save({"held": held, "state": {name: whole(t) for name, t in state.items()}, **found}, f"{output_dir}/held-{world.rank}.pt")
         return policy, identity
 
     model.load = dumping

@@ -22,6 +22,11 @@ LORA = {"use_lora": "true", "load_in_4bit": "true", "lora_rank": 8, "sample_toke
 QUANTISED = dict(rank=2, alpha=4.0, rslora=False, modules=("layer",), seed=1, four_bit=True)
 
 
+def bits(x: torch.Tensor) -> torch.Tensor:
+    """The bytes of what is held, comparable: bits that are no number are no less equal."""
+    return x.view(torch.uint8) if x.dtype == nf4.HELD else x
+
+
 def layer_of(weight: torch.Tensor, double: bool, device: str | torch.device = "cpu") -> AdaptedLinear:
     source = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer = AdaptedLinear(source, Adapters(**QUANTISED, double_quant=double), 0, torch.float32).to_empty(device=device)
@@ -39,13 +44,13 @@ def test_numbers_are_bitsandbytes_own_and_rows_are_independent(rows_, blocks, do
     bnb = bitsandbytes().functional
     packed, state = bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
     layer = layer_of(weight, double)
-    assert torch.equal(layer.codes.flatten(), packed.flatten())
+    assert torch.equal(bits(layer.codes).flatten(), packed.flatten())
     found = nf4.dequantise(layer.codes, layer.scales, layer.groups, dtype)
     state.dtype = dtype
     assert torch.equal(found, bnb.dequantize_4bit(packed, state).to(dtype))
     cut = rows_ // 2  # what a rank that holds only the last rows makes of them
     assert torch.equal(nf4.dequantise(layer.codes[cut:], layer.scales[cut:], layer.groups, dtype, cut), found[cut:])
-    assert torch.equal(nf4.quantise(weight[cut:])[0], layer.codes[cut:])
+    assert torch.equal(nf4.quantise(weight[cut:])[0], bits(layer.codes)[cut:])
     bytes_ = sum(p.nbytes for p in layer.parameters())
     assert bytes_ == weight.numel() // 2 + weight.numel() // 64 * (1 if double else 4) + (4 * layer.groups.shape[0] if double else 0)
 
@@ -61,7 +66,15 @@ def test_the_product_and_its_gradient_keep_only_bytes(double):
         y = layer(x)
     y.backward(grad)
     assert torch.equal(y, x @ dense.T) and torch.equal(x.grad, grad @ dense)
-    assert kept and all(t.dtype == torch.uint8 for t in kept)
+    assert kept and all(t.dtype == nf4.HELD for t in kept)
+
+
+def test_every_byte_survives_being_held_moved_and_gathered():
+    """All 256 of them, also those that are NaN in the dtype they are held in."""
+    every = torch.arange(256, dtype=torch.uint8).repeat(3)
+    held = every.view(nf4.HELD)
+    for moved in (held.clone(), torch.empty_like(held).copy_(held), torch.cat([held[:100], held[100:]]), held.new_zeros(768).copy_(held).view(3, 256).contiguous()):
+        assert torch.equal(bits(moved).flatten(), every)
 
 
 def test_rows_that_are_not_whole_blocks_stay_dense():
@@ -105,7 +118,7 @@ def test_two_ranks_hold_half_each_and_compute_the_same(size, double, dtype, requ
         assert rank["held"] == pytest.approx(alone["held"] / 2, rel=0.03)
         assert torch.equal(rank["logits"], alone["logits"]) and torch.equal(rank["logprobs"], alone["logprobs"])
         assert rank["state"].keys() == alone["state"].keys()
-        assert all(torch.equal(rank["state"][name], t) for name, t in alone["state"].items())
+        assert all(torch.equal(bits(rank["state"][name]), bits(t)) for name, t in alone["state"].items())
 
     layers = {name.rpartition(".")[0] for name in alone["state"] if name.endswith(".codes")}
     parts = {"codes", "scales", "lora_A", "lora_B"} | ({"groups"} if double == "true" else set())

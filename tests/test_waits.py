@@ -1,0 +1,83 @@
+"""One step of every stage, and what in it would wait for a GPU: the named places and no others (tests/waits.py says how it is seen)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from engine import log
+from engine.config import parse
+from launch import dpo, ppo, sft
+from tests.waits import Waits
+
+STEP = {
+    "engine/log.py:reduce": 1,  # the metrics of the step, once backward has ended
+    "engine/optim.py:step": 2,  # the gradient norm; and the clipping factor, a number on the host that is rounded to the gradients' type
+}
+PPO = STEP
+
+
+@contextmanager
+def of_one_step(monkeypatch, waits: Waits, number: int):
+    """Counts between the metrics of step `number` - 1 and those of step `number`."""
+    write = log.Metrics.write
+
+    def marked(self, step, row, postfix=""):
+        if postfix and step == number:
+            waits.__exit__(None, None, None)
+        write(self, step, row, postfix)
+        if postfix and step == number - 1:
+            waits.__enter__()
+
+    monkeypatch.setattr(log.Metrics, "write", marked)
+    yield
+
+
+def seen(monkeypatch, stage, tmp_path, **flags) -> Counter[str]:
+    waits = Waits()
+    flags = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "max_steps": 3, **flags}
+    with of_one_step(monkeypatch, waits, 2):
+        try:
+            stage.train(parse(stage.Config, [word for name, value in flags.items() for word in (f"--{name}", str(value))]))
+        finally:
+            if torch.distributed.is_initialized():
+                torch.distributed.destroy_process_group()
+    return waits.found
+
+
+def beyond(found: Counter[str], allowed: dict[str, int]) -> dict[str, int]:
+    return {place: count for place, count in found.items() if count > allowed.get(place, 0)}
+
+
+@pytest.mark.parametrize("stage", [sft, dpo], ids=["sft", "dpo"])
+def test_a_supervised_step_waits_for_its_metrics_and_for_its_norm(stage, tmp_path, monkeypatch):
+    """Also with several micro-batches: nothing waits for one of them."""
+    found = seen(monkeypatch, stage, tmp_path, micro_batch_tokens=200, sample_tokens=0) if stage is sft else seen(monkeypatch, stage, tmp_path, micro_batch_tokens=200)
+    assert found["engine/log.py:reduce"] == 1 and not beyond(found, STEP), found
+
+
+def test_an_iteration_of_ppo_waits_where_it_reads_rollouts_and_updates(tmp_path, monkeypatch):
+    found = seen(monkeypatch, ppo, tmp_path, batch_size=4, num_samples_per_prompt=2, response_length=8, micro_batch_tokens=60, eval_steps=0)
+    assert not beyond(found, PPO), found
+
+
+def test_the_mode_sees_what_it_is_for():
+    """One of each kind of wait; and what does not wait is not seen."""
+    x = torch.arange(5.0)
+    counts = torch.tensor([1, 2])
+    kinds = [
+        lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x.sum() > 0), lambda: float(x[0]), lambda: x[x > 2], lambda: x.nonzero(),
+        lambda: x.to("cpu"), lambda: torch.tensor(3.0, device="cpu"), lambda: torch.repeat_interleave(counts, counts), lambda: x.cpu(), lambda: x.numpy(),
+    ]  # fmt: skip
+    for number, kind in enumerate(kinds):
+        with Waits() as mode:
+            kind()
+        assert mode.found.total() >= 1, number
+    with Waits() as mode:
+        x.double().sum() + x.to(torch.float64)[1:3].sum() + torch.as_tensor(np.ones(3))[0] + torch.full((), 2.0)
+        torch.repeat_interleave(counts, counts, output_size=3)
+    assert not mode.found
