@@ -248,10 +248,14 @@ def machine(device: torch.device) -> dict[str, Any]:
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         processor = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
-    git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, cwd=Path(__file__).parent)
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        commit = git.stdout.strip() or "unknown"  # a copy without its history
+    except OSError:  # no git
+        commit = "unknown"
     return {
         "device": processor, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
-        "commit": git.stdout.strip() or "unknown",
+        "commit": commit,
     }  # fmt: skip
 
 

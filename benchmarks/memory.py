@@ -181,7 +181,7 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig
 
-    from engine import adapters, attention, lora, optim, setup, weights, world
+    from engine import adapters, attention, lora, nf4, optim, setup, weights, world
     from engine.batch import micro_batch
     from engine.log import Totals
     from launch import sft
@@ -198,10 +198,11 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
         for name, p in policy.lm.named_parameters():
             shard = p.detach().to_local()
             if name.endswith(".codes"):
-                shard.random_(0, 256, generator=generator)
-            elif shard.dtype == torch.uint8:  # scales of some 0.02, in fp32 as bytes or, doubly quantised, around an offset
+                shard.view(torch.uint8).random_(0, 256, generator=generator)
+            elif shard.dtype == nf4.HELD:  # scales of some 0.02, in fp32 as bytes or, doubly quantised, around an offset
                 small = torch.full((shard.numel() // 4,), 0.02, device=shard.device).view(torch.uint8)
-                shard.copy_(small.view(shard.shape) if name.endswith(".groups") or not config.double_quant else torch.zeros_like(shard))
+                held = small.view(shard.shape) if name.endswith(".groups") or not config.double_quant else torch.zeros_like(shard.view(torch.uint8))
+                shard.view(torch.uint8).copy_(held)
             elif shard.dim() > 1:
                 shard.normal_(0, 0.02, generator=generator)
             else:

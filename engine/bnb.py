@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import sys
 from functools import lru_cache
 from types import ModuleType
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("bitsandbytes") is not None
 
 
 @lru_cache

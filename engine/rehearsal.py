@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 
 from engine import attention, layers, model, weights
-from engine.bnb import bitsandbytes
+from engine.bnb import bitsandbytes, installed
 from engine.hardware import Device
 from engine.ledger import HOST, Ledger
 from engine.world import World
@@ -133,6 +133,8 @@ def _attributions(ledger: Ledger) -> list[Any]:
 
 def _updates(ledger: Ledger) -> list[Any]:
     """8-bit AdamW's kernels read and write a gradient, its parameter and two moments."""
+    if not installed():  # then no configuration that needs it was let through
+        return []
     kernels = bitsandbytes().functional
 
     def update(**k: Any) -> None:
