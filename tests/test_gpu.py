@@ -171,3 +171,12 @@ def test_a_small_model_learns_in_little_memory(flags, tmp_path):
     losses = [row["loss"] for row in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
     enough = 0.97 if "use_lora" in flags else 0.8  # adapters on a random model, whose head is frozen, do not get far
     assert len(losses) == 20 and losses[-1] < enough * losses[0]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_a_step_waits_for_the_device_twice(stage, tmp_path):
+    """By CUDA's own count of synchronising calls, between two rows of metrics: the step's metrics, then its gradient norm."""
+    found = subprocess.run([sys.executable, "-m", "tests.gpu_waits", stage, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert found.returncode == 0, found.stderr[-2000:]
+    places = json.loads(found.stdout.splitlines()[-1])
+    assert {place.partition(":")[0] for place in places} <= {"engine/log.py", "engine/optim.py"} and len(places) == 2, places
