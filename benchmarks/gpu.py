@@ -28,6 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTE = 400  # characters of what went wrong
+PATIENCE = 10  # seconds for a killed process to give its memory back
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -35,9 +36,9 @@ def main(argv: list[str] | None = None) -> int:
 
     args = options(argv, list(SECTIONS))
     out = Path(os.environ.get("OUT") or ROOT / "benchmarks" / "out")
-    context = multiprocessing.get_context("forkserver")  # children share its imports, and it has never touched the device
-    context.set_forkserver_preload(["benchmarks.gpu_sections"])
-    machine = _asked(context, describe)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # a time limit from outside: what there is, is still summed up
+    context = processes()
+    machine = ask(context, describe)
     if machine["device"] == "cpu" and not args.rehearse:
         print("no CUDA device on this machine: nothing to do (the CPU suite is `make test`)")
         return 0
@@ -61,6 +62,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{'ok  ' if row['ok'] else 'FAIL'} {name}, {row['seconds']:.0f} s {row['note']}".rstrip(), flush=True)
     failed = [row["section"] for row in lines.rows() if not row["ok"] and row["section"] in names]
     return 1 if failed else 0
+
+
+def processes() -> Any:
+    """How sections are started. On CUDA afresh: some library asks for devices when it is imported, and a fork of that process could not use them."""
+    import torch
+
+    if torch.cuda.is_available():
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")  # imported once, for all sections of a rehearsal
+    context.set_forkserver_preload(["benchmarks.gpu_sections"])
+    return context
 
 
 def options(argv: list[str] | None, names: Sequence[str]) -> argparse.Namespace:
@@ -130,9 +142,10 @@ def run(context: Any, name: str, directory: Path, rehearse: bool, seconds: float
         process.join()
         note = f"died with status {process.exitcode}"
     finally:
-        with contextlib.suppress(ProcessLookupError, PermissionError):
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # no group of its own yet
             os.killpg(process.pid, signal.SIGKILL)  # with its compilers and workers
-        process.join()
+        process.kill()
+        process.join(PATIENCE)
     return {"section": name, "ok": ok, "seconds": round(time.monotonic() - began, 1), "note": note, "figures": figures}
 
 
@@ -158,14 +171,21 @@ def _section(name: str, directory: Path, rehearse: bool, log: Path, sending: Any
     sending.send(answer)
 
 
-def _asked(context: Any, question: Any) -> Any:
+def ask(context: Any, question: Any) -> Any:
     """The answer of a child: this process must not touch the device, whose memory the sections measure."""
     receiving, sending = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(question, sending))
     process.start()
-    answer = receiving.recv()
-    process.join()
-    return answer
+    sending.close()  # so that a child that dies ends the waiting
+    try:
+        if receiving.poll(2 * 60):
+            return receiving.recv()
+        sys.exit("error: this machine did not say what it is within two minutes")
+    except EOFError:
+        sys.exit("error: this machine could not be described; the reason stands above")
+    finally:
+        process.kill()
+        process.join(PATIENCE)
 
 
 def _answer(question: Any, sending: Any) -> None:

@@ -262,6 +262,13 @@ def adapters(rung: str) -> Callable[[Lab], Figures]:
     return section
 
 
+def random_model(lab: Lab, device: torch.device) -> torch.nn.Module:
+    """Of the stages' shape, drawn on the device: on a host it takes a minute."""
+    config = AutoConfig.from_pretrained(lab.model)
+    with device:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
 # --- sampling -----------------------------------------------------------------------------------------------------------------------
 
 
@@ -269,7 +276,7 @@ def rollouts(lab: Lab) -> Figures:
     """The sampler on the 1B shape at 64 and 256 responses of 128 tokens: tokens/s, a token's time, and the share of it that reading must take."""
     found: Figures = {}
     here = world.start()
-    lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(lab.model), dtype=torch.bfloat16).eval().to(here.device)
+    lm = random_model(lab, here.device)
     config, prompt, long, short = lm.config, 20 if lab.rehearse else 200, 12 if lab.rehearse else 128, 4 if lab.rehearse else 32
     weights = sum(p.nbytes for p in lm.parameters())
     cached = 2 * config.num_hidden_layers * config.num_key_value_heads * (config.hidden_size // config.num_attention_heads) * 2  # bytes of a token
@@ -297,7 +304,7 @@ def profile(lab: Lab) -> Figures:
     _train(sft, lab.directory / "run", _flags(lab, sft) | {"sample_tokens": 0, "profile": "true", "max_steps": 5})
     found = {"an SFT step": kernels(lab.directory / "run" / "trace.json", 3)}
     here = world.start()
-    lm = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(lab.model), dtype=torch.bfloat16).eval().to(here.device)
+    lm = random_model(lab, here.device)
     tokens = 4 if lab.rehearse else 16
     args = Namespace(slots=64, requests=64, samples=8, prompt=20 if lab.rehearse else 200, response=tokens, vocab=lm.config.vocab_size, sorted=False, sigma=1.0)
     run, requests = rollout.ours(lm, args, here), rollout.make_requests(args, False)

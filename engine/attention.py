@@ -36,6 +36,7 @@ from engine.world import on_device
 NAME = "triptych"
 BACKENDS = ("flash4", "flash3", "flash2", "varlen", "sdpa", "eager")
 BY_LENGTHS = ("sdpa", "eager")  # loops over sequences, which torch.compile would trace anew for all lengths
+BROKEN = "is installed and cannot be used"
 SCORES = 2**24  # elements of the score matrices that a written-out gradient holds at a time, or one key head's
 
 
@@ -51,9 +52,13 @@ def choose_backend(requested: str, device: torch.device, config: Any, dtype: tor
     if needs_eager:
         softcap_flash = needs_eager == ["attn_logit_softcapping"] and not _unavailable("flash2", device, dtype)
         return ("flash2" if softcap_flash else "eager"), f"the model has {' and '.join(needs_eager)}"
+    broken = []
     for backend in BACKENDS:
-        if not _unavailable(backend, device, dtype):
-            return backend, "first that runs here, in the order " + " > ".join(BACKENDS)
+        why_not = _unavailable(backend, device, dtype)
+        if not why_not:
+            return backend, "; ".join(["first that runs here, in the order " + " > ".join(BACKENDS), *broken])
+        if BROKEN in why_not:  # installed by somebody who wants it used
+            broken.append(f"{backend}: {why_not}")
     raise AssertionError("eager runs everywhere")
 
 
@@ -67,17 +72,25 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "needs --dtype bfloat16"
     module = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn.flash_attn_interface"}.get(backend)
     if backend == "varlen":
-        return "" if _installed("torch.nn.attention.varlen") else "this torch has no torch.nn.attention.varlen"
+        return _cannot_import("torch.nn.attention.varlen")
     if backend in ("flash3", "flash4") and torch.cuda.get_device_capability(device)[0] < 9:
         return "needs a Hopper GPU or newer"
-    return "" if _installed(module) else f"the package {module} is not installed"
+    return _cannot_import(module) or (_flash4_lacks() if backend == "flash4" else "")
 
 
-def _installed(module: str) -> bool:
+@lru_cache
+def _cannot_import(module: str) -> str:
+    """Why a module cannot be used, or ''. It is imported to see: half an installation is found and not usable."""
     try:
-        return importlib.util.find_spec(module) is not None
+        if importlib.util.find_spec(module) is None:
+            return f"the package {module} is not installed"
     except ModuleNotFoundError:
-        return False
+        return f"the package {module} is not installed"
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a library that is missing, of another torch or CUDA: whatever it raises, another backend serves
+        return f"the package {module} {BROKEN} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+    return ""
 
 
 def register(backend: str) -> str:
@@ -227,17 +240,22 @@ def _flash(backend: str) -> Callable:
 
 @lru_cache
 def flash4_kernels() -> tuple[Callable, Callable]:
-    """flash-attention 4's forward and backward call, of which its public function is made. Raises UserError where a release has others."""
+    """flash-attention 4's forward and backward call, of which its public function is made."""
     from flash_attn.cute import interface
 
-    kernels = []
+    return interface._flash_attn_fwd, interface._flash_attn_bwd
+
+
+def _flash4_lacks() -> str:
+    """What of these two calls an installed release has not, or ''."""
+    from flash_attn.cute import interface
+
     for name, needed in FLASH4.items():
         kernel = getattr(interface, name, None)
         missing = [name] if kernel is None else sorted(needed - inspect.signature(kernel).parameters.keys())
         if missing:
-            raise UserError(f"--attention flash4: this flash-attn-4 has no {', '.join(missing)} in flash_attn.cute.interface: use --attention varlen")
-        kernels.append(kernel)
-    return kernels[0], kernels[1]
+            return f"the package flash_attn.cute {BROKEN} (another release: no {', '.join(missing)} in its interface)"
+    return ""
 
 
 _BOTH = {"softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "learnable_sink"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -121,3 +123,69 @@ def test_choice_of_backend():
     assert attention.choose_backend("eager", cpu, LlamaConfig(), fp32) == ("eager", "as asked")
     with pytest.raises(attention.UserError, match="needs a CUDA device"):
         attention.choose_backend("flash2", cpu, LlamaConfig(), fp32)
+
+
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """A machine that says it has a Hopper GPU, and a directory for packages of flash-attention."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    attention._cannot_import.cache_clear()
+    yield tmp_path
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        del sys.modules[name]
+    attention._cannot_import.cache_clear()
+    attention.flash4_kernels.cache_clear()
+
+
+def install(directory, interface: str) -> None:
+    package = directory / "flash_attn" / "cute"
+    package.mkdir(parents=True)
+    (directory / "flash_attn" / "__init__.py").write_text("")
+    (package / "__init__.py").write_text("from .interface import *\n")
+    (package / "interface.py").write_text(interface)
+
+
+SIGNATURES = "".join(f"def {name}({', '.join(sorted(parameters))}): ...\n" for name, parameters in attention.FLASH4.items())
+
+
+@pytest.mark.parametrize(("interface", "chosen", "said"), [
+    (SIGNATURES, "flash4", ""),
+    ("raise ImportError('libcute.so: cannot open shared object file')", "varlen", "flash4: the package flash_attn.cute is installed and cannot be used (ImportError: libcute.so"),
+    (SIGNATURES.replace("return_lse", "return_logsumexp"), "varlen", "another release: no return_lse in its interface"),
+    (SIGNATURES.replace("_flash_attn_bwd", "_backward"), "varlen", "another release: no _flash_attn_bwd in its interface"),
+], ids=["whole", "half installed", "other arguments", "other names"])  # fmt: skip
+def test_a_package_that_is_there_and_does_not_work_is_named_and_passed_over(hopper, interface, chosen, said):
+    """Seen on a GPU: a flash-attn-4 without one of its libraries was chosen, and every run ended in its traceback."""
+    from transformers import LlamaConfig
+
+    install(hopper, interface)
+    backend, why = attention.choose_backend("auto", torch.device("cuda"), LlamaConfig(), torch.bfloat16)
+    assert backend == chosen and said in why
+    if chosen != "flash4":
+        with pytest.raises(attention.UserError, match="installed and cannot be used"):
+            attention.choose_backend("flash4", torch.device("cuda"), LlamaConfig(), torch.bfloat16)
+
+
+def test_varlen_is_told_of_grouped_heads_and_gets_them_unrepeated(monkeypatch):
+    """Keys and values go to torch's kernel as they are, views of the projection's output: repeating them costs four times their memory."""
+    from torch.nn.attention import varlen
+
+    seen = []
+
+    def recorded(q, k, v, *_, scale, window_size, **options):
+        seen.append((k, v, window_size, options))
+        return q
+
+    for with_argument in (False, True):
+        attention._varlen_options.cache_clear()
+        stand_in = recorded if not with_argument else lambda q, k, v, *_, scale, window_size, enable_gqa=False: recorded(q, k, v, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
+        monkeypatch.setattr(varlen, "varlen_attn", stand_in)
+        q, k, v = stream(kv_heads=2)
+        attention.packed("varlen")(None, q, k, v, None, packing=attention.Packing.of(LENGTHS, q.device), scaling=0.3, sliding_window=8)
+        kept_k, kept_v, window, options = seen.pop()
+        assert kept_k.shape[1] == kept_v.shape[1] == 2 and kept_k.data_ptr() == k.data_ptr() and kept_v.data_ptr() == v.data_ptr()
+        assert window == (7, 0) and options == ({"enable_gqa": True} if with_argument else {})
+    attention._varlen_options.cache_clear()
