@@ -164,7 +164,8 @@ def train(config: Config) -> None:
                     norms = [optim.step(optimizers[name], here, lr=lr[i], max_norm=config.max_grad_norm) for i, name in enumerate(trained)]
                     if not all(map(math.isfinite, norms)):
                         raise UserError(f"step {step + 1}: gradient norms {norms} of policy and value model; what is not finite was not applied")
-                    first_ratio = first_ratio or totals.reduce(METRICS)
+                    if step == 0 and first_ratio is None:
+                        first_ratio = totals.reduce(METRICS)
                 times["time/update"] = clock.lap()
 
                 # 6. the new weights reach the sampler at the top of the loop

@@ -74,7 +74,8 @@ def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, budg
         if batch.examples:
             order += batch.examples
             outs.append(out.double())
-    parts = torch.cat(outs, -1).cpu().split([int(sequences.counted[e]) for e in order], dim=-1) if outs else ()  # one wait for the device
-    mine = [(e, part.numpy()) for e, part in zip(order, parts, strict=True)]
+    ends = np.cumsum(sequences.counted[order])[:-1]
+    parts = np.split(torch.cat(outs, -1).cpu().numpy(), ends, axis=-1) if outs else []  # one wait for the device
+    mine = list(zip(order, parts, strict=True))
     found = dict(pair for part in world.gather(mine) for pair in part)
     return torch.as_tensor(np.concatenate([found[e] for e in range(len(sequences.ids))], axis=-1))
