@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 
 from engine import lora, weights
 from engine.config import RunConfig
-from engine.errors import UserError, nearest
+from engine.errors import UserError, nearest, require
 from engine.lora import Adapters
 from engine.shards import whole
 from engine.world import World
@@ -43,7 +43,7 @@ KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<leaf>[AB])\.weight"
 
 
 def check_flags(config: RunConfig) -> None:
-    """Raises UserError for adapter flags that contradict each other; nothing is opened."""
+    """Raises UserError for flags of adapters and 8-bit moments that contradict each other or need what is not installed; nothing is opened."""
     if config.load_in_4bit and not config.use_lora:
         raise UserError("--load_in_4bit needs --use_lora: weights in 4 bits cannot be trained, only adapters on them")
     if config.export_adapter and config.export_dtype not in (None, config.master_dtype):
@@ -53,6 +53,10 @@ def check_flags(config: RunConfig) -> None:
             raise UserError(f"--{name} is not read without --use_lora")
     if config.double_quant and not config.load_in_4bit:
         raise UserError("--double_quant is not read without --load_in_4bit")
+    if config.load_in_4bit:
+        require("bitsandbytes", "--load_in_4bit")
+    if config.optimizer == "adamw_8bit":
+        require("bitsandbytes", "--optimizer adamw_8bit")
     for name in ("lora_rank", "lora_alpha"):
         if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise UserError(f"--{name} must be greater than 0, got {getattr(config, name)}")

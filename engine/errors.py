@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 from collections.abc import Iterable
 
 
@@ -14,3 +15,13 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the most similar of `names`, or ''."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def require(package: str, for_what: str) -> None:
+    """Raises UserError where an optional package, which `for_what` (a flag, a file) needs, is missing or cannot be imported."""
+    try:
+        importlib.import_module(package)
+    except Exception as error:  # half an installation raises whatever it likes
+        missing = isinstance(error, ModuleNotFoundError) and error.name == package
+        why = "which is not installed" if missing else f"which cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        raise UserError(f"{for_what} needs the package {package}, {why}: pip install {package}") from None

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.errors import UserError, nearest
+from engine.errors import UserError, nearest, require
 
 SUFFIXES = (".jsonl", ".json", ".parquet")
 ROLES = ("system", "user", "assistant", "tool")
@@ -102,6 +102,7 @@ def _from_files(path: Path, places: dict[Path, str]) -> Source:
 
 
 def _from_library(name: str, split: str, revision: str | None, saved: bool) -> Source:
+    require("datasets", f"{name}: a dataset of the hub, or one that was saved to disk,")
     import datasets
 
     try:
@@ -175,6 +176,7 @@ def _json(file: Path) -> Numbered:
 
 
 def _parquet(file: Path) -> Numbered:
+    require("pyarrow", f"{file}: a parquet file")
     import pyarrow
     from pyarrow.parquet import ParquetFile
 

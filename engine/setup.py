@@ -15,7 +15,7 @@ from engine import adapters, attention, layers, model, weights
 from engine.chat import ChatTokenizer, load_tokenizer
 from engine.config import Config, RunConfig, require_positive, resolve_batch_size
 from engine.embedded import embedded
-from engine.errors import UserError, nearest
+from engine.errors import UserError, nearest, require
 from engine.lora import Adapters
 from engine.store import Examples, Steps
 from engine.world import World
@@ -104,6 +104,8 @@ def prepare(config: RunConfig, world: World) -> Base:
     base = Base(directory, revision, lm_config, load_tokenizer(directory, lm_config.vocab_size), dtype, backend, why)
     start = adapters.directory_of(config.adapter_name_or_path, world)
     if not isinstance(config, RunConfig):  # launch.evaluate: an adapter as it is
+        if config.load_in_4bit:
+            require("bitsandbytes", "--load_in_4bit")
         form = {"four_bit": config.load_in_4bit, "double_quant": config.double_quant}
         return dataclasses.replace(base, start=start, adapters=dataclasses.replace(adapters.of_directory(start, lm_config), **form) if start else None)
     keep_initial = getattr(config, "reference", "") == "adapter" and getattr(config, "kl_coef", 1) != 0

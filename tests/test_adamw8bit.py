@@ -24,6 +24,7 @@ from tests.ranks import context
 from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
 from tests.test_optim import Alone
 
+pytest.importorskip("bitsandbytes")
 MAPS = {key: bitsandbytes().functional.create_dynamic_map(signed=signed) for key, signed in (("exp_avg", True), ("exp_avg_sq", False))}
 TABLE = 2**-15  # bitsandbytes looks codes up on a CPU, in a table of this resolution of a block's scale; 0 is held as 2e-5 of it
 HALF_GAP = {key: values.diff().max().item() / 2 + TABLE for key, values in MAPS.items()}  # of a block's scale: how far off a number in it can be

@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pyarrow
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pyarrow import parquet
 
 from engine import rows
 from engine.errors import UserError
@@ -161,32 +159,40 @@ def test_json_is_a_list_or_lines(tmp_path):
             read(path)
 
 
-def test_parquet(tmp_path):
+@pytest.fixture
+def pyarrow():
+    pytest.importorskip("pyarrow.parquet")
+    import pyarrow as package
+
+    return package
+
+
+def test_parquet(pyarrow, tmp_path):
     path = tmp_path / "x.parquet"
     rows_ = [GOOD, {"chosen": None, "rejected": GOOD["rejected"]}, GOOD | {"chosen": [{"role": None, "content": "x"}]}]
-    parquet.write_table(pyarrow.Table.from_pylist(rows_), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows_), path)
     got = read(path)
     assert got[0] == f"{path}:0: ok"
     assert got[1] == f"{path}:1: chosen: expected text or a list of messages, got null"
     assert got[2] == f"{path}:2: chosen[0].role: expected text, got null"
-    parquet.write_table(pyarrow.Table.from_pylist([{"chosen": i} for i in range(2500)]), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"chosen": i} for i in range(2500)]), path)
     assert [place for place, _ in open_source(str(path), "train", None).rows()] == [f":{i}" for i in range(2500)]
 
 
-def test_parquet_with_text_that_is_not(tmp_path):
+def test_parquet_with_text_that_is_not(pyarrow, tmp_path):
     """Arrow trusts writers about UTF-8; one bad value must not take its thousand neighbours along."""
     data = pyarrow.array([b"good", b"\xff\xfe", b"fine"]).cast(pyarrow.binary())
     broken = pyarrow.StringArray.from_buffers(3, data.buffers()[1], data.buffers()[2])
-    parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "x.parquet")
+    pyarrow.parquet.write_table(pyarrow.table({"text": broken}), tmp_path / "x.parquet")
     found = [row for _, row in open_source(str(tmp_path / "x.parquet"), "train", None).rows()]
     assert [found[0], found[2]] == [{"text": "good"}, {"text": "fine"}]
     assert isinstance(found[1], BadRow)
 
 
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "middle"])
-def test_damaged_parquet(damage, tmp_path):
+def test_damaged_parquet(damage, pyarrow, tmp_path):
     path = tmp_path / "x.parquet"
-    parquet.write_table(pyarrow.Table.from_pylist([{"a": "some words " * 10 + str(i)} for i in range(3000)]), path)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "some words " * 10 + str(i)} for i in range(3000)]), path)
     whole = path.read_bytes()
     zeros = whole[:40] + bytes(len(whole) // 2) + whole[40 + len(whole) // 2 :]
     path.write_bytes({"empty": b"", "text": b"{}\n", "truncated": whole[:-20], "middle": zeros}[damage])
