@@ -3,13 +3,18 @@ PY ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test lint drill bench gpu clean
+.PHONY: demo test test-oldest lint drill bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m launch.dpo --output_dir output/demo
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest
+
+# the oldest stack that pyproject.toml allows, without the optional packages and then with them; a CUDA build of torch, which needs no GPU
+test-oldest: .venv-oldest/ready
+	PYTHONPATH= .venv-oldest/bin/python -m pytest
+	PYTHONPATH=.venv-oldest/optional .venv-oldest/bin/python -m pytest
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -32,9 +37,15 @@ gpu:
 	$(BIN)/pip install --quiet -e '.[test]'
 	touch $@
 
+.venv-oldest/ready: pyproject.toml
+	$(PY) -m venv .venv-oldest
+	.venv-oldest/bin/pip install --quiet torch==2.11.0 triton==3.6.0 transformers==5.17.0 'safetensors==0.8.*' 'numpy<2.4' tqdm pytest hypothesis langdetect nltk peft
+	.venv-oldest/bin/pip install --quiet --no-deps --target .venv-oldest/optional datasets pyarrow bitsandbytes dill multiprocess xxhash pandas python-dateutil six
+	touch $@
+
 .venv/bench: .venv/ready
 	$(BIN)/pip install --quiet -e '.[bench]'
 	touch $@
 
 clean:
-	rm -rf .venv output
+	rm -rf .venv .venv-oldest output
