@@ -110,6 +110,8 @@ def interpreted() -> dict[str, float]:
         pytest.skip("triton is not installed")
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    if "only 0-dimensional arrays can be converted" in done.stderr and "handle.data" in done.stderr:
+        pytest.skip("the interpreter of this triton (3.6) needs numpy < 2.4")
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

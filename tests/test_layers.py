@@ -6,6 +6,7 @@ import collections
 import dataclasses
 import gc
 import weakref
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -19,6 +20,7 @@ from engine import layers, model, setup, world
 from engine.batch import micro_batch
 from engine.config import RunConfig
 from engine.lora import Adapters
+from tests import needs
 from tests.families import save_family
 from tests.ranks import launch
 
@@ -94,7 +96,7 @@ def adapters_of(directory, **options):
 # --- recomputation --------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("frozen", ["trained", "lora", "nf4"])
+@pytest.mark.parametrize("frozen", ["trained", "lora", pytest.param("nf4", marks=needs.bitsandbytes)])
 def test_recomputation_changes_no_bit_and_holds_less(frozen, wide, here):
     """Also under adapters, whose frozen layers need no gradient, and in NF4, whose product is an autograd Function of its own."""
     batch, found, held = batch_of(90, 7, 31), {}, {}
@@ -129,6 +131,7 @@ def test_selective_recomputation_repeats_neither_products_nor_attention(wide, he
     assert [calls[mode]["aten::silu"] for mode in MODES] == [0, layers_, layers_]
 
 
+@needs.bitsandbytes
 def test_products_of_few_terms_and_dequantisation_run_again(wide, here):
     """An adapter's product, whose result is as large as the layer's, is not kept beside it."""
     calls = {}
@@ -262,15 +265,18 @@ def test_without_a_compiler_nothing_is_loaded(embedded_dir, tmp_path):
 # --- which synchronisation fits -------------------------------------------------------------------------------------------------
 
 
+RANKS = SimpleNamespace(size=4, device=CPU, gather=lambda x: [x, 2 * x])
+
+
+def chosen_on(monkeypatch, policy, memory, models=1, ranks=RANKS):
+    """By `auto`, where every rank has this memory."""
+    monkeypatch.setattr(model.weights, "host_memory", lambda: ranks.size * memory)
+    return model.choose_gradient_sync("auto", policy, ranks, models)[0]
+
+
 def test_the_synchronisation_that_fits_is_counted_from_what_is_gathered_and_trained(wide, here, monkeypatch):
-    dense = load(wide, here)
+    dense, chosen = load(wide, here), partial(chosen_on, monkeypatch)
     numbers = dense.num_parameters
-    ranks = SimpleNamespace(size=4, device=CPU, gather=lambda x: [x, 2 * x])
-
-    def chosen(policy, memory, models=1):
-        monkeypatch.setattr(model.weights, "host_memory", lambda: 4 * memory)
-        return model.choose_gradient_sync("auto", policy, ranks, models)[0]
-
     # weights 4 bytes, gradients 4; shards of both and two moments, 16 / 4
     boundaries = {"keep": 2 * 4 * numbers + 4 * numbers, "last": 2 * 8 * numbers + 4 * numbers}
     for mode, smaller in (("keep", "every"), ("last", "keep")):
@@ -278,8 +284,22 @@ def test_the_synchronisation_that_fits_is_counted_from_what_is_gathered_and_trai
         assert chosen(dense, 2 * boundaries[mode] + 16, models=2) == mode and chosen(dense, 2 * boundaries[mode] - 16, models=2) == smaller
     dense.gathered_dtype = torch.bfloat16
     assert chosen(dense, boundaries["keep"] - 4 * numbers + 8) == "keep" and chosen(dense, boundaries["keep"] - 4 * numbers - 8) == "every"
-    nf4 = load(wide, here, adapters_of(wide, four_bit=True))
+    assert model.choose_gradient_sync("auto", dense, here)[0] == "every" and model.choose_gradient_sync("keep", dense, RANKS) == ("keep", "as asked")
+
+
+@needs.bitsandbytes
+def test_the_synchronisation_of_four_bits_is_counted_in_their_bytes(wide, here, monkeypatch):
+    nf4, chosen = load(wide, here, adapters_of(wide, four_bit=True)), partial(chosen_on, monkeypatch)
     held = sum(p.nbytes for p in nf4.parameters())
     needed = 2 * (held + 4 * nf4.num_trained) + (held + 12 * nf4.num_trained) // 4
-    assert held < 3 * numbers and chosen(nf4, needed + 8) == "last" and chosen(nf4, needed - 8) == "keep"
-    assert model.choose_gradient_sync("auto", dense, here)[0] == "every" and model.choose_gradient_sync("keep", dense, ranks) == ("keep", "as asked")
+    assert held < 3 * nf4.num_parameters and chosen(nf4, needed + 8) == "last" and chosen(nf4, needed - 8) == "keep"
+
+
+def test_one_rank_keeps_its_cast_weights_on_a_gpu_where_they_fit(wide, here, monkeypatch):
+    """FSDP would cast and copy all of them for every pass; on a CPU memory counts for more."""
+    dense = load(wide, here)
+    alone, fits = SimpleNamespace(size=1, device=CPU, gather=lambda x: [x]), (16 + 2 * 2) * dense.num_parameters
+    dense.gathered_dtype = torch.bfloat16
+    assert chosen_on(monkeypatch, dense, 2 * fits, ranks=alone) == "every"
+    monkeypatch.setattr(model, "local", lambda p: SimpleNamespace(is_cuda=True))
+    assert chosen_on(monkeypatch, dense, fits + 8, ranks=alone) == "keep" and chosen_on(monkeypatch, dense, fits - 8, ranks=alone) == "every"

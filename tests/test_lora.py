@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from engine import lora, model, world
 from engine.batch import micro_batch
 from engine.lora import AdaptedLinear, Adapters
+from tests import needs
 from tests.families import FAMILIES, save_family
 from tests.ranks import launch
 from tests.test_equivalence import Runs, rows, trajectory, weights_of
@@ -177,7 +178,7 @@ def test_the_base_is_the_reference_of_new_adapters(reference, runs, cached):
     assert (runs.root / "cache" / "reference").is_dir() and not (runs.root / f"cache_{reference}" / "reference").exists()
 
 
-@pytest.mark.parametrize("four_bit", ["false", "true"])
+@pytest.mark.parametrize("four_bit", ["false", pytest.param("true", marks=needs.bitsandbytes)])
 def test_a_starting_adapter_is_its_own_reference(four_bit, runs, cached):
     """Frozen beside its trained copy; equal to a second frozen model with that adapter, and to the cache; not the bare base."""
     start = {"adapter_name_or_path": cached / "final" / "adapter", "load_in_4bit": four_bit}
@@ -214,6 +215,7 @@ def test_an_adapter_alone_is_exported_when_asked(runs, cached):
     assert again.ok and "is finished" in again.output
 
 
+@needs.bitsandbytes
 def test_compute_in_bfloat16_trains_float32_adapters(runs, cached):
     out = runs.run("bf16", 2, dtype="bfloat16", max_steps=3, export_adapter="true", load_in_4bit="true")
     tensors = load_file(out / "final" / "adapter_model.safetensors")
@@ -221,6 +223,7 @@ def test_compute_in_bfloat16_trains_float32_adapters(runs, cached):
     assert rows(out)[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
 
 
+@needs.bitsandbytes
 def test_masters_that_round_have_a_reference_of_their_own(runs, cached):
     """In the same cache: float32 masters' numbers are not those of bfloat16 masters, of the model nor of a starting adapter."""
     start = {"adapter_name_or_path": cached / "final" / "adapter"}
@@ -242,7 +245,7 @@ def test_a_saved_configuration_can_be_fed_back(flags, again, runs, cached, tmp_p
     assert losses_of(first) == losses_of(tmp_path / "again")
 
 
-@pytest.mark.parametrize("four_bit", ["false", "true"])
+@pytest.mark.parametrize("four_bit", ["false", pytest.param("true", marks=needs.bitsandbytes)])
 def test_a_mixture_of_experts_takes_adapters_on_what_is_linear(four_bit, runs, tmp_path, embedded_dir):
     """Its checkpoint's names are not its module's: it comes through transformers' loader. Stacked experts stay dense, and that is said."""
     from transformers import AutoTokenizer, Qwen3MoeConfig
@@ -257,6 +260,7 @@ def test_a_mixture_of_experts_takes_adapters_on_what_is_linear(four_bit, runs, t
     assert ("not in 4 bits" in result.output and "stacked" in result.output) == (four_bit == "true")
 
 
+@needs.bitsandbytes
 def test_weights_in_another_form_than_the_adapter_knows_are_said(runs, cached, tmp_path):
     flags = {key: value for key, value in runs.flags.items() if key not in ("lora_rank", "lora_target_modules")}
     start = {"adapter_name_or_path": cached / "final" / "adapter", "max_steps": 1}
@@ -288,6 +292,7 @@ def test_ppo_under_adapters(ppo_runs):
 
 
 @pytest.mark.drill
+@needs.bitsandbytes
 def test_ppo_from_an_adapter(ppo, ppo_runs):
     flags = {key: value for key, value in ppo.flags.items() if key != "lora_rank"}
     start = {"adapter_name_or_path": ppo_runs["base"] / "final" / "adapter", "load_in_4bit": "true", "max_steps": 2}
@@ -328,6 +333,7 @@ def test_a_value_model_of_another_shape_is_adapted_on_its_own_layers(ppo, embedd
     assert not refused.ok and "is of another value model" in refused.output
 
 
+@needs.bitsandbytes
 def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
     """The sampler's weights: W + s B A of shards, for dense and 4-bit layers, and refuses another model."""
     from rollout import handover

@@ -18,6 +18,7 @@ from engine.lora import AdaptedLinear, Adapters
 from tests.families import save_family
 from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
 
+pytest.importorskip("bitsandbytes")
 LORA = {"use_lora": "true", "load_in_4bit": "true", "lora_rank": 8, "sample_tokens": 0}
 QUANTISED = dict(rank=2, alpha=4.0, rslora=False, modules=("layer",), seed=1, four_bit=True)
 

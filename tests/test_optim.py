@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from engine import optim
-from tests import oracles
+from tests import needs, oracles
 
 
 class Alone:
@@ -60,7 +60,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(poison):
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw_8bit", marks=needs.bitsandbytes)])
 def test_bfloat16_gradients_are_clipped_by_an_exact_norm(kind):
     """The norm of rounded gradients is not itself rounded; the factor is, as one number of the gradients' type."""
     model = nn.Sequential(nn.Linear(70, 70), nn.Linear(70, 3)).bfloat16()

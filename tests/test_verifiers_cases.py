@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import needs
 from verifiers import GroundTruthError, check, ifeval, verify
 from verifiers.math_equal import equal
 from verifiers.math_prefix import same_prefix
@@ -131,6 +132,7 @@ def test_rlvr_functions_give_the_references_scores():
             assert verdict.status == "ok" and verdict.score == row["score"], row["id"]
 
 
+@needs.langdetect
 def test_check_refuses_what_verify_calls_an_error():
     for row in cases("rlvr_if_functions"):
         if row.get("score_raises") in ("ValueError", "TypeError") or row.get("raises") in ("ValueError", "TypeError"):

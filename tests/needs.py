@@ -1,0 +1,10 @@
+"""Marks of tests that need a package which the suite runs without as well."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+langdetect = pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect is not installed")
