@@ -1,9 +1,9 @@
 """What each denominator does to the weight of a token: one screen.                     python -m benchmarks.accumulation
 
-Eight conversations of very different lengths make one optimizer step, laid out as 1 micro-batch of 8, 8 of 1, and packed by
-token budget. The table gives the weight of a token of the shortest and of the longest conversation in dL/dCE, relative to
-1 / (all tokens), and, from a real model, how far the gradient of each layout is from that of the first. Ours do not move;
-the naive mean of micro-batch means, the field's bug, does.
+Eight conversations of very different lengths make one optimizer step, laid out as 1 micro-batch of 8, 8 of 1, and
+packed by token budget. The table gives the weight of a token of the shortest and of the longest conversation in dL/dCE,
+relative to 1 / (all tokens), and, from a real model, how far the gradient of each layout is from that of the first.
+Ours do not move; the naive mean of micro-batch means, the field's bug, does.
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ def main() -> None:
             first = g if first is None else first
             short, long = weight(0, layout, reduce), weight(len(LENGTHS) - 1, layout, reduce)
             label = reduce if first is g else ""
-            print(f"{label:<22}{name:<14}{short:>12.3f}{long:>12.3f}{short / long:>10.2f}{(g - first).norm() / first.norm():>18.1e}")
+            print(
+                f"{label:<22}{name:<14}{short:>12.3f}{long:>12.3f}{short / long:>10.2f}{(g - first).norm() / first.norm():>18.1e}"
+            )
 
 
 if __name__ == "__main__":

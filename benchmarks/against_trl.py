@@ -3,9 +3,9 @@
     python -m benchmarks.against_trl dpo [--steps 8 --batch_size 8 --hidden 256 --layers 6 --vocab 32000 --data FILE]
     python -m benchmarks.against_trl sft ...
 
-Each side runs in a process of its own, in float32 on one thread. Seconds are the process's CPU seconds (these machines are
-shared) of steps after the first two; memory is the peak resident set over what the imports took. TRL runs as it is best for
-this machine: reference log-probs precomputed, no gradient checkpointing. Needs the extra `bench`.
+Each side runs in a process of its own, in float32 on one thread. Seconds are the process's CPU seconds (these machines
+are shared) of steps after the first two; memory is the peak resident set over what the imports took. TRL runs as it is
+best for this machine: reference log-probs precomputed, no gradient checkpointing. Needs the extra `bench`.
 """
 
 from __future__ import annotations
@@ -21,18 +21,30 @@ import tempfile
 import time
 from pathlib import Path
 
-DATA = {"dpo": Path("../shared/data/preferences/gsm8k_model_solutions.jsonl"), "sft": Path("../shared/data/sft/gsm8k_train.jsonl")}
+DATA = {
+    "dpo": Path("../shared/data/preferences/gsm8k_model_solutions.jsonl"),
+    "sft": Path("../shared/data/sft/gsm8k_train.jsonl"),
+}
 # Tülu's template with the marks from which TRL takes its assistant mask
 MARKED = "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
 LEARNING_RATE, WARMUP_RATIO, SEED = 1e-4, 0.25, 1
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("stage", choices=sorted(DATA))
     parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process (used internally)")
     parser.add_argument("--root", type=Path, help="directory that both sides share (used internally)")
-    for name, default in {"steps": 8, "batch_size": 8, "hidden": 256, "layers": 6, "vocab": 32000, "max_length": 1024}.items():
+    for name, default in {
+        "steps": 8,
+        "batch_size": 8,
+        "hidden": 256,
+        "layers": 6,
+        "vocab": 32000,
+        "max_length": 1024,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--data", type=Path)
     parser.add_argument("--json", type=Path, help="write the figures there")
@@ -40,7 +52,9 @@ def options() -> argparse.Namespace:
 
 
 def make_inputs(args: argparse.Namespace) -> None:
-    """A random Llama with the embedded tokenizer and Tülu's template; the rows in the order in which our step plan draws them."""
+    """A random Llama with the embedded tokenizer and Tülu's template; the rows in the order in which our step plan
+    draws them.
+    """
     import shutil
 
     import torch
@@ -53,9 +67,18 @@ def make_inputs(args: argparse.Namespace) -> None:
     made = embedded(args.root)
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=args.hidden, intermediate_size=args.hidden * 8 // 3, num_hidden_layers=args.layers, num_attention_heads=8, num_key_value_heads=2,
-        vocab_size=args.vocab, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        hidden_size=args.hidden,
+        intermediate_size=args.hidden * 8 // 3,
+        num_hidden_layers=args.layers,
+        num_attention_heads=8,
+        num_key_value_heads=2,
+        vocab_size=args.vocab,
+        max_position_embeddings=2048,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     LlamaForCausalLM(config).save_pretrained(args.root / "model")
     tokenizer = AutoTokenizer.from_pretrained(made.model)
     tokenizer.chat_template = TULU_TEMPLATE
@@ -65,7 +88,9 @@ def make_inputs(args: argparse.Namespace) -> None:
     shutil.copy(data, args.root / "rows.jsonl")
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     steps = Steps(len(lines), args.batch_size, 1, args.steps, SEED)
-    (args.root / "ordered.jsonl").write_text("".join(lines[i] for step in range(args.steps) for i in steps.examples(step)), encoding="utf-8")
+    (args.root / "ordered.jsonl").write_text(
+        "".join(lines[i] for step in range(args.steps) for i in steps.examples(step)), encoding="utf-8"
+    )
 
 
 class Meter:
@@ -106,10 +131,19 @@ def ours(args: argparse.Namespace) -> dict:
     log.Throughput.row = timed_row
     meter.start()
     flags = {
-        "model_name_or_path": args.root / "model", "dataset_name": args.root / "rows.jsonl", "output_dir": args.root / "ours", "seed": SEED,
-        "cache_dir": args.root / "cache", "batch_size": args.batch_size, "max_steps": args.steps, "learning_rate": LEARNING_RATE,
-        "warmup_ratio": WARMUP_RATIO, "max_seq_length": args.max_length, "micro_batch_tokens": 8192, "num_train_epochs": 1,
-    } | ({"sample_tokens": 0} if args.stage == "sft" else {})  # fmt: skip
+        "model_name_or_path": args.root / "model",
+        "dataset_name": args.root / "rows.jsonl",
+        "output_dir": args.root / "ours",
+        "seed": SEED,
+        "cache_dir": args.root / "cache",
+        "batch_size": args.batch_size,
+        "max_steps": args.steps,
+        "learning_rate": LEARNING_RATE,
+        "warmup_ratio": WARMUP_RATIO,
+        "max_seq_length": args.max_length,
+        "micro_batch_tokens": 8192,
+        "num_train_epochs": 1,
+    } | ({"sample_tokens": 0} if args.stage == "sft" else {})
     stage.train(config.parse(stage.Config, [w for k, v in flags.items() for w in (f"--{k}", str(v))]))
     lines = (args.root / "ours" / "metrics.jsonl").read_text().splitlines()
     return meter.result([r for r in map(json.loads, lines) if "loss" in r])
@@ -139,18 +173,39 @@ def trl(args: argparse.Namespace) -> dict:
     model = AutoModelForCausalLM.from_pretrained(args.root / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(args.root / "model")
     common = {
-        "output_dir": str(args.root / "trl"), "max_steps": args.steps, "per_device_train_batch_size": args.batch_size, "max_length": args.max_length,
-        "learning_rate": LEARNING_RATE, "warmup_steps": math.ceil(args.steps * WARMUP_RATIO), "lr_scheduler_type": "linear",
-        "use_cpu": True, "bf16": False, "gradient_checkpointing": False, "report_to": [], "logging_steps": 1, "save_strategy": "no",
-        "disable_tqdm": True, "max_grad_norm": 1.0, "weight_decay": 0.0, "seed": SEED,
-    }  # fmt: skip
+        "output_dir": str(args.root / "trl"),
+        "max_steps": args.steps,
+        "per_device_train_batch_size": args.batch_size,
+        "max_length": args.max_length,
+        "learning_rate": LEARNING_RATE,
+        "warmup_steps": math.ceil(args.steps * WARMUP_RATIO),
+        "lr_scheduler_type": "linear",
+        "use_cpu": True,
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "report_to": [],
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "max_grad_norm": 1.0,
+        "weight_decay": 0.0,
+        "seed": SEED,
+    }
     if args.stage == "dpo":
         trainer_class, columns = DPOTrainer, ["chosen", "rejected"]
         size = args.batch_size
-        config = DPOConfig(**common, loss_type=["sigmoid_norm"], beta=5.0, precompute_ref_log_probs=True, precompute_ref_batch_size=size)
+        config = DPOConfig(
+            **common,
+            loss_type=["sigmoid_norm"],
+            beta=5.0,
+            precompute_ref_log_probs=True,
+            precompute_ref_batch_size=size,
+        )
     else:
         trainer_class, columns = SFTTrainer, ["messages"]
-        tokenizer.chat_template = TULU_TEMPLATE.replace("{{ '<|assistant|>\n' + message['content'] + eos_token }}", MARKED)
+        tokenizer.chat_template = TULU_TEMPLATE.replace(
+            "{{ '<|assistant|>\n' + message['content'] + eos_token }}", MARKED
+        )
         assert "generation" in tokenizer.chat_template
         config = SFTConfig(**common, assistant_only_loss=True)
 
@@ -169,7 +224,9 @@ def distance_of_weights(root: Path) -> float:
     """|w_ours - w_trl| / |w_trl - w_start|"""
     from safetensors.torch import load_file
 
-    start, a, b = (load_file(path / "model.safetensors") for path in (root / "model", root / "ours" / "final", root / "trl"))
+    start, a, b = (
+        load_file(path / "model.safetensors") for path in (root / "model", root / "ours" / "final", root / "trl")
+    )
     apart = sum((a[k].double() - b[k].double()).square().sum() for k in start)
     moved = sum((b[k].double() - start[k].double()).square().sum() for k in start)
     return float((apart / moved).sqrt())
@@ -186,7 +243,12 @@ def main() -> None:
         make_inputs(args)
         results = {}
         for side in ("ours", "trl"):
-            words = [w for k, v in vars(args).items() if k not in ("stage", "side", "json") and v is not None for w in (f"--{k}", str(v))]
+            words = [
+                w
+                for k, v in vars(args).items()
+                if k not in ("stage", "side", "json") and v is not None
+                for w in (f"--{k}", str(v))
+            ]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
             command = [sys.executable, "-m", "benchmarks.against_trl", args.stage, "--side", side, *words]
             process = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -195,20 +257,36 @@ def main() -> None:
             results[side] = json.loads((args.root / f"{side}.json").read_text())
         apart = distance_of_weights(args.root)
     worst = 0.0
-    print(f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'norm ours':>10} {'norm TRL':>10}" + "  accuracy ours, TRL" * (args.stage == "dpo"))
+    print(
+        f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'norm ours':>10} {'norm TRL':>10}"
+        + "  accuracy ours, TRL" * (args.stage == "dpo")
+    )
     for a, b in zip(results["ours"]["rows"], results["trl"]["rows"], strict=True):
         worst = max(worst, abs(a["loss"] - float(b["loss"])) / abs(float(b["loss"])))
         # TRL logs margins of sums where ours are of the means that the loss sees: only their sign is comparable
-        accuracy = f"  {a['rewards/accuracies']:.3f} {float(b['rewards/accuracies']):.3f}" if args.stage == "dpo" else ""
-        print(f"{a['step']:>4} {a['loss']:12.7f} {float(b['loss']):12.7f} {a['grad_norm']:10.5f} {float(b['grad_norm']):10.5f}{accuracy}")
+        accuracy = (
+            f"  {a['rewards/accuracies']:.3f} {float(b['rewards/accuracies']):.3f}" if args.stage == "dpo" else ""
+        )
+        print(
+            f"{a['step']:>4} {a['loss']:12.7f} {float(b['loss']):12.7f} {a['grad_norm']:10.5f}"
+            f" {float(b['grad_norm']):10.5f}{accuracy}"
+        )
     speed = results["trl"]["seconds"] / results["ours"]["seconds"]
     memory = results["ours"]["peak_bytes"] / results["trl"]["peak_bytes"]
     print(f"\nlargest relative difference of losses {worst:.1e}; weights apart by {apart:.1e} of the way travelled")
     for side in ("ours", "trl"):
-        print(f"{side:>5}: {results[side]['seconds']:.2f} CPU s a step, peak memory {results[side]['peak_bytes'] / 2**20:.0f} MiB over the imports")
+        print(
+            f"{side:>5}: {results[side]['seconds']:.2f} CPU s a step, peak memory"
+            f" {results[side]['peak_bytes'] / 2**20:.0f} MiB over the imports"
+        )
     print(f"speed {speed:.2f} x TRL's, memory {memory:.2f} of TRL's")
     if args.json:
-        args.json.write_text(json.dumps({"loss_difference": worst, "weights_apart": apart, "speed": speed, "memory": memory, **results}, indent=1))
+        args.json.write_text(
+            json.dumps(
+                {"loss_difference": worst, "weights_apart": apart, "speed": speed, "memory": memory, **results},
+                indent=1,
+            )
+        )
 
 
 if __name__ == "__main__":

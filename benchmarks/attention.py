@@ -1,5 +1,6 @@
 """Packed attention: every backend of engine/attention.py that this machine has, beside what is done without packing.
-                                                                                          python -m benchmarks.attention --help
+                                                                                          python -m benchmarks.attention
+                                                                                          --help
 
     sdpa padded         scaled_dot_product_attention on the sequences padded to the longest (inputs padded beforehand, untimed)
     sdpa block mask     one call over the whole stream with a (T, T) mask, as `transformers` packs without a varlen kernel
@@ -10,8 +11,8 @@ Rates count what the model needs: pairs = sum over sequences of sum_t min(t, W) 
     FLOPs forward = 4 N H pairs      (two products)         backward = 10 N H pairs      (five: one of them recomputes the scores)
     bytes forward = q + k + v + out                         backward = twice that + out
 
-whatever the backend computes; and stand beside a matrix product and a copy measured in the same run. The stream is in the layout
-that a decoder hands over, and backends are called as the decoder calls them.
+whatever the backend computes; and stand beside a matrix product and a copy measured in the same run. The stream is in
+the layout that a decoder hands over, and backends are called as the decoder calls them.
 
 To add a candidate: one line in CANDIDATES.
 
@@ -68,19 +69,28 @@ def make_stream(lengths: tuple[int, ...], window: int | None, device: torch.devi
     return Stream(lengths, torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32, device=device), window)
 
 
-def make_inputs(stream: Stream, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device, seed: int = 0) -> list[Tensor]:
+def make_inputs(
+    stream: Stream, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, device, seed: int = 0
+) -> list[Tensor]:
     """q, k, v and the gradient of the output, random."""
     generator = torch.Generator(device).manual_seed(seed)
     T = sum(stream.lengths)
     shapes = [(T, n, head_dim) for n in (heads, kv_heads, kv_heads, heads)]
-    return [torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(i < 3) for i, shape in enumerate(shapes)]
+    return [
+        torch.randn(shape, device=device, generator=generator).to(dtype).requires_grad_(i < 3)
+        for i, shape in enumerate(shapes)
+    ]
 
 
 def parse_lengths(text: str, tokens: int) -> tuple[int, ...]:
-    """'lognormal:MEAN', 'fixed:L' or 'L,L,L': sequence lengths that fill `tokens`, the last one cut to fit. Raises ValueError."""
+    """'lognormal:MEAN', 'fixed:L' or 'L,L,L': sequence lengths that fill `tokens`, the last one cut to fit. Raises
+    ValueError.
+    """
     kind, _, value = text.partition(":")
     if kind == "lognormal":
-        draws = np.random.Generator(np.random.Philox(key=0)).lognormal(np.log(float(value)) - SIGMA**2 / 2, SIGMA, tokens)
+        draws = np.random.Generator(np.random.Philox(key=0)).lognormal(
+            np.log(float(value)) - SIGMA**2 / 2, SIGMA, tokens
+        )
         wanted = [max(1, round(draw)) for draw in draws]
     elif kind == "fixed":
         wanted = [int(value)] * tokens
@@ -139,7 +149,9 @@ def padded(q_SNLH: Tensor, k_SKLH: Tensor, v_SKLH: Tensor, stream: Stream) -> Te
 
 
 def block_mask(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, stream: Stream) -> Tensor:
-    """Heads are repeated, as `transformers` does where there is a mask: kernels with both a mask and grouped heads are rare."""
+    """Heads are repeated, as `transformers` does where there is a mask: kernels with both a mask and grouped heads are
+    rare.
+    """
     groups = q_TNH.shape[1] // k_TKH.shape[1]
     q_1NTH, k_1NTH, v_1NTH = (
         x.transpose(0, 1)[None] for x in (q_TNH, k_TKH.repeat_interleave(groups, 1), v_TKH.repeat_interleave(groups, 1))
@@ -152,7 +164,9 @@ def flex(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, stream: Stream) -> Tensor:
         raise Unavailable("flex_attention has no backward on a CPU")
     compiled, mask = _flex(stream)
     q_1NTH, k_1KTH, v_1KTH = (x.transpose(0, 1)[None] for x in (q_TNH, k_TKH, v_TKH))
-    return compiled(q_1NTH, k_1KTH, v_1KTH, block_mask=mask, enable_gqa=q_TNH.shape[1] != k_TKH.shape[1])[0].transpose(0, 1)
+    return compiled(q_1NTH, k_1KTH, v_1KTH, block_mask=mask, enable_gqa=q_TNH.shape[1] != k_TKH.shape[1])[0].transpose(
+        0, 1
+    )
 
 
 def _sequence_T(stream: Stream) -> Tensor:
@@ -176,7 +190,9 @@ def _flex(stream: Stream) -> tuple[Callable, object]:
         return (key <= query) & (query - key < window) & (sequence_T[query] == sequence_T[key])
 
     T = len(sequence_T)
-    return torch.compile(flex_attention, dynamic=False), create_block_mask(may_see, None, None, T, T, device=sequence_T.device)
+    return torch.compile(flex_attention, dynamic=False), create_block_mask(
+        may_see, None, None, T, T, device=sequence_T.device
+    )
 
 
 @dataclass(frozen=True)
@@ -211,7 +227,11 @@ def case_of(candidate: Candidate, inputs: list[Tensor], stream: Stream) -> Case:
     *qkv, out_grad = inputs
     if candidate.padded:
         qkv, out_grad = [pad(x, stream).requires_grad_() for x in qkv], pad(out_grad, stream)
-    return Case(lambda: candidate.attend(*qkv, stream), lambda out: torch.autograd.grad(out, qkv, out_grad), compiles=candidate.compiles)
+    return Case(
+        lambda: candidate.attend(*qkv, stream),
+        lambda out: torch.autograd.grad(out, qkv, out_grad),
+        compiles=candidate.compiles,
+    )
 
 
 def errors(candidate: Candidate, inputs: list[Tensor], stream: Stream) -> dict[str, float]:
@@ -228,7 +248,9 @@ def errors(candidate: Candidate, inputs: list[Tensor], stream: Stream) -> dict[s
     return dict(zip(("out", "q_grad", "k_grad", "v_grad"), map(measure.relative_error, got, wanted), strict=True))
 
 
-def memory_of(name: str, lengths: tuple[int, ...], window: int | None, shape: tuple, device: torch.device, threads: int) -> int:
+def memory_of(
+    name: str, lengths: tuple[int, ...], window: int | None, shape: tuple, device: torch.device, threads: int
+) -> int:
     """Peak extra bytes of one forward and backward, gradients included. On a CPU to be called in a fresh process."""
     torch.set_num_threads(threads)
     stream = make_stream(lengths, window, device)
@@ -256,12 +278,23 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--heads", type=int, default=32 if cuda else 8)
     parser.add_argument("--kv_heads", type=int, default=8 if cuda else 2)
     parser.add_argument("--head_dim", type=int, default=128 if cuda else 64)
-    parser.add_argument("--lengths", default="lognormal:790" if cuda else "lognormal:400", help="lognormal:MEAN, fixed:LENGTH or a list 512,100,3000 (which sets --tokens)")
+    parser.add_argument(
+        "--lengths",
+        default="lognormal:790" if cuda else "lognormal:400",
+        help="lognormal:MEAN, fixed:LENGTH or a list 512,100,3000 (which sets --tokens)",
+    )
     parser.add_argument("--window", type=int, help="sliding window: a token sees itself and W - 1 before it")
     parser.add_argument("--dtype", choices=measure.DTYPES, default="bfloat16" if cuda else "float32")
-    parser.add_argument("--backends", nargs="+", metavar="NAME", default=list(CANDIDATES), help=f"of: {', '.join(CANDIDATES)}")
+    parser.add_argument(
+        "--backends", nargs="+", metavar="NAME", default=list(CANDIDATES), help=f"of: {', '.join(CANDIDATES)}"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=1.0, help="timed runs of each backend take about this long (at least one to three runs)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=1.0,
+        help="timed runs of each backend take about this long (at least one to three runs)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--json", metavar="PATH", help="write every figure there")
     args = parser.parse_args(argv)
@@ -284,7 +317,9 @@ def main(argv: list[str] | None = None) -> None:
     here = measure.machine(device)
     shape = (args.heads, args.kv_heads, args.head_dim, dtype)
     fresh = measure.FreshProcesses("torch", "engine.attention")
-    sample = make_stream(tuple(min(length, n) for length, n in zip(args.lengths, (130, 1, 257, 96), strict=False)), args.window, device)
+    sample = make_stream(
+        tuple(min(length, n) for length, n in zip(args.lengths, (130, 1, 257, 96), strict=False)), args.window, device
+    )
     sample_inputs = make_inputs(sample, *shape, device, seed=1)
     rows = {name: {"memory": None, "errors": None, "skipped": None} for name in args.backends}
     for name, row in rows.items():
@@ -304,29 +339,63 @@ def main(argv: list[str] | None = None) -> None:
     rates = {"product": measure.matmul_rate(device, dtype), "copy": measure.copy_rate(device)}
     show(args, here, device, stream, rows, rates)
     measure.write_json(
-        args.json, benchmark="attention", machine=here, arguments=vars(args), visible_pairs=stream.pairs,
-        product_flops_per_second=rates["product"], copy_bytes_per_second=rates["copy"], backends=rows,
-    )  # fmt: skip
+        args.json,
+        benchmark="attention",
+        machine=here,
+        arguments=vars(args),
+        visible_pairs=stream.pairs,
+        product_flops_per_second=rates["product"],
+        copy_bytes_per_second=rates["copy"],
+        backends=rows,
+    )
 
 
-def show(args: argparse.Namespace, here: dict, device: torch.device, stream: Stream, rows: dict, rates: dict[str, float]) -> None:
+def show(
+    args: argparse.Namespace, here: dict, device: torch.device, stream: Stream, rows: dict, rates: dict[str, float]
+) -> None:
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     flops = 4 * args.heads * args.head_dim * stream.pairs
     size = torch.finfo(measure.DTYPES[args.dtype]).bits // 8
     out_bytes = args.tokens * args.heads * args.head_dim * size
     least_bytes = 2 * out_bytes * (1 + args.kv_heads / args.heads)
-    print(f"\n{here['device']}, torch {here['torch']}, {args.dtype}" + (f", {args.threads} threads" if device.type == "cpu" else ""))
+    print(
+        f"\n{here['device']}, torch {here['torch']}, {args.dtype}"
+        + (f", {args.threads} threads" if device.type == "cpu" else "")
+    )
     fill = args.tokens / (len(args.lengths) * stream.max_seqlen)
-    print(f"T = {args.tokens:,} tokens in {len(args.lengths)} sequences of up to {stream.max_seqlen:,} (padded, they would fill {fill:.0%}), "
-          f"mean context {stream.pairs / args.tokens:,.0f}")  # fmt: skip
-    print(f"N = {args.heads} heads, K = {args.kv_heads}, H = {args.head_dim}" + (f", W = {args.window}" if args.window else ""))
+    print(
+        f"T = {args.tokens:,} tokens in {len(args.lengths)} sequences of up to {stream.max_seqlen:,} (padded, they"
+        f" would fill {fill:.0%}), mean context {stream.pairs / args.tokens:,.0f}"
+    )
+    print(
+        f"N = {args.heads} heads, K = {args.kv_heads}, H = {args.head_dim}"
+        + (f", W = {args.window}" if args.window else "")
+    )
     print(f"a matrix product reaches {rates['product'] / scale:,.0f} {unit}, a copy {rates['copy'] / 1e9:,.0f} GB/s\n")
 
     def rate(times: list[float], products: float) -> list[str]:
         achieved = products * flops / measure.median(times)
-        return [measure.seconds_text(measure.median(times)), f"{achieved / scale:,.0f}", f"{achieved / rates['product']:.0%}"]
+        return [
+            measure.seconds_text(measure.median(times)),
+            f"{achieved / scale:,.0f}",
+            f"{achieved / rates['product']:.0%}",
+        ]
 
-    header = ("backend", "forward", unit, "of product", "backward", unit, "of product", "total", "spread", "GB/s", "extra memory", "err out", "err dq dk dv")
+    header = (
+        "backend",
+        "forward",
+        unit,
+        "of product",
+        "backward",
+        unit,
+        "of product",
+        "total",
+        "spread",
+        "GB/s",
+        "extra memory",
+        "err out",
+        "err dq dk dv",
+    )
     lines = []
     for name, row in rows.items():
         if row["skipped"] is not None:
@@ -334,13 +403,24 @@ def show(args: argparse.Namespace, here: dict, device: torch.device, stream: Str
             continue
         times, error = row["times"], row["errors"]
         total = measure.median(times.total)
-        lines.append([
-            name, *rate(times.forward, 1), *rate(times.backward, 2.5), measure.seconds_text(total), f"±{measure.spread(times.total):.0%}",
-            f"{(3 * least_bytes + out_bytes) / total / 1e9:,.1f}", measure.mib_text(row["memory"]),
-            f"{error['out']:.0e}", f"{max(error[key] for key in ('q_grad', 'k_grad', 'v_grad')):.0e}",
-        ])  # fmt: skip
+        lines.append(
+            [
+                name,
+                *rate(times.forward, 1),
+                *rate(times.backward, 2.5),
+                measure.seconds_text(total),
+                f"±{measure.spread(times.total):.0%}",
+                f"{(3 * least_bytes + out_bytes) / total / 1e9:,.1f}",
+                measure.mib_text(row["memory"]),
+                f"{error['out']:.0e}",
+                f"{max(error[key] for key in ('q_grad', 'k_grad', 'v_grad')):.0e}",
+            ]
+        )
     print(measure.table(header, lines))
-    print("\nFLOPs: 4 N H x visible pairs forward, 2.5 times that backward; GB/s: least bytes over both; errors against float64, on a smaller sample")
+    print(
+        "\nFLOPs: 4 N H x visible pairs forward, 2.5 times that backward; GB/s: least bytes over both; errors against"
+        " float64, on a smaller sample"
+    )
 
 
 if __name__ == "__main__":

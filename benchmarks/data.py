@@ -2,10 +2,10 @@
 
     python -m benchmarks.data [--rows 1000000] [--workers N] [--json FILE]
 
-The file is generated from a seed (lengths log-normal, two thirds of one turn). Measured: tokenised rows a second, the peak of
-host memory (of the reading process; a worker holds a few chunks of 256 rows) at a quarter and at all of the rows, which shows whether it
-grows with the dataset, the time to plan every step of an epoch and how level 8 ranks are at 128 conversations a step, and
-the time of a second start.
+The file is generated from a seed (lengths log-normal, two thirds of one turn). Measured: tokenised rows a second, the
+peak of host memory (of the reading process; a worker holds a few chunks of 256 rows) at a quarter and at all of the
+rows, which shows whether it grows with the dataset, the time to plan every step of an epoch and how level 8 ranks are
+at 128 conversations a step, and the time of a second start.
 """
 
 from __future__ import annotations
@@ -65,8 +65,17 @@ def tokenise(path: str, root: str, workers: int, results: multiprocessing.Queue)
         store = open_or_build(Path(root) / "tokens", source, encode, {"max_seq_length": 4096}, 1, "skip", workers)
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    results.put({"rows": len(store), "seconds": times[0], "second_start": times[1], "before_mib": before / 1024, "peak_mib": peak / 1024,
-                 "tokens": int(store.offsets[-1]), "directory": str(store.directory)})  # fmt: skip
+    results.put(
+        {
+            "rows": len(store),
+            "seconds": times[0],
+            "second_start": times[1],
+            "before_mib": before / 1024,
+            "peak_mib": peak / 1024,
+            "tokens": int(store.offsets[-1]),
+            "directory": str(store.directory),
+        }
+    )
 
 
 def plan(directory: str) -> dict:
@@ -82,16 +91,26 @@ def plan(directory: str) -> dict:
     drawn = time.perf_counter() - start
     ratios = []
     for chosen in order[:: max(1, len(order) // 200)]:
-        loads = [sum(int(examples.tokens[chosen[i]]) for b in bins for i in b) for bins in pack(examples.tokens[chosen].tolist(), 16384, 8)]
+        loads = [
+            sum(int(examples.tokens[chosen[i]]) for b in bins for i in b)
+            for bins in pack(examples.tokens[chosen].tolist(), 16384, 8)
+        ]
         ratios.append(max(loads) * 8 / sum(loads))
     packed = (time.perf_counter() - start - drawn) / len(ratios)
-    return {"steps": steps.total, "draw_seconds": drawn, "pack_milliseconds": 1e3 * packed, "busiest_over_mean": sorted(ratios)[int(0.99 * len(ratios))]}
+    return {
+        "steps": steps.total,
+        "draw_seconds": drawn,
+        "pack_milliseconds": 1e3 * packed,
+        "busiest_over_mean": sorted(ratios)[int(0.99 * len(ratios))],
+    }
 
 
 def main() -> None:
     from engine.world import available_cores
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--workers", type=int, default=available_cores())
     parser.add_argument("--json", type=Path)
@@ -109,14 +128,16 @@ def main() -> None:
             process.join()
             found.append(figures)
             print(
-                f"{rows:>9,} conversations ({figures['file_mib']:.0f} MiB, {figures['tokens'] / 1e6:.0f} M tokens): {rows / figures['seconds']:,.0f} rows/s "
-                f"with {args.workers} workers; peak memory of the reading process {figures['peak_mib']:.0f} MiB (before: {figures['before_mib']:.0f}); "
-                f"second start {figures['second_start']:.2f} s"
+                f"{rows:>9,} conversations ({figures['file_mib']:.0f} MiB, {figures['tokens'] / 1e6:.0f} M tokens):"
+                f" {rows / figures['seconds']:,.0f} rows/s with {args.workers} workers; peak memory of the reading"
+                f" process {figures['peak_mib']:.0f} MiB (before: {figures['before_mib']:.0f}); second start"
+                f" {figures['second_start']:.2f} s"
             )
         planned = plan(found[-1]["directory"])
     print(
-        f"an epoch of {planned['steps']:,} steps is drawn in {planned['draw_seconds']:.2f} s, a step packed for 8 ranks in "
-        f"{planned['pack_milliseconds']:.2f} ms; the busiest rank has {planned['busiest_over_mean']:.4f} of the mean (99th percentile)"
+        f"an epoch of {planned['steps']:,} steps is drawn in {planned['draw_seconds']:.2f} s, a step packed for 8 ranks"
+        f" in {planned['pack_milliseconds']:.2f} ms; the busiest rank has {planned['busiest_over_mean']:.4f} of the"
+        " mean (99th percentile)"
     )
     if args.json:
         args.json.write_text(json.dumps({"tokenise": found, "plan": planned}, indent=1))

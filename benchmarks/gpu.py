@@ -1,16 +1,19 @@
-"""What `make gpu` runs on a CUDA machine: sections in the order of their value, each a process with a time box, one line of JSON each.
+"""What `make gpu` runs on a CUDA machine: sections in the order of their value, each a process with a time box, one
+line of JSON each.
 
     python -m benchmarks.gpu [--only NAME ...] [--skip NAME ...] [--minutes 8] [--again] [--rehearse]
 
-Needs torch, transformers, triton and pytest; nothing is installed or fetched. $OUT, or benchmarks/out, gets three files:
+Needs torch, transformers, triton and pytest; nothing is installed or fetched. $OUT, or benchmarks/out, gets three
+files:
 
     gpu.jsonl   a line of machine facts, then a line as each section ends: {"section", "ok", "seconds", "note", "figures"}
     gpu.log     all that the sections printed, under headings
     gpu.txt     the summary, which is also printed at the end, and when the run is interrupted
 
-A section that fails or is over its time is a line too, with the figures that it had, and the next one runs. Started again, a run goes on
-after the sections that are ok for the same sources on the same device. `--rehearse` runs every section tiny, on whatever device there
-is: a test of this script, not a measurement. Without CUDA it says so and exits 0.
+A section that fails or is over its time is a line too, with the figures that it had, and the next one runs. Started
+again, a run goes on after the sections that are ok for the same sources on the same device. `--rehearse` runs every
+section tiny, on whatever device there is: a test of this script, not a measurement. Without CUDA it says so and exits
+0.
 
 This process imports neither torch nor a model and never touches the device, whose memory the sections measure.
 """
@@ -41,14 +44,31 @@ from engine.errors import nearest
 
 ROOT = Path(__file__).resolve().parent.parent
 BOXES = {  # the sections in order of value, and the most seconds of each
-    "facts": 60, "loss": 60, "attention": 60, "sft eager": 40, "sft compiled": 60, "rollout": 60, "profile": 50, "dpo compiled": 60,
-    "ppo": 60, "lora 8b": 90, "qlora 8b": 90, "dpo eager": 60, "tests": 150,
-}  # fmt: skip
+    "facts": 60,
+    "loss": 60,
+    "attention": 60,
+    "sft eager": 40,
+    "sft compiled": 60,
+    "rollout": 60,
+    "profile": 50,
+    "dpo compiled": 60,
+    "ppo": 60,
+    "lora 8b": 90,
+    "qlora 8b": 90,
+    "dpo eager": 60,
+    "tests": 150,
+}
 REHEARSAL_BOX = 120  # of any section: this may be a busy laptop
 LEAST = 10  # seconds: with less left than this, no section is started
 GRACE = 5  # seconds that a section may take to end after its last word
 SLICE = 0.5  # seconds after which an interruption is looked for
-SAME = ("device", "commit", "sources", "torch", "rehearsal")  # facts of a machine under which a section need not run again
+SAME = (
+    "device",
+    "commit",
+    "sources",
+    "torch",
+    "rehearsal",
+)  # facts of a machine under which a section need not run again
 PREFIX = "triptych-gpu-"
 PACKAGES = ("bitsandbytes", "datasets", "flash_attn", "flash_attn_interface", "liger_kernel", "trl", "peft")
 
@@ -68,7 +88,9 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         if name not in waiting:
             print(f"{name}: done already", flush=True)
-    stop = threading.Event()  # set by Ctrl-C and by what ends a run that is over its limit: the summary must still be printed
+    stop = (
+        threading.Event()
+    )  # set by Ctrl-C and by what ends a run that is over its limit: the summary must still be printed
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     start = time.monotonic()
@@ -82,7 +104,10 @@ def main(argv: list[str] | None = None) -> int:
                 row = run(context, name, directory, args.rehearse, box, out / "gpu.log", stop)
                 lines.append(row)
                 waiting.pop(0)
-                print(f"{'ok  ' if row['ok'] else 'FAIL'} {name}, {row['seconds']:.0f} s {row['note'][:200]}".rstrip(), flush=True)
+                print(
+                    f"{'ok  ' if row['ok'] else 'FAIL'} {name}, {row['seconds']:.0f} s {row['note'][:200]}".rstrip(),
+                    flush=True,
+                )
     finally:
         summarise(out / "gpu.txt", machine, lines.rows, waiting, time.monotonic() - start)
     failed = any(not row["ok"] for row in lines.rows.values() if row["section"] in names)
@@ -90,10 +115,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def processes() -> Any:
-    """How sections are started. Beside a GPU afresh: some library asks for devices when it is imported, and a fork of that process could not use them."""
+    """How sections are started. Beside a GPU afresh: some library asks for devices when it is imported, and a fork of
+    that process could not use them.
+    """
     if any(Path("/dev").glob("nvidia*")):
         return multiprocessing.get_context("spawn")
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny work on a machine that may be busy: threads would wait for each other
+    os.environ.setdefault(
+        "OMP_NUM_THREADS", "1"
+    )  # tiny work on a machine that may be busy: threads would wait for each other
     context = multiprocessing.get_context("forkserver")  # imports once, for all sections of a rehearsal
     context.set_forkserver_preload(["benchmarks.gpu_sections"])
     return context
@@ -101,13 +130,20 @@ def processes() -> Any:
 
 def options(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+        prog="python -m benchmarks.gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     listed = ", ".join(f"'{name}'" for name in BOXES)
     parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help=f"of {listed}")
     parser.add_argument("--skip", nargs="+", default=[], metavar="NAME")
-    parser.add_argument("--minutes", type=float, default=8, help="of everything; a section gets no more than what is left (default: 8)")
-    parser.add_argument("--again", action="store_true", help="also what is ok already for these sources and this device")
+    parser.add_argument(
+        "--minutes", type=float, default=8, help="of everything; a section gets no more than what is left (default: 8)"
+    )
+    parser.add_argument(
+        "--again", action="store_true", help="also what is ok already for these sources and this device"
+    )
     parser.add_argument("--rehearse", action="store_true", help="every section, tiny, on whatever device there is")
     args = parser.parse_args(argv)
     for name in (*args.only, *args.skip):
@@ -153,23 +189,33 @@ class Lines:
 
 @contextlib.contextmanager
 def temporary_directory() -> Iterator[Path]:
-    """Where sections keep the models that they share. What killed runs left of theirs is removed first: it may be 20 GB."""
+    """Where sections keep the models that they share. What killed runs left of theirs is removed first: it may be 20
+    GB.
+    """
     for stale in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         with contextlib.suppress(OSError), open(stale / "lock", "ab") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # another run's is in use
             shutil.rmtree(stale, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name, open(Path(name) / "lock", "ab") as lock:
+    with (
+        tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True) as name,
+        open(Path(name) / "lock", "ab") as lock,
+    ):
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield Path(name)
 
 
-# --- a section's process ------------------------------------------------------------------------------------------------------------
+# --- a section's process
+# ------------------------------------------------------------------------------------------------------------
 
 
-def run(context: Any, name: str, directory: Path, rehearse: bool, seconds: float, log: Path, stop: threading.Event) -> dict[str, Any]:
+def run(
+    context: Any, name: str, directory: Path, rehearse: bool, seconds: float, log: Path, stop: threading.Event
+) -> dict[str, Any]:
     """The section's line: its figures, and why there are not more."""
     receiving, sending = context.Pipe(duplex=False)
-    held, leash = context.Pipe(duplex=False)  # `leash` is held here alone: when this process dies, in whatever way, the section ends
+    held, leash = context.Pipe(
+        duplex=False
+    )  # `leash` is held here alone: when this process dies, in whatever way, the section ends
     log_start, began = log.stat().st_size if log.is_file() else 0, time.monotonic()
     process = context.Process(target=_section, args=(name, directory, rehearse, log, sending, held))
     process.start()
@@ -223,7 +269,9 @@ def clean(directory: Path) -> None:
 
 
 def _section(name: str, directory: Path, rehearse: bool, log: Path, sending: Any, held: Any) -> None:
-    """In the child: a session of its own, so that all it starts ends with it; what it prints goes to the log, figures to `sending`."""
+    """In the child: a session of its own, so that all it starts ends with it; what it prints goes to the log, figures
+    to `sending`.
+    """
     os.setsid()
     threading.Thread(target=_end_with, args=(held,), daemon=True).start()
     with open(log, "ab", buffering=0) as f:
@@ -252,7 +300,8 @@ def _end_with(held: Any) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-# --- the machine ----------------------------------------------------------------------------------------------------------------------
+# --- the machine
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def _asked(context: Any, question: Callable[[], Any]) -> Any:
@@ -285,7 +334,11 @@ def describe() -> dict[str, Any]:
     found |= {"transformers": transformers.__version__, "cuda": torch.version.cuda}
     if device.type == "cuda":
         facts = torch.cuda.get_device_properties(device)
-        found |= {"memory GiB": round(facts.total_memory / 2**30, 1), "multiprocessors": facts.multi_processor_count, "driver": _driver()}
+        found |= {
+            "memory GiB": round(facts.total_memory / 2**30, 1),
+            "multiprocessors": facts.multi_processor_count,
+            "driver": _driver(),
+        }
     triton = importlib.import_module("triton").__version__ if importlib.util.find_spec("triton") else None
     there = [package for package in PACKAGES if importlib.util.find_spec(package)]
     return found | {"triton": triton, "packages": there, "sources": _sources()}
@@ -294,7 +347,10 @@ def describe() -> dict[str, Any]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().partition("\n")[0] or "unknown"
+        return (
+            subprocess.run(command, capture_output=True, text=True, timeout=20).stdout.strip().partition("\n")[0]
+            or "unknown"
+        )
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
 
@@ -308,15 +364,28 @@ def _sources() -> str:
     return digest.hexdigest()[:12]
 
 
-def summarise(path: Path, machine: dict[str, Any], rows: dict[str, dict[str, Any]], waiting: list[str], seconds: float) -> None:
+def summarise(
+    path: Path, machine: dict[str, Any], rows: dict[str, dict[str, Any]], waiting: list[str], seconds: float
+) -> None:
     """Every figure, on the screen and in `path`, in the order of the sections."""
-    facts = {key: " ".join(value) if isinstance(value, list) else value for key, value in machine.items() if value not in (None, False, [])}
+    facts = {
+        key: " ".join(value) if isinstance(value, list) else value
+        for key, value in machine.items()
+        if value not in (None, False, [])
+    }
     missing = f"; not run: {', '.join(waiting)}" if waiting else ""
-    lines = ["=" * 100, ", ".join(f"{key} {value}" for key, value in facts.items()), f"{seconds:.0f} s now{missing}", "=" * 100]
+    lines = [
+        "=" * 100,
+        ", ".join(f"{key} {value}" for key, value in facts.items()),
+        f"{seconds:.0f} s now{missing}",
+        "=" * 100,
+    ]
     for name in BOXES:
         if (row := rows.get(name)) is None:
             continue
-        lines.append(f"{'ok  ' if row['ok'] else 'FAIL'}  {name:<14} {row['seconds']:5.0f} s  {row['note'][:300]}".rstrip())
+        lines.append(
+            f"{'ok  ' if row['ok'] else 'FAIL'}  {name:<14} {row['seconds']:5.0f} s  {row['note'][:300]}".rstrip()
+        )
         for key, value in row["figures"].items():
             first, *more = str(value).splitlines() or [""]
             lines += [f"    {key:<27} {first}", *(f"      {line}" for line in more)]

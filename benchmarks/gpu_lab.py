@@ -1,4 +1,6 @@
-"""What the sections of `make gpu` share: random models, chat-like data, a stage run by its entry point, the plan of the same flags."""
+"""What the sections of `make gpu` share: random models, chat-like data, a stage run by its entry point, the plan of the
+same flags.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,30 @@ from launch import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_1B = {
-    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
-    "vocab_size": 128256, "max_position_embeddings": 4096, "tie_word_embeddings": True, "rope_theta": 5e5,
-}  # fmt: skip
-LLAMA_8B = LLAMA_1B | {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "tie_word_embeddings": False}
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "rope_theta": 5e5,
+}
+LLAMA_8B = LLAMA_1B | {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "tie_word_embeddings": False,
+}
 TINY = LLAMA_1B | {
-    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
     "vocab_size": 640,
-}  # fmt: skip
+}
 ENOUGH_DISK = 24 * 2**30  # bytes free, to save the 8B weights
 Figures = Iterator[tuple[str, Any]]
 
@@ -44,7 +62,9 @@ class Skipped(Exception):
 
 @dataclass(frozen=True)
 class Lab:
-    """What the sections of one run share: a directory, and whether this is a rehearsal (tiny, on whatever device there is)."""
+    """What the sections of one run share: a directory, and whether this is a rehearsal (tiny, on whatever device there
+    is).
+    """
 
     directory: Path
     rehearse: bool
@@ -61,8 +81,14 @@ class Lab:
     @property
     def model_8b(self) -> Path:
         """Raises Skipped where the disk has no room for it."""
-        if not self.rehearse and not (self.directory / "8b").is_dir() and (free := shutil.disk_usage(self.directory).free) < ENOUGH_DISK:
-            raise Skipped(f"{free / 2**30:.0f} GiB of disk are free, the weights and some room are {ENOUGH_DISK / 2**30:.0f}")
+        if (
+            not self.rehearse
+            and not (self.directory / "8b").is_dir()
+            and (free := shutil.disk_usage(self.directory).free) < ENOUGH_DISK
+        ):
+            raise Skipped(
+                f"{free / 2**30:.0f} GiB of disk are free, the weights and some room are {ENOUGH_DISK / 2**30:.0f}"
+            )
         return self._made("8b", TINY if self.rehearse else LLAMA_8B)
 
     @property
@@ -107,7 +133,9 @@ def random_llama(config: Any, device: torch.device) -> LlamaForCausalLM:
 
 def _make_data(made: Embedded, directory: Path) -> None:
     generator = np.random.Generator(np.random.Philox(key=1))
-    sentences = [json.loads(line)["chosen"][1]["content"] for line in made.train_pairs.read_text(encoding="utf-8").splitlines()]
+    sentences = [
+        json.loads(line)["chosen"][1]["content"] for line in made.train_pairs.read_text(encoding="utf-8").splitlines()
+    ]
 
     def text(mean_sentences: float) -> str:  # a sentence is some 20 tokens
         count = max(1, min(40, round(generator.lognormal(np.log(mean_sentences), 0.8))))
@@ -176,7 +204,9 @@ class Planned:
 
 def _lengths(lab: Lab, max_seq_length: int) -> dict[str, Any]:
     """Of the data's conversations, for the planner; pairs are of the same lengths."""
-    encode = ConversationEncoder(load_tokenizer(lab.model, AutoConfig.from_pretrained(lab.model).vocab_size), max_seq_length, "messages")
+    encode = ConversationEncoder(
+        load_tokenizer(lab.model, AutoConfig.from_pretrained(lab.model).vocab_size), max_seq_length, "messages"
+    )
     rows = [encode(json.loads(line)) for line in lab.data("sft").read_text(encoding="utf-8").splitlines()]
     ids, masks = zip(*(row[0] for row in rows if not isinstance(row, str)), strict=True)
     lengths = [len(x) for x in ids]

@@ -1,13 +1,14 @@
 """Loss heads side by side: hidden states and output weights in, a loss and its gradients out.        python -m benchmarks.loss --help
 
-Every variant computes a loss of log p(target) of the R rows that count of T tokens, and its gradients for hidden and weight:
+Every variant computes a loss of log p(target) of the R rows that count of T tokens, and its gradients for hidden and
+weight:
 
     token sum   - (1/R) sum log p                          SFT's
     entropy     - (1/R) sum (log p + 0.01 H)               a policy gradient's
     pairs       - (1/P) sum log sigma(5 [mean log p(w) - mean log p(l)])        length-normalised DPO's, without reference
 
-A rate counts what the loss needs, 2 R D V forward and 4 R D V backward, whatever the variant computes (a recomputing backward
-does 6); 'of products' is the time of those bare matrix products, measured in the same run, over the variant's.
+A rate counts what the loss needs, 2 R D V forward and 4 R D V backward, whatever the variant computes (a recomputing
+backward does 6); 'of products' is the time of those bare matrix products, measured in the same run, over the variant's.
 The second table is the passes between the products, in bytes a second beside a copy.
 
 To add a candidate: one line in VARIANTS.
@@ -39,7 +40,9 @@ BETA = 5.0
 
 @dataclass(frozen=True)
 class Problem:
-    """Inputs in both dialects: labels with -100 for the libraries, the rows that count for ours (the packer ships those)."""
+    """Inputs in both dialects: labels with -100 for the libraries, the rows that count for ours (the packer ships
+    those).
+    """
 
     hidden_TD: Tensor
     weight_VD: Tensor
@@ -60,7 +63,16 @@ class Problem:
         return self.hidden_TD.index_select(0, self.rows_R)
 
 
-def make_problem(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, masked: float, chunk_rows: int | None, device, seed: int = 0) -> Problem:
+def make_problem(
+    tokens: int,
+    hidden: int,
+    vocab: int,
+    dtype: torch.dtype,
+    masked: float,
+    chunk_rows: int | None,
+    device,
+    seed: int = 0,
+) -> Problem:
     """Logits of unit scale about a target that stands out of them as a trained model's does, mildly."""
     generator = torch.Generator(device).manual_seed(seed)
     hidden_TD = torch.randn(tokens, hidden, device=device, generator=generator).to(dtype)
@@ -74,7 +86,13 @@ def make_problem(tokens: int, hidden: int, vocab: int, dtype: torch.dtype, maske
     counts = [len(rows_R) // answers] * (answers - 1)
     counts.append(len(rows_R) - sum(counts))
     return Problem(
-        hidden_TD.requires_grad_(), weight_VD.requires_grad_(), labels_T, rows_R, targets_T[rows_R].contiguous(), counts, chunk_rows
+        hidden_TD.requires_grad_(),
+        weight_VD.requires_grad_(),
+        labels_T,
+        rows_R,
+        targets_T[rows_R].contiguous(),
+        counts,
+        chunk_rows,
     )
 
 
@@ -114,7 +132,9 @@ def compiled(p: Problem) -> Tensor:
 
 
 def ours_loss(p: Problem) -> Tensor:
-    return linear_loss(p.hidden_RD, p.weight_VD, p.targets_R, lambda logprobs_C, _: token_sum(logprobs_C, p), chunk_rows=p.chunk_rows)
+    return linear_loss(
+        p.hidden_RD, p.weight_VD, p.targets_R, lambda logprobs_C, _: token_sum(logprobs_C, p), chunk_rows=p.chunk_rows
+    )
 
 
 def ours_pairs(p: Problem) -> Tensor:
@@ -127,7 +147,9 @@ def ours_logprobs(p: Problem) -> Tensor:
 
 
 def ours_entropy(p: Problem) -> Tensor:
-    return with_entropy(*linear_logprobs(p.hidden_RD, p.weight_VD, p.targets_R, entropy=True, chunk_rows=p.chunk_rows), p)
+    return with_entropy(
+        *linear_logprobs(p.hidden_RD, p.weight_VD, p.targets_R, entropy=True, chunk_rows=p.chunk_rows), p
+    )
 
 
 def torch_native(p: Problem) -> Tensor:
@@ -135,7 +157,9 @@ def torch_native(p: Problem) -> Tensor:
         raise Unavailable(f"torch {torch.__version__} has no linear_cross_entropy (2.13 has)")
     if p.hidden_TD.dtype == torch.bfloat16 and not p.hidden_TD.is_cuda:
         raise Unavailable("takes minutes in bfloat16 on a CPU")
-    total = torch.nn.functional.linear_cross_entropy(p.hidden_TD, p.weight_VD, p.labels_T, ignore_index=IGNORED, reduction="sum")
+    total = torch.nn.functional.linear_cross_entropy(
+        p.hidden_TD, p.weight_VD, p.labels_T, ignore_index=IGNORED, reduction="sum"
+    )
     return total / len(p.rows_R)
 
 
@@ -145,7 +169,9 @@ def trl(p: Problem) -> Tensor:
         from trl.kernels.chunked_logprob import ChunkedLogProbFunction
     except ImportError:
         raise Unavailable("trl >= 1.16 is not installed") from None
-    logprobs_R, *_ = ChunkedLogProbFunction.apply(p.hidden_RD, p.weight_VD, None, p.targets_R, 1.0, 32768, None, 1.0, ())
+    logprobs_R, *_ = ChunkedLogProbFunction.apply(
+        p.hidden_RD, p.weight_VD, None, p.targets_R, 1.0, 32768, None, 1.0, ()
+    )
     return token_sum(logprobs_R, p)
 
 
@@ -209,7 +235,9 @@ def products(p: Problem) -> tuple[Case, float]:
 
 
 def passes(vocab: int, device: torch.device) -> tuple[dict[str, Case], int]:
-    """The two passes over a chunk of fp32 logits in every implementation present, and the chunk's bytes. They move it once, and twice."""
+    """The two passes over a chunk of fp32 logits in every implementation present, and the chunk's bytes. They move it
+    once, and twice.
+    """
     modules = {"eager": eager}
     if device.type == "cuda":
         from losses.kernels import fused
@@ -226,9 +254,12 @@ def passes(vocab: int, device: torch.device) -> tuple[dict[str, Case], int]:
         cases |= {
             f"statistics, {name}": Case(lambda m=module: m.logits_statistics(logits_CV, targets_C, False)),
             f"statistics with entropy, {name}": Case(lambda m=module: m.logits_statistics(logits_CV, targets_C, True)),
-            f"gradient, {name}": Case(lambda m=module: m.logits_gradient_(work_CV, lse_C, targets_C, coef_C, None, None, None), before=restore),
+            f"gradient, {name}": Case(
+                lambda m=module: m.logits_gradient_(work_CV, lse_C, targets_C, coef_C, None, None, None), before=restore
+            ),
             f"gradient with entropy, {name}": Case(
-                lambda m=module: m.logits_gradient_(work_CV, lse_C, targets_C, coef_C, entropy_C, coef_C, None), before=restore
+                lambda m=module: m.logits_gradient_(work_CV, lse_C, targets_C, coef_C, entropy_C, coef_C, None),
+                before=restore,
             ),
         }
     return cases, logits_CV.nbytes
@@ -265,27 +296,43 @@ def memory_of(name: str, shape: tuple, device: torch.device, threads: int) -> in
 
 def sample_of(args: argparse.Namespace, dtype: torch.dtype, device: torch.device) -> Problem:
     """Small enough for float64 logits, several chunks, the last of them short."""
-    return make_problem(min(args.tokens, 203), args.hidden, min(args.vocab, 8191), dtype, args.masked_fraction, 64, device, seed=1)
+    return make_problem(
+        min(args.tokens, 203), args.hidden, min(args.vocab, 8191), dtype, args.masked_fraction, 64, device, seed=1
+    )
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     cuda = measure.device_of(None).type == "cuda"
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=8192 if cuda else 1024)
     parser.add_argument("--hidden", type=int, default=4096 if cuda else 256)
     parser.add_argument("--vocab", type=int, default=128256 if cuda else 32000)
     parser.add_argument("--dtype", choices=measure.DTYPES, default="bfloat16" if cuda else "float32")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", default=list(VARIANTS), help=f"of: {', '.join(VARIANTS)}")
-    parser.add_argument("--chunk_rows", type=int, help="rows of logits that exist at a time in ours (default: by the device)")
+    parser.add_argument(
+        "--variants", nargs="+", metavar="NAME", default=list(VARIANTS), help=f"of: {', '.join(VARIANTS)}"
+    )
+    parser.add_argument(
+        "--chunk_rows", type=int, help="rows of logits that exist at a time in ours (default: by the device)"
+    )
     parser.add_argument("--masked_fraction", type=float, default=0.0, help="share of the tokens that do not count")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
-    parser.add_argument("--seconds", type=float, default=2.0 if cuda else 1.0, help="timed runs of each variant take about this long (at least one to three runs)")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=2.0 if cuda else 1.0,
+        help="timed runs of each variant take about this long (at least one to three runs)",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--json", metavar="PATH", help="write every figure there")
     args = parser.parse_args(argv)
     if unknown := [name for name in args.variants if name not in VARIANTS]:
         parser.error(f"unknown variant {unknown[0]}; there are {', '.join(VARIANTS)}")
-    if min(args.tokens, args.hidden, args.vocab, args.threads) < 2 - (args.threads == 1) or not 0 <= args.masked_fraction < 1:
+    if (
+        min(args.tokens, args.hidden, args.vocab, args.threads) < 2 - (args.threads == 1)
+        or not 0 <= args.masked_fraction < 1
+    ):
         parser.error("--tokens, --hidden and --vocab are at least 2, --masked_fraction is in [0, 1)")
     return args
 
@@ -313,7 +360,9 @@ def main(argv: list[str] | None = None) -> None:
     runnable = {name: case_of(VARIANTS[name], p) for name, row in rows.items() if row["skipped"] is None}
     times = measure.take_turns({"products": bare, **runnable}, device, args.seconds)
     del bare
-    product_times = Times([t * scale for t in times["products"].forward], [t * scale for t in times["products"].backward])
+    product_times = Times(
+        [t * scale for t in times["products"].forward], [t * scale for t in times["products"].backward]
+    )
     for name in runnable:
         rows[name]["times" if isinstance(times[name], Times) else "skipped"] = times[name]
     del p, runnable
@@ -322,19 +371,33 @@ def main(argv: list[str] | None = None) -> None:
     copied = measure.copy_rate(device)
     show(args, here, device, rows, product_times, pass_times, chunk_bytes, copied)
     measure.write_json(
-        args.json, benchmark="loss", machine=here, arguments=vars(args), products=product_times, copy_bytes_per_second=copied,
-        variants=rows, passes=pass_times, pass_chunk_bytes=chunk_bytes,
-    )  # fmt: skip
+        args.json,
+        benchmark="loss",
+        machine=here,
+        arguments=vars(args),
+        products=product_times,
+        copy_bytes_per_second=copied,
+        variants=rows,
+        passes=pass_times,
+        pass_chunk_bytes=chunk_bytes,
+    )
 
 
-def show(args, here: dict, device, rows: dict, products: Times, pass_times: dict, chunk_bytes: int, copied: float) -> None:
+def show(
+    args, here: dict, device, rows: dict, products: Times, pass_times: dict, chunk_bytes: int, copied: float
+) -> None:
     """The two tables, and what the memory column is to be compared with."""
     unit, scale = ("TFLOP/s", 1e12) if device.type == "cuda" else ("GFLOP/s", 1e9)
     R = max(2, args.tokens - round(args.masked_fraction * args.tokens))
     flops = 2 * R * args.hidden * args.vocab
     naive_times = rows.get("naive", {}).get("times")
-    print(f"\n{here['device']}, torch {here['torch']}, {args.dtype}" + (f", {args.threads} threads" if device.type == "cpu" else ""))
-    print(f"T = {args.tokens:,} tokens of which {R:,} count, D = {args.hidden:,}, V = {args.vocab:,}; chunks of ", end="")
+    print(
+        f"\n{here['device']}, torch {here['torch']}, {args.dtype}"
+        + (f", {args.threads} threads" if device.type == "cpu" else "")
+    )
+    print(
+        f"T = {args.tokens:,} tokens of which {R:,} count, D = {args.hidden:,}, V = {args.vocab:,}; chunks of ", end=""
+    )
     print(f"{args.chunk_rows or default_chunk_rows(torch.empty(args.vocab, 0, device=device)):,} rows\n")
 
     def line(name: str, times: Times, backward: bool, in_forward: bool, memory: int | None, error: dict) -> list[str]:
@@ -342,35 +405,73 @@ def show(args, here: dict, device, rows: dict, products: Times, pass_times: dict
         beside = (naive_times.total if backward else naive_times.forward) if naive_times else None
         forward, back = (measure.seconds_text(measure.median(t)) for t in (times.forward, times.backward))
         return [
-            name, "in one" if in_forward else forward, "in one" if in_forward else back if backward else "",
-            measure.seconds_text(total), f"±{measure.spread(times.total):.0%}", f"{flops * (3 if backward else 1) / total / scale:,.0f}",
-            f"{bare / total:.0%}", f"{measure.median(beside) / total:.2f}x" if beside else "", "" if memory is None else measure.mib_text(memory),
+            name,
+            "in one" if in_forward else forward,
+            "in one" if in_forward else back if backward else "",
+            measure.seconds_text(total),
+            f"±{measure.spread(times.total):.0%}",
+            f"{flops * (3 if backward else 1) / total / scale:,.0f}",
+            f"{bare / total:.0%}",
+            f"{measure.median(beside) / total:.2f}x" if beside else "",
+            "" if memory is None else measure.mib_text(memory),
             *(f"{error[key]:.0e}" if key in error else "" for key in ("loss", "hidden_grad", "weight_grad")),
-        ]  # fmt: skip
+        ]
 
-    header = ("variant", "forward", "backward", "total", "spread", unit, "of products", "naive/this", "extra memory", "err loss", "err dh", "err dW")
+    header = (
+        "variant",
+        "forward",
+        "backward",
+        "total",
+        "spread",
+        unit,
+        "of products",
+        "naive/this",
+        "extra memory",
+        "err loss",
+        "err dh",
+        "err dW",
+    )
     lines = [line("bare products", products, True, False, None, {})]
     for name, row in rows.items():
         variant = VARIANTS[name]
         if row["skipped"] is not None:
             lines.append([name, "-", row["skipped"]])
         else:
-            lines.append(line(name, row["times"], variant.backward, variant.gradients_in_forward, row["memory"], row["errors"]))
+            lines.append(
+                line(name, row["times"], variant.backward, variant.gradients_in_forward, row["memory"], row["errors"])
+            )
     print(measure.table(header, lines))
     size = torch.finfo(measure.DTYPES[args.dtype]).bits // 8
     hidden, weight = (n * args.hidden * size for n in (args.tokens, args.vocab))
-    print(f"\nhidden + weight + its gradient: {measure.mib_text(hidden + 2 * weight)}; one T x V matrix in fp32: {measure.mib_text(4 * args.tokens * args.vocab)}")
-    print("extra memory is the peak over the inputs, both gradients included; errors are against float64, on a smaller sample\n")
+    print(
+        f"\nhidden + weight + its gradient: {measure.mib_text(hidden + 2 * weight)}; one T x V matrix in fp32:"
+        f" {measure.mib_text(4 * args.tokens * args.vocab)}"
+    )
+    print(
+        "extra memory is the peak over the inputs, both gradients included; errors are against float64, on a smaller"
+        " sample\n"
+    )
 
     def pass_line(name: str, times: Times | str) -> list[str]:
         if isinstance(times, str):
             return [name, "-", times]
         moved, seconds = chunk_bytes * (2 if name.startswith("gradient") else 1), measure.median(times.forward)
         rate = moved / seconds
-        return [name, measure.seconds_text(seconds), f"±{measure.spread(times.forward):.0%}", f"{rate / 1e9:,.1f}", f"{rate / copied:.0%}"]
+        return [
+            name,
+            measure.seconds_text(seconds),
+            f"±{measure.spread(times.forward):.0%}",
+            f"{rate / 1e9:,.1f}",
+            f"{rate / copied:.0%}",
+        ]
 
     copy_line = ["copy", measure.seconds_text(2 * chunk_bytes / copied), "", f"{copied / 1e9:,.1f}", "100%"]
-    print(measure.table(("pass over logits", "time", "spread", "GB/s", "of a copy"), [copy_line, *(pass_line(*item) for item in pass_times.items())]))
+    print(
+        measure.table(
+            ("pass over logits", "time", "spread", "GB/s", "of a copy"),
+            [copy_line, *(pass_line(*item) for item in pass_times.items())],
+        )
+    )
 
 
 if __name__ == "__main__":

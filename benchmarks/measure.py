@@ -40,7 +40,9 @@ class Unavailable(Exception):
 
 @dataclass(frozen=True)
 class Case:
-    """`forward()` gives an output, `backward(output)` its gradients (None: there is none); `before()` runs untimed before each."""
+    """`forward()` gives an output, `backward(output)` its gradients (None: there is none); `before()` runs untimed
+    before each.
+    """
 
     forward: Callable[[], Any]
     backward: Callable[[Any], Any] | None = None
@@ -71,7 +73,9 @@ def spread(values: Sequence[float]) -> float:
 
 
 def take_turns(cases: dict[str, Case], device: torch.device, seconds: float) -> dict[str, Times | str]:
-    """Times of every case, `seconds` of runs each (at least three; one where that takes twice as long), or one line saying why not."""
+    """Times of every case, `seconds` of runs each (at least three; one where that takes twice as long), or one line
+    saying why not.
+    """
     results: dict[str, Times | str] = {}
     runs: dict[str, int] = {}
     flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device=device) if device.type == "cuda" else None
@@ -79,10 +83,16 @@ def take_turns(cases: dict[str, Case], device: torch.device, seconds: float) -> 
         try:
             first = _once(case, device, flush)  # also pays for page faults, thread pools and compilation
             slow = sum(first) > 2 * seconds
-            fast = sum(first) if slow else min(sum(_once(case, device, flush)) for _ in range(3 if device.type == "cuda" else 1))
+            fast = (
+                sum(first)
+                if slow
+                else min(sum(_once(case, device, flush)) for _ in range(3 if device.type == "cuda" else 1))
+            )
             runs[name] = 1 if slow else max(3, min(MAX_RUNS, round(seconds / fast)))
             results[name] = Times()
-            if sum(first) > 10 * seconds and not case.compiles:  # nothing that a warm-up saves shows in a run this long: it is the measurement
+            if (
+                sum(first) > 10 * seconds and not case.compiles
+            ):  # nothing that a warm-up saves shows in a run this long: it is the measurement
                 runs[name], results[name] = 0, Times([first[0]], [first[1]])
         except Exception as error:  # a candidate may fail in any way, and the others must still be measured
             results[name] = reason(error)
@@ -157,13 +167,17 @@ def extra_memory(run: Callable[[], Any], device: torch.device) -> int:
 
 
 def allocator_peak(run: Callable[[], Any]) -> int:
-    """The most bytes that torch's allocator held at once of what `run()` allocated: every allocation and release on a CPU, CUDA's own count."""
+    """The most bytes that torch's allocator held at once of what `run()` allocated: every allocation and release on a
+    CPU, CUDA's own count.
+    """
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=False) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=False
+    ) as profile:
         run()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     live = peak = 0
@@ -198,23 +212,35 @@ def save_random_llama(directory: Path, tokenizer_from: Path, hidden: int, layers
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64, num_key_value_heads=max(1, hidden // 128),
-        vocab_size=vocab, max_position_embeddings=1024, bos_token_id=None, eos_token_id=1, pad_token_id=0,
-    )  # fmt: skip
+        hidden_size=hidden,
+        intermediate_size=3 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=max(1, hidden // 128),
+        vocab_size=vocab,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(directory)
     AutoTokenizer.from_pretrained(tokenizer_from).save_pretrained(directory)
 
 
 class FreshProcesses:
-    """Runs functions each in a process of its own, forked from a server that has imported `modules` and computed nothing."""
+    """Runs functions each in a process of its own, forked from a server that has imported `modules` and computed
+    nothing.
+    """
 
     def __init__(self, *modules: str) -> None:
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(list(modules))
 
     def __call__(self, function: Callable, *arguments: Any) -> Any:
-        """The function's result; it and its arguments must be picklable. Raises what it raises, or Unavailable if the process died."""
+        """The function's result; it and its arguments must be picklable. Raises what it raises, or Unavailable if the
+        process died.
+        """
         with ProcessPoolExecutor(1, mp_context=self.context) as pool:
             try:
                 return pool.submit(function, *arguments).result()
@@ -247,20 +273,33 @@ def machine(device: torch.device) -> dict[str, Any]:
         processor = torch.cuda.get_device_name(device)
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-        processor = next((line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")), platform.machine())
+        processor = next(
+            (line.split(":", 1)[1].strip() for line in info.splitlines() if line.startswith("model name")),
+            platform.machine(),
+        )
     try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty", "--abbrev=7"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=7"],
+            capture_output=True,
+            text=True,
+            cwd=Path(__file__).parent,
+        )
         commit = git.stdout.strip() or "unknown"  # a copy without its history
     except OSError:  # no git
         commit = "unknown"
     return {
-        "device": processor, "threads": torch.get_num_threads(), "torch": torch.__version__, "python": platform.python_version(),
+        "device": processor,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
         "commit": commit,
-    }  # fmt: skip
+    }
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first is text, the others numbers. A row shorter than the header ends in free text."""
+    """Columns padded to their widest cell; the first is text, the others numbers. A row shorter than the header ends in
+    free text.
+    """
     whole = [row for row in rows if len(row) == len(header)]
     widths = [max(len(row[i]) for row in (header, *whole)) for i in range(len(header))]
     widths[0] = max(len(row[0]) for row in (header, *rows))
@@ -268,7 +307,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     def line(row: Sequence[str]) -> str:
         if len(row) < len(header):
             return f"{row[0]:<{widths[0]}}  {' '.join(row[1:])}"
-        return "  ".join([f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))])
+        return "  ".join(
+            [f"{row[0]:<{widths[0]}}", *(f"{cell:>{width}}" for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
 
     rule = "-" * len(line(header))
     return "\n".join([line(header).rstrip(), rule, *(line(row).rstrip() for row in rows)])

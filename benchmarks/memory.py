@@ -1,16 +1,17 @@
-"""The ladder: one fine-tune, one change a rung; peak memory, tokens/s and held-out loss of each, and the recipe's claims beside ours.
+"""The ladder: one fine-tune, one change a rung; peak memory, tokens/s and held-out loss of each, and the recipe's
+claims beside ours.
 
     python -m benchmarks.memory [--steps 60 --hidden 256 --layers 6 --vocab 16384] [--rungs fp32 bf16 ...]
     python -m benchmarks.memory --shape 8b     one rung after another of the real step on a random model of this shape, without
                                                a checkpoint: memory and tokens/s (8b, 70b: on a GPU; tiny: a rehearsal)
 
-Every rung fine-tunes the same small model, which was trained on curt answers first, on courteous ones, over the same steps. The
-first three rungs are a plain loop over transformers (padded batches, whole logits); from `packing` on it is launch.sft with
-the flags shown, each rung keeping those before it. Adapters take a learning rate of their own.
+Every rung fine-tunes the same small model, which was trained on curt answers first, on courteous ones, over the same
+steps. The first three rungs are a plain loop over transformers (padded batches, whole logits); from `packing` on it is
+launch.sft with the flags shown, each rung keeping those before it. Adapters take a learning rate of their own.
 
-Peak memory is the allocator's, from the loading of the model to the end of the second step: every allocation and release
-that the profiler reports on a CPU, max_memory_allocated on CUDA. Speed is tokens per CPU second of one thread (these
-machines are shared), past the first quarter of the steps; on CUDA per second. Each rung is a process of its own.
+Peak memory is the allocator's, from the loading of the model to the end of the second step: every allocation and
+release that the profiler reports on a CPU, max_memory_allocated on CUDA. Speed is tokens per CPU second of one thread
+(these machines are shared), past the first quarter of the steps; on CUDA per second. Each rung is a process of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +28,9 @@ from typing import Any
 
 PLAIN = ("fp32", "bf16", "flash attention")
 RUNGS: dict[str, dict[str, Any]] = {
-    "fp32": {}, "bf16": {}, "flash attention": {},
+    "fp32": {},
+    "bf16": {},
+    "flash attention": {},
     "packing": {"dtype": "bfloat16", "head": "naive"},
     "no logits": {"head": "fused"},
     "selective recompute": {"gradient_checkpointing": "selective"},
@@ -36,30 +39,83 @@ RUNGS: dict[str, dict[str, Any]] = {
     "8-bit AdamW": {"optimizer": "adamw_8bit"},
     "LoRA": {"use_lora": "true"},
     "QLoRA": {"load_in_4bit": "true", "double_quant": "true"},
-}  # fmt: skip
+}
 CLAIMS = {
-    "flash attention": ("1.4 to 2 x the tokens/s", lambda r: f"{r['flash attention']['speed'] / r['bf16']['speed']:.2f} x the rung before"),
-    "recompute": ("40 % less memory", lambda r: f"{1 - r['recompute']['peak'] / r['no logits']['peak']:.0%} less than 'no logits'"),
-    "LoRA": ("4 to 8 x less memory", lambda r: f"{r['bf16']['peak'] / r['LoRA']['peak']:.1f} x less than bf16, {r['no logits']['peak'] / r['LoRA']['peak']:.1f} x than 'no logits'"),
-    "QLoRA": ("4 to 8 x less memory, almost no degradation", lambda r: f"{r['bf16']['peak'] / r['QLoRA']['peak']:.1f} x less than bf16; held-out loss {r['QLoRA']['loss'] - r['LoRA']['loss']:+.4f} of LoRA's"),
-}  # fmt: skip
+    "flash attention": (
+        "1.4 to 2 x the tokens/s",
+        lambda r: f"{r['flash attention']['speed'] / r['bf16']['speed']:.2f} x the rung before",
+    ),
+    "recompute": (
+        "40 % less memory",
+        lambda r: f"{1 - r['recompute']['peak'] / r['no logits']['peak']:.0%} less than 'no logits'",
+    ),
+    "LoRA": (
+        "4 to 8 x less memory",
+        lambda r: (
+            f"{r['bf16']['peak'] / r['LoRA']['peak']:.1f} x less than bf16,"
+            f" {r['no logits']['peak'] / r['LoRA']['peak']:.1f} x than 'no logits'"
+        ),
+    ),
+    "QLoRA": (
+        "4 to 8 x less memory, almost no degradation",
+        lambda r: (
+            f"{r['bf16']['peak'] / r['QLoRA']['peak']:.1f} x less than bf16; held-out loss"
+            f" {r['QLoRA']['loss'] - r['LoRA']['loss']:+.4f} of LoRA's"
+        ),
+    ),
+}
 SHAPES: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 640},
-    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256},
-    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 128256},
-}  # fmt: skip
+    "tiny": {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 640,
+    },
+    "8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+    "70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "vocab_size": 128256,
+    },
+}
 SHAPE_RUNGS: dict[str, dict[str, Any]] = {
-    "full, 8-bit AdamW, bf16 masters": {"optimizer": "adamw_8bit", "master_dtype": "bfloat16", "gradient_checkpointing": "full"},
+    "full, 8-bit AdamW, bf16 masters": {
+        "optimizer": "adamw_8bit",
+        "master_dtype": "bfloat16",
+        "gradient_checkpointing": "full",
+    },
     "LoRA": {"use_lora": True, "gradient_checkpointing": "full"},
     "QLoRA": {"use_lora": True, "load_in_4bit": True, "double_quant": True, "gradient_checkpointing": "full"},
-}  # fmt: skip
+}
 
 
 def options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--rungs", nargs="+", choices=[*RUNGS, *SHAPE_RUNGS])
-    for name, default in {"steps": 60, "pretraining": 120, "hidden": 256, "layers": 6, "vocab": 16384, "batch_size": 32, "tokens": 4096}.items():
+    for name, default in {
+        "steps": 60,
+        "pretraining": 120,
+        "hidden": 256,
+        "layers": 6,
+        "vocab": 16384,
+        "batch_size": 32,
+        "tokens": 4096,
+    }.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--adapter_learning_rate", type=float, default=4e-3)
@@ -68,16 +124,24 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# --- one rung, in a process of its own ----------------------------------------------------------------------------------------------
+# --- one rung, in a process of its own
+# ----------------------------------------------------------------------------------------------
 
 
 def flags_of(rung: str, args: argparse.Namespace, root: Path) -> dict[str, Any]:
     """launch.sft's, those of the rungs below included."""
     flags: dict[str, Any] = {
-        "model_name_or_path": root / "base" / "final", "dataset_name": root / "courteous.jsonl", "cache_dir": root / "cache", "max_steps": args.steps,
-        "batch_size": args.batch_size, "micro_batch_tokens": args.tokens, "max_seq_length": 512, "sample_tokens": 0, "num_train_epochs": 99,
+        "model_name_or_path": root / "base" / "final",
+        "dataset_name": root / "courteous.jsonl",
+        "cache_dir": root / "cache",
+        "max_steps": args.steps,
+        "batch_size": args.batch_size,
+        "micro_batch_tokens": args.tokens,
+        "max_seq_length": 512,
+        "sample_tokens": 0,
+        "num_train_epochs": 99,
         "learning_rate": args.adapter_learning_rate if "LoRA" in rung else args.learning_rate,
-    }  # fmt: skip
+    }
     names = list(RUNGS)
     for name in names[: names.index(rung) + 1]:
         flags |= RUNGS[name]
@@ -104,7 +168,11 @@ def rung_of_ours(rung: str, args: argparse.Namespace, root: Path) -> dict[str, f
     rows = [json.loads(line) for line in (output_dir / "metrics.jsonl").read_text().splitlines()]
     tokens = [row["num_tokens"] for row in rows if "num_tokens" in row]
     first = len(tokens) // 4
-    return {"peak": peak, "speed": (tokens[-1] - tokens[first]) / (marks[-1] - marks[first]), "loss": rows[-1]["eval/loss"]}
+    return {
+        "peak": peak,
+        "speed": (tokens[-1] - tokens[first]) / (marks[-1] - marks[first]),
+        "loss": rows[-1]["eval/loss"],
+    }
 
 
 def rung_of_plain_loop(rung: str, args: argparse.Namespace, root: Path) -> dict[str, float]:
@@ -137,7 +205,10 @@ def rung_of_plain_loop(rung: str, args: argparse.Namespace, root: Path) -> dict[
         with torch.autocast(device.type, torch.bfloat16, enabled=rung != "fp32"):
             logits = lm(input_ids=ids, attention_mask=mask, use_cache=False).logits
         targets = labels[:, 1:].flatten()
-        return torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"), (targets >= 0).sum()
+        return (
+            torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"),
+            (targets >= 0).sum(),
+        )
 
     def train(count: int) -> Any:
         lm = AutoModelForCausalLM.from_pretrained(root / "base" / "final", attn_implementation=attention).to(device)
@@ -148,7 +219,9 @@ def rung_of_plain_loop(rung: str, args: argparse.Namespace, root: Path) -> dict[
             (loss / n).backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(step, peak=args.learning_rate, steps=args.steps, warmup_ratio=0.03, schedule="linear")
+                group["lr"] = optim.learning_rate(
+                    step, peak=args.learning_rate, steps=args.steps, warmup_ratio=0.03, schedule="linear"
+                )
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             marks.append(clock())
@@ -176,7 +249,9 @@ def clock() -> float:
 
 
 def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
-    """Four steps of launch.sft's loss on a random model that no disk has to hold: memory, tokens/s, and that the loss falls."""
+    """Four steps of launch.sft's loss on a random model that no disk has to hold: memory, tokens/s, and that the loss
+    falls.
+    """
     import numpy as np
     import torch
     from transformers import LlamaConfig
@@ -188,9 +263,13 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
 
     here = world.start()
     config = sft.Config(dtype="bfloat16", **SHAPE_RUNGS[rung])
-    lm_config = LlamaConfig(**SHAPES[args.shape], max_position_embeddings=8192, rope_theta=5e5, bos_token_id=None, eos_token_id=1)
+    lm_config = LlamaConfig(
+        **SHAPES[args.shape], max_position_embeddings=8192, rope_theta=5e5, bos_token_id=None, eos_token_id=1
+    )
     backend, why = attention.choose_backend("auto", here.device, lm_config, torch.bfloat16)
-    base = setup.Base(Path(), "random", lm_config, None, torch.bfloat16, backend, why, adapters.choose(config, lm_config, None, False))
+    base = setup.Base(
+        Path(), "random", lm_config, None, torch.bfloat16, backend, why, adapters.choose(config, lm_config, None, False)
+    )
     policy = setup.build_policy(config, here, base)
     weights.initialise_buffers(policy.lm, Path())
     generator = torch.Generator(here.device).manual_seed(0)
@@ -199,9 +278,15 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
             shard = p.detach().to_local()
             if name.endswith(".codes"):
                 shard.view(torch.uint8).random_(0, 256, generator=generator)
-            elif shard.dtype == nf4.HELD:  # scales of some 0.02, in fp32 as bytes or, doubly quantised, around an offset
+            elif (
+                shard.dtype == nf4.HELD
+            ):  # scales of some 0.02, in fp32 as bytes or, doubly quantised, around an offset
                 small = torch.full((shard.numel() // 4,), 0.02, device=shard.device).view(torch.uint8)
-                held = small.view(shard.shape) if name.endswith(".groups") or not config.double_quant else torch.zeros_like(shard.view(torch.uint8))
+                held = (
+                    small.view(shard.shape)
+                    if name.endswith(".groups") or not config.double_quant
+                    else torch.zeros_like(shard.view(torch.uint8))
+                )
                 shard.view(torch.uint8).copy_(held)
             elif shard.dim() > 1:
                 shard.normal_(0, 0.02, generator=generator)
@@ -211,7 +296,10 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
         lora.initialise(policy.lm, 1)
     optimizer = optim.adamw(policy, 0.0, config.optimizer, here)
     ids = np.random.Generator(np.random.Philox(key=1)).integers(2, lm_config.vocab_size, args.tokens + 1)
-    halves = [(ids[: len(ids) // 2], np.ones(len(ids) // 2, bool)), (ids[len(ids) // 2 :], np.ones(len(ids) - len(ids) // 2, bool))]
+    halves = [
+        (ids[: len(ids) // 2], np.ones(len(ids) // 2, bool)),
+        (ids[len(ids) // 2 :], np.ones(len(ids) - len(ids) // 2, bool)),
+    ]
     batch = micro_batch(halves, (0, 1), here.device)
     losses, marks = [], []
     for _ in range(4):
@@ -222,11 +310,18 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
         marks.append(clock())
     cuda = here.device.type == "cuda"
     peak = torch.cuda.max_memory_allocated() if cuda else 0
-    return {"peak": peak, "speed": 2 * args.tokens / (marks[-1] - marks[1]), "loss": losses[-1], "first loss": losses[0],
-            "parameters": policy.num_parameters, "trained": policy.num_trained}  # fmt: skip
+    return {
+        "peak": peak,
+        "speed": 2 * args.tokens / (marks[-1] - marks[1]),
+        "loss": losses[-1],
+        "first loss": losses[0],
+        "parameters": policy.num_parameters,
+        "trained": policy.num_trained,
+    }
 
 
-# --- all rungs ------------------------------------------------------------------------------------------------------------------------
+# --- all rungs
+# ------------------------------------------------------------------------------------------------------------------------
 
 
 def make_inputs(args: argparse.Namespace, root: Path) -> None:
@@ -241,11 +336,34 @@ def make_inputs(args: argparse.Namespace, root: Path) -> None:
     (root / "curt.jsonl").write_text("".join(json.dumps(row) + "\n" for row in curt))
     for name, path in (("courteous", made.train_conversations), ("held_out", made.held_out_conversations)):
         (root / f"{name}.jsonl").write_text(path.read_text())
-    common = {"sample_tokens": 0, "cache_dir": root / "cache", "batch_size": args.batch_size, "learning_rate": 2e-3, "num_train_epochs": 99, "max_seq_length": 512}
-    run_stage(common | {"model_name_or_path": root / "random", "dataset_name": root / "curt.jsonl", "output_dir": root / "base", "max_steps": args.pretraining})
+    common = {
+        "sample_tokens": 0,
+        "cache_dir": root / "cache",
+        "batch_size": args.batch_size,
+        "learning_rate": 2e-3,
+        "num_train_epochs": 99,
+        "max_seq_length": 512,
+    }
+    run_stage(
+        common
+        | {
+            "model_name_or_path": root / "random",
+            "dataset_name": root / "curt.jsonl",
+            "output_dir": root / "base",
+            "max_steps": args.pretraining,
+        }
+    )
     before = set((root / "cache" / "tokens").iterdir())
-    run_stage(common | {"model_name_or_path": root / "base" / "final", "dataset_name": root / "courteous.jsonl", "output_dir": root / "tokens", "max_steps": 1,
-                        "eval_dataset_name": root / "held_out.jsonl"})  # fmt: skip
+    run_stage(
+        common
+        | {
+            "model_name_or_path": root / "base" / "final",
+            "dataset_name": root / "courteous.jsonl",
+            "output_dir": root / "tokens",
+            "max_steps": 1,
+            "eval_dataset_name": root / "held_out.jsonl",
+        }
+    )
     made_now = [p for p in (root / "cache" / "tokens").iterdir() if p.is_dir() and p not in before]
     stores = sorted(map(str, made_now), key=lambda p: -len(TokenStore(Path(p))))
     (root / "stores.json").write_text(json.dumps(stores))
@@ -253,13 +371,24 @@ def make_inputs(args: argparse.Namespace, root: Path) -> None:
 
 def child(rung: str, args: argparse.Namespace, root: Path) -> dict[str, float] | str:
     """The rung's figures, or one line saying why there are none."""
-    words = [word for key, value in vars(args).items() if key not in ("rungs", "json", "child") and value for word in (f"--{key}", str(value))]
+    words = [
+        word
+        for key, value in vars(args).items()
+        if key not in ("rungs", "json", "child") and value
+        for word in (f"--{key}", str(value))
+    ]
     log = root / f"{rung}.log"
     with open(log, "w") as f:
-        status = subprocess.run([sys.executable, "-m", "benchmarks.memory", *words, "--child", json.dumps([rung, str(root)])], stdout=f, stderr=f).returncode
+        status = subprocess.run(
+            [sys.executable, "-m", "benchmarks.memory", *words, "--child", json.dumps([rung, str(root)])],
+            stdout=f,
+            stderr=f,
+        ).returncode
     lines = log.read_text(errors="replace").strip().splitlines()
     if status:
-        return next((line for line in reversed(lines) if line.startswith("error") or "Error" in line), f"status {status}")
+        return next(
+            (line for line in reversed(lines) if line.startswith("error") or "Error" in line), f"status {status}"
+        )
     return json.loads(lines[-1])
 
 
@@ -297,7 +426,14 @@ def main() -> None:
         if isinstance(figure, str):
             rows.append([rung, figure])
             continue
-        cells = [rung, mib_text(figure["peak"]), f"{figure['peak'] / max(1, first['peak']):.2f}", f"{figure['speed']:,.0f}", f"{figure['speed'] / first['speed']:.2f}", f"{figure['loss']:.4f}"]
+        cells = [
+            rung,
+            mib_text(figure["peak"]),
+            f"{figure['peak'] / max(1, first['peak']):.2f}",
+            f"{figure['speed']:,.0f}",
+            f"{figure['speed'] / first['speed']:.2f}",
+            f"{figure['loss']:.4f}",
+        ]
         try:
             claim, ours = CLAIMS[rung]
             cells += [f"{claim}: {ours(found)}"]

@@ -1,9 +1,10 @@
 """Is the plan true: the memory that `launch.plan` says against what the run takes.                    python -m benchmarks.plan
 
-A model of some 40 M random weights and made-up data whose sequences all have --max_seq_length tokens; every case is planned, then
-run for two steps as `python -m launch.STAGE` would (2 ranks: one process each), and measured from before the loading of weights to
-after the export: on CUDA torch.cuda.max_memory_allocated, on a CPU the largest sum of the allocator's live bytes, from the events
-of torch.profiler(profile_memory=True). Speed is not compared: times of a plan are floors of a data sheet.
+A model of some 40 M random weights and made-up data whose sequences all have --max_seq_length tokens; every case is
+planned, then run for two steps as `python -m launch.STAGE` would (2 ranks: one process each), and measured from before
+the loading of weights to after the export: on CUDA torch.cuda.max_memory_allocated, on a CPU the largest sum of the
+allocator's live bytes, from the events of torch.profiler(profile_memory=True). Speed is not compared: times of a plan
+are floors of a data sheet.
 """
 
 from __future__ import annotations
@@ -35,10 +36,21 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "dpo": ("dpo", 1, {}),
     "dpo, 2 ranks": ("dpo", 2, {"gradient_sync": "every"}),
     "dpo, LoRA": ("dpo", 1, {"use_lora": True, "dtype": "bfloat16"}),
-    "dpo, LoRA on 4 bits": ("dpo", 1, {"use_lora": True, "load_in_4bit": True, "double_quant": True, "dtype": "bfloat16"}),
+    "dpo, LoRA on 4 bits": (
+        "dpo",
+        1,
+        {"use_lora": True, "load_in_4bit": True, "double_quant": True, "dtype": "bfloat16"},
+    ),
     "ppo": ("ppo", 1, {"response_length": 128, "rollout_slots": 16, "num_samples_per_prompt": 2, "num_ppo_epochs": 1}),
 }
-SIZES = {"hidden_size": 512, "intermediate_size": 1408, "num_hidden_layers": 8, "num_attention_heads": 8, "num_key_value_heads": 4, "vocab_size": 16384}
+SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 16384,
+}
 
 
 def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Path]]:
@@ -49,7 +61,14 @@ def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Pat
 
     source = embedded(root / "cache").model
     tokenizer = json.loads((source / "config.json").read_text(encoding="utf-8"))
-    config = LlamaConfig(**sizes, max_position_embeddings=4096, tie_word_embeddings=False, bos_token_id=None, eos_token_id=tokenizer["eos_token_id"], pad_token_id=0)
+    config = LlamaConfig(
+        **sizes,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=tokenizer["eos_token_id"],
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(root / "model")
     for file in source.glob("*tokenizer*"):
@@ -59,7 +78,10 @@ def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Pat
     rows = {
         "sft": [{"messages": [user(i), answer(i, "one")]} for i in range(64)],
         "dpo": [{"chosen": [user(i), answer(i, "one")], "rejected": [user(i), answer(i, "two")]} for i in range(64)],
-        "ppo": [{"messages": [{"role": "user", "content": f"{i:03d}" * 30}], "ground_truth": "1", "dataset": "gsm8k"} for i in range(64)],
+        "ppo": [
+            {"messages": [{"role": "user", "content": f"{i:03d}" * 30}], "ground_truth": "1", "dataset": "gsm8k"}
+            for i in range(64)
+        ],
     }
     for stage, lines in rows.items():
         (root / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
@@ -67,14 +89,36 @@ def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Pat
 
 
 def words(flags: dict[str, Any]) -> list[str]:
-    return [word for name, value in flags.items() for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))]
+    return [
+        word
+        for name, value in flags.items()
+        for word in (f"--{name}", str(value).lower() if isinstance(value, bool) else str(value))
+    ]
 
 
 def planned(stage: str, ranks: int, flags: dict[str, Any], root: Path) -> dict[str, Any]:
     """What `launch.plan` writes as JSON."""
     path = root / "plan.json"
-    gpu = "cpu" if not torch.cuda.is_available() else next(n for n in ("h200-141gb", "h100-80gb", "a100-80gb") if n[:4] in torch.cuda.get_device_name().lower())
-    command = [sys.executable, "-m", "launch.plan", stage, *words(flags), "--gpu", gpu, "--gpus", str(ranks), "--suggest", "false", "--json", str(path)]
+    gpu = (
+        "cpu"
+        if not torch.cuda.is_available()
+        else next(n for n in ("h200-141gb", "h100-80gb", "a100-80gb") if n[:4] in torch.cuda.get_device_name().lower())
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "launch.plan",
+        stage,
+        *words(flags),
+        "--gpu",
+        gpu,
+        "--gpus",
+        str(ranks),
+        "--suggest",
+        "false",
+        "--json",
+        str(path),
+    ]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     return json.loads(path.read_text(encoding="utf-8"))
 
@@ -87,9 +131,23 @@ def measured(stage: str, ranks: int, flags: dict[str, Any], root: Path) -> int:
     out = root / "peak"
     processes = []
     for rank in range(ranks):
-        environment = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        environment = os.environ | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
         command = [sys.executable, "-m", "benchmarks.plan", "--measure", stage, str(out), *words(flags)]
-        processes.append(subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL, text=True))
+        processes.append(
+            subprocess.Popen(
+                command,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE if rank == 0 else subprocess.DEVNULL,
+                text=True,
+            )
+        )
     _, errors = processes[0].communicate()
     if any(process.wait() for process in processes):
         raise RuntimeError(f"the run failed:\n{errors[-2000:]}")
@@ -122,7 +180,16 @@ def measure(stage: str, out: Path, argv: list[str]) -> None:
 
 def compare(name: str, root: Path, model: Path, data: dict[str, Path]) -> tuple[dict[str, Any], int]:
     stage, ranks, changes = CASES[name]
-    flags = COMMON | {"model_name_or_path": model, "dataset_name": data[stage], "cache_dir": root / "cache", "output_dir": root / f"run-{len(list(root.iterdir()))}"} | changes
+    flags = (
+        COMMON
+        | {
+            "model_name_or_path": model,
+            "dataset_name": data[stage],
+            "cache_dir": root / "cache",
+            "output_dir": root / f"run-{len(list(root.iterdir()))}",
+        }
+        | changes
+    )
     if stage == "sft":
         flags["sample_tokens"] = 0
     return planned(stage, ranks, flags, root), measured(stage, ranks, flags, root)
@@ -141,7 +208,11 @@ def main() -> None:
                 continue
             plan, peak = compare(name, root, model, data)
             total = plan["peak"]["total"]
-            print(f"{name:<30}{total / 2**20:>10.0f}{peak / 2**20:>10.0f}{total / peak:>23.3f}          {plan['peak']['phase']}", flush=True)
+            print(
+                f"{name:<30}{total / 2**20:>10.0f}{peak / 2**20:>10.0f}{total / peak:>23.3f}         "
+                f" {plan['peak']['phase']}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

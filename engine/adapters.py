@@ -1,7 +1,8 @@
 """Adapters as flags and as files: which layers of which model, PEFT's format in and out.
 
-An adapter's directory has adapter_config.json and adapter_model.safetensors with `base_model.model.NAME.lora_A.weight` (r, I) and
-`...lora_B.weight` (O, r); ours also has base.json, the fingerprint and form (dense, NF4) of the weights it was trained on.
+An adapter's directory has adapter_config.json and adapter_model.safetensors with `base_model.model.NAME.lora_A.weight`
+(r, I) and `...lora_B.weight` (O, r); ours also has base.json, the fingerprint and form (dense, NF4) of the weights it
+was trained on.
 """
 
 from __future__ import annotations
@@ -30,24 +31,64 @@ from engine.shards import whole
 from engine.world import World
 
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-ONLY_WITH_LORA = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "adapter_name_or_path", "load_in_4bit", "double_quant", "export_adapter")
+ONLY_WITH_LORA = (
+    "lora_rank",
+    "lora_alpha",
+    "lora_target_modules",
+    "use_rslora",
+    "adapter_name_or_path",
+    "load_in_4bit",
+    "double_quant",
+    "export_adapter",
+)
 FORM = "form"  # key of base.json: of the frozen weights, '' or nf4 or nf4-double
 # of LoraConfig, what may be set without meaning anything but plain LoRA on the weights as they are
 HARMLESS = {
-    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
-    "layers_to_transform", "lora_alpha", "lora_dropout", "megatron_core", "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora",
-}  # fmt: skip
-PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")  # ways to initialise that leave the model's weights alone
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+PLAIN_STARTS = (
+    None,
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # ways to initialise that leave the model's weights alone
 KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<leaf>[AB])\.weight")
 
 
 def check_flags(config: RunConfig) -> None:
-    """Raises UserError for flags of adapters and 8-bit moments that contradict each other or need what is not installed; nothing is opened."""
+    """Raises UserError for flags of adapters and 8-bit moments that contradict each other or need what is not
+    installed; nothing is opened.
+    """
     if config.load_in_4bit and not config.use_lora:
         raise UserError("--load_in_4bit needs --use_lora: weights in 4 bits cannot be trained, only adapters on them")
     if config.export_adapter and config.export_dtype not in (None, config.master_dtype):
-        raise UserError(f"--export_dtype {config.export_dtype} is not read with --export_adapter: adapters are written as they are trained, in --master_dtype")
+        raise UserError(
+            f"--export_dtype {config.export_dtype} is not read with --export_adapter: adapters are written as they are"
+            " trained, in --master_dtype"
+        )
     for name in ONLY_WITH_LORA:
         if getattr(config, name) and not config.use_lora:
             raise UserError(f"--{name} is not read without --use_lora")
@@ -67,10 +108,17 @@ def check_flags(config: RunConfig) -> None:
 
 
 def choose(config: RunConfig, lm_config: Any, directory: Path | None, keep_initial: bool) -> Adapters | None:
-    """What --use_lora and its flags say of this model; `directory` is the adapter's that training starts from. Raises UserError."""
+    """What --use_lora and its flags say of this model; `directory` is the adapter's that training starts from. Raises
+    UserError.
+    """
     if not config.use_lora:
         return None
-    how = {"seed": config.seed, "four_bit": config.load_in_4bit, "double_quant": config.double_quant, "keep_initial": keep_initial}
+    how = {
+        "seed": config.seed,
+        "four_bit": config.load_in_4bit,
+        "double_quant": config.double_quant,
+        "keep_initial": keep_initial,
+    }
     if directory is not None:
         return replace(of_directory(directory, lm_config), **how)
     layers, name = _layers_of(lm_config)
@@ -78,7 +126,10 @@ def choose(config: RunConfig, lm_config: Any, directory: Path | None, keep_initi
     known = sorted({n.rpartition(".")[2] for n in layers})
     for target in wanted:
         if target != "all-linear" and target not in known and target not in layers:
-            raise UserError(f"--lora_target_modules {target}: no linear layer of {name} is called that{nearest(target, known)}; there are {', '.join(known)}")
+            raise UserError(
+                f"--lora_target_modules {target}: no linear layer of {name} is called that{nearest(target, known)};"
+                f" there are {', '.join(known)}"
+            )
     chosen = tuple(n for n in layers if "all-linear" in wanted or n in wanted or n.rpartition(".")[2] in wanted)
     return Adapters(config.lora_rank or 16, config.lora_alpha or 32.0, config.use_rslora, chosen, **how)
 
@@ -87,16 +138,22 @@ def of_directory(directory: Path, lm_config: Any) -> Adapters:
     """The adapters that an adapter's files describe, for this model. Raises UserError."""
     described = _read_config(directory)
     rank, rslora = described["r"], described.get("use_rslora", False)
-    return Adapters(rank, float(described["lora_alpha"]), rslora, _modules_of(directory, rank, *_layers_of(lm_config)), seed=0)
+    return Adapters(
+        rank, float(described["lora_alpha"]), rslora, _modules_of(directory, rank, *_layers_of(lm_config)), seed=0
+    )
 
 
 def for_value_model(adapters: Adapters, lm_config: Any, everything: bool) -> Adapters:
-    """The same adapters on another model: on all its linear layers, or on those of the same last names. Raises UserError."""
+    """The same adapters on another model: on all its linear layers, or on those of the same last names. Raises
+    UserError.
+    """
     layers, name = _layers_of(lm_config)
     wanted = {n.rpartition(".")[2] for n in adapters.modules}
     modules = tuple(n for n in layers if everything or n.rpartition(".")[2] in wanted)
     if not modules:
-        raise UserError(f"--value_model_name_or_path: {name} has none of the layers {', '.join(sorted(wanted))}, which are adapted")
+        raise UserError(
+            f"--value_model_name_or_path: {name} has none of the layers {', '.join(sorted(wanted))}, which are adapted"
+        )
     return replace(adapters, modules=modules, keep_initial=False)
 
 
@@ -111,22 +168,37 @@ def _read_config(directory: Path) -> dict[str, Any]:
     """Raises UserError for anything but plain LoRA."""
     try:
         described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
-        kind, rank, alpha, rslora = described["peft_type"], described["r"], described["lora_alpha"], described.get("use_rslora", False)
+        kind, rank, alpha, rslora = (
+            described["peft_type"],
+            described["r"],
+            described["lora_alpha"],
+            described.get("use_rslora", False),
+        )
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        there = " (the adapter of a merged run is in its adapter/)" if (directory / "adapter" / CONFIG).is_file() else ""
+        there = (
+            " (the adapter of a merged run is in its adapter/)" if (directory / "adapter" / CONFIG).is_file() else ""
+        )
         raise UserError(f"{directory}: no usable {CONFIG} of a LoRA adapter{there}") from None
     if kind != "LORA":
         raise UserError(f"{directory}: an adapter of type {str(kind)[:20]!r}; only LoRA is read")
-    numbers = type(rank) is int and 0 < rank < 2**20 and type(alpha) in (int, float) and 0 < alpha < 2**20  # no NaN either
+    numbers = (
+        type(rank) is int and 0 < rank < 2**20 and type(alpha) in (int, float) and 0 < alpha < 2**20
+    )  # no NaN either
     if not numbers or type(rslora) is not bool:
-        raise UserError(f"{directory / CONFIG}: r, lora_alpha and use_rslora must be a whole number, a number above 0 and a truth value")
+        raise UserError(
+            f"{directory / CONFIG}: r, lora_alpha and use_rslora must be a whole number, a number above 0 and a truth"
+            " value"
+        )
     for name, value in described.items():
         if value and (name not in HARMLESS or name in ("rank_pattern", "alpha_pattern")):
             raise UserError(f"{directory / CONFIG}: {name[:40]} is not supported, only plain LoRA of one rank")
     if described.get("bias", "none") != "none":
         raise UserError(f"{directory / CONFIG}: biases stay frozen, only bias none is supported")
     if described.get("init_lora_weights") not in PLAIN_STARTS:
-        raise UserError(f"{directory / CONFIG}: this init_lora_weights changes the model's own weights; save the adapter as plain LoRA first")
+        raise UserError(
+            f"{directory / CONFIG}: this init_lora_weights changes the model's own weights; save the adapter as plain"
+            " LoRA first"
+        )
     return described
 
 
@@ -134,7 +206,9 @@ def _open(directory: Path) -> Any:
     try:
         return safe_open(directory / TENSORS, framework="pt")
     except (SafetensorError, OSError):
-        pickled = "; a pickle file would run code and is never read" if (directory / "adapter_model.bin").is_file() else ""
+        pickled = (
+            "; a pickle file would run code and is never read" if (directory / "adapter_model.bin").is_file() else ""
+        )
         raise UserError(f"{directory}: no readable {TENSORS}{pickled}") from None
 
 
@@ -146,14 +220,22 @@ def _modules_of(directory: Path, rank: int, layers: dict[str, nn.Linear], model:
             match = KEY.fullmatch(key)
             if match is None or match["name"] not in layers:
                 close = nearest(match["name"], list(layers)) if match else ""
-                raise UserError(f"{directory}: the adapter is of another model: {key} fits no linear layer of {model}{close}")
+                raise UserError(
+                    f"{directory}: the adapter is of another model: {key} fits no linear layer of {model}{close}"
+                )
             layer = layers[match["name"]]
             tensor = f.get_slice(key)
             if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
                 raise UserError(f"{directory / TENSORS}: {key} is {tensor.get_dtype()}, not a floating dtype")
-            shape, expected = tensor.get_shape(), {"A": [rank, layer.in_features], "B": [layer.out_features, rank]}[match["leaf"]]
+            shape, expected = (
+                tensor.get_shape(),
+                {"A": [rank, layer.in_features], "B": [layer.out_features, rank]}[match["leaf"]],
+            )
             if list(shape) != expected:
-                raise UserError(f"{directory}: the adapter is of another model: {key} is {list(shape)}, this model's layer takes {expected}")
+                raise UserError(
+                    f"{directory}: the adapter is of another model: {key} is {list(shape)}, this model's layer takes"
+                    f" {expected}"
+                )
             found.setdefault(match["name"], set()).add(match["leaf"])
     if not found or any(leaves != {"A", "B"} for leaves in found.values()):
         raise UserError(f"{directory / TENSORS}: no pairs of lora_A and lora_B")
@@ -173,7 +255,10 @@ def read(directory: Path, base_weights: str | None) -> tuple[Callable[[str, slic
         except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
             raise UserError(f"{described}: not readable, delete it to use the adapter on any base that fits") from None
         if base_weights is not None and trained_on != base_weights:
-            raise UserError(f"{directory}: the adapter was trained on other weights ({trained_on[:16]}) than this model's ({base_weights})")
+            raise UserError(
+                f"{directory}: the adapter was trained on other weights ({trained_on[:16]}) than this model's"
+                f" ({base_weights})"
+            )
     file = _open(directory)
     with open(directory / TENSORS, "rb") as f:
         digest = hashlib.file_digest(f, "sha256")
@@ -191,13 +276,21 @@ def read(directory: Path, base_weights: str | None) -> tuple[Callable[[str, slic
 
 @torch.no_grad()
 def save(
-    lm: nn.Module, adapters: Adapters, directory: Path, world: World, *, base_name: str, revision: str, base_weights: str,
+    lm: nn.Module,
+    adapters: Adapters,
+    directory: Path,
+    world: World,
+    *,
+    base_name: str,
+    revision: str,
+    base_weights: str,
     inside: dict[str, Path] | None = None,
-) -> None:  # fmt: skip
-    """Writes the trained adapter in PEFT's format, as it is held; the directory appears whole or not at all. Collective.
+) -> None:
+    """Writes the trained adapter in PEFT's format, as it is held; the directory appears whole or not at all.
+    Collective.
 
-    `base_name`, `revision` ('local': none) and the fingerprint `base_weights` say what it belongs on. `inside` are finished directories to
-    be moved into it, under new names.
+    `base_name`, `revision` ('local': none) and the fingerprint `base_weights` say what it belongs on. `inside` are
+    finished directories to be moved into it, under new names.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     tensors = {}
@@ -211,9 +304,18 @@ def save(
         partial.mkdir(parents=True)
         save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         described = {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_name,
-            "revision": None if revision == "local" else revision, "r": adapters.rank, "lora_alpha": adapters.alpha, "use_rslora": adapters.rslora, "target_modules": _targets(lm, adapters), "lora_dropout": 0.0, "bias": "none", "inference_mode": True,
-        }  # fmt: skip
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "revision": None if revision == "local" else revision,
+            "r": adapters.rank,
+            "lora_alpha": adapters.alpha,
+            "use_rslora": adapters.rslora,
+            "target_modules": _targets(lm, adapters),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+        }
         (partial / CONFIG).write_text(json.dumps(described, indent=2), encoding="utf-8")
         (partial / BASE).write_text(json.dumps({"weights": base_weights, FORM: adapters.form}), encoding="utf-8")
         weights.publish(partial, directory, inside)
@@ -221,7 +323,9 @@ def save(
 
 
 def _targets(lm: nn.Module, adapters: Adapters) -> list[str]:
-    """The adapted layers as PEFT matches them: by last name where that means these layers and no other, else by full name."""
+    """The adapted layers as PEFT matches them: by last name where that means these layers and no other, else by full
+    name.
+    """
     short = {name.rpartition(".")[2] for name in adapters.modules}
     layers = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear | lora.AdaptedLinear)]
     exact = {name for name in layers if name.rpartition(".")[2] in short} == set(adapters.modules)

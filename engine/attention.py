@@ -4,16 +4,19 @@
 
 Registered with transformers' AttentionInterface under the name NAME, so every decoder of the library that mixes tokens
 only through attention runs on it unmodified; no mask is ever built. The stream's boundaries arrive as keyword arguments
-that the decoder passes through: `packing`, whatever has `cu_seqlens` (int32, S + 1, on the device), `bounds` (the same on the host),
-`max_seqlen` and `lengths` (Python ints): a MicroBatch, or `Packing` where there is none. Nothing here waits for the device.
+that the decoder passes through: `packing`, whatever has `cu_seqlens` (int32, S + 1, on the device), `bounds` (the same
+on the host), `max_seqlen` and `lengths` (Python ints): a MicroBatch, or `Packing` where there is none. Nothing here
+waits for the device.
 
-Backends that are not one operation of a graph already become the operator triptych::packed_attention: `flash4` always, with the library's own
-backward kernel, `sdpa` and `eager` while torch.compile traces a layer, with the gradient written out below.
+Backends that are not one operation of a graph already become the operator triptych::packed_attention: `flash4` always,
+with the library's own backward kernel, `sdpa` and `eager` while torch.compile traces a layer, with the gradient written
+out below.
 
 Backends: flash-attention 4, 3 or 2 where installed, torch's own varlen kernel on CUDA, scaled_dot_product_attention
 per sequence (any device), and `eager`, the formula written out, which the others equal.
 
-T tokens of the stream · N query heads · K key/value heads · G = N / K · H head size · L tokens of one sequence · W window.
+T tokens of the stream · N query heads · K key/value heads · G = N / K · H head size · L tokens of one sequence · W
+window.
 """
 
 from __future__ import annotations
@@ -70,7 +73,11 @@ def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
         return "needs a CUDA device"
     if dtype not in (torch.bfloat16, torch.float16):
         return "needs --dtype bfloat16"
-    module = {"flash4": "flash_attn.cute", "flash3": "flash_attn_interface", "flash2": "flash_attn.flash_attn_interface"}.get(backend)
+    module = {
+        "flash4": "flash_attn.cute",
+        "flash3": "flash_attn_interface",
+        "flash2": "flash_attn.flash_attn_interface",
+    }.get(backend)
     if backend == "varlen":
         return _cannot_import("torch.nn.attention.varlen")
     if backend in ("flash3", "flash4") and torch.cuda.get_device_capability(device)[0] < 9:
@@ -88,7 +95,9 @@ def _cannot_import(module: str) -> str:
         return f"the package {module} is not installed"
     try:
         importlib.import_module(module)
-    except Exception as error:  # a library that is missing, of another torch or CUDA: whatever it raises, another backend serves
+    except (
+        Exception
+    ) as error:  # a library that is missing, of another torch or CUDA: whatever it raises, another backend serves
         return f"the package {module} {BROKEN} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
     return ""
 
@@ -96,15 +105,18 @@ def _cannot_import(module: str) -> str:
 def register(backend: str) -> str:
     """Registers packed attention on `backend` and returns the name for a model's `attn_implementation`.
 
-    Nothing is registered with AttentionMaskInterface: for a name unknown there the library builds no mask. For a known one it would first look
-    at the position ids for packed sequences, and with that wait for the device in every forward pass.
+    Nothing is registered with AttentionMaskInterface: for a name unknown there the library builds no mask. For a known
+    one it would first look at the position ids for packed sequences, and with that wait for the device in every forward
+    pass.
     """
     AttentionInterface.register(NAME, packed(backend))
     return NAME
 
 
 def packed(backend: str) -> Callable:
-    """Packed attention on `backend` as a function of AttentionInterface's signature, for who registers it within another."""
+    """Packed attention on `backend` as a function of AttentionInterface's signature, for who registers it within
+    another.
+    """
     if backend == "flash4":
         return _packed(_as_operator(backend))
     if backend in BY_LENGTHS:
@@ -135,14 +147,26 @@ class Packing(NamedTuple):
 
 def _packed(attend: Callable) -> Callable:
     def attention(
-        module, query_1NTH, key_1KTH, value_1KTH, attention_mask, scaling=None, dropout=0.0,
-        sliding_window=None, softcap=None, s_aux=None, packing=None, **others,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module,
+        query_1NTH,
+        key_1KTH,
+        value_1KTH,
+        attention_mask,
+        scaling=None,
+        dropout=0.0,
+        sliding_window=None,
+        softcap=None,
+        s_aux=None,
+        packing=None,
+        **others,
+    ) -> tuple[Tensor, None]:
         if packing is None or attention_mask is not None or dropout:
             raise ValueError("packed attention takes a packing, no mask and no dropout")
         q_TNH, k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (query_1NTH, key_1KTH, value_1KTH))
         scale = scaling if scaling is not None else q_TNH.shape[-1] ** -0.5
-        out_TNH = attend(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=sliding_window, softcap=softcap, sinks_N=s_aux)
+        out_TNH = attend(
+            q_TNH, k_TKH, v_TKH, packing, scale=scale, window=sliding_window, softcap=softcap, sinks_N=s_aux
+        )
         return out_TNH[None], None
 
     return attention
@@ -191,7 +215,9 @@ def _sdpa(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> T
 
 @lru_cache
 def _varlen_options() -> dict[str, Any]:
-    """torch 2.13 wants to be told that query heads share keys; 2.11 has no such argument. The kernel below both takes such heads as they are."""
+    """torch 2.13 wants to be told that query heads share keys; 2.11 has no such argument. The kernel below both takes
+    such heads as they are.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
     return {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
@@ -201,10 +227,23 @@ def _varlen(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) ->
     from torch.nn.attention.varlen import varlen_attn
 
     if softcap is not None or sinks_N is not None:
-        raise UserError("--attention varlen has neither soft-caps nor sinks, which this model needs: use --attention eager")
+        raise UserError(
+            "--attention varlen has neither soft-caps nor sinks, which this model needs: use --attention eager"
+        )
     visible = (-1 if window is None else window - 1, 0)
     cu_seqlens, longest = packing.cu_seqlens, packing.max_seqlen
-    return varlen_attn(q_TNH, k_TKH, v_TKH, cu_seqlens, cu_seqlens, longest, longest, scale=scale, window_size=visible, **_varlen_options())
+    return varlen_attn(
+        q_TNH,
+        k_TKH,
+        v_TKH,
+        cu_seqlens,
+        cu_seqlens,
+        longest,
+        longest,
+        scale=scale,
+        window_size=visible,
+        **_varlen_options(),
+    )
 
 
 def _flash(backend: str) -> Callable:
@@ -231,7 +270,10 @@ def _flash(backend: str) -> Callable:
             options["deterministic"] = torch.are_deterministic_algorithms_enabled()
         missing = options.keys() - parameters.keys()
         if missing:
-            raise UserError(f"--attention {backend} has no {', '.join(sorted(missing))}, which this model needs: use --attention eager")
+            raise UserError(
+                f"--attention {backend} has no {', '.join(sorted(missing))}, which this model needs: use --attention"
+                " eager"
+            )
         out = flash_attn_varlen_func(q_TNH, k_TKH, v_TKH, **options)
         return out[0] if isinstance(out, tuple) else out
 
@@ -260,24 +302,38 @@ def _flash4_lacks() -> str:
 
 _BOTH = {"softmax_scale", "causal", "softcap", "window_size_left", "window_size_right", "learnable_sink"}
 _STREAM = {"cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k"}
-FLASH4 = {"_flash_attn_fwd": {"q", "k", "v", "return_lse"} | _BOTH | _STREAM,
-          "_flash_attn_bwd": {"q", "k", "v", "out", "dout", "lse", "deterministic"} | _BOTH | _STREAM}  # fmt: skip
+FLASH4 = {
+    "_flash_attn_fwd": {"q", "k", "v", "return_lse"} | _BOTH | _STREAM,
+    "_flash_attn_bwd": {"q", "k", "v", "out", "dout", "lse", "deterministic"} | _BOTH | _STREAM,
+}
 
 
-def _flash4_options(packing: Packing, scale: float, window: int | None, softcap: float | None, sinks_N: Tensor | None) -> dict[str, Any]:
+def _flash4_options(
+    packing: Packing, scale: float, window: int | None, softcap: float | None, sinks_N: Tensor | None
+) -> dict[str, Any]:
     return {
-        "softmax_scale": scale, "causal": True, "softcap": softcap or 0.0, "learnable_sink": sinks_N,
-        "window_size_left": None if window is None else window - 1, "window_size_right": None if window is None else 0,
-        "cu_seqlens_q": packing.cu_seqlens, "cu_seqlens_k": packing.cu_seqlens, "max_seqlen_q": packing.max_seqlen, "max_seqlen_k": packing.max_seqlen,
-    }  # fmt: skip
+        "softmax_scale": scale,
+        "causal": True,
+        "softcap": softcap or 0.0,
+        "learnable_sink": sinks_N,
+        "window_size_left": None if window is None else window - 1,
+        "window_size_right": None if window is None else 0,
+        "cu_seqlens_q": packing.cu_seqlens,
+        "cu_seqlens_k": packing.cu_seqlens,
+        "max_seqlen_q": packing.max_seqlen,
+        "max_seqlen_k": packing.max_seqlen,
+    }
 
 
-# --- as one operator ------------------------------------------------------------------------------------------------------------
+# --- as one operator
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _as_operator(backend: str) -> Callable:
     def attend(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
-        return _operator(q_TNH, k_TKH, v_TKH, sinks_N, packing.cu_seqlens, packing.bounds, backend, scale, window, softcap)[0]
+        return _operator(
+            q_TNH, k_TKH, v_TKH, sinks_N, packing.cu_seqlens, packing.bounds, backend, scale, window, softcap
+        )[0]
 
     return attend
 
@@ -289,13 +345,23 @@ def _operator_while_compiling(backend: str) -> Callable:
 
 @torch.library.custom_op("triptych::packed_attention", mutates_args=())
 def _operator(
-    q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor, bounds: Tensor, backend: str, scale: float,
-    window: int | None, softcap: float | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    sinks_N: Tensor | None,
+    cu_seqlens: Tensor,
+    bounds: Tensor,
+    backend: str,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor]:
     """(out, log-sum-exp (N, T) fp32 where the backend's backward kernel needs it, else empty)."""
     packing = Packing.at(cu_seqlens, bounds)
     if backend == "flash4":
-        out_TNH, lse_NT, *_ = flash4_kernels()[0](q_TNH, k_TKH, v_TKH, return_lse=True, **_flash4_options(packing, scale, window, softcap, sinks_N))
+        out_TNH, lse_NT, *_ = flash4_kernels()[0](
+            q_TNH, k_TKH, v_TKH, return_lse=True, **_flash4_options(packing, scale, window, softcap, sinks_N)
+        )
         return out_TNH, lse_NT
     attend = {"sdpa": _sdpa, "eager": _eager}[backend]
     out_TNH = attend(q_TNH, k_TKH, v_TKH, packing, scale=scale, window=window, softcap=softcap, sinks_N=sinks_N)
@@ -305,14 +371,27 @@ def _operator(
 @_operator.register_fake
 def _(q_TNH, k_TKH, v_TKH, sinks_N, cu_seqlens, bounds, backend, scale, window, softcap) -> tuple[Tensor, Tensor]:
     T, N, _ = q_TNH.shape
-    return q_TNH.new_empty((T, N, v_TKH.shape[2])), q_TNH.new_empty((N, T) if backend == "flash4" else (0,), dtype=torch.float32)
+    return q_TNH.new_empty((T, N, v_TKH.shape[2])), q_TNH.new_empty(
+        (N, T) if backend == "flash4" else (0,), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("triptych::packed_attention_backward", mutates_args=())
 def _operator_backward(
-    grad_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor, sinks_N: Tensor | None, cu_seqlens: Tensor,
-    bounds: Tensor, backend: str, scale: float, window: int | None, softcap: float | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    grad_TNH: Tensor,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    out_TNH: Tensor,
+    lse_NT: Tensor,
+    sinks_N: Tensor | None,
+    cu_seqlens: Tensor,
+    bounds: Tensor,
+    backend: str,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the sinks (empty without)."""
     if backend == "flash4":
         options = _flash4_options(Packing.at(cu_seqlens, bounds), scale, window, softcap, sinks_N)
@@ -322,7 +401,9 @@ def _operator_backward(
     return _written_out(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, bounds, scale, window, softcap)
 
 
-def _written_out(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, bounds, scale, window, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _written_out(
+    grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, bounds, scale, window, softcap
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients by sequences, and by as many key heads at a time as SCORES allows."""
     groups = q_TNH.shape[1] // k_TKH.shape[1]
     wide = torch.promote_types(q_TNH.dtype, torch.float32)
@@ -336,21 +417,30 @@ def _written_out(grad_TNH, q_TNH, k_TKH, v_TKH, sinks_N, bounds, scale, window, 
         for first in range(0, k_TKH.shape[1], at_once):
             last = min(first + at_once, k_TKH.shape[1])
             rows, heads = slice(start, end), slice(first * groups, last * groups)
-            g_KGLH, q_KGLH = (x[rows, heads].transpose(0, 1).unflatten(0, (-1, groups)).to(wide) for x in (grad_TNH, q_TNH))
+            g_KGLH, q_KGLH = (
+                x[rows, heads].transpose(0, 1).unflatten(0, (-1, groups)).to(wide) for x in (grad_TNH, q_TNH)
+            )
             k_KLH, v_KLH = (x[rows, first:last].transpose(0, 1).to(wide) for x in (k_TKH, v_TKH))
             sinks_KG = None if sinks_N is None else sinks_N[heads].to(wide).view(-1, groups)
-            dq_KGLH, dk_KLH, dv_KLH, dsinks_KG = _gradients(g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softcap)
+            dq_KGLH, dk_KLH, dv_KLH, dsinks_KG = _gradients(
+                g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softcap
+            )
             dq_TNH[rows, heads] = dq_KGLH.flatten(0, 1).transpose(0, 1).to(dq_TNH.dtype)
-            dk_TKH[rows, first:last], dv_TKH[rows, first:last] = (x.transpose(0, 1).to(dk_TKH.dtype) for x in (dk_KLH, dv_KLH))
+            dk_TKH[rows, first:last], dv_TKH[rows, first:last] = (
+                x.transpose(0, 1).to(dk_TKH.dtype) for x in (dk_KLH, dv_KLH)
+            )
             if dsinks_KG is not None:
                 dsinks_N[heads] += dsinks_KG.flatten()
     return dq_TNH, dk_TKH, dv_TKH, dsinks_N
 
 
-def _gradients(g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softcap) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _gradients(
+    g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softcap
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """(dq, dk, dv, dsinks) of one sequence, K key heads and the G query heads of each, in fp32 or more.
 
-    With z = scale q k^T, c = cap(z), p = softmax(c, sink), delta_t = sum_s p_ts (g_t . v_s), the gradient's part along the output:
+    With z = scale q k^T, c = cap(z), p = softmax(c, sink), delta_t = sum_s p_ts (g_t . v_s), the gradient's part along
+    the output:
     dv = p^T g,   dc = p (g v^T - delta),   dz = dc (1 - (c / softcap)^2),   dq = scale dz k,   dk = scale dz^T q,   dsink = - sum_t p_sink delta_t
     """
     length = k_KLH.shape[1]
@@ -365,15 +455,22 @@ def _gradients(g_KGLH, q_KGLH, k_KLH, v_KLH, sinks_KG, visible_LL, scale, softca
     delta_KGL1 = (p_KGLL * dc_KGLL).sum(-1, keepdim=True)
     dz_KGLL = p_KGLL * (dc_KGLL - delta_KGL1) * scale
     dz_KGLL = dz_KGLL if softcap is None else dz_KGLL * (1 - (c_KGLL / softcap).square())
-    dk_KLH, dv_KLH = (torch.einsum("kgts,kgth->ksh", w_KGLL, x_KGLH) for w_KGLL, x_KGLH in ((dz_KGLL, q_KGLH), (p_KGLL, g_KGLH)))
+    dk_KLH, dv_KLH = (
+        torch.einsum("kgts,kgth->ksh", w_KGLL, x_KGLH) for w_KGLL, x_KGLH in ((dz_KGLL, q_KGLH), (p_KGLL, g_KGLH))
+    )
     dsinks_KG = None if sinks_KG is None else -(p_KGLX[..., -1:] * delta_KGL1).sum((2, 3))
     return torch.einsum("kgts,ksh->kgth", dz_KGLL, k_KLH), dk_KLH, dv_KLH, dsinks_KG
 
 
 @_operator_backward.register_fake
-def _(grad_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, sinks_N, cu_seqlens, bounds, backend, scale, window, softcap) -> tuple[Tensor, ...]:
+def _(
+    grad_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, sinks_N, cu_seqlens, bounds, backend, scale, window, softcap
+) -> tuple[Tensor, ...]:
     sinks = 0 if sinks_N is None else len(sinks_N)
-    return (*(x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH)), q_TNH.new_empty(sinks, dtype=torch.promote_types(q_TNH.dtype, torch.float32)))
+    return (
+        *(x.new_empty(x.shape) for x in (q_TNH, k_TKH, v_TKH)),
+        q_TNH.new_empty(sinks, dtype=torch.promote_types(q_TNH.dtype, torch.float32)),
+    )
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:

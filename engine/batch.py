@@ -1,8 +1,8 @@
 """Micro-batches: flat streams of tokens, and how the sequences of one step are packed into them.
 
 The sequences of a step are drawn first and packed only within the step, so which examples share a step never depends on
-lengths, on the number of ranks or on the memory budget. Every rank gets the same number of micro-batches (collectives must
-pair up); one without work holds a single token that counts for nothing.
+lengths, on the number of ranks or on the memory budget. Every rank gets the same number of micro-batches (collectives
+must pair up); one without work holds a single token that counts for nothing.
 
 T tokens of the stream · S sequences · R rows that count (positions whose next token is trained).
 """
@@ -72,8 +72,9 @@ class MicroBatch:
     def rounded_up(self) -> Stream:
         """The stream with a tail that counts for nothing, one more sequence, up to a length of 120, 248, 376, ...
 
-        8 less than a multiple of 128: whole tiles of a matrix product, and never equal to a width of the model, which torch.compile would take
-        for the same number. The boundaries are 2^n + 1, at least 65, the last ones equal: as many sequences of length 0.
+        8 less than a multiple of 128: whole tiles of a matrix product, and never equal to a width of the model, which
+        torch.compile would take for the same number. The boundaries are 2^n + 1, at least 65, the last ones equal: as
+        many sequences of length 0.
         """
         tokens, device = len(self.ids_T), self.ids_T.device
         tail = -(tokens + TILE_LESS) % TILE
@@ -81,8 +82,13 @@ class MicroBatch:
         longest = 2 ** max(7, (max(*self.lengths, tail) - 1).bit_length())
         ids_T = torch.cat([self.ids_T, torch.zeros(tail, dtype=torch.int64, device=device)])
         positions_T = torch.cat([self.positions_T, torch.arange(tail, device=device)])
-        ends = [torch.full((bounds - len(x),), tokens + tail, dtype=torch.int32, device=x.device) for x in (self.cu_seqlens, self.bounds)]
-        return Stream(ids_T, positions_T, torch.cat([self.cu_seqlens, ends[0]]), torch.cat([self.bounds, ends[1]]), longest)
+        ends = [
+            torch.full((bounds - len(x),), tokens + tail, dtype=torch.int32, device=x.device)
+            for x in (self.cu_seqlens, self.bounds)
+        ]
+        return Stream(
+            ids_T, positions_T, torch.cat([self.cu_seqlens, ends[0]]), torch.cat([self.bounds, ends[1]]), longest
+        )
 
 
 def sum_by_sequence(values_R: Tensor, counts_S: Tensor) -> Tensor:
@@ -90,7 +96,9 @@ def sum_by_sequence(values_R: Tensor, counts_S: Tensor) -> Tensor:
     return torch.segment_reduce(values_R, "sum", lengths=counts_S, unsafe=True, initial=0.0)
 
 
-def micro_batch(sequences: Sequence[tuple[np.ndarray, np.ndarray]], examples: Sequence[int], device: torch.device) -> MicroBatch:
+def micro_batch(
+    sequences: Sequence[tuple[np.ndarray, np.ndarray]], examples: Sequence[int], device: torch.device
+) -> MicroBatch:
     """Packs (ids, mask) sequences; mask is True for tokens that count. None: the placeholder of a rank without work."""
     sequences = sequences or [(np.zeros(2, np.int64), np.zeros(2, bool))]
     masks = [np.asarray(mask[1:], bool) for _, mask in sequences]
@@ -117,11 +125,12 @@ def micro_batch(sequences: Sequence[tuple[np.ndarray, np.ndarray]], examples: Se
 
 
 def pack(tokens: Sequence[int], budget: int, ranks: int) -> list[list[list[int]]]:
-    """Packs the examples of one step into micro-batches: for every rank, the same number of lists of positions in `tokens`.
+    """Packs the examples of one step into micro-batches: for every rank, the same number of lists of positions in
+    `tokens`.
 
     Longest example first, each into the emptiest bin; the fewest bins a multiple of `ranks` in which none exceeds the
-    budget; an example over the budget is a bin of its own. Bins then go to ranks fullest first, each to the rank with the
-    least work, so that ranks carry equal loads. Deterministic; order of examples within a bin is ascending.
+    budget; an example over the budget is a bin of its own. Bins then go to ranks fullest first, each to the rank with
+    the least work, so that ranks carry equal loads. Deterministic; order of examples within a bin is ascending.
     """
     order = sorted(range(len(tokens)), key=lambda i: (-tokens[i], i))
     oversized = [i for i in order if tokens[i] > budget]
@@ -158,7 +167,9 @@ def _emptiest_first(order: list[int], tokens: Sequence[int], budget: int, count:
 
 
 class MicroBatches:
-    """This rank's micro-batches of one step after another; on CUDA each is built and copied by a thread of its own while the device works on the last."""
+    """This rank's micro-batches of one step after another; on CUDA each is built and copied by a thread of its own
+    while the device works on the last.
+    """
 
     def __init__(self, examples: Examples, budget: int, world: World, ahead: bool | None = None) -> None:
         """`ahead` (default: on CUDA): build on a thread. Where the device is the host, that would take its cores."""
@@ -169,7 +180,9 @@ class MicroBatches:
         self._begun: tuple[bytes, Callable[[], Any]] | None = None
 
     def __call__(self, chosen: np.ndarray, then: np.ndarray | None = None) -> Iterator[tuple[MicroBatch, bool]]:
-        """(micro-batch, is it the last) of a step on the examples `chosen`; the same number on every rank. The next step takes `then`."""
+        """(micro-batch, is it the last) of a step on the examples `chosen`; the same number on every rank. The next
+        step takes `then`.
+        """
         begun, self._begun = self._begun, None
         first = begun[1] if begun and begun[0] == chosen.tobytes() else self._soon(self._begin, chosen)
         plan, batch = first()
@@ -198,6 +211,8 @@ class MicroBatches:
         return micro_batch(sequences, mine, self.world.device)
 
 
-def step_batches(examples: Examples, chosen: np.ndarray, budget: int, world: World) -> Iterator[tuple[MicroBatch, bool]]:
+def step_batches(
+    examples: Examples, chosen: np.ndarray, budget: int, world: World
+) -> Iterator[tuple[MicroBatch, bool]]:
     """The `MicroBatches` of one step, or pass, alone."""
     return MicroBatches(examples, budget, world)(chosen)

@@ -17,8 +17,9 @@ def installed() -> bool:
 def bitsandbytes() -> ModuleType:
     """The package, imported when first needed.
 
-    On a CPU with AVX512-bf16 its import asks the package `kernels`, if that is there, for native code from a hub. Nothing of ours
-    needs that kernel, and no code is taken from outside at run time: during the import `kernels` cannot be found.
+    On a CPU with AVX512-bf16 its import asks the package `kernels`, if that is there, for native code from a hub.
+    Nothing of ours needs that kernel, and no code is taken from outside at run time: during the import `kernels` cannot
+    be found.
     """
     missing = object()
     hidden = sys.modules.get("kernels", missing)

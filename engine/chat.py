@@ -1,10 +1,10 @@
 """Conversations as token ids with an exact mask of what is trained.
 
-Every assistant turn trains its content and its end-of-turn token, never the role header. The text is the chat template's
-own. Where the contents stand in it is found once for every sequence of roles, by rendering it with marks for contents; a
-turn begins where the prompt for it (`add_generation_prompt`) ends, so what a template puts between prompt and content, an
-empty thought for example, is trained: at inference the model has to write it. Every turn is tokenised by itself, so that it
-begins on a token boundary exactly as it does when the model generates it.
+Every assistant turn trains its content and its end-of-turn token, never the role header. The text is the chat
+template's own. Where the contents stand in it is found once for every sequence of roles, by rendering it with marks for
+contents; a turn begins where the prompt for it (`add_generation_prompt`) ends, so what a template puts between prompt
+and content, an empty thought for example, is trained: at inference the model has to write it. Every turn is tokenised
+by itself, so that it begins on a token boundary exactly as it does when the model generates it.
 """
 
 from __future__ import annotations
@@ -27,20 +27,18 @@ from engine.rows import BadRow
 # The Tülu format: plain-text role markers, each turn ended by a newline but for the assistant's, which ends in the
 # end-of-sequence token (and a newline only where another turn follows). An unknown role is an error, not silence.
 TULU_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '<|assistant|>\n' + message['content'] + eos_token }}"
-    "{% if not loop.last %}{{ '\n' }}{% endif %}"
-    "{% elif message['role'] in ['system', 'user', 'tool'] %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}"
-    "{% else %}{{ raise_exception('unknown role ' + message['role']) }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}{{ '<|assistant|>\n' + message['content'] +"
+    " eos_token }}{% if not loop.last %}{{ '\n' }}{% endif %}{% elif message['role'] in ['system', 'user', 'tool'] %}{{"
+    " '<|' + message['role'] + '|>\n' + message['content'] + '\n' }}{% else %}{{ raise_exception('unknown role ' +"
+    " message['role']) }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
 )
 
 
-# Tokens are a function of the conversation: a template that asks for today's date gets this one (Llama 3's own default).
+# Tokens are a function of the conversation: a template that asks for today's date gets this one (Llama 3's own
+# default).
 FIXED_DATE = (
-    "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') | replace('%m', '07')"
-    " | replace('%Y', '2024') | replace('%y', '24') | replace('%A', 'Friday') }}{% endmacro %}"
+    "{% macro strftime_now(f) %}{{ f | replace('%d', '26') | replace('%b', 'Jul') | replace('%B', 'July') |"
+    " replace('%m', '07') | replace('%Y', '2024') | replace('%y', '24') | replace('%A', 'Friday') }}{% endmacro %}"
 )
 
 
@@ -72,7 +70,9 @@ class ChatTokenizer:
             raise BadRow(f"the chat template refuses the conversation: {str(error)[:120]}") from None
 
     def spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation's text, and [start, end) of every assistant turn in it: content and end-of-turn token. Raises BadRow."""
+        """The conversation's text, and [start, end) of every assistant turn in it: content and end-of-turn token.
+        Raises BadRow.
+        """
         for i, message in enumerate(messages):
             if control := self.control.search(message["content"]):
                 raise BadRow(f"content of message {i} holds the control token {control.group()!r}")
@@ -92,7 +92,9 @@ class ChatTokenizer:
         return whole, spans
 
     def _content_end(self, message: dict[str, str], whole: str, start: int, after: str) -> int:
-        """Where the content that starts at `start` ends, such that `after` follows it; -1 if it is not there, as it is or trimmed."""
+        """Where the content that starts at `start` ends, such that `after` follows it; -1 if it is not there, as it is
+        or trimmed.
+        """
         content = message["content"]
         if message["role"] == "assistant":  # whatever the model writes up to its end of turn, which no content holds
             end = whole.find(self.end_of_turn, start) - after.index(self.end_of_turn)
@@ -102,21 +104,27 @@ class ChatTokenizer:
                 return start + len(text)
         return -1
 
-    def encode(self, messages: list[dict[str, str]], max_length: int, last_turn_only: bool) -> tuple[np.ndarray, np.ndarray]:
+    def encode(
+        self, messages: list[dict[str, str]], max_length: int, last_turn_only: bool
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, mask bool), cut to `max_length` tokens; mask is True where the token is trained. Raises BadRow."""
         whole, spans = self.spans(messages)
-        counted = spans[-1:] if last_turn_only and messages[-1]["role"] == "assistant" else [] if last_turn_only else spans
+        counted = (
+            spans[-1:] if last_turn_only and messages[-1]["role"] == "assistant" else [] if last_turn_only else spans
+        )
         if self.splits_faithfully:
             edges = [0, *(edge for span in spans for edge in span), len(whole)]
             pieces = [(whole[a:b], (a, b) in counted) for a, b in pairwise(edges) if a < b]
-            encoded = self.tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)["input_ids"]
+            encoded = self.tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)[
+                "input_ids"
+            ]
             ids = np.array([i for piece in encoded for i in piece], np.int32)
             mask = np.repeat([trained for _, trained in pieces], [len(piece) for piece in encoded])
         else:
             encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids = np.array(encoding["input_ids"], np.int32)
-            # A token belongs to the turn in which its last visible character stands: some vocabularies put the space before a word
-            # into its token, and some control tokens take along the newline behind them.
+            # A token belongs to the turn in which its last visible character stands: some vocabularies put the space
+            # before a word into its token, and some control tokens take along the newline behind them.
             ends = [a + len(whole[a:b].rstrip()) if whole[a:b].strip() else b for a, b in encoding["offset_mapping"]]
             mask = np.array([any(start < end <= stop for start, stop in counted) for end in ends], bool)
         if len(ids) and ids.max() >= self.vocab_size:
@@ -128,7 +136,8 @@ class ChatTokenizer:
 def _literals(chat: ChatTokenizer, roles: tuple[str, ...]) -> list[str]:
     """What the template writes before, between and after the contents of messages with these roles. Raises BadRow.
 
-    Before an assistant's content: up to where the model begins to write, which is where the prompt ends or else the content starts.
+    Before an assistant's content: up to where the model begins to write, which is where the prompt ends or else the
+    content starts.
     """
     marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters, which no template looks at
     messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
@@ -147,7 +156,8 @@ def _literals(chat: ChatTokenizer, roles: tuple[str, ...]) -> list[str]:
 
 
 def _end_of_prompt(chat: ChatTokenizer, messages: list[dict[str, str]], before: str) -> int:
-    """Where, in the text `before` the next content, the prompt for it ends; without a prompt that is its beginning: where it ends.
+    """Where, in the text `before` the next content, the prompt for it ends; without a prompt that is its beginning:
+    where it ends.
 
     A template whose prompt lacks the role header (it ignores add_generation_prompt) must not have the header trained.
     """
@@ -164,19 +174,25 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
-        raise UserError(f"{directory}: no usable tokenizer ({' '.join(str(error).split())[:160] or type(error).__name__})") from None
+        raise UserError(
+            f"{directory}: no usable tokenizer ({' '.join(str(error).split())[:160] or type(error).__name__})"
+        ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
     origin = "the tokenizer's own"
     if not tokenizer.chat_template:
         if tokenizer.eos_token is None:
-            raise UserError(f"{directory}: the tokenizer has neither a chat template nor an end-of-sequence token to use Tülu's with")
+            raise UserError(
+                f"{directory}: the tokenizer has neither a chat template nor an end-of-sequence token to use Tülu's"
+                " with"
+            )
         tokenizer.chat_template, origin = TULU_TEMPLATE, "Tülu's, since the tokenizer has none"
     end_of_turn = _end_of_turn(tokenizer, directory)
     end_of_turn_id = tokenizer.convert_tokens_to_ids(end_of_turn)
     if end_of_turn_id >= vocab_size:
         raise UserError(
-            f"{directory}: the end-of-turn token {end_of_turn!r} has id {end_of_turn_id}, beyond the model's {vocab_size} embeddings"
+            f"{directory}: the end-of-turn token {end_of_turn!r} has id {end_of_turn_id}, beyond the model's"
+            f" {vocab_size} embeddings"
         )
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     return ChatTokenizer(
@@ -199,7 +215,8 @@ def _end_of_turn(tokenizer: Any, directory: Path) -> str:
         whole = tokenizer.apply_chat_template(messages, tokenize=False)
     except Exception as error:  # as in render()
         raise UserError(
-            f"{directory}: the chat template fails on a user and an assistant turn ({' '.join(str(error).split())[:120]})"
+            f"{directory}: the chat template fails on a user and an assistant turn"
+            f" ({' '.join(str(error).split())[:120]})"
         ) from None
     for role, content in (("user", question), ("assistant", answer)):
         if content not in whole:
@@ -208,12 +225,17 @@ def _end_of_turn(tokenizer: Any, directory: Path) -> str:
     after = whole[whole.rindex(answer) + len(answer) :]
     found = [(after.index(token), -len(token), token) for token in special if token and token in after]
     if not found:
-        raise UserError(f"{directory}: the chat template ends an assistant turn without an end token, so a model could never learn to stop")
+        raise UserError(
+            f"{directory}: the chat template ends an assistant turn without an end token, so a model could never learn"
+            " to stop"
+        )
     return min(found)[2]
 
 
 def _splits_faithfully(tokenizer: Any, end_of_turn: str) -> bool:
-    """False for vocabularies that put a space before the first word of whatever they are given, or let a control token eat what follows."""
+    """False for vocabularies that put a space before the first word of whatever they are given, or let a control token
+    eat what follows.
+    """
     pieces = ["a word", "another\n", end_of_turn, "\n and", " more"]
     ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
     whole = tokenizer(end_of_turn + "\n and", add_special_tokens=False)["input_ids"]

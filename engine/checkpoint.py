@@ -1,9 +1,10 @@
 """Checkpoints that survive a kill at any moment, and resume that is exact.
 
-A checkpoint is output_dir/checkpoints/step-000100: DCP shards in safetensors (what is trained: masters and AdamW moments; no pickle), a
-readable state.json, and COMPLETE, a manifest with the size and SHA-256 of every file. It is written in the background, from
-a copy, over a process group of its own, under a temporary name; it gets its own name when every rank's files are on disk. So
-a directory named step-* is whole, and one that has since been damaged is noticed before it is read.
+A checkpoint is output_dir/checkpoints/step-000100: DCP shards in safetensors (what is trained: masters and AdamW
+moments; no pickle), a readable state.json, and COMPLETE, a manifest with the size and SHA-256 of every file. It is
+written in the background, from a copy, over a process group of its own, under a temporary name; it gets its own name
+when every rank's files are on disk. So a directory named step-* is whole, and one that has since been damaged is
+noticed before it is read.
 """
 
 from __future__ import annotations
@@ -35,8 +36,19 @@ Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 class Checkpoints:
     """The checkpoints of one run. `identity` is what a checkpoint must share with the run to be resumed (model, data)."""
 
-    def __init__(self, output_dir: Path, world: World, trained: Trained, *, keep: int, identity: dict[str, str], settings: dict[str, Any]) -> None:
-        """`trained`: name → (module, its AdamW), everything that the run updates; `settings`: the flags that must not change."""
+    def __init__(
+        self,
+        output_dir: Path,
+        world: World,
+        trained: Trained,
+        *,
+        keep: int,
+        identity: dict[str, str],
+        settings: dict[str, Any],
+    ) -> None:
+        """`trained`: name → (module, its AdamW), everything that the run updates; `settings`: the flags that must not
+        change.
+        """
         self.root = output_dir / "checkpoints"
         self.world, self.trained, self.keep, self.identity, self.settings = world, trained, keep, identity, settings
         self.group = dist.new_group(backend="gloo")  # of its own: collectives of a save must not mix with training's
@@ -46,7 +58,8 @@ class Checkpoints:
             for leftover in self.root.glob("tmp-*"):
                 shutil.rmtree(leftover)
 
-    # --- writing ------------------------------------------------------------------------------------------------------------
+    # --- writing
+    # ------------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way."""
@@ -57,9 +70,17 @@ class Checkpoints:
             return self.wait()
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         future = dcp.async_save(self._tensors(), storage_writer=writer, process_group=self.group)
-        steps = {part: int(next(iter(optimizer.state.values()))["step"]) for part, (_, optimizer) in self.trained.items()}
-        state = {"step": step, "optimizer_steps": steps, "identity": self.identity, "settings": self.settings,
-                 "world_size": self.world.size, **state}  # fmt: skip
+        steps = {
+            part: int(next(iter(optimizer.state.values()))["step"]) for part, (_, optimizer) in self.trained.items()
+        }
+        state = {
+            "step": step,
+            "optimizer_steps": steps,
+            "identity": self.identity,
+            "settings": self.settings,
+            "world_size": self.world.size,
+            **state,
+        }
         self._writer = threading.Thread(target=self._commit, args=(future, partial, step, state), daemon=True)
         self._writer.start()
 
@@ -112,21 +133,29 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """A save under way is finished, also when the run ends in a UserError, which all ranks share; not when a rank died."""
+        """A save under way is finished, also when the run ends in a UserError, which all ranks share; not when a rank
+        died.
+        """
         if kind is None or issubclass(kind, UserError):
             self.wait()
 
-    # --- reading ------------------------------------------------------------------------------------------------------------
+    # --- reading
+    # ------------------------------------------------------------------------------------------------------------
 
     def _named(self) -> list[Path]:
         """step-* directories, oldest first, by number."""
         if not self.root.is_dir():
             return []
-        matches = [(int(m.group(1)), p) for p in self.root.iterdir() if (m := STEP.fullmatch(p.name)) and (p / "COMPLETE").is_file()]
+        matches = [
+            (int(m.group(1)), p)
+            for p in self.root.iterdir()
+            if (m := STEP.fullmatch(p.name)) and (p / "COMPLETE").is_file()
+        ]
         return [path for _, path in sorted(matches)]
 
     def resume(self, which: str) -> dict[str, Any] | None:
-        """Loads the newest sound checkpoint (or the one at the path `which`) and returns its state; None if there is none.
+        """Loads the newest sound checkpoint (or the one at the path `which`) and returns its state; None if there is
+        none.
 
         Collective. Raises UserError if the path is not a sound checkpoint, or belongs to another model or dataset.
         """
@@ -150,7 +179,9 @@ class Checkpoints:
             for name in sorted(files)[self.world.rank :: self.world.size]:
                 if Path(name).name != name or not (path / name).is_file():
                     return f"{name} is missing"
-                if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
+                if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name][
+                    "sha256"
+                ]:
                     return f"{name} is damaged"
         except (OSError, ValueError, KeyError, TypeError):
             return "it is incomplete"
@@ -163,11 +194,16 @@ class Checkpoints:
                 raise UserError(f"{path} is of a run with --{name} {state['settings'].get(name)}, now it is {value}")
         for name, value in self.identity.items():
             if state["identity"].get(name) != value:
-                raise UserError(f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started with")
+                raise UserError(
+                    f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started"
+                    " with"
+                )
         reader = HuggingFaceStorageReader(str(path))
         tensors = self._tensors(state["world_size"])
         stored = reader.read_metadata().state_dict_metadata
-        wrong = [n for n in stored.keys() ^ tensors.keys()] or [n for n, t in tensors.items() if stored[n].size != t.shape or stored[n].properties.dtype != t.dtype]  # fmt: skip
+        wrong = [n for n in stored.keys() ^ tensors.keys()] or [
+            n for n, t in tensors.items() if stored[n].size != t.shape or stored[n].properties.dtype != t.dtype
+        ]
         if wrong:
             raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
         dcp.load(tensors, storage_reader=reader)
@@ -176,14 +212,22 @@ class Checkpoints:
             read = {m: tensors.pop(key) for m in optim.MOMENTS if (key := f"{part}.{m}.{name}") in tensors}
             rounded += optim.adopt(optimizer, p, read, state["world_size"])
             optimizer.state[p]["step"].fill_(state["optimizer_steps"][part])
-        if self.world.is_main:  # what came after the resumed step belongs to another branch now: kept, but out of the way
+        if (
+            self.world.is_main
+        ):  # what came after the resumed step belongs to another branch now: kept, but out of the way
             for later in (p for p in self._named() if int(STEP.fullmatch(p.name).group(1)) > state["step"]):
                 shutil.rmtree(later.with_name(f"abandoned-{later.name}"), ignore_errors=True)
                 later.rename(later.with_name(f"abandoned-{later.name}"))
         if state["world_size"] != self.world.size:
-            self.world.say(f"resuming a run of {state['world_size']} ranks on {self.world.size}: the same trajectory to rounding, not to the bit")
+            self.world.say(
+                f"resuming a run of {state['world_size']} ranks on {self.world.size}: the same trajectory to rounding,"
+                " not to the bit"
+            )
         if rounded:
-            self.world.say(f"8-bit moments were requantised: block boundaries moved ({rounded} of {sum(1 for _ in self._parameters())} tensors)")
+            self.world.say(
+                f"8-bit moments were requantised: block boundaries moved ({rounded} of"
+                f" {sum(1 for _ in self._parameters())} tensors)"
+            )
         return state
 
     def _parameters(self) -> Iterator[tuple[str, str, nn.Parameter, torch.optim.Optimizer]]:

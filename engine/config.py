@@ -1,8 +1,8 @@
 """Configuration: one frozen dataclass per launch file becomes its command line and its YAML file.
 
 Precedence: command line, then `--config recipe.yaml`, then the dataclass default. An unknown key is an error that names
-the nearest one; prefixes are not matched; nothing is coerced that a reader of the file would not expect (`no` is not the
-text 'False'); the resolved configuration is saved and can be fed back.
+the nearest one; prefixes are not matched; nothing is coerced that a reader of the file would not expect (`no` is not
+the text 'False'); the resolved configuration is saved and can be fed back.
 """
 
 from __future__ import annotations
@@ -28,10 +28,21 @@ MAX_YAML_BYTES = 2**20
 
 
 def flag(
-    default: Any, help: str, *, choices: tuple[str, ...] = (), aliases: tuple[str, ...] = (), many: bool = False, heading: str = ""
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] = (),
+    aliases: tuple[str, ...] = (),
+    many: bool = False,
+    heading: str = "",
 ) -> Any:
-    """A dataclass field that is a command-line flag. `aliases` are other names that people know it by; `heading` opens a part of --help."""
-    return field(default=default, metadata={"help": help, "choices": choices, "aliases": aliases, "many": many, "heading": heading})
+    """A dataclass field that is a command-line flag. `aliases` are other names that people know it by; `heading` opens
+    a part of --help.
+    """
+    return field(
+        default=default,
+        metadata={"help": help, "choices": choices, "aliases": aliases, "many": many, "heading": heading},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,56 +54,134 @@ class RunConfig:
     )
     model_revision: str | None = flag(None, "branch, tag or commit of the model on the hub")
 
-    dataset_name: str | None = flag(None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded data", heading="data")
+    dataset_name: str | None = flag(
+        None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded data", heading="data"
+    )
     dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub")
     dataset_split: str = flag("train", "split of a hub dataset, or of a directory whose files are named after splits")
-    mixer_list: tuple[str, ...] | None = flag(None, "a mixture instead of --dataset_name: NAME AMOUNT NAME AMOUNT ..., AMOUNT a fraction (1.0) or a number of rows (2000)", many=True)  # fmt: skip
+    mixer_list: tuple[str, ...] | None = flag(
+        None,
+        "a mixture instead of --dataset_name: NAME AMOUNT NAME AMOUNT ..., AMOUNT a fraction (1.0) or a number of rows"
+        " (2000)",
+        many=True,
+    )
     eval_dataset_name: str | None = flag(None, "held-out data, like --dataset_name", aliases=("eval_dataset",))
     eval_split: str = flag("test", "--dataset_split of --eval_dataset_name")
     dataset_num_proc: int | None = flag(None, "processes that tokenise a large dataset; without it, one per core")
     max_seq_length: int = flag(2048, "prompt + response, in tokens", aliases=("max_length",))
-    on_bad_row: str = flag("skip", "a malformed row stops the run or is skipped, counted and listed", choices=("error", "skip"))
+    on_bad_row: str = flag(
+        "skip", "a malformed row stops the run or is skipped, counted and listed", choices=("error", "skip")
+    )
 
-    use_lora: bool = flag(False, "train low-rank adapters on the frozen model", aliases=("use_peft",), heading="adapters")
+    use_lora: bool = flag(
+        False, "train low-rank adapters on the frozen model", aliases=("use_peft",), heading="adapters"
+    )
     lora_rank: int | None = flag(None, "r of W + (alpha / r) B A; 16", aliases=("lora_r",))
     lora_alpha: float | None = flag(None, "alpha; 32")
-    lora_target_modules: tuple[str, ...] | None = flag(None, "linear layers by the last part of their name (q_proj k_proj v_proj); without it, or with all-linear, every one", many=True)  # fmt: skip
+    lora_target_modules: tuple[str, ...] | None = flag(
+        None,
+        "linear layers by the last part of their name (q_proj k_proj v_proj); without it, or with all-linear,"
+        " every one",
+        many=True,
+    )
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
-    adapter_name_or_path: str | None = flag(None, "start from this adapter (PEFT's format): its rank, alpha and modules are taken")
+    adapter_name_or_path: str | None = flag(
+        None, "start from this adapter (PEFT's format): its rank, alpha and modules are taken"
+    )
     load_in_4bit: bool = flag(False, "hold the frozen linear layers in NF4, 4 bits a weight, sharded (QLoRA)")
-    double_quant: bool = flag(False, "NF4 scales in 8 bits as well: 4.13 bits a weight instead of 4.5", aliases=("bnb_4bit_use_double_quant", "use_bnb_nested_quant"))  # fmt: skip
-    export_adapter: bool = flag(False, "final/ is the adapter alone (PEFT's format); without it, the merged model with the adapter in final/adapter")
+    double_quant: bool = flag(
+        False,
+        "NF4 scales in 8 bits as well: 4.13 bits a weight instead of 4.5",
+        aliases=("bnb_4bit_use_double_quant", "use_bnb_nested_quant"),
+    )
+    export_adapter: bool = flag(
+        False,
+        "final/ is the adapter alone (PEFT's format); without it, the merged model with the adapter in final/adapter",
+    )
 
-    seed: int = flag(1, "every draw (data order, sampled tokens) is a function of it and of its own name", heading="optimization")
+    seed: int = flag(
+        1, "every draw (data order, sampled tokens) is a function of it and of its own name", heading="optimization"
+    )
     num_train_epochs: int = flag(1, "passes over the data", aliases=("num_epochs",))
-    max_steps: int = flag(-1, "stop after N optimizer steps, whatever the epochs (-1: off)", aliases=("max_train_steps",))
-    per_device_train_batch_size: int | None = flag(None, "with --gradient_accumulation_steps and the number of ranks: sets --batch_size")
+    max_steps: int = flag(
+        -1, "stop after N optimizer steps, whatever the epochs (-1: off)", aliases=("max_train_steps",)
+    )
+    per_device_train_batch_size: int | None = flag(
+        None, "with --gradient_accumulation_steps and the number of ranks: sets --batch_size"
+    )
     gradient_accumulation_steps: int | None = flag(None, "see --per_device_train_batch_size")
-    optimizer: str = flag("adamw", "AdamW in fp32, or with moments of 8 bits by blocks of 256 (bitsandbytes)", choices=("adamw", "adamw_8bit"))
+    optimizer: str = flag(
+        "adamw",
+        "AdamW in fp32, or with moments of 8 bits by blocks of 256 (bitsandbytes)",
+        choices=("adamw", "adamw_8bit"),
+    )
     lr_scheduler_type: str = flag("linear", "after the warm-up", choices=("linear", "cosine", "constant"))
     warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises linearly from 0")
     weight_decay: float = flag(0.0, "AdamW's, on matrices only (not on norms and biases)")
     max_grad_norm: float = flag(1.0, "global gradient norm is clipped to it (0: off)", aliases=("clip_grad_norm",))
 
-    micro_batch_tokens: int = flag(8192, "tokens in memory at a time on each rank: the memory knob, without effect on results", heading="memory and speed")  # fmt: skip
-    dtype: str = flag("auto", "compute dtype (masters: --master_dtype); auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32", "float16"))  # fmt: skip
-    attention: str = flag("auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"))  # fmt: skip
-    head: str = flag("fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive"))
-    gradient_sync: str = flag("auto", "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce after its last, which holds whole fp32 gradients", choices=("auto", "every", "keep", "last"))  # fmt: skip
-    gradient_checkpointing: str = flag("none", "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third more work for a fraction of the activations", choices=("none", "selective", "full"))  # fmt: skip
-    activation_offload: bool = flag(False, "what the backward pass needs waits in host memory (CUDA; most useful with --gradient_checkpointing full)")
-    master_dtype: str = flag("float32", "of the trained parameters and AdamW's arithmetic; bfloat16 halves both and loses small updates to rounding", choices=("float32", "bfloat16"))  # fmt: skip
+    micro_batch_tokens: int = flag(
+        8192,
+        "tokens in memory at a time on each rank: the memory knob, without effect on results",
+        heading="memory and speed",
+    )
+    dtype: str = flag(
+        "auto",
+        "compute dtype (masters: --master_dtype); auto: bfloat16 on CUDA, float32 on CPU",
+        choices=("auto", "bfloat16", "float32", "float16"),
+    )
+    attention: str = flag(
+        "auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager")
+    )
+    head: str = flag(
+        "fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive")
+    )
+    gradient_sync: str = flag(
+        "auto",
+        "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce"
+        " after its last, which holds whole fp32 gradients",
+        choices=("auto", "every", "keep", "last"),
+    )
+    gradient_checkpointing: str = flag(
+        "none",
+        "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third"
+        " more work for a fraction of the activations",
+        choices=("none", "selective", "full"),
+    )
+    activation_offload: bool = flag(
+        False,
+        "what the backward pass needs waits in host memory (CUDA; most useful with --gradient_checkpointing full)",
+    )
+    master_dtype: str = flag(
+        "float32",
+        "of the trained parameters and AdamW's arithmetic; bfloat16 halves both and loses small updates to rounding",
+        choices=("float32", "bfloat16"),
+    )
     compile: bool = flag(False, "torch.compile every decoder layer")
     deterministic: bool = flag(False, "bitwise repeatable on CUDA as well, at some cost")
 
-    output_dir: str = flag("output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", heading="the run")
+    output_dir: str = flag(
+        "output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", heading="the run"
+    )
     cache_dir: str = flag("~/.cache/triptych", "tokenised data and reference log-probs, shared by all runs of a user")
-    save_steps: int = flag(0, "checkpoint every N steps (0: none; the run still ends in final/)", aliases=("checkpointing_steps",))
+    save_steps: int = flag(
+        0, "checkpoint every N steps (0: none; the run still ends in final/)", aliases=("checkpointing_steps",)
+    )
     save_total_limit: int = flag(2, "checkpoints kept", aliases=("keep_last_n_checkpoints",))
-    resume: str = flag("auto", "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's path")  # fmt: skip
+    resume: str = flag(
+        "auto",
+        "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's"
+        " path",
+    )
     eval_steps: int = flag(0, "evaluate every N steps (0: before the first and after the last)")
-    export_dtype: str | None = flag(None, "dtype of final/; without it, the input checkpoint's", choices=("bfloat16", "float16", "float32"))
-    dry_run: bool = flag(False, "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before the weights are loaded")
+    export_dtype: str | None = flag(
+        None, "dtype of final/; without it, the input checkpoint's", choices=("bfloat16", "float16", "float32")
+    )
+    dry_run: bool = flag(
+        False,
+        "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before"
+        " the weights are loaded",
+    )
     profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto")
     report_to: str = flag("none", "a second home for metrics.jsonl's rows", choices=("none", "tensorboard", "wandb"))
     given: dict = field(default_factory=dict, repr=False, compare=False, metadata={"help": None})
@@ -134,9 +223,13 @@ def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
         raise UserError(f"command line: {error}") from None
     for word in unknown:
         if not word.startswith("-"):
-            raise UserError(f"command line: unexpected word {word!r} (flags are given as --name value, a recipe as --config FILE)")
+            raise UserError(
+                f"command line: unexpected word {word!r} (flags are given as --name value, a recipe as --config FILE)"
+            )
         name = word.split("=")[0]
-        raise UserError(f"command line: unknown flag {_shown(name)}{nearest(name.lstrip('-'), [*flags, *aliases, 'config'])}")
+        raise UserError(
+            f"command line: unknown flag {_shown(name)}{nearest(name.lstrip('-'), [*flags, *aliases, 'config'])}"
+        )
     words = vars(namespace)
     origins: dict[str, str] = {}
     values: dict[str, Any] = {}
@@ -158,14 +251,21 @@ def _parser(config_class: type, flags: dict[str, _Flag]) -> argparse.ArgumentPar
     main = sys.modules["__main__"].__spec__ if config_class.__module__ == "__main__" else None
     width = min(120, shutil.get_terminal_size().columns)
     parser = argparse.ArgumentParser(
-        prog=f"python -m {main.name if main else config_class.__module__}", usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
-        description=config_class.__doc__, epilog="[ ] holds the default; what has none is off, or decided at the start.",
-        add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS, exit_on_error=False,
+        prog=f"python -m {main.name if main else config_class.__module__}",
+        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
+        description=config_class.__doc__,
+        epilog="[ ] holds the default; what has none is off, or decided at the start.",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        exit_on_error=False,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=width),
-    )  # fmt: skip
+    )
     group = parser.add_argument_group("general")
     group.add_argument("-h", "--help", action="help", help="this page")
-    group.add_argument("--config", metavar="FILE", help="a YAML file of the flags below, as `name: value` lines; the command line wins")
+    group.add_argument(
+        "--config", metavar="FILE", help="a YAML file of the flags below, as `name: value` lines; the command line wins"
+    )
     common = {f.name: f.metadata["heading"] for f in fields(RunConfig) if f.metadata["help"]}
     group = parser.add_argument_group("this stage")
     for f in sorted(flags.values(), key=lambda f: f.name in common):  # the stage's own first
@@ -203,16 +303,23 @@ def require_positive(config: RunConfig, *names: str) -> None:
 
 
 def resolve_batch_size(config: Config, world_size: int) -> tuple[Config, str]:
-    """Applies --per_device_train_batch_size and --gradient_accumulation_steps; the second value says what happened, or ''."""
+    """Applies --per_device_train_batch_size and --gradient_accumulation_steps; the second value says what happened, or
+    ''.
+    """
     if config.per_device_train_batch_size is None and config.gradient_accumulation_steps is None:
         return config, ""
     if "batch_size" in config.given:
-        raise UserError("--batch_size says the same as --per_device_train_batch_size x --gradient_accumulation_steps x ranks: give one of them")  # fmt: skip
+        raise UserError(
+            "--batch_size says the same as --per_device_train_batch_size x --gradient_accumulation_steps x ranks: give"
+            " one of them"
+        )
     require_positive(config, "per_device_train_batch_size", "gradient_accumulation_steps")
     per_device, accumulation = config.per_device_train_batch_size or 1, config.gradient_accumulation_steps or 1
     batch_size = per_device * accumulation * world_size
     line = f"{per_device} per device x {accumulation} accumulation x {world_size} ranks = --batch_size {batch_size}"
-    resolved = dataclasses.replace(config, batch_size=batch_size, per_device_train_batch_size=None, gradient_accumulation_steps=None)
+    resolved = dataclasses.replace(
+        config, batch_size=batch_size, per_device_train_batch_size=None, gradient_accumulation_steps=None
+    )
     return resolved, line
 
 
@@ -225,9 +332,13 @@ def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, 
     for key_node, value_node in node.value:
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise yaml.constructor.ConstructorError(problem=f"key {_shown(key)} is not text", problem_mark=key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                problem=f"key {_shown(key)} is not text", problem_mark=key_node.start_mark
+            )
         if key in mapping:
-            raise yaml.constructor.ConstructorError(problem=f"key {_shown(key)} stands twice", problem_mark=key_node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                problem=f"key {_shown(key)} stands twice", problem_mark=key_node.start_mark
+            )
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
 
@@ -246,9 +357,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loader = _StrictLoader(path.read_text(encoding="utf-8"))
         loader.name = str(path)
         content = loader.get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, the 31st of February, an integer of 5000 digits
+    except (
+        yaml.YAMLError,
+        ValueError,
+        RecursionError,
+    ) as error:  # ValueError: not UTF-8, the 31st of February, an integer of 5000 digits
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
-        raise UserError(f"{path}{f':{mark.line + 1}' if mark else ''}: not a recipe ({' '.join(problem.split())})") from None
+        raise UserError(
+            f"{path}{f':{mark.line + 1}' if mark else ''}: not a recipe ({' '.join(problem.split())})"
+        ) from None
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -265,18 +382,24 @@ def _convert(f: _Flag, value: Any, where: str) -> Any:
     """A word of the command line or a YAML value as the flag's type. Raises UserError that says where."""
     if f.optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None
-    expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}.get(f.type, "words")
+    expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}.get(
+        f.type, "words"
+    )
     try:
         converted = _many(value) if f.many else _one(f.type, value)
     except (ValueError, OverflowError):
         raise UserError(f"{where}: expected {expected}, got {reprlib.repr(value)}") from None
     if f.choices and converted not in f.choices:
-        raise UserError(f"{where}: {_shown(converted)} is not one of {', '.join(f.choices)}{nearest(converted, f.choices)}")
+        raise UserError(
+            f"{where}: {_shown(converted)} is not one of {', '.join(f.choices)}{nearest(converted, f.choices)}"
+        )
     return converted
 
 
 def _one(kind: type, value: Any) -> Any:
-    """Raises ValueError for a value that is not written as a `kind`; a YAML 5e-7, which YAML takes for text, is a number."""
+    """Raises ValueError for a value that is not written as a `kind`; a YAML 5e-7, which YAML takes for text, is a
+    number.
+    """
     if kind is str and isinstance(value, str) and value.strip():
         return value
     if kind is bool and str(value).lower() in ("true", "false"):
@@ -291,6 +414,10 @@ def _one(kind: type, value: Any) -> Any:
 def _many(value: Any) -> tuple[str, ...]:
     """Words: of the command line, of a YAML text, or of a YAML list of texts and numbers."""
     words = value.split() if isinstance(value, str) else value
-    if not isinstance(words, list) or not words or not all(isinstance(w, (str, int, float)) and not isinstance(w, bool) for w in words):
+    if (
+        not isinstance(words, list)
+        or not words
+        or not all(isinstance(w, (str, int, float)) and not isinstance(w, bool) for w in words)
+    ):
         raise ValueError(value)
     return tuple(map(str, words))

@@ -1,9 +1,9 @@
 """Conversations for supervised fine-tuning, in the four forms in which they are published, as tokenised sequences.
 
-    messages                      [{role, content}, ...]
-    conversations                 ShareGPT: [{from, value}, ...]
-    prompt, completion            text, or lists of messages
-    instruction, input, output    input may be missing or empty
+messages                      [{role, content}, ...]
+conversations                 ShareGPT: [{from, value}, ...]
+prompt, completion            text, or lists of messages
+instruction, input, output    input may be missing or empty
 """
 
 from __future__ import annotations
@@ -15,11 +15,22 @@ from engine.chat import ChatTokenizer
 from engine.rows import BadRow, Source
 from engine.tokenise import Encoded
 
-FORMS = {"messages": ("messages",), "conversations": ("conversations",), "prompt": ("prompt", "completion"), "instruction": ("instruction", "output")}
+FORMS = {
+    "messages": ("messages",),
+    "conversations": ("conversations",),
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+}
 SHAREGPT_ROLES = {
-    "human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "assistant": "assistant", "system": "system", "tool": "tool",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "tool": "tool",
     "observation": "tool",
-}  # fmt: skip
+}
 Messages = list[dict[str, str]]
 
 
@@ -71,7 +82,9 @@ def _renamed(turns: object) -> object:
             continue
         role = turn.get("from")
         if not isinstance(role, str) or role not in SHAREGPT_ROLES:
-            raise BadRow(f"conversations[{i}].from: expected one of {', '.join(SHAREGPT_ROLES)}, got {str(role)[:40]!r}")
+            raise BadRow(
+                f"conversations[{i}].from: expected one of {', '.join(SHAREGPT_ROLES)}, got {str(role)[:40]!r}"
+            )
         renamed.append({"role": SHAREGPT_ROLES[role], "content": turn.get("value")})
     return renamed
 
@@ -87,7 +100,10 @@ class ConversationEncoder:
     def __call__(self, row: dict) -> Encoded | str:
         form = form_of(row)
         if form != self.form:
-            raise BadRow(f"columns: the file begins with {', '.join(FORMS.get(self.form, ('nothing usable',)))}, this row has {', '.join(FORMS[form])}")
+            raise BadRow(
+                f"columns: the file begins with {', '.join(FORMS.get(self.form, ('nothing usable',)))}, this row has"
+                f" {', '.join(FORMS[form])}"
+            )
         ids, mask = self.chat.encode(conversation(row, form), self.max_length, last_turn_only=False)
         if not mask[1:].any():
             return f"no trained token within {self.max_length} tokens"

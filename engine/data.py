@@ -1,4 +1,6 @@
-"""From dataset flags to tokenised examples: one store per source, tokenised by the first rank of a machine, shared by all."""
+"""From dataset flags to tokenised examples: one store per source, tokenised by the first rank of a machine, shared by
+all.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,18 @@ from engine.world import World, available_cores
 
 
 def load_examples(
-    names: list[tuple[str, str]], config: RunConfig, world: World, chat: ChatTokenizer, encoder_of: Callable[[Source], Encoder], *,
-    split: str, per_example: int, kind: dict[str, Any],
-) -> Examples:  # fmt: skip
-    """The examples of a mixture of (name, amount); amount '' takes all. Prints what was kept, dropped and bad. Raises UserError.
+    names: list[tuple[str, str]],
+    config: RunConfig,
+    world: World,
+    chat: ChatTokenizer,
+    encoder_of: Callable[[Source], Encoder],
+    *,
+    split: str,
+    per_example: int,
+    kind: dict[str, Any],
+) -> Examples:
+    """The examples of a mixture of (name, amount); amount '' takes all. Prints what was kept, dropped and bad. Raises
+    UserError.
 
     `kind` holds what, besides tokenizer, template and length, decides how the encoders turn a row into sequences.
     """
@@ -31,7 +41,10 @@ def load_examples(
     def build() -> list:
         opened = [open_source(name, split, config.dataset_revision) for name, _ in names]
         workers = config.dataset_num_proc or available_cores()
-        return [open_or_build(root, source, encoder_of(source), determinants, per_example, config.on_bad_row, workers) for source in opened]
+        return [
+            open_or_build(root, source, encoder_of(source), determinants, per_example, config.on_bad_row, workers)
+            for source in opened
+        ]
 
     stores = world.once(f"tokens/{split}/{names}", build)
     world.say(*summary(stores))

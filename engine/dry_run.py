@@ -21,16 +21,20 @@ PATIENCE = 600  # seconds
 
 
 def show_plan(stage: str, config: RunConfig, world: World, tokens: np.ndarray, trained_share: float = 1.0) -> None:
-    """Prints what `python -m launch.plan` says of this configuration on this world; one line where it has nothing to say.
+    """Prints what `python -m launch.plan` says of this configuration on this world; one line where it has nothing to
+    say.
 
-    `tokens` are those of a sequence of every example (of a pair: of its mean one). The planner makes a process group of its own, so
-    rank 0 starts it as a process; the other ranks wait.
+    `tokens` are those of a sequence of every example (of a pair: of its mean one). The planner makes a process group of
+    its own, so rank 0 starts it as a process; the other ranks wait.
     """
     world.on_main("plan", lambda: world.say("", *_plan(stage, config, world, tokens, trained_share)))
 
 
 def _plan(stage: str, config: RunConfig, world: World, tokens: np.ndarray, trained_share: float) -> list[str]:
-    device, nodes = device_name(world), max(1, world.size // torch.cuda.device_count()) if world.device.type == "cuda" else 1
+    device, nodes = (
+        device_name(world),
+        max(1, world.size // torch.cuda.device_count()) if world.device.type == "cuda" else 1,
+    )
     if device is None:
         return [f"no plan: {torch.cuda.get_device_name(world.device)} is not one of the devices that launch.plan knows"]
     unread = ["reference"] if getattr(config, "loss_type", "") == "simpo" else []  # a saved None is not given
@@ -38,8 +42,15 @@ def _plan(stage: str, config: RunConfig, world: World, tokens: np.ndarray, train
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.yaml"
         configuration.save(config, path, {})
-        facts = {"gpu": device, "gpus": world.size // nodes, "nodes": nodes, "longest_tokens": math.ceil(tokens.max()), "mean_tokens": f"{tokens.mean():.2f}",
-                 "num_examples": len(tokens), "trained_share": f"{trained_share:.4f}"}  # fmt: skip
+        facts = {
+            "gpu": device,
+            "gpus": world.size // nodes,
+            "nodes": nodes,
+            "longest_tokens": math.ceil(tokens.max()),
+            "mean_tokens": f"{tokens.mean():.2f}",
+            "num_examples": len(tokens),
+            "trained_share": f"{trained_share:.4f}",
+        }
         words = [str(word) for name, value in facts.items() for word in (f"--{name}", value)]
         command = [sys.executable, "-m", "launch.plan", stage, "--config", str(path), *words]
         try:

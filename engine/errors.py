@@ -18,10 +18,16 @@ def nearest(name: str, names: Iterable[str]) -> str:
 
 
 def require(package: str, for_what: str) -> None:
-    """Raises UserError where an optional package, which `for_what` (a flag, a file) needs, is missing or cannot be imported."""
+    """Raises UserError where an optional package, which `for_what` (a flag, a file) needs, is missing or cannot be
+    imported.
+    """
     try:
         importlib.import_module(package)
     except Exception as error:  # half an installation raises whatever it likes
         missing = isinstance(error, ModuleNotFoundError) and error.name == package
-        why = "which is not installed" if missing else f"which cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        why = (
+            "which is not installed"
+            if missing
+            else f"which cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
+        )
         raise UserError(f"{for_what} needs the package {package}, {why}: pip install {package}") from None

@@ -1,7 +1,8 @@
 """What a machine can do: memory, arithmetic and links of the devices that a plan may be made for.
 
-Figures of the data sheets, and beside them the share that programs reach: matrix products 80 % of the dense bf16 figure (measured
-on an H200), memory 90 % (4.3 of 4.8 TB/s there), links 75 %. A time made of them is a floor that no run goes below.
+Figures of the data sheets, and beside them the share that programs reach: matrix products 80 % of the dense bf16 figure
+(measured on an H200), memory 90 % (4.3 of 4.8 TB/s there), links 75 %. A time made of them is a floor that no run goes
+below.
 """
 
 from __future__ import annotations
@@ -34,12 +35,20 @@ class Device:
     reserved: int = 3 * 2**30 // 2  # context, libraries' workspaces, NCCL's buffers: outside the allocator
 
     def seconds(self, flops: float, moved: float, *, kind: str = "") -> float:
-        """The time of one operation: the longest of its arithmetic, its bytes and its launch. `kind`: matmul | fp32 | attention."""
-        rate = {"matmul": MATMUL * self.flops, "fp32": MATMUL * self.flops_fp32, "attention": self.attention * self.flops}.get(kind)
+        """The time of one operation: the longest of its arithmetic, its bytes and its launch. `kind`: matmul | fp32 |
+        attention.
+        """
+        rate = {
+            "matmul": MATMUL * self.flops,
+            "fp32": MATMUL * self.flops_fp32,
+            "attention": self.attention * self.flops,
+        }.get(kind)
         return max(flops / rate if rate else 0.0, moved / (MEMORY * self.bandwidth), self.launch)
 
     def collective(self, moved: float, ranks: int, per_node: int) -> float:
-        """The time of an all-gather or reduce-scatter of `moved` bytes (whole), the slower of the links in a node and between nodes."""
+        """The time of an all-gather or reduce-scatter of `moved` bytes (whole), the slower of the links in a node and
+        between nodes.
+        """
         nodes = -(-ranks // per_node)
         inside = min(ranks, per_node)
         seconds = moved * (inside - 1) / inside / (LINK * self.link)
@@ -57,7 +66,9 @@ DEVICES = {
         Device("a100-80gb", 81_920 * MIB, 312 * TERA, 19.5 * TERA, 2.04 * TERA, 300 * GIGA, 200 * GIGA, 22 * GIGA, 0.6),
         Device("a100-40gb", 40_960 * MIB, 312 * TERA, 19.5 * TERA, 1.56 * TERA, 300 * GIGA, 200 * GIGA, 22 * GIGA, 0.6),
         Device("l40s-48gb", 46_068 * MIB, 362 * TERA, 91.6 * TERA, 0.864 * TERA, 32 * GIGA, 50 * GIGA, 22 * GIGA, 0.5),
-        Device("rtx4090-24gb", 24_564 * MIB, 165 * TERA, 82.6 * TERA, 1.01 * TERA, 32 * GIGA, 12.5 * GIGA, 22 * GIGA, 0.6),
+        Device(
+            "rtx4090-24gb", 24_564 * MIB, 165 * TERA, 82.6 * TERA, 1.01 * TERA, 32 * GIGA, 12.5 * GIGA, 22 * GIGA, 0.6
+        ),
         Device("b200-180gb", 183_359 * MIB, 2250 * TERA, 80 * TERA, 8.0 * TERA, 900 * GIGA, 400 * GIGA, 45 * GIGA, 0.2),
     )
 }
@@ -82,8 +93,17 @@ def _this_machine(ranks: int) -> Device:
     bf16 = 2 * n**3 / _best(lambda: a16 @ a16)
     x, y = torch.ones(2**23), torch.empty(2**23)
     bandwidth = 2 * x.nbytes / _best(lambda: y.copy_(x))
-    share = {"reserved": 0, "launch": 5e-6, "attention": 0.3, "link": bandwidth / 4, "network": 1 * GIGA, "host": bandwidth}
-    return Device("cpu", weights.host_memory() // ranks, bf16 / MATMUL, fp32 / MATMUL, bandwidth=bandwidth / MEMORY, **share)
+    share = {
+        "reserved": 0,
+        "launch": 5e-6,
+        "attention": 0.3,
+        "link": bandwidth / 4,
+        "network": 1 * GIGA,
+        "host": bandwidth,
+    }
+    return Device(
+        "cpu", weights.host_memory() // ranks, bf16 / MATMUL, fp32 / MATMUL, bandwidth=bandwidth / MEMORY, **share
+    )
 
 
 def _best(work) -> float:

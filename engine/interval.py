@@ -1,4 +1,5 @@
-"""95 % intervals of an accuracy: Wilson's, and with several samples a prompt, Wilson's at the effective number of responses.
+"""95 % intervals of an accuracy: Wilson's, and with several samples a prompt, Wilson's at the effective number of
+responses.
 
     n_eff = N K / (1 + (K - 1) rho)
 
@@ -26,9 +27,10 @@ def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
 def accuracy(scores_NK: np.ndarray) -> tuple[float, float, float]:
     """(mean, low, high) of the scores of N prompts under K seeds, with the 95 % interval below.
 
-    Scores in [0, 1], float64; NaN where there is no verdict: an error is no wrong answer, and its prompt is left out of the mean.
-    Without any prompt that is left, (NaN, 0, 1). rho is the one-way ANOVA estimate (Donner 1986), clipped to [0, 1]; without any spread there is
-    nothing to estimate it from, and it is taken as 1. Left out: variance between seeds that is common to all prompts.
+    Scores in [0, 1], float64; NaN where there is no verdict: an error is no wrong answer, and its prompt is left out of
+    the mean. Without any prompt that is left, (NaN, 0, 1). rho is the one-way ANOVA estimate (Donner 1986), clipped to
+    [0, 1]; without any spread there is nothing to estimate it from, and it is taken as 1. Left out: variance between
+    seeds that is common to all prompts.
     """
     scores_NK = scores_NK[~np.isnan(scores_NK).any(1)]
     n, k = scores_NK.shape

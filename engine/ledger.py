@@ -6,8 +6,8 @@
     cost     per phase: FLOPs and bytes of every operation, and the sum of their times on a device (engine/hardware.py);
              collectives are counted apart
 
-A storage has a kind: the one that was current when it was allocated, until `mark` says better. Nothing is computed: answers that
-depend on data (`.item()`, the truth of a tensor) are 1.
+A storage has a kind: the one that was current when it was allocated, until `mark` says better. Nothing is computed:
+answers that depend on data (`.item()`, the truth of a tensor) are 1.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ DEVICE_OF = torch.ops.prim.device.default
 
 @dataclass
 class Cost:
-    """Of one phase: FLOPs, bytes of memory traffic, and seconds of computing, of collectives and to and from the host, which overlap."""
+    """Of one phase: FLOPs, bytes of memory traffic, and seconds of computing, of collectives and to and from the host,
+    which overlap.
+    """
 
     flops: float = 0.0
     moved: float = 0.0
@@ -69,9 +71,12 @@ class Peak:
 class Ledger(TorchDispatchMode):
     """Entered within a FakeTensorMode (and around what runs in it)."""
 
-    def __init__(self, device: Device, *, ranks: int = 1, per_node: int = 8, block: int = 512, fused: float = 1.0) -> None:
-        """`block`: allocations are rounded up to it (CUDA's caching allocator: 512). `fused`: the share of the traffic of operations
-        without matrix products that is left when a compiler fuses them."""
+    def __init__(
+        self, device: Device, *, ranks: int = 1, per_node: int = 8, block: int = 512, fused: float = 1.0
+    ) -> None:
+        """`block`: allocations are rounded up to it (CUDA's caching allocator: 512). `fused`: the share of the traffic
+        of operations without matrix products that is left when a compiler fuses them.
+        """
         super().__init__()
         self.device, self.ranks, self.per_node, self.block, self.fused = device, ranks, per_node, block, fused
         self.kind, self.phase_name = "other", "start"
@@ -85,7 +90,8 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, list] = {}  # storage → [bytes, kind, weak reference]
         self._plans: dict[Any, str] = {}  # operator → how it is counted
 
-    # --- kinds and phases ---------------------------------------------------------------------------------------------------
+    # --- kinds and phases
+    # ---------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
@@ -120,7 +126,8 @@ class Ledger(TorchDispatchMode):
         entry = self._entries.get(_storage(t)._cdata)
         return entry[1] if entry else ""
 
-    # --- memory ---------------------------------------------------------------------------------------------------------------
+    # --- memory
+    # ---------------------------------------------------------------------------------------------------------------
 
     def note(self, t: Tensor) -> None:
         """Counts a tensor's storage, unless it is counted already."""
@@ -179,7 +186,8 @@ class Ledger(TorchDispatchMode):
         self._patch.stop()
         super().__exit__(*exception)
 
-    # --- operations -------------------------------------------------------------------------------------------------------------
+    # --- operations
+    # -------------------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -247,7 +255,15 @@ class Ledger(TorchDispatchMode):
         if plan.startswith("sdpa"):  # (..., L, H) each; causal is not seen here, but sequences come one by one
             q, k = (args[1], args[2]) if plan == "sdpa5" else (args[0], args[1])
             products = 5 if plan == "sdpa5" else 2
-            return products * 2.0 * math.prod(q.shape[:-1]) * k.shape[-2] * q.shape[-1] / (2 if q.shape[-2] == k.shape[-2] else 1), "fp32"
+            return (
+                products
+                * 2.0
+                * math.prod(q.shape[:-1])
+                * k.shape[-2]
+                * q.shape[-1]
+                / (2 if q.shape[-2] == k.shape[-2] else 1),
+                "fp32",
+            )
         return 0.0, ""
 
 
@@ -272,7 +288,14 @@ def _one(t: Tensor) -> Any:
     return True if t.dtype == torch.bool else 1.0 if t.is_floating_point() else 1
 
 
-MATMULS = {aten.mm: "mm0", aten.addmm: "mm1", aten.addmm_: "mm1", aten.bmm: "mm0", aten.baddbmm: "mm1", aten._grouped_mm: "mm0"}
+MATMULS = {
+    aten.mm: "mm0",
+    aten.addmm: "mm1",
+    aten.addmm_: "mm1",
+    aten.bmm: "mm0",
+    aten.baddbmm: "mm1",
+    aten._grouped_mm: "mm0",
+}
 LOOKUPS = {aten.embedding, aten.index_select, aten.gather, aten.index, aten.slice_backward}
 
 
@@ -293,7 +316,11 @@ def _how(func: Any) -> str:
     if namespace in ("prim", "profiler"):
         return "nothing"
     if namespace == "c10d":
-        return "collective" if any(word in name for word in ("allgather", "reduce_scatter", "allreduce", "all_gather")) else "nothing"
+        return (
+            "collective"
+            if any(word in name for word in ("allgather", "reduce_scatter", "allreduce", "all_gather"))
+            else "nothing"
+        )
     if namespace == "triptych" and "attention" in name:
         return "attention"
     if name.startswith("_scaled_dot_product"):

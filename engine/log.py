@@ -4,8 +4,8 @@ A metric of a step is a sum over the step's examples divided by a count, both ov
 
     perf/tokens_per_second_per_gpu   tokens fed to the model / seconds / ranks
     perf/mfu                         model FLOPs / seconds / peak FLOP/s; 6 per matmul weight and token, 4 where it is frozen under
-                                     adapters (the head: per counted token), 6 x layers x heads x head size x sum of squared
-                                     lengths for causal attention
+                                     adapters (the head: per counted token), 6 x layers x heads x head size x sum of
+                                     squared lengths for causal attention
     perf/peak_memory_gib             allocator's peak on CUDA, resident set's peak on a CPU; rank 0's
 """
 
@@ -43,14 +43,21 @@ class Totals:
             self.sums[name] = self.sums.get(name, 0.0) + amount
 
     def reduce(self, names: tuple[str, ...]) -> dict[str, float]:
-        """The sums over all ranks, by name; waits for the device. Every rank must pass the same names: one without examples has no sums of its own."""
+        """The sums over all ranks, by name; waits for the device. Every rank must pass the same names: one without
+        examples has no sums of its own.
+        """
         held = [self.sums.get(name, 0.0) for name in names]
-        on_device = [x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=self.world.device) for x in held]
+        on_device = [
+            x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=self.world.device)
+            for x in held
+        ]
         return dict(zip(names, self.world.sum(torch.stack(on_device)).tolist(), strict=True))
 
 
 class JsonLines:
-    """A file of one JSON object a line, each with its `step`; opened at step `start`, the lines of later steps are cut off."""
+    """A file of one JSON object a line, each with its `step`; opened at step `start`, the lines of later steps are cut
+    off.
+    """
 
     def __init__(self, path: Path, start: int) -> None:
         partial = path.with_suffix(".partial")
@@ -79,7 +86,9 @@ class Metrics:
             self._elsewhere = _reporter(report_to, output_dir)
 
     def write(self, step: int, row: dict[str, Any], postfix: str = "") -> None:
-        """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then moves."""
+        """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then
+        moves.
+        """
         if self.world.is_main:
             self._file.write({"step": step, **row})
             if postfix:
@@ -132,7 +141,9 @@ class Throughput:
 
     def __init__(self, world: World, policy: Any, dtype: torch.dtype, num_tokens: int = 0) -> None:
         config = policy.lm.config
-        embedding, head = (m.weight.numel() for m in (policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings()))
+        embedding, head = (
+            m.weight.numel() for m in (policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings())
+        )
         tied = config.tie_word_embeddings
         body = policy.num_parameters - embedding - (0 if tied else head)
         frozen = policy.adapters is not None
@@ -155,7 +166,9 @@ class Throughput:
         totals.add(perf__tokens=batch.num_tokens, perf__flops=self.flops(batch))
 
     def row(self, sums: dict[str, float]) -> dict[str, float]:
-        """The metrics of a step from its reduced totals. Time goes from one `row` to the next: each comes after a wait for the device."""
+        """The metrics of a step from its reduced totals. Time goes from one `row` to the next: each comes after a wait
+        for the device.
+        """
         if self.world.device.type == "cuda":
             peak_memory = torch.cuda.max_memory_allocated(self.world.device)
         else:

@@ -2,12 +2,14 @@
 
     y = x W^T + b + s (x A^T) B^T,      s = alpha / r, or alpha / sqrt(r) (rsLoRA),      A (r, I),  B (O, r)
 
-W and b are frozen, in the compute dtype or in 4 bits (nf4.py); A and B are trained, in the master dtype, and cast to the compute
-dtype where they are used. A starts uniform in +- 1 / sqrt(I), drawn from (seed, name) on every world size alike, B at 0: so the
-adapted model starts as the frozen one, to the bit. Dropout is left out on purpose: training has no randomness with a state.
+W and b are frozen, in the compute dtype or in 4 bits (nf4.py); A and B are trained, in the master dtype, and cast to
+the compute dtype where they are used. A starts uniform in +- 1 / sqrt(I), drawn from (seed, name) on every world size
+alike, B at 0: so the adapted model starts as the frozen one, to the bit. Dropout is left out on purpose: training has
+no randomness with a state.
 
-An adapted layer is one module whose tensors are all Parameters, so FSDP cuts each of them by rows: a rank's rows of B belong to
-its rows of W, and W + s B A is merged shard by shard. Sources: Hu et al. 2021 (arXiv 2106.09685); Kalajdzievski 2023 (2312.03732).
+An adapted layer is one module whose tensors are all Parameters, so FSDP cuts each of them by rows: a rank's rows of B
+belong to its rows of W, and W + s B A is merged shard by shard. Sources: Hu et al. 2021 (arXiv 2106.09685);
+Kalajdzievski 2023 (2312.03732).
 
 O output features · I input features · r rank · T tokens.
 """
@@ -30,7 +32,9 @@ from engine import nf4
 from engine.shards import local, local_rows, sharded_like, whole
 
 TRAINED, INITIAL, OFF = "trained", "initial", "off"  # which adapter a forward pass uses
-OWN = tuple(f".{name}" for name in ("codes", "scales", "groups", "lora_A", "lora_B", "initial_A", "initial_B"))  # names that no checkpoint has
+OWN = tuple(
+    f".{name}" for name in ("codes", "scales", "groups", "lora_A", "lora_B", "initial_A", "initial_B")
+)  # names that no checkpoint has
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,8 @@ class AdaptedLinear(nn.Module):
         h_Tr = linear(x.reshape(-1, self.in_features), a.to(x.dtype))
         return torch.addmm(y.reshape(-1, self.out_features), h_Tr, b.to(x.dtype).T, alpha=self.scaling).view(y.shape)
 
-    # --- shard by shard, outside forward ----------------------------------------------------------------------------------
+    # --- shard by shard, outside forward
+    # ----------------------------------------------------------------------------------
 
     @property
     def matrix(self) -> Tensor:
@@ -113,7 +118,9 @@ class AdaptedLinear(nn.Module):
         """W + s B A in fp32, cut as W is: this rank's rows, computed from its rows of W and B. Collective."""
         if self.four_bit:
             groups = None if self.groups is None else whole(self.groups)
-            rows = nf4.dequantise(local(self.codes), local(self.scales), groups, torch.float32, local_rows(self.codes).start)
+            rows = nf4.dequantise(
+                local(self.codes), local(self.scales), groups, torch.float32, local_rows(self.codes).start
+            )
         else:
             rows = local(self.weight).float()
         if self.rank:
@@ -130,8 +137,9 @@ def linears(lm: nn.Module) -> dict[str, nn.Linear]:
 def adapt(lm: nn.Module, adapters: Adapters, *, frozen: torch.dtype, master: torch.dtype) -> list[str]:
     """Freezes a model on the meta device, in the compute dtype, and puts adapters on the named layers.
 
-    Under 4 bits every linear layer of the blocks is quantised, adapted or not; returns the names of the matrices that are left dense:
-    those whose rows are not whole blocks, and stacked ones (a mixture's experts). A scalar head stays trained.
+    Under 4 bits every linear layer of the blocks is quantised, adapted or not; returns the names of the matrices that
+    are left dense: those whose rows are not whole blocks, and stacked ones (a mixture's experts). A scalar head stays
+    trained.
     """
     lm.requires_grad_(False)
     for p in lm.parameters():
@@ -160,7 +168,9 @@ def adapted(lm: nn.Module) -> dict[str, AdaptedLinear]:
 
 @torch.no_grad()
 def initialise(lm: nn.Module, seed: int, start: Callable[[str, slice], Tensor] | None = None) -> None:
-    """Fills the adapters, and their initial copies, from `start` (of 'NAME.lora_A' some rows), or at random (A) and with 0 (B)."""
+    """Fills the adapters, and their initial copies, from `start` (of 'NAME.lora_A' some rows), or at random (A) and
+    with 0 (B).
+    """
     for name, module in adapted(lm).items():
         for leaf in ("A", "B") if module.rank else ():
             p = getattr(module, f"lora_{leaf}")
@@ -195,10 +205,11 @@ def using(root: nn.Module, which: str) -> Iterator[None]:
 
 
 def dense(lm: nn.Module) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
-    """The model as a checkpoint has it, without adapters: tensor name → (shape, a function that gives it, cut as it is held).
+    """The model as a checkpoint has it, without adapters: tensor name → (shape, a function that gives it, cut as it is
+    held).
 
-    Adapted and 4-bit layers come merged, in fp32, one at a time when they are asked for (collective); others, and the buffers
-    that a checkpoint holds, as they are.
+    Adapted and 4-bit layers come merged, in fp32, one at a time when they are asked for (collective); others, and the
+    buffers that a checkpoint holds, as they are.
     """
     layers = adapted(lm)
     found: dict[str, tuple[torch.Size, Callable[[], Tensor]]] = {}

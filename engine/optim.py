@@ -11,14 +11,22 @@ from engine.adamw8bit import AdamW8bit
 from engine.shards import local
 from engine.world import World
 
-MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")  # names in checkpoints; scales are of 8-bit moments
+MOMENTS = (
+    "exp_avg",
+    "exp_avg_sq",
+    "exp_avg_scale",
+    "exp_avg_sq_scale",
+)  # names in checkpoints; scales are of 8-bit moments
 
 
-def adamw(model: nn.Module, weight_decay: float, kind: str = "adamw", world: World | None = None) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set per step.
+def adamw(
+    model: nn.Module, weight_decay: float, kind: str = "adamw", world: World | None = None
+) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set
+    per step.
 
-    kind 'adamw': moments in the masters' dtype (in bfloat16, v stalls: its changes of 1 / 1000 are less than a rounding);
-    'adamw_8bit': in 8 bits, in fp32 for small tensors, and `world` says which.
+    kind 'adamw': moments in the masters' dtype (in bfloat16, v stalls: its changes of 1 / 1000 are less than a
+    rounding); 'adamw_8bit': in 8 bits, in fp32 for small tensors, and `world` says which.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [
@@ -69,19 +77,28 @@ def learning_rate(step: int, *, peak: float, steps: int, warmup_ratio: float, sc
 
 @torch.no_grad()
 def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm: float) -> float:
-    """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before clipping.
+    """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before
+    clipping.
 
-    A norm that is not finite leaves weights and moments untouched, on every rank alike since the norm is global; the caller
-    stops the run. Waits for the device once, for the norm.
+    A norm that is not finite leaves weights and moments untouched, on every rank alike since the norm is global; the
+    caller stops the run. Waits for the device once, for the norm.
     """
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [g for g in grads if g.numel()]
-    wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32  # a norm in bfloat16 is off by up to 1 / 256
-    squares = torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum() if grads else torch.zeros((), dtype=torch.float64, device=world.device)
+    wide = (
+        torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32
+    )  # a norm in bfloat16 is off by up to 1 / 256
+    squares = (
+        torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum()
+        if grads
+        else torch.zeros((), dtype=torch.float64, device=world.device)
+    )
     norm = world.sum(squares).sqrt().item()
     if math.isfinite(norm):
         if norm + 1e-6 > max_norm > 0 and grads:
-            factor = torch.tensor(max_norm / (norm + 1e-6), dtype=grads[0].dtype).item()  # rounded once, as the gradients' own numbers are
+            factor = torch.tensor(
+                max_norm / (norm + 1e-6), dtype=grads[0].dtype
+            ).item()  # rounded once, as the gradients' own numbers are
             torch._foreach_mul_(grads, factor)
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -33,9 +33,14 @@ def conversations(row: dict) -> tuple[Messages, Messages]:
         raise BadRow("rejected: expected another answer than chosen, got the same")
     parting = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
     if not all(parting < len(side) and side[parting]["role"] == "assistant" for side in (chosen, rejected)):
-        raise BadRow(f"rejected: expected the prompt of chosen, got another (they part at message {parting}, not at an assistant's turn)")
+        raise BadRow(
+            f"rejected: expected the prompt of chosen, got another (they part at message {parting}, not at an"
+            " assistant's turn)"
+        )
     if parting == 0 and prompt is None:
-        raise BadRow("prompt: expected text or a list of messages, got nothing, and chosen and rejected share no beginning")
+        raise BadRow(
+            "prompt: expected text or a list of messages, got nothing, and chosen and rejected share no beginning"
+        )
     return chosen, rejected
 
 
@@ -66,7 +71,10 @@ def _transcript(text: str, field: str) -> Messages:
     """hh-rlhf: '\\n\\nHuman: ...\\n\\nAssistant: ...', the last turn the assistant's."""
     parts = _HH_TURN.split(text)
     if len(parts) < 5 or parts[0].strip() or parts[1] != "Human":
-        raise BadRow(f"{field}: expected a transcript '\\n\\nHuman: ...\\n\\nAssistant: ...' (no prompt stands beside it), got other text")
+        raise BadRow(
+            f"{field}: expected a transcript '\\n\\nHuman: ...\\n\\nAssistant: ...' (no prompt stands beside it), got"
+            " other text"
+        )
     roles = {"Human": "user", "Assistant": "assistant"}
     return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[1::2], parts[2::2], strict=True)]
 
@@ -75,8 +83,8 @@ def _transcript(text: str, field: str) -> Messages:
 class PairEncoder:
     """row → [(ids, mask) of chosen, of rejected], or why the pair is dropped.
 
-    Truncated, not dropped, at `max_length`; which turn is the last is decided before the cut, so a cut never promotes an
-    earlier one. A pair of which either side keeps no counted token is dropped: its mean log-prob would be 0 / 0.
+    Truncated, not dropped, at `max_length`; which turn is the last is decided before the cut, so a cut never promotes
+    an earlier one. A pair of which either side keeps no counted token is dropped: its mean log-prob would be 0 / 0.
     """
 
     chat: ChatTokenizer

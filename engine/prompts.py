@@ -1,4 +1,6 @@
-"""Prompts with verifiable answers (RLVR rows): `messages`, `ground_truth`, `dataset` (the verifier's name), read unchanged."""
+"""Prompts with verifiable answers (RLVR rows): `messages`, `ground_truth`, `dataset` (the verifier's name), read
+unchanged.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ class Prompt:
 def load_prompts(
     source: Source, chat: ChatTokenizer, max_prompt_tokens: int, check: Callable[[Any, Any], None], on_bad_row: str
 ) -> tuple[list[Prompt], list[str]]:
-    """(prompts, lines that say what was kept, dropped and bad). `check(dataset, ground_truth)` raises ValueError for a row that no
-    verifier could judge. A prompt longer than `max_prompt_tokens` is dropped and counted. Raises UserError.
+    """(prompts, lines that say what was kept, dropped and bad). `check(dataset, ground_truth)` raises ValueError for a
+    row that no verifier could judge. A prompt longer than `max_prompt_tokens` is dropped and counted. Raises UserError.
     """
     prompts, bad, total, too_long = [], [], 0, 0
     for place, row in source.rows():
@@ -51,9 +53,17 @@ def load_prompts(
             prompts.append(prompt)
     dropped = f", {too_long} dropped (longer than {max_prompt_tokens} tokens)" if too_long else ""
     lines = [f"{source.name}: {total} rows, {len(prompts)} kept{dropped}" + (f", {len(bad)} bad" if bad else "")]
-    lines += [f"  bad row {line}" for line in bad[:LISTED]] + ([f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else [])
+    lines += [f"  bad row {line}" for line in bad[:LISTED]] + (
+        [f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+    )
     if not prompts:
-        why = f"the first bad row is {bad[0]}" if bad else f"none has at most {max_prompt_tokens} tokens" if too_long else "it is empty"
+        why = (
+            f"the first bad row is {bad[0]}"
+            if bad
+            else f"none has at most {max_prompt_tokens} tokens"
+            if too_long
+            else "it is empty"
+        )
         raise UserError(f"{source.name}: no usable prompt, {why}")
     return prompts, lines
 
@@ -68,7 +78,9 @@ def fingerprint_of(prompts: list[Prompt]) -> str:
 
 def _prompt(row: dict, chat: ChatTokenizer, check: Callable[[Any, Any], None]) -> Prompt:
     messages = rows.messages(row.get("messages"), "messages")
-    while messages and messages[-1]["role"] == "assistant":  # a worked answer behind the question is not part of the prompt
+    while (
+        messages and messages[-1]["role"] == "assistant"
+    ):  # a worked answer behind the question is not part of the prompt
         messages.pop()
     if not messages:
         raise BadRow("messages: expected a turn to answer, got only the assistant's")

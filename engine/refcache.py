@@ -1,12 +1,13 @@
 """The reference cache: sum log pi_ref(y) of every sequence, computed once, addressed by what determines it.
 
 A row is one sequence. Its address is a hash of its token ids and mask, inside a directory named by the model: weights
-fingerprint, config, compute dtype, attention backend. So any beta, loss, order, subset or growth of a dataset finds what is
-there and computes the rest, and a changed weight, template, length or dtype finds nothing. A row keeps the sum and the
-number of counted tokens, which serves summed and length-normalised losses alike.
+fingerprint, config, compute dtype, attention backend. So any beta, loss, order, subset or growth of a dataset finds
+what is there and computes the rest, and a changed weight, template, length or dtype finds nothing. A row keeps the sum
+and the number of counted tokens, which serves summed and length-normalised losses alike.
 
 On disk: <cache_dir>/reference/<model>/header.json (readable) and segments rows-*.safetensors with `keys` (n, 16 bytes),
-`logprobs` (n, fp32) and `counts` (n, int32), each carrying a checksum: a damaged segment is named and put aside, never used.
+`logprobs` (n, fp32) and `counts` (n, int32), each carrying a checksum: a damaged segment is named and put aside, never
+used.
 
 S sequences.
 """
@@ -56,29 +57,49 @@ class Reference:
 
 
 def reference_logprobs(
-    policy: Policy, examples: Examples, used: np.ndarray, world: World, *, cache_dir: Path, identity: dict[str, str], micro_batch_tokens: int,
+    policy: Policy,
+    examples: Examples,
+    used: np.ndarray,
+    world: World,
+    *,
+    cache_dir: Path,
+    identity: dict[str, str],
+    micro_batch_tokens: int,
     name: str = "reference",
-) -> Reference:  # fmt: skip
-    """The reference log-probs of the examples numbered `used` under `policy` as it is now, from the cache where they are there.
+) -> Reference:
+    """The reference log-probs of the examples numbered `used` under `policy` as it is now, from the cache where they
+    are there.
 
     Collective. Prints hit, partial hit (n of m) or miss with the reason. `identity` is what, besides tokens and mask,
     determines the numbers. The pass writes a segment every 65,536 sequences, so a killed one goes on where it was.
     """
     used = np.unique(used)
     keys, counts = examples.keys(used), examples.counts(used)
-    directory = cache_dir / "reference" / hashlib.sha256(json.dumps([VERSION, identity], sort_keys=True).encode()).hexdigest()[:32]
+    directory = (
+        cache_dir
+        / "reference"
+        / hashlib.sha256(json.dumps([VERSION, identity], sort_keys=True).encode()).hexdigest()[:32]
+    )
     found = np.full(keys.shape, np.nan, np.float32)
     if world.is_main:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         fresh = not (directory / "header.json").is_file()
         found = _look_up(directory, keys, counts)
         world.say(f"{name}: {_verdict(directory, identity, found, fresh)}")
-        _write_atomically(directory / "header.json", json.dumps({"version": VERSION, "identity": identity}, indent=1).encode())
+        _write_atomically(
+            directory / "header.json", json.dumps({"version": VERSION, "identity": identity}, indent=1).encode()
+        )
     found = world.broadcast(torch.as_tensor(found)).numpy()
     missing = np.flatnonzero(np.isnan(found.reshape(-1)))
     _, first = np.unique(keys.reshape(-1)[missing], return_index=True)
     todo = missing[np.sort(first)]  # sequences that occur twice are computed once
-    for start in tqdm(range(0, len(todo), SEQUENCES_PER_SEGMENT), desc=name, unit=" segments", disable=not world.is_main or len(todo) < 512, leave=False):  # fmt: skip
+    for start in tqdm(
+        range(0, len(todo), SEQUENCES_PER_SEGMENT),
+        desc=name,
+        unit=" segments",
+        disable=not world.is_main or len(todo) < 512,
+        leave=False,
+    ):
         block = todo[start : start + SEQUENCES_PER_SEGMENT]
         found.reshape(-1)[block] = _compute(policy, examples, used, block, keys.shape[1], world, micro_batch_tokens)
         if world.is_main:
@@ -94,8 +115,12 @@ def reference_logprobs(
 
 
 @torch.no_grad()
-def _compute(policy: Policy, examples: Examples, used: np.ndarray, block: np.ndarray, per_example: int, world: World, budget: int) -> np.ndarray:
-    """fp32 sums of the sequences numbered `block` (example-major over `used`), on every rank. Raises on numbers that are not finite."""
+def _compute(
+    policy: Policy, examples: Examples, used: np.ndarray, block: np.ndarray, per_example: int, world: World, budget: int
+) -> np.ndarray:
+    """fp32 sums of the sequences numbered `block` (example-major over `used`), on every rank. Raises on numbers that
+    are not finite.
+    """
     sequences = [examples.sequences(int(used[i // per_example]))[i % per_example] for i in block]
     bins = pack([len(ids) - 1 for ids, _ in sequences], budget, world.size)[world.rank]
     order: list[int] = []
@@ -116,7 +141,8 @@ def _compute(policy: Policy, examples: Examples, used: np.ndarray, block: np.nda
     return sums
 
 
-# --- the files ----------------------------------------------------------------------------------------------------------------
+# --- the files
+# ----------------------------------------------------------------------------------------------------------------
 
 
 def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -> None:
@@ -147,7 +173,10 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
             if stated != _checksum(arrays):
                 raise ValueError("its checksum does not match its content")
         except (SafetensorError, ValueError, OSError, KeyError) as error:
-            print(f"reference: {path} is damaged ({error}); it is not used and is put aside as {path.name}.damaged", flush=True)
+            print(
+                f"reference: {path} is damaged ({error}); it is not used and is put aside as {path.name}.damaged",
+                flush=True,
+            )
             path.rename(path.with_name(path.name + ".damaged"))
             continue
         yield arrays
@@ -167,7 +196,11 @@ def _look_up(directory: Path, keys: np.ndarray, counts: np.ndarray) -> np.ndarra
             continue
         order = np.argsort(have[:, 0])
         place = order[np.minimum(np.searchsorted(have[order, 0], wanted[:, 0]), len(have) - 1)]
-        hit = (have[place] == wanted).all(1) & (arrays["counts"][place] == counts.reshape(-1)) & np.isfinite(arrays["logprobs"][place])
+        hit = (
+            (have[place] == wanted).all(1)
+            & (arrays["counts"][place] == counts.reshape(-1))
+            & np.isfinite(arrays["logprobs"][place])
+        )
         found[hit] = arrays["logprobs"][place[hit]]
     return found.reshape(keys.shape)
 
@@ -179,7 +212,10 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
     if have:
         return f"partial hit ({have} of {total}), computing {total - have} sequences"
     if not fresh:
-        return f"miss, this model's cache has none of the {total} sequences (other rows, template, tokenizer, --max_seq_length or --count_turns)"
+        return (
+            f"miss, this model's cache has none of the {total} sequences (other rows, template, tokenizer,"
+            " --max_seq_length or --count_turns)"
+        )
     others = []
     for header in directory.parent.glob("*/header.json"):
         try:
@@ -188,7 +224,11 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
             continue
         others.append(sorted(k for k in identity.keys() | other.keys() if identity.get(k) != other.get(k)))
     closest = min(others, key=len, default=None)
-    why = "no model was cached here yet" if closest is None else f"other {', '.join(closest)} than the nearest cached model"
+    why = (
+        "no model was cached here yet"
+        if closest is None
+        else f"other {', '.join(closest)} than the nearest cached model"
+    )
     return f"miss ({why}), computing {total} sequences"
 
 
@@ -198,9 +238,20 @@ def _write_atomically(path: Path, content: bytes) -> None:
     partial.rename(path)
 
 
-def model_identity(weights: str, config: Any, dtype: torch.dtype, backend: str, compiled: bool = False) -> dict[str, str]:
+def model_identity(
+    weights: str, config: Any, dtype: torch.dtype, backend: str, compiled: bool = False
+) -> dict[str, str]:
     """What, besides tokens and mask, determines a log-prob."""
-    described = {k: v for k, v in config.to_dict().items() if k not in ("transformers_version", "_name_or_path", "use_cache", "dtype")}
+    described = {
+        k: v
+        for k, v in config.to_dict().items()
+        if k not in ("transformers_version", "_name_or_path", "use_cache", "dtype")
+    }
     config_hash = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
-    return {"weights": weights, "config": config_hash, "dtype": str(dtype).removeprefix("torch."), "attention": backend,
-            "compiled": str(compiled)}  # fmt: skip
+    return {
+        "weights": weights,
+        "config": config_hash,
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": backend,
+        "compiled": str(compiled),
+    }

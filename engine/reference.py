@@ -1,9 +1,9 @@
 """The reference policy pi_ref: cached numbers, or a forward pass of frozen weights that are there anyway.
 
-    cache     numbers computed once by the policy before its first update (refcache.py)
-    base      the policy's own frozen weights, its adapters switched off: pi_ref where new adapters are trained
-    adapter   the adapter that training starts from, frozen beside its trained copy on the same weights
-    copy      a second, frozen model
+cache     numbers computed once by the policy before its first update (refcache.py)
+base      the policy's own frozen weights, its adapters switched off: pi_ref where new adapters are trained
+adapter   the adapter that training starts from, frozen beside its trained copy on the same weights
+copy      a second, frozen model
 """
 
 from __future__ import annotations
@@ -44,15 +44,25 @@ class FrozenPolicy:
 
 
 def resolve(config: Config, *, without_lora: str, with_lora: str = "") -> Config:
-    """--reference auto by its meaning here: `without_lora`, or `with_lora` ('': what the adapters' start says). Raises UserError."""
+    """--reference auto by its meaning here: `without_lora`, or `with_lora` ('': what the adapters' start says). Raises
+    UserError.
+    """
     own = "adapter" if config.adapter_name_or_path else "base"
     if config.reference == "auto":
         return replace(config, reference=(with_lora or own) if config.use_lora else without_lora)
     if config.reference in ("base", "adapter") and not config.use_lora:
-        raise UserError(f"--reference {config.reference} needs --use_lora: all weights are trained, none stays as it was")
+        raise UserError(
+            f"--reference {config.reference} needs --use_lora: all weights are trained, none stays as it was"
+        )
     if config.reference in ("base", "adapter") and config.reference != own:
-        start = f"from the adapter {config.adapter_name_or_path}" if own == "adapter" else "from the model without an adapter"
-        raise UserError(f"--reference {config.reference}: training starts {start}, so the reference is --reference {own}")
+        start = (
+            f"from the adapter {config.adapter_name_or_path}"
+            if own == "adapter"
+            else "from the model without an adapter"
+        )
+        raise UserError(
+            f"--reference {config.reference}: training starts {start}, so the reference is --reference {own}"
+        )
     return config
 
 

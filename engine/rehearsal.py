@@ -1,6 +1,7 @@
 """A run without its machine: a world of any size in one process, on tensors that have shapes and no numbers.
 
-Within `rehearsal` the engine's own code runs as it is, under a ledger. What stands in for the GPU, when one is planned for:
+Within `rehearsal` the engine's own code runs as it is, under a ledger. What stands in for the GPU, when one is planned
+for:
 
     attention           an operation that keeps what a flash kernel keeps (its output and an fp32 log-sum-exp per head and token)
                         and takes its workspace (fp32 query gradients, one key and value gradient a query head)
@@ -45,7 +46,9 @@ class RehearsedWorld(World):
 
 
 @contextlib.contextmanager
-def rehearsal(device: Device, size: int, *, per_node: int, fused: float = 1.0) -> Iterator[tuple[RehearsedWorld, Ledger, FakeTensorMode]]:
+def rehearsal(
+    device: Device, size: int, *, per_node: int, fused: float = 1.0
+) -> Iterator[tuple[RehearsedWorld, Ledger, FakeTensorMode]]:
     """(world, ledger, mode) of a rehearsal of `size` ranks. No process group may exist yet."""
     import torch.testing._internal.distributed.fake_pg as fake  # registers the backend
 
@@ -55,7 +58,9 @@ def rehearsal(device: Device, size: int, *, per_node: int, fused: float = 1.0) -
         here = RehearsedWorld(0, size, 0, torch.device("cpu"), mesh, dist.HashStore())
         ledger = Ledger(device, ranks=size, per_node=per_node, block=1 if device.name == "cpu" else 512, fused=fused)
         with contextlib.ExitStack() as stack:
-            for patch in _stand_ins(device, size) + _attributions(ledger) + _asides(ledger) + _updates(ledger) + _hauls(ledger):
+            for patch in (
+                _stand_ins(device, size) + _attributions(ledger) + _asides(ledger) + _updates(ledger) + _hauls(ledger)
+            ):
                 stack.enter_context(patch)
             mode = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
             stack.enter_context(ledger)
@@ -65,7 +70,9 @@ def rehearsal(device: Device, size: int, *, per_node: int, fused: float = 1.0) -
 
 
 def follow(root: model.Root, ledger: Ledger) -> None:
-    """What the root's forward allocates is activations until the last hidden states are there, and the head's after that."""
+    """What the root's forward allocates is activations until the last hidden states are there, and the head's after
+    that.
+    """
     forward, hidden = root.forward, root.hidden
 
     def followed_forward(*args: Any, **options: Any) -> Tensor:
@@ -82,7 +89,9 @@ def follow(root: model.Root, ledger: Ledger) -> None:
 
 def _stand_ins(device: Device, size: int) -> list[Any]:
     patches = [
-        mock.patch.object(logprobs, "logits_statistics", lambda logits_CV, targets_C, entropy: _statistics(logits_CV, entropy)),
+        mock.patch.object(
+            logprobs, "logits_statistics", lambda logits_CV, targets_C, entropy: _statistics(logits_CV, entropy)
+        ),
         mock.patch.object(logprobs, "logits_gradient_", lambda logits_CV, *others: _gradient(logits_CV)),
         mock.patch.object(weights, "host_memory", lambda: device.memory * size),
     ]
@@ -90,7 +99,11 @@ def _stand_ins(device: Device, size: int) -> list[Any]:
         flash = attention._packed(_attend)
         patches += [
             mock.patch.object(attention, "packed", lambda backend: flash),
-            mock.patch.object(logprobs, "add_product_", lambda total_VD, a_VC, b_CD: torch.mm(a_VC, b_CD, out_dtype=total_VD.dtype, out=total_VD)),
+            mock.patch.object(
+                logprobs,
+                "add_product_",
+                lambda total_VD, a_VC, b_CD: torch.mm(a_VC, b_CD, out_dtype=total_VD.dtype, out=total_VD),
+            ),
             mock.patch.object(FakeTensor, "is_cuda", property(lambda self: True), create=True),
         ]
     return patches
@@ -122,7 +135,9 @@ def _attributions(ledger: Ledger) -> list[Any]:
                 result = method(self, *args, **options)
             for p, kind in own:
                 unreduced = getattr(p, "unsharded_accumulated_grad", None)
-                ledger.mark([p.sharded_param.grad, getattr(getattr(p, "_unsharded_param", None), "grad", None), unreduced], kind)
+                ledger.mark(
+                    [p.sharded_param.grad, getattr(getattr(p, "_unsharded_param", None), "grad", None), unreduced], kind
+                )
             return result
 
         return wrapped
@@ -140,7 +155,10 @@ def _updates(ledger: Ledger) -> list[Any]:
     def update(**k: Any) -> None:
         ledger.touch([k[name] for name in ("g", "p", "state1", "state2")])
 
-    return [mock.patch.object(kernels, name, update) for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit")]
+    return [
+        mock.patch.object(kernels, name, update)
+        for name in ("optimizer_update_8bit_blockwise", "optimizer_update_32bit")
+    ]
 
 
 def _hauls(ledger: Ledger) -> list[Any]:
@@ -184,15 +202,25 @@ def _asides(ledger: Ledger) -> list[Any]:
 
 
 def _wrapped(owner: type, wrappers: dict[str, Callable]) -> list[Any]:
-    return [mock.patch.object(owner, name, wrap(getattr(owner, name))) for name, wrap in wrappers.items() if hasattr(owner, name)]
+    return [
+        mock.patch.object(owner, name, wrap(getattr(owner, name)))
+        for name, wrap in wrappers.items()
+        if hasattr(owner, name)
+    ]
 
 
-# --- stand-ins for kernels ------------------------------------------------------------------------------------------------------
+# --- stand-ins for kernels
+# ------------------------------------------------------------------------------------------------------
 
 
 def visible_pairs(lengths: tuple[int, ...], window: int | None = None) -> float:
     """Pairs of a query and a key that it sees, over all sequences."""
-    return float(sum(n * (n + 1) // 2 if window is None or window >= n else window * n - window * (window - 1) // 2 for n in lengths))
+    return float(
+        sum(
+            n * (n + 1) // 2 if window is None or window >= n else window * n - window * (window - 1) // 2
+            for n in lengths
+        )
+    )
 
 
 def _attend(q_TNH, k_TKH, v_TKH, packing, *, scale, window, softcap, sinks_N) -> Tensor:
@@ -207,12 +235,21 @@ def flash_attention(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, flops: float, w
 
 @flash_attention.register_fake
 def _(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, flops: float, workspace: int) -> tuple[Tensor, Tensor]:
-    return torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device), q_TNH.new_empty((q_TNH.shape[1], len(q_TNH)), dtype=torch.float32)
+    return torch.empty(q_TNH.shape, dtype=q_TNH.dtype, device=q_TNH.device), q_TNH.new_empty(
+        (q_TNH.shape[1], len(q_TNH)), dtype=torch.float32
+    )
 
 
 @torch.library.custom_op("triptych::rehearsed_attention_backward", mutates_args=())
 def flash_attention_backward(
-    grad_TNH: Tensor, q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, out_TNH: Tensor, lse_NT: Tensor, flops: float, workspace: int
+    grad_TNH: Tensor,
+    q_TNH: Tensor,
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    out_TNH: Tensor,
+    lse_NT: Tensor,
+    flops: float,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     raise NotImplementedError("fake tensors only")
 
@@ -231,7 +268,9 @@ def _backward(ctx: Any, grad_TNH: Tensor, _: Tensor) -> tuple:
     q_TNH, k_TKH, v_TKH, out_TNH, lse_NT = ctx.saved_tensors
     expanded = 2 * q_TNH.numel() * q_TNH.element_size() if k_TKH.shape[1] < q_TNH.shape[1] else 0
     workspace = 4 * (q_TNH.numel() + lse_NT.numel()) + expanded
-    grads = flash_attention_backward(grad_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, 2.5 * ctx.flops, workspace)
+    grads = flash_attention_backward(
+        grad_TNH.contiguous(), q_TNH, k_TKH, v_TKH, out_TNH, lse_NT, 2.5 * ctx.flops, workspace
+    )
     return (*grads, None, None)
 
 

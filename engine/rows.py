@@ -3,8 +3,8 @@
 A row that cannot be used raises BadRow with the field and what was expected; the reader adds file and line. Nothing is
 coerced: a missing key, a number where text belongs, NaN, a duplicate key or invalid UTF-8 is a bad row, not a guess.
 
-A place is what stands behind the dataset's name: `:8` is line 8 of a file, `/part.jsonl:8` line 8 of a directory's file,
-`[train]:8` row 8 of a split. Rows of .json and .parquet are counted from 0 like those of a split, lines from 1.
+A place is what stands behind the dataset's name: `:8` is line 8 of a file, `/part.jsonl:8` line 8 of a directory's
+file, `[train]:8` row 8 of a split. Rows of .json and .parquet are counted from 0 like those of a split, lines from 1.
 """
 
 from __future__ import annotations
@@ -65,10 +65,13 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
 def _of_split(directory: Path, split: str) -> list[Path]:
     """The data files below a directory that are named after the split; if none is, those that are named after no split.
 
-    So train-00000.parquet and test-00000.parquet side by side are not one dataset. Raises UserError if only other splits are there.
+    So train-00000.parquet and test-00000.parquet side by side are not one dataset. Raises UserError if only other
+    splits are there.
     """
     places = {
-        p: str(p.relative_to(directory)) for p in sorted(directory.rglob("*")) if p.suffix in SUFFIXES and p.name not in LIBRARY_FILES
+        p: str(p.relative_to(directory))
+        for p in sorted(directory.rglob("*"))
+        if p.suffix in SUFFIXES and p.name not in LIBRARY_FILES
     }
     places = {p: place for p, place in places.items() if not re.search(r"(^|/)\.", place)}
     named = [p for p, place in places.items() if _names(re.escape(split), place)]
@@ -112,7 +115,9 @@ def _from_library(name: str, split: str, revision: str | None, saved: bool) -> S
         fingerprint = data._fingerprint
     except Exception as error:  # the library raises whatever its back ends do: the user reads one line
         what = (
-            "cannot be loaded as a dataset" if Path(name).is_dir() else "is no local file or directory, and cannot be loaded from the hub"
+            "cannot be loaded as a dataset"
+            if Path(name).is_dir()
+            else "is no local file or directory, and cannot be loaded from the hub"
         )
         raise UserError(f"{name}: {what} ({type(error).__name__}: {' '.join(str(error).split())[:160]})") from None
     return Source(name, fingerprint, lambda: ((f"[{split}]:{i}", row) for i, row in enumerate(data)))
@@ -132,7 +137,9 @@ def parse_json(text: str | bytes) -> Any:
         raise BadRow(f"expected JSON, got {constant}")
 
     try:
-        return json.loads(text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(
+            text.decode("utf-8") if isinstance(text, bytes) else text, object_pairs_hook=unique, parse_constant=refuse
+        )
     except UnicodeDecodeError as error:
         raise BadRow(f"expected UTF-8, got byte {error.object[error.start]:#04x} at {error.start}") from None
     except (ValueError, RecursionError) as error:
@@ -193,12 +200,21 @@ def _parquet(file: Path) -> Numbered:
         raise UserError(f"{file}: not a readable parquet file ({' '.join(str(error).split())[:160]})") from None
 
 
-# --- fields -------------------------------------------------------------------------------------------------------------------
+# --- fields
+# -------------------------------------------------------------------------------------------------------------------
 
 
 def kind(value: Any) -> str:
     """What a JSON value is, in a message."""
-    kinds = {type(None): "null", bool: "true or false", int: "a number", float: "a number", str: "text", list: "a list", dict: "an object"}
+    kinds = {
+        type(None): "null",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        str: "text",
+        list: "a list",
+        dict: "an object",
+    }
     return kinds.get(type(value), type(value).__name__)
 
 
@@ -235,7 +251,8 @@ def messages(value: Any, field: str) -> list[dict[str, str]]:
                 raise BadRow(f"{field}[{i}].{key}: expected text, got {got}")
         if message["role"] not in ROLES:
             raise BadRow(
-                f"{field}[{i}].role: expected one of {', '.join(ROLES)}, got {message['role'][:40]!r}{nearest(message['role'], ROLES)}"
+                f"{field}[{i}].role: expected one of {', '.join(ROLES)}, got"
+                f" {message['role'][:40]!r}{nearest(message['role'], ROLES)}"
             )
         clean.append({"role": message["role"], "content": checked_text(message["content"], f"{field}[{i}].content")})
     return clean

@@ -19,17 +19,31 @@ from engine.world import World
 
 # what may change between a run and its resumption: none of it touches the trajectory
 CHANGEABLE = {
-    "output_dir", "cache_dir", "micro_batch_tokens", "save_steps", "save_total_limit", "resume", "on_bad_row", "dry_run", "report_to",
-    "profile", "export_dtype", "export_adapter", "eval_steps", "dataset_num_proc", "cache_logprobs_only",
-}  # fmt: skip
+    "output_dir",
+    "cache_dir",
+    "micro_batch_tokens",
+    "save_steps",
+    "save_total_limit",
+    "resume",
+    "on_bad_row",
+    "dry_run",
+    "report_to",
+    "profile",
+    "export_dtype",
+    "export_adapter",
+    "eval_steps",
+    "dataset_num_proc",
+    "cache_logprobs_only",
+}
 
 
 @contextlib.contextmanager
 def open_run(config: RunConfig, world: World, facts: dict[str, Any]) -> Iterator[bool]:
-    """Locks --output_dir, checks that it is this configuration's, writes config.yaml; yields True if the run is already finished.
+    """Locks --output_dir, checks that it is this configuration's, writes config.yaml; yields True if the run is already
+    finished.
 
-    Raises UserError if another process is in it, if it holds a run of another configuration (the first differing flag is
-    named), or if it is not empty under --resume never.
+    Raises UserError if another process is in it, if it holds a run of another configuration (the first differing flag
+    is named), or if it is not empty under --resume never.
     """
     output_dir = Path(config.output_dir)
     lock = None
@@ -73,7 +87,9 @@ def _lock(path: Path) -> int:
 
 def settings(config: RunConfig) -> dict[str, Any]:
     """The flags on which a run's trajectory depends, as YAML and JSON hold them."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in configuration.as_dict(config).items() if v is not None}
+    values = {
+        k: list(v) if isinstance(v, tuple) else v for k, v in configuration.as_dict(config).items() if v is not None
+    }
     return {name: value for name, value in values.items() if name not in CHANGEABLE}
 
 
@@ -107,13 +123,16 @@ def _check_same_configuration(config: RunConfig, path: Path) -> None:
     for name in sorted((earlier.keys() | now.keys()) - CHANGEABLE):
         if earlier.get(name) != now.get(name):
             raise UserError(
-                f"{path.parent} holds a run with --{name} {earlier.get(name)}, now it is {now.get(name)}: give another --output_dir"
+                f"{path.parent} holds a run with --{name} {earlier.get(name)}, now it is {now.get(name)}: give another"
+                " --output_dir"
             )
 
 
 @contextlib.contextmanager
 def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
-    """Traces the third to fifth step it is told of (`.step()`) into output_dir/trace.json; without --profile, does nothing."""
+    """Traces the third to fifth step it is told of (`.step()`) into output_dir/trace.json; without --profile, does
+    nothing.
+    """
     if not enabled:
         yield None
         return

@@ -1,4 +1,6 @@
-"""A greedy sample, to look at. It runs the whole prefix again for every token: simple, and slow; rollouts are another matter."""
+"""A greedy sample, to look at. It runs the whole prefix again for every token: simple, and slow; rollouts are another
+matter.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def greedy(policy: Policy, chat: ChatTokenizer, prompt_ids: np.ndarray, max_new_
         last = np.zeros(len(ids) + 1, bool)
         last[-1] = True
         batch = micro_batch([(np.array([*ids, 0]), last)], (0,), world.device)
-        token = int(world.broadcast(policy(batch, mode="argmax").cpu()).item())  # one rank's rounding must not end another's loop
+        token = int(
+            world.broadcast(policy(batch, mode="argmax").cpu()).item()
+        )  # one rank's rounding must not end another's loop
         if token == chat.end_of_turn_id:
             break
         ids.append(token)

@@ -1,4 +1,6 @@
-"""FSDP2's cut of a tensor: dimension 0 in chunks of ceil(rows / ranks), so that the last ranks may hold less, or nothing."""
+"""FSDP2's cut of a tensor: dimension 0 in chunks of ceil(rows / ranks), so that the last ranks may hold less, or
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def whole(p: Tensor) -> Tensor:
         return p
     if p.dtype.itemsize > 1:
         return p.full_tensor()
-    return sharded_like(local(p).view(torch.uint8), p).full_tensor().view(p.dtype)  # gloo knows bytes, and no float of one
+    return (
+        sharded_like(local(p).view(torch.uint8), p).full_tensor().view(p.dtype)
+    )  # gloo knows bytes, and no float of one
 
 
 def sharded_like(rows: Tensor, p: Tensor) -> Tensor:

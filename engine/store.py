@@ -1,10 +1,11 @@
-"""Tokenised examples on disk, memory-mapped: built once, keyed by everything that determines them, shared by ranks and runs.
+"""Tokenised examples on disk, memory-mapped: built once, keyed by everything that determines them, shared by ranks and
+runs.
 
-A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end, `offsets`
-(int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address), `counts`
-(int32: trained tokens of each sequence), and a header.json. It is built under a temporary name and renamed when complete, so a
-killed build leaves nothing that is read, and under a lock, so that runs that start together build it once. A damaged one is
-named and built again; what is read of an example is compared with its keys.
+A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end,
+`offsets` (int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address),
+`counts` (int32: trained tokens of each sequence), and a header.json. It is built under a temporary name and renamed
+when complete, so a killed build leaves nothing that is read, and under a lock, so that runs that start together build
+it once. A damaged one is named and built again; what is read of an example is compared with its keys.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ class TokenStore:
         bounds = self.offsets[first : first + self.per_example + 1]
         found = [(self.ids[a:b], self.mask[a:b]) for a, b in pairwise(bounds)]
         expected = zip(self.example_keys(example), self.counts[first : first + self.per_example], strict=True)
-        if [(sequence_key(ids, mask), mask[1:].sum()) for ids, mask in found] != [(key.tobytes(), count) for key, count in expected]:
+        if [(sequence_key(ids, mask), mask[1:].sum()) for ids, mask in found] != [
+            (key.tobytes(), count) for key, count in expected
+        ]:
             raise UserError(f"{self.directory}: damaged at example {example}: delete it, it will be made again")
         return found
 
@@ -121,7 +124,9 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
 
 
 def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
-    """`directory` with what `build(temporary directory)` puts there, unless `is_whole()`; runs that start together build it once."""
+    """`directory` with what `build(temporary directory)` puts there, unless `is_whole()`; runs that start together
+    build it once.
+    """
     directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(directory.parent / f".{directory.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here; a killed builder's lock goes with it
@@ -139,14 +144,22 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
 
 
 def open_or_build(
-    root: Path, source: Source, encode: Encoder, determinants: dict[str, Any], per_example: int, on_bad_row: str, workers: int = 1
+    root: Path,
+    source: Source,
+    encode: Encoder,
+    determinants: dict[str, Any],
+    per_example: int,
+    on_bad_row: str,
+    workers: int = 1,
 ) -> TokenStore:
     """The store of `source` under `root`, built if it is not there. Raises UserError.
 
-    `encode(row)` gives an example's sequences, or a word for why the row is dropped (counted), or raises BadRow (listed;
-    with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result.
+    `encode(row)` gives an example's sequences, or a word for why the row is dropped (counted), or raises BadRow
+    (listed; with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result.
     """
-    key = hashlib.sha256(json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(
+        json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()
+    ).hexdigest()
     directory = root / key[:32]
 
     def is_whole() -> bool:
@@ -160,7 +173,9 @@ def open_or_build(
 
     def build(partial: Path) -> None:
         header = tokenise(partial, source, encode, on_bad_row, workers)
-        (partial / "header.json").write_text(json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8")
+        (partial / "header.json").write_text(
+            json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8"
+        )
 
     build_once(directory, is_whole, build)
     store = TokenStore(directory)
@@ -182,13 +197,16 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
             yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
 
 
-# --- which examples, in which order -------------------------------------------------------------------------------------------
+# --- which examples, in which order
+# -------------------------------------------------------------------------------------------
 
 
 def permutation(n: int, *name: Any) -> np.ndarray:
-    """A permutation of range(n) that is a function of its name (seed, purpose, epoch), on every machine and with every numpy the same.
+    """A permutation of range(n) that is a function of its name (seed, purpose, epoch), on every machine and with every
+    numpy the same.
 
-    It sorts the raw stream of Philox, which numpy guarantees (what Generator.permutation makes of the stream, it does not).
+    It sorts the raw stream of Philox, which numpy guarantees (what Generator.permutation makes of the stream, it does
+    not).
     """
     key = int.from_bytes(hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest(), "little")
     return np.argsort(np.random.Philox(key=key).random_raw(n), kind="stable")
@@ -208,7 +226,9 @@ def mixture_index(n: int, amount: str, seed: int, name: str) -> np.ndarray:
 
 
 class Steps:
-    """Which examples each optimizer step trains on: a permutation per epoch, cut in order into batches; the short last one is kept."""
+    """Which examples each optimizer step trains on: a permutation per epoch, cut in order into batches; the short last
+    one is kept.
+    """
 
     def __init__(self, n: int, batch_size: int, epochs: int, max_steps: int, seed: int) -> None:
         self.n, self.batch_size, self.seed = n, batch_size, seed

@@ -1,7 +1,8 @@
 """Rows → arrays of token ids, masks and keys, streamed to files: parallel, in order, in bounded memory.
 
-The main process reads; chunks of rows are encoded here, or, once a source has shown that it is large, by worker processes; a
-few chunks are under way at a time, so memory does not grow with the dataset, and the files do not depend on the workers.
+The main process reads; chunks of rows are encoded here, or, once a source has shown that it is large, by worker
+processes; a few chunks are under way at a time, so memory does not grow with the dataset, and the files do not depend
+on the workers.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Chunk:
     """What became of some rows, as bytes ready for the files."""
 
     rows: int = 0
-    arrays: dict[str, bytearray] = field(default_factory=lambda: {name: bytearray() for name in ("ids", "mask", "keys", "counts", "lengths")})
+    arrays: dict[str, bytearray] = field(
+        default_factory=lambda: {name: bytearray() for name in ("ids", "mask", "keys", "counts", "lengths")}
+    )
     dropped: collections.Counter = field(default_factory=collections.Counter)
     bad: list[tuple[str, str]] = field(default_factory=list)
 
@@ -70,12 +73,17 @@ def encode_rows(encode: Encoder, rows: Rows) -> Chunk:
 
 
 def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, workers: int) -> dict[str, Any]:
-    """Writes the files of a store and returns its header. Raises UserError for the first bad row if `on_bad_row` is 'error'."""
+    """Writes the files of a store and returns its header. Raises UserError for the first bad row if `on_bad_row` is
+    'error'.
+    """
     header: dict[str, Any] = {"rows": 0, "sequences": 0, "bad_rows": 0, "bad_list": []}
     dropped: collections.Counter = collections.Counter()
     offset = 0
     with ExitStack() as stack:
-        files = {name: stack.enter_context(open(directory / name, "wb")) for name in ("ids", "mask", "keys", "counts", "offsets")}
+        files = {
+            name: stack.enter_context(open(directory / name, "wb"))
+            for name in ("ids", "mask", "keys", "counts", "offsets")
+        }
         bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", delay=2, leave=False))
         files["offsets"].write(np.int64(0).tobytes())
         for chunk in stack.enter_context(_Chunks(source.rows(), encode, workers)):
@@ -91,7 +99,9 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
             header["rows"] += chunk.rows
             header["sequences"] += len(lengths)
             header["bad_rows"] += len(chunk.bad)
-            header["bad_list"] += [f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]]
+            header["bad_list"] += [
+                f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
+            ]
             bar.update(chunk.rows)
     return header | {"dropped": dict(dropped)}
 
@@ -132,8 +142,12 @@ class _Chunks:
             yield encode_rows(self.encode, rows)
         if not (first := self._next_rows()):
             return
-        context = multiprocessing.get_context("forkserver")  # this process has threads, and a fork would copy their locks
-        self._pool = ProcessPoolExecutor(self.workers, mp_context=context, initializer=_start_worker, initargs=(self.encode,))
+        context = multiprocessing.get_context(
+            "forkserver"
+        )  # this process has threads, and a fork would copy their locks
+        self._pool = ProcessPoolExecutor(
+            self.workers, mp_context=context, initializer=_start_worker, initargs=(self.encode,)
+        )
         under_way: collections.deque = collections.deque()
         for rows in chain([first], iter(self._next_rows, [])):
             under_way.append(self._pool.submit(_work, rows))

@@ -1,4 +1,6 @@
-"""Weights in and out: safetensors streamed into shards, a fingerprint of what was read, and Hugging Face's format on the way out."""
+"""Weights in and out: safetensors streamed into shards, a fingerprint of what was read, and Hugging Face's format on
+the way out.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,20 @@ def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_o
     from huggingface_hub import snapshot_download
 
     try:
-        directory = snapshot_download(name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"])
-    except Exception as error:  # the hub's client raises its transport's own errors: whatever it is, the user reads one line
-        raise UserError(f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})") from None
+        directory = snapshot_download(
+            name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        )
+    except (
+        Exception
+    ) as error:  # the hub's client raises its transport's own errors: whatever it is, the user reads one line
+        raise UserError(
+            f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})"
+        ) from None
     return Path(directory), Path(directory).name
 
 
-# --- in -----------------------------------------------------------------------------------------------------------------------
+# --- in
+# -----------------------------------------------------------------------------------------------------------------------
 
 
 def files_by_name(directory: Path) -> dict[str, Path]:
@@ -94,12 +103,14 @@ def initialise_buffers(lm: nn.Module, directory: Path) -> None:
 
 @torch.no_grad()
 def stream(directory: Path, lm: nn.Module, world: World) -> int:
-    """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice; 4-bit layers quantise theirs as it comes.
+    """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice; 4-bit layers quantise theirs
+    as it comes.
 
-    Returns the fingerprint of what was read (as float32, whatever dtype or form holds it). Collective. Adapters are left alone.
-    A scalar head (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that `lm` lacks is left
-    where it is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints whose names differ from the module's (older
-    layouts, mixtures of experts) go through transformers' own loader instead, which holds the model in host memory once a rank.
+    Returns the fingerprint of what was read (as float32, whatever dtype or form holds it). Collective. Adapters are
+    left alone. A scalar head (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that
+    `lm` lacks is left where it is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints
+    whose names differ from the module's (older layouts, mixtures of experts) go through transformers' own loader
+    instead, which holds the model in host memory once a rank.
     """
     files = files_by_name(directory)
     own: dict[str, Tensor | lora.AdaptedLinear] = {}
@@ -137,7 +148,9 @@ def stream(directory: Path, lm: nn.Module, world: World) -> int:
             local(target).copy_(piece)
         piece = piece.to(world.device)
         fingerprint = (fingerprint + _mix(name, piece, rows.start * (piece[0].numel() if piece.numel() else 0))) % 2**64
-    parts = torch.tensor([fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device)
+    parts = torch.tensor(
+        [fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device
+    )
     return int(world.sum(parts).item()) % 2**64
 
 
@@ -149,22 +162,40 @@ def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple
         with _open(path) as f:
             for name in names:
                 tensor = f.get_slice(name)
-                yield name, lambda rows, tensor=tensor: (tensor.get_shape(), tensor[rows] if tensor.get_shape() else tensor[...])
+                yield (
+                    name,
+                    lambda rows, tensor=tensor: (
+                        tensor.get_shape(),
+                        tensor[rows] if tensor.get_shape() else tensor[...],
+                    ),
+                )
 
 
-def _through_transformers(directory: Path, lm: nn.Module, wanted: list[str], missing: list[str], unexpected: list[str]) -> Iterator[tuple[str, Any]]:
+def _through_transformers(
+    directory: Path, lm: nn.Module, wanted: list[str], missing: list[str], unexpected: list[str]
+) -> Iterator[tuple[str, Any]]:
     config = type(lm.config).from_pretrained(directory)
     try:
-        whole, report = type(lm).from_pretrained(directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True)
+        whole, report = type(lm).from_pretrained(
+            directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True
+        )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{directory}: {str(error).splitlines()[0][:200]}") from None
-    lost = {name if isinstance(name, str) else name[0] for name in (*report["missing_keys"], *report["mismatched_keys"])} & set(wanted)
+    lost = {
+        name if isinstance(name, str) else name[0] for name in (*report["missing_keys"], *report["mismatched_keys"])
+    } & set(wanted)
     if lost:
         name = min(lost)
         raise UserError(f"{directory}: tensor {name} is missing or has another shape{nearest(name, unexpected)}")
     state = dict(whole.named_parameters()) | dict(whole.named_buffers())
     for name in wanted:
-        yield name, lambda rows, name=name: (state[name].shape, state[name].detach()[rows] if state[name].dim() else state[name])
+        yield (
+            name,
+            lambda rows, name=name: (
+                state[name].shape,
+                state[name].detach()[rows] if state[name].dim() else state[name],
+            ),
+        )
 
 
 def _mix(name: str, piece: Tensor, offset: int) -> int:
@@ -183,18 +214,28 @@ def _mix(name: str, piece: Tensor, offset: int) -> int:
     return total % 2**64
 
 
-# --- out ----------------------------------------------------------------------------------------------------------------------
+# --- out
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def export(
-    lm: nn.Module, tokenizer: Any, source: Path, final: Path, world: World, *, dtype: torch.dtype, end_of_turn_id: int,
+    lm: nn.Module,
+    tokenizer: Any,
+    source: Path,
+    final: Path,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    end_of_turn_id: int,
     inside: dict[str, Path] | None = None,
-) -> None:  # fmt: skip
-    """Writes `final` in Hugging Face's format: sharded safetensors with index, config, generation config, tokenizer, template.
+) -> None:
+    """Writes `final` in Hugging Face's format: sharded safetensors with index, config, generation config, tokenizer,
+    template.
 
     `source` is the directory the model came from: its generation config is kept, with the end-of-turn id added.
-    Adapters are merged. `inside` are finished directories to be moved into it, under new names. Tensors are gathered one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
+    Adapters are merged. `inside` are finished directories to be moved into it, under new names. Tensors are gathered
+    one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
     """
     partial = final.with_name(f".{final.name}.partial")
     if world.is_main:
@@ -245,7 +286,9 @@ def _plan_files(sizes: list[tuple[str, int]]) -> list[list[str]]:
     return plan
 
 
-def _save_configs(lm: nn.Module, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_of_turn_id: int) -> None:
+def _save_configs(
+    lm: nn.Module, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_of_turn_id: int
+) -> None:
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.dtype = dtype
     config.architectures = [type(lm).__name__]

@@ -74,8 +74,8 @@ class World:
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """Runs `work` on the first rank of every machine and then, against what that one left on disk, on the others.
 
-        The others wait on the store, not in a collective: however long the work takes (tokenising a million rows), nothing
-        times out. If the first rank fails, they fail with it, with its message. An OSError becomes a UserError.
+        The others wait on the store, not in a collective: however long the work takes (tokenising a million rows),
+        nothing times out. If the first rank fails, they fail with it, with its message. An OSError becomes a UserError.
         """
         result = self._first(f"{name}/{self.rank - self.local_rank}", self.local_rank == 0, work)
         return result if self.local_rank == 0 else _as_user_error(work)
@@ -98,7 +98,9 @@ class World:
             try:
                 self.store.wait([key], POLL)
                 break
-            except RuntimeError as error:  # DistStoreError is one: a time-out means 'not yet'; anything else, a dead store
+            except (
+                RuntimeError
+            ) as error:  # DistStoreError is one: a time-out means 'not yet'; anything else, a dead store
                 if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
                     raise
         status = self.store.get(key).decode()
@@ -113,7 +115,9 @@ class World:
             self.store.set(key, digest)
         self.store.wait([key], COLLECTIVE_TIMEOUT)
         if self.store.get(key).decode() != digest:
-            raise UserError(f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files")
+            raise UserError(
+                f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files"
+            )
 
 
 def _as_user_error(work: Callable[[], Any]) -> Any:
@@ -135,25 +139,37 @@ def available_cores() -> int:
 
 def compiler(*names: str) -> str | None:
     """The first of these programs that is there; $CXX stands for what that variable names."""
-    return next(filter(None, (shutil.which(os.environ.get(name[1:], "") if name.startswith("$") else name) for name in names)), None)
+    return next(
+        filter(None, (shutil.which(os.environ.get(name[1:], "") if name.startswith("$") else name) for name in names)),
+        None,
+    )
 
 
 def start(deterministic: bool = False) -> World:
     """Joins the process group that the environment describes (none: a group of one). Raises UserError."""
-    rank, size, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    rank, size, local_rank = (
+        int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true" if size == 1 else "false")
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
     cuda = torch.cuda.is_available()
     if cuda and local_rank >= torch.cuda.device_count():
-        raise UserError(f"rank {rank} wants GPU {local_rank} and this machine has {torch.cuda.device_count()}: lower --nproc_per_node")
+        raise UserError(
+            f"rank {rank} wants GPU {local_rank} and this machine has {torch.cuda.device_count()}: lower"
+            " --nproc_per_node"
+        )
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if cuda else "gloo", store=_store(rank, size), rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT
+            "cpu:gloo,cuda:nccl" if cuda else "gloo",
+            store=_store(rank, size),
+            rank=rank,
+            world_size=size,
+            timeout=COLLECTIVE_TIMEOUT,
         )
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("ranks",))
     store = dist.PrefixStore("triptych", dist.distributed_c10d._get_default_store())
@@ -161,7 +177,9 @@ def start(deterministic: bool = False) -> World:
 
 
 def _store(rank: int, size: int) -> dist.Store:
-    """A store scoped to this restart: under `torchrun --max-restarts`, a dead generation's addresses stay in the agent's store."""
+    """A store scoped to this restart: under `torchrun --max-restarts`, a dead generation's addresses stay in the
+    agent's store.
+    """
     if size == 1:
         return dist.HashStore()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
@@ -171,7 +189,9 @@ def _store(rank: int, size: int) -> dist.Store:
 
 
 def run(command: Callable[[], None]) -> None:
-    """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or Ctrl-C."""
+    """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
+    Ctrl-C.
+    """
     rank = int(os.environ.get("RANK", 0))
     status, line = 0, ""
     try:
@@ -185,10 +205,15 @@ def run(command: Callable[[], None]) -> None:
             raise
         status, line = 2, f"error: {error.filename}: {error.strerror}"
     except RuntimeError as error:
-        if not any(sign in str(error) for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")):
+        if not any(
+            sign in str(error)
+            for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
+        ):
             raise
         status = 1
-        line = f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})"
+        line = (
+            f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})"
+        )
     if line:
         print(_on_one_line(line), file=sys.stderr, flush=True)
     if dist.is_initialized():

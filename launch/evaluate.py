@@ -2,11 +2,12 @@
 
     p = mean over prompts i and seeds j of score_ij        95 % interval: Wilson's, for n k / (1 + (k - 1) rho) responses
 
-n prompts are answered under k seeds each. Answers to one prompt resemble each other (rho, their intraclass correlation), so
-n k of them say less than as many prompts would: the interval is that of the effective number. Rows are RLVR's: `messages`,
-`ground_truth`, `dataset` (the verifier's name). --temperature 0 decodes greedily, once.
+n prompts are answered under k seeds each. Answers to one prompt resemble each other (rho, their intraclass
+correlation), so n k of them say less than as many prompts would: the interval is that of the effective number. Rows are
+RLVR's: `messages`, `ground_truth`, `dataset` (the verifier's name). --temperature 0 decodes greedily, once.
 
-With no argument it evaluates the embedded tiny Llama (as `launch.ppo` fine-tuned it, where it did) on held-out problems.
+With no argument it evaluates the embedded tiny Llama (as `launch.ppo` fine-tuned it, where it did) on held-out
+problems.
 """
 
 from __future__ import annotations
@@ -42,17 +43,27 @@ class Config:
     )
     model_revision: str | None = flag(None, "branch, tag or commit of the model on the hub")
     adapter_name_or_path: str | None = flag(None, "an adapter on it, in PEFT's format")
-    load_in_4bit: bool = flag(False, "with an adapter: the model's linear layers in NF4, as the adapter was trained on them")
+    load_in_4bit: bool = flag(
+        False, "with an adapter: the model's linear layers in NF4, as the adapter was trained on them"
+    )
     double_quant: bool = flag(False, "with --load_in_4bit, as in training")
-    dataset_name: str | None = flag(None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded problems", heading="data")
+    dataset_name: str | None = flag(
+        None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded problems", heading="data"
+    )
     dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub")
     dataset_split: str = flag("test", "split of a hub dataset, or of a directory whose files are named after splits")
     num_prompts: int | None = flag(None, "only the first N prompts")
     max_seq_length: int = flag(
-        2048, "prompt + response, in tokens; prompts that leave no room are dropped and counted", aliases=("max_length",)
+        2048,
+        "prompt + response, in tokens; prompts that leave no room are dropped and counted",
+        aliases=("max_length",),
     )
-    on_bad_row: str = flag("skip", "a malformed row stops the command or is skipped, counted and listed", choices=("error", "skip"))
-    verifier_mode: str = flag("default", "reference: the published verifiers' exact behaviour, also where it is wrong", choices=MODES)
+    on_bad_row: str = flag(
+        "skip", "a malformed row stops the command or is skipped, counted and listed", choices=("error", "skip")
+    )
+    verifier_mode: str = flag(
+        "default", "reference: the published verifiers' exact behaviour, also where it is wrong", choices=MODES
+    )
     response_length: int | None = flag(None, "longest response in tokens; 1024, embedded 24", heading="sampling")
     temperature: float = flag(1.0, "0 is greedy")
     top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)")
@@ -60,8 +71,17 @@ class Config:
     seed: int = flag(1, "the first seed")
     num_seeds: int = flag(3, "responses to each prompt, each under a seed of its own")
     rollout_slots: int = flag(64, "responses sampled at a time on each rank")
-    dtype: str = flag("auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32"), heading="the command")  # fmt: skip
-    attention: str = flag("auto", "packed attention backend of the load-time check", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"))  # fmt: skip
+    dtype: str = flag(
+        "auto",
+        "compute dtype; auto: bfloat16 on CUDA, float32 on CPU",
+        choices=("auto", "bfloat16", "float32"),
+        heading="the command",
+    )
+    attention: str = flag(
+        "auto",
+        "packed attention backend of the load-time check",
+        choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager"),
+    )
     output: str | None = flag(None, "file of all responses with verdicts and reasons, as JSON lines")
     cache_dir: str = flag("~/.cache/triptych", "where the embedded model and problems lie")
     given: dict = field(default_factory=dict, repr=False, compare=False, metadata={"help": None})
@@ -74,12 +94,26 @@ def train(config: Config) -> None:
     base = setup.prepare(config, here)
     prompts = load(config, here, base)
     params = SamplingParams(
-        max_new_tokens=config.response_length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p,
+        max_new_tokens=config.response_length,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
         stop_ids=(base.chat.end_of_turn_id,),
-    )  # fmt: skip
-    policy, identity = model.load(base.directory, base.config, here, dtype=base.dtype, backend=base.backend, head="fused",
-                                  adapters=base.adapters, start=base.start)  # fmt: skip
-    here.say(f"model: {base.directory}{f' with the adapter {base.start}' if base.start else ''}, weights {identity}, compute {str(base.dtype).removeprefix('torch.')}")
+    )
+    policy, identity = model.load(
+        base.directory,
+        base.config,
+        here,
+        dtype=base.dtype,
+        backend=base.backend,
+        head="fused",
+        adapters=base.adapters,
+        start=base.start,
+    )
+    here.say(
+        f"model: {base.directory}{f' with the adapter {base.start}' if base.start else ''}, weights {identity}, compute"
+        f" {str(base.dtype).removeprefix('torch.')}"
+    )
     longest = max(len(prompt.ids) for prompt in prompts) + config.response_length
     sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=longest, slots=config.rollout_slots)
     sampler.load(policy)
@@ -120,28 +154,45 @@ def resolve(config: Config, here: World) -> Config:
     tuned = made.model.parent / "tuned_on_sums" / "final"
     directory = tuned if (tuned / "config.json").is_file() else made.model
     here.say(
-        f"no --model_name_or_path: evaluating the embedded tiny Llama ({'fine-tuned by launch.ppo' if directory == tuned else 'random'})"
+        "no --model_name_or_path: evaluating the embedded tiny Llama"
+        f" ({'fine-tuned by launch.ppo' if directory == tuned else 'random'})"
     )
-    return replace(config, model_name_or_path=str(directory), dataset_name=config.dataset_name or str(made.held_out_problems),
-                   response_length=config.response_length or 24, max_seq_length=min(config.max_seq_length, 256))  # fmt: skip
+    return replace(
+        config,
+        model_name_or_path=str(directory),
+        dataset_name=config.dataset_name or str(made.held_out_problems),
+        response_length=config.response_length or 24,
+        max_seq_length=min(config.max_seq_length, 256),
+    )
 
 
 def load(config: Config, here: World, base: setup.Base) -> list[Prompt]:
     """The prompts. Raises UserError."""
     longest = min(config.max_seq_length, getattr(base.config, "max_position_embeddings", config.max_seq_length))
     if config.response_length >= longest:
-        raise UserError(f"--response_length {config.response_length} leaves no room for a prompt in {longest} tokens (--max_seq_length, or the model's limit)")  # fmt: skip
+        raise UserError(
+            f"--response_length {config.response_length} leaves no room for a prompt in {longest} tokens"
+            " (--max_seq_length, or the model's limit)"
+        )
     source = open_source(config.dataset_name, config.dataset_split, config.dataset_revision)
     prompts, lines = load_prompts(
-        source, base.chat, longest - config.response_length, partial(check, mode=config.verifier_mode), config.on_bad_row
+        source,
+        base.chat,
+        longest - config.response_length,
+        partial(check, mode=config.verifier_mode),
+        config.on_bad_row,
     )
     here.say(*lines)
     return prompts[: config.num_prompts]
 
 
-def report(scores_NK: np.ndarray, prompts: list[Prompt], rows: list[tuple[int, Rollout, Verdict]], base: setup.Base) -> list[str]:
+def report(
+    scores_NK: np.ndarray, prompts: list[Prompt], rows: list[tuple[int, Rollout, Verdict]], base: setup.Base
+) -> list[str]:
     """The table by verifier, and a few responses with their verdicts."""
-    names_N = np.array(["+".join(p.dataset) if isinstance(p.dataset, list) else str(p.dataset).lower() for p in prompts])
+    names_N = np.array(
+        ["+".join(p.dataset) if isinstance(p.dataset, list) else str(p.dataset).lower() for p in prompts]
+    )
     groups = [(name, names_N == name) for name in sorted(set(names_N))]
     groups = groups if len(groups) == 1 else [*groups, ("all", np.ones(len(prompts), bool))]
     lines = [f"{'verifier':14} {'prompts':>8} {'seeds':>6} {'accuracy':>9}   95 % interval"]
@@ -151,9 +202,14 @@ def report(scores_NK: np.ndarray, prompts: list[Prompt], rows: list[tuple[int, R
     rollouts = [rollout for _, rollout, _ in rows]
     unverified = sum(verdict.status == "error" for _, _, verdict in rows)
     stopped = np.mean([rollout.finish_reason == "stop" for rollout in rollouts])
-    lines.append(f"responses: {np.mean([len(r.response_ids) for r in rollouts]):.1f} tokens on average, {stopped:.1%} ended by themselves, {unverified} not verifiable (their prompts are left out)")  # fmt: skip
+    lines.append(
+        f"responses: {np.mean([len(r.response_ids) for r in rollouts]):.1f} tokens on average, {stopped:.1%} ended by"
+        f" themselves, {unverified} not verifiable (their prompts are left out)"
+    )
     for _, rollout, verdict in rows[:: max(1, len(rows) // SHOWN)][:SHOWN]:
-        lines.append(f"  {verdict.score:g} ({verdict.reason[:80]}): {base.chat.tokenizer.decode(rollout.response_ids)[:160]!r}")
+        lines.append(
+            f"  {verdict.score:g} ({verdict.reason[:80]}): {base.chat.tokenizer.decode(rollout.response_ids)[:160]!r}"
+        )
     return lines
 
 
@@ -163,9 +219,21 @@ def write(path: Path, rows: list[tuple[int, Rollout, Verdict]], prompts: list[Pr
     with path.open("w", encoding="utf-8") as out:
         for seed, rollout, verdict in rows:
             prompt = prompts[rollout.example]
-            ids = rollout.response_ids[:-1] if rollout.response_ids[-1] == base.chat.end_of_turn_id else rollout.response_ids
-            row = {"seed": seed, "prompt": decode(rollout.prompt_ids), "response": decode(ids), "finish_reason": rollout.finish_reason,
-                   "ground_truth": prompt.ground_truth, "dataset": prompt.dataset, "score": verdict.score, "reason": verdict.reason}  # fmt: skip
+            ids = (
+                rollout.response_ids[:-1]
+                if rollout.response_ids[-1] == base.chat.end_of_turn_id
+                else rollout.response_ids
+            )
+            row = {
+                "seed": seed,
+                "prompt": decode(rollout.prompt_ids),
+                "response": decode(ids),
+                "finish_reason": rollout.finish_reason,
+                "ground_truth": prompt.ground_truth,
+                "dataset": prompt.dataset,
+                "score": verdict.score,
+                "reason": verdict.reason,
+            }
             out.write(json.dumps(row) + "\n")
 
 

@@ -1,7 +1,9 @@
-"""One optimizer step of a stage (of PPO: one iteration), rehearsed: the stage's own functions on fake tensors, under a ledger.
+"""One optimizer step of a stage (of PPO: one iteration), rehearsed: the stage's own functions on fake tensors, under a
+ledger.
 
-What a rank sees in a step is its fullest micro-batch: sequences of the longest length, and one of what room is left. Two
-micro-batches show what accumulation keeps; the optimizer's state is there from the start, as in every step but the first.
+What a rank sees in a step is its fullest micro-batch: sequences of the longest length, and one of what room is left.
+Two micro-batches show what accumulation keeps; the optimizer's state is there from the start, as in every step but the
+first.
 
 T tokens of a micro-batch · S sequences · P prompt tokens.
 """
@@ -32,7 +34,14 @@ from rollout import Experience, Rollout, Sampler, SamplingParams, handover
 from rollout import cache as caching
 from rollout.choice import choose
 
-REFERENCE, VALUE, SAMPLER, KV_CACHE, OPTIMIZER, BATCH = "reference copy", "value model", "sampler's weights", "KV cache", "optimizer", "other"
+REFERENCE, VALUE, SAMPLER, KV_CACHE, OPTIMIZER, BATCH = (
+    "reference copy",
+    "value model",
+    "sampler's weights",
+    "KV cache",
+    "optimizer",
+    "other",
+)
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,9 @@ class Work:
 
     @classmethod
     def of(cls, stage: str, config: Any, ranks: int, longest: int, mean: float | None = None) -> Work:
-        """For units of at most `longest` tokens a sequence and `mean` on average (None: the longest), counted before the shift by one."""
+        """For units of at most `longest` tokens a sequence and `mean` on average (None: the longest), counted before
+        the shift by one.
+        """
         batch = config.batch_size * (config.num_samples_per_prompt if stage == "ppo" else 1)
         sequences, units = 2 if stage == "dpo" else 1, math.ceil(batch / ranks)
         budget, most, typical = config.micro_batch_tokens, longest - 1, max(1, round(mean or longest) - 1)
@@ -75,20 +86,41 @@ class Rehearsed:
     gradient_sync: tuple[str, str]
     dtype: torch.dtype  # of the checkpoint
     compute: torch.dtype
-    rollout: dict[str, Cost] = field(default_factory=dict)  # PPO: hand-over, prefill (a token), decode (a token of all slots), evaluate (a micro-batch)
+    rollout: dict[str, Cost] = field(
+        default_factory=dict
+    )  # PPO: hand-over, prefill (a token), decode (a token of all slots), evaluate (a micro-batch)
     slots: int = 0
     steady: dict[str, int] = field(default_factory=dict)  # live between two steps, by kind
 
 
-def rehearse(stage: str, config: Any, lm_config: Any, device: Device, ranks: int, per_node: int, *, work: Work, trained_share: float = 1.0,
-             value_config: Any = None) -> Rehearsed:  # fmt: skip
+def rehearse(
+    stage: str,
+    config: Any,
+    lm_config: Any,
+    device: Device,
+    ranks: int,
+    per_node: int,
+    *,
+    work: Work,
+    trained_share: float = 1.0,
+    value_config: Any = None,
+) -> Rehearsed:
     """A step of the stage on rank 0 of `ranks`. Raises UserError for what the stage itself refuses."""
-    fused = 0.5 if config.compile else 1.0  # the share of the traffic between matrix products that is left where layers are compiled
+    fused = (
+        0.5 if config.compile else 1.0
+    )  # the share of the traffic between matrix products that is left where layers are compiled
     config = dataclasses.replace(config, compile=False)
-    dtype = {"auto": torch.float32 if device.name == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(torch, config.dtype)
+    dtype = {"auto": torch.float32 if device.name == "cpu" else torch.bfloat16}.get(config.dtype) or getattr(
+        torch, config.dtype
+    )
     backend = "sdpa" if device.name == "cpu" else "varlen"
     start = Path(config.adapter_name_or_path).expanduser() if config.adapter_name_or_path else None
-    chosen = adapters.choose(config, lm_config, start if start and start.is_dir() else None, keep_initial=getattr(config, "reference", "") == "adapter")
+    chosen = adapters.choose(
+        config,
+        lm_config,
+        start if start and start.is_dir() else None,
+        keep_initial=getattr(config, "reference", "") == "adapter",
+    )
     base = setup.Base(Path("."), "planned", lm_config, None, dtype, backend, "planned", chosen, None)
     with rehearsal(device, ranks, per_node=per_node, fused=fused) as (here, ledger, mode):
         with ledger.phase("loading", WEIGHTS):
@@ -103,18 +135,25 @@ def rehearse(stage: str, config: Any, lm_config: Any, device: Device, ranks: int
 class _Stage:
     """What the stages share."""
 
-    def __init__(self, stage, config, base, here, ledger: Ledger, mode, policy, work: Work, trained_share: float, value_config) -> None:
+    def __init__(
+        self, stage, config, base, here, ledger: Ledger, mode, policy, work: Work, trained_share: float, value_config
+    ) -> None:
         self.stage, self.config, self.base, self.here, self.ledger, self.mode = stage, config, base, here, ledger, mode
         self.policy, self.work, self.trained_share, self.value_config = policy, work, trained_share, value_config
         self.throughput = logs.Throughput(here, policy, base.dtype)
 
     def batch(self, lengths: tuple[int, ...], counted: int | None = None) -> MicroBatch:
         """Sequences of these lengths on the device, whose last tokens count (`counted` of each, or the trained share)."""
+
         def sequence(n: int) -> tuple[np.ndarray, np.ndarray]:
             rows = min(n, counted or max(1, round(n * self.trained_share)))
             return np.zeros(n + 1, np.int64), np.arange(n + 1) > n - rows
 
-        real = micro_batch([sequence(n) for n in lengths], range(len(lengths) // (2 if self.stage == "dpo" else 1)), torch.device("cpu"))
+        real = micro_batch(
+            [sequence(n) for n in lengths],
+            range(len(lengths) // (2 if self.stage == "dpo" else 1)),
+            torch.device("cpu"),
+        )
         self.ledger.rows = len(real.targets_R)
         fields = {f.name: getattr(real, f.name) for f in dataclasses.fields(real)}
         fakes = {name: self.mode.from_tensor(x) for name, x in fields.items() if isinstance(x, torch.Tensor)}
@@ -148,11 +187,24 @@ class _Stage:
         with self.ledger.phase("optimizer", kind):
             optim.step(optimizer, self.here, lr=1e-6, max_norm=self.config.max_grad_norm)
 
-    def result(self, sync: tuple[str, str], costs: tuple[Cost, Cost, Cost], tokens: int, model_flops: float, **more: Any) -> Rehearsed:
+    def result(
+        self, sync: tuple[str, str], costs: tuple[Cost, Cost, Cost], tokens: int, model_flops: float, **more: Any
+    ) -> Rehearsed:
         steady = {kind: size for kind, size in self.ledger.live.items() if size}
         held = self.base.config.dtype or torch.float32, self.base.dtype
         numbers = self.policy.num_parameters, self.policy.num_trained
-        return Rehearsed(*numbers, self.ledger.peak, self.ledger.peaks, *costs, tokens, model_flops, sync, *held, steady=steady, **more)
+        return Rehearsed(
+            *numbers,
+            self.ledger.peak,
+            self.ledger.peaks,
+            *costs,
+            tokens,
+            model_flops,
+            sync,
+            *held,
+            steady=steady,
+            **more,
+        )
 
 
 class _Supervised(_Stage):
@@ -195,7 +247,9 @@ class _Supervised(_Stage):
             n = denominator(len(batch.targets_R), len(batch.lengths), self.config.reduce_loss)
             return sft.sft_loss(self.policy, batch, self.config.reduce_loss, n, totals)
         hyper = {name: getattr(self.config, name) for name in dpo.HYPER if getattr(self.config, name) is not None}
-        return dpo.preference_loss(self.policy, batch, self.reference, self.config, hyper, self.config.batch_size, totals)
+        return dpo.preference_loss(
+            self.policy, batch, self.reference, self.config, hyper, self.config.batch_size, totals
+        )
 
 
 class _Ppo(_Stage):
@@ -213,7 +267,14 @@ class _Ppo(_Stage):
         follow(value_model, ledger)
         value_model.gradient_sync = self.policy.gradient_sync
         with ledger.phase("loading", SAMPLER), mock.patch.object(handover, "skeleton", _skeleton):
-            sampler = Sampler(self.base.config, self.policy, here, dtype=self.base.dtype, max_length=config.max_seq_length, slots=config.rollout_slots)
+            sampler = Sampler(
+                self.base.config,
+                self.policy,
+                here,
+                dtype=self.base.dtype,
+                max_length=config.max_seq_length,
+                slots=config.rollout_slots,
+            )
         optimizers = [self.optimizer(self.policy, OPTIMIZER), self.optimizer(value_model, VALUE)]
         rollout = self._rollout(sampler)
         rollout["evaluate"] = self._evaluate(frozen, value_model)
@@ -221,7 +282,14 @@ class _Ppo(_Stage):
         costs = self._update(value_model, optimizers, totals)
         tokens = sum(self.work.full)
         n = min(2, self.work.micro_batches)
-        result = self.result(sync, costs, tokens, totals.sums["perf/flops"] / n, rollout=rollout, slots=min(config.rollout_slots, self.work.units))
+        result = self.result(
+            sync,
+            costs,
+            tokens,
+            totals.sums["perf/flops"] / n,
+            rollout=rollout,
+            slots=min(config.rollout_slots, self.work.units),
+        )
         return dataclasses.replace(result, trained=result.trained + value_model.num_trained)
 
     @torch.no_grad()
@@ -243,9 +311,17 @@ class _Ppo(_Stage):
             before, together = self.cost("prefill"), max(1, min(slots, 8192 // prompt))
             sampler._prefill({slot: [0] * prompt for slot in range(together)})
             costs["prefill"] = (self.cost("prefill") - before) * (1 / together)
-        params = SamplingParams(max_new_tokens=config.response_length, temperature=config.temperature, top_k=config.top_k, top_p=config.top_p)
+        params = SamplingParams(
+            max_new_tokens=config.response_length,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+        )
         with ledger.phase("decode", ACTIVATIONS):
-            for position in (config.max_seq_length - 1, prompt + config.response_length // 2):  # the most memory, then the mean time
+            for position in (
+                config.max_seq_length - 1,
+                prompt + config.response_length // 2,
+            ):  # the most memory, then the mean time
                 before = self.cost("decode")
                 rows = torch.zeros(4, slots, dtype=torch.int64)
                 hidden_AD = sampler._forward(rows[0], caching.Pass(sampler._cache, rows[1], rows[2], position))
@@ -272,16 +348,44 @@ class _Ppo(_Stage):
         prompt = config.max_seq_length - config.response_length
         lengths = self.work.full * n * self.here.size
         rollouts = [
-            Rollout(i, 0, np.zeros(max(1, length + 1 - config.response_length), np.int64), np.zeros(min(length, config.response_length), np.int64), None, None, "length")
+            Rollout(
+                i,
+                0,
+                np.zeros(max(1, length + 1 - config.response_length), np.int64),
+                np.zeros(min(length, config.response_length), np.int64),
+                None,
+                None,
+                "length",
+            )
             for i, length in enumerate(lengths)
         ]
         assert prompt > 0
-        batch = Experience(rollouts, [0.0] * len(rollouts), slot_after_end=config.score_slot == "after_eos", response_length=config.response_length)
-        of_tokens, of_slots = (torch.zeros(int(x.counted.sum()), dtype=torch.float64) for x in (batch.tokens, batch.slots))
+        batch = Experience(
+            rollouts,
+            [0.0] * len(rollouts),
+            slot_after_end=config.score_slot == "after_eos",
+            response_length=config.response_length,
+        )
+        of_tokens, of_slots = (
+            torch.zeros(int(x.counted.sum()), dtype=torch.float64) for x in (batch.tokens, batch.slots)
+        )
         before = self.cost("update")
         with self.ledger.phase("update", ACTIVATIONS):
-            ppo.update(self.policy, value_model, batch, np.arange(len(batch)), of_tokens, of_tokens, of_slots, of_slots, config,
-                       config.value_warmup_steps, self.here, totals, self.throughput)  # fmt: skip
+            ppo.update(
+                self.policy,
+                value_model,
+                batch,
+                np.arange(len(batch)),
+                of_tokens,
+                of_tokens,
+                of_slots,
+                of_slots,
+                config,
+                config.value_warmup_steps,
+                self.here,
+                totals,
+                self.throughput,
+            )
         update = (self.cost("update") - before) * (1 / n)
         before = self.cost("optimizer")
         for optimizer, kind in zip(optimizers, (OPTIMIZER, VALUE), strict=True):
@@ -301,4 +405,3 @@ def _skeleton(config: Any, attention_name: str, dtype: torch.dtype, device: torc
                     held[name] = torch.nn.Parameter(empty, requires_grad=False) if held is module._parameters else empty
     lm.tie_weights()
     return lm.eval()
-

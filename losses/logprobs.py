@@ -55,7 +55,9 @@ class LogitTransform:
 IDENTITY = LogitTransform()
 
 
-def naive_logprobs(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, transform: LogitTransform = IDENTITY) -> Tensor:
+def naive_logprobs(
+    hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor, transform: LogitTransform = IDENTITY
+) -> Tensor:
     """log p(y) with the whole (R, V) matrix in memory: what `linear_logprobs` equals."""
     logits_RV = at_least_fp32(hidden_RD @ weight_VD.T) * transform.scale
     if transform.softcap is not None:
@@ -90,8 +92,9 @@ def linear_logprobs(
     Args: hidden (R, D) and weight (V, D) in one floating dtype; targets (R) int64 in [0, V); `chunk_rows` rows of
     logits exist at a time (default: a buffer of 256 MiB on a CPU, 2 GiB on a GPU).
     Returns: logprobs (R) in fp32 (fp64 for fp64 input), or (logprobs, entropy).
-    Raises: ValueError for shapes or dtypes that do not fit. Targets out of range are the caller's to refuse (the data code does).
-    Left out: bias of the output layer (no decoder of the supported families has one), label smoothing, z-loss.
+    Raises: ValueError for shapes or dtypes that do not fit. Targets out of range are the caller's to refuse (the data
+    code does). Left out: bias of the output layer (no decoder of the supported families has one), label smoothing,
+    z-loss.
     """
     _check(hidden_RD, weight_VD, targets_R)
     chunk_rows = chunk_rows or default_chunk_rows(weight_VD)
@@ -112,27 +115,26 @@ def linear_loss(
 
     `cuts` (G + 1 increasing row numbers from 0 to R) says where a chunk may end: group g is the rows cuts[g]:cuts[g+1],
     and no group is cut, so a loss may couple the rows of a group (a preference pair). None: every row is a group.
-    `loss_of_logprobs(logprobs_C, groups)` gets the log-probs of the groups in the slice and returns their scalar loss; it
-    is called once for every group, in order, and must not need other groups. A group longer than a chunk is done in two
-    passes (its logits are computed twice), so memory never exceeds one chunk.
+    `loss_of_logprobs(logprobs_C, groups)` gets the log-probs of the groups in the slice and returns their scalar loss;
+    it is called once for every group, in order, and must not need other groups. A group longer than a chunk is done in
+    two passes (its logits are computed twice), so memory never exceeds one chunk.
 
-    Same arguments, dtypes and errors as `linear_logprobs`. Structure: Liger-Kernel's gradient-in-forward, with the loss as
-    an argument and fp32 accumulation over long chunks.
+    Same arguments, dtypes and errors as `linear_logprobs`. Structure: Liger-Kernel's gradient-in-forward, with the loss
+    as an argument and fp32 accumulation over long chunks.
     """
     _check(hidden_RD, weight_VD, targets_R)
     chunk_rows = chunk_rows or default_chunk_rows(weight_VD)
     cuts = range(len(targets_R) + 1) if cuts is None else cuts
     spans = _spans_of_whole_groups(cuts, chunk_rows)
-    needs = (
-        torch.is_grad_enabled() and hidden_RD.requires_grad,
-        torch.is_grad_enabled() and weight_VD.requires_grad,
-    )
+    needs = (torch.is_grad_enabled() and hidden_RD.requires_grad, torch.is_grad_enabled() and weight_VD.requires_grad)
     return _LinearLoss.apply(hidden_RD, weight_VD, targets_R, loss_of_logprobs, spans, transform, chunk_rows, needs)
 
 
 @torch.no_grad()
 def linear_argmax(hidden_RD: Tensor, weight_VD: Tensor, chunk_rows: int | None = None) -> Tensor:
-    """argmax_v of every row's logits, (R,) int64, by chunks: greedy tokens and token accuracy. Scales and soft-caps keep it."""
+    """argmax_v of every row's logits, (R,) int64, by chunks: greedy tokens and token accuracy. Scales and soft-caps
+    keep it.
+    """
     chunk_rows = chunk_rows or default_chunk_rows(weight_VD)
     rows = torch.zeros(len(hidden_RD), dtype=torch.int64, device=hidden_RD.device)
     head = _Head(hidden_RD, weight_VD, rows, IDENTITY, chunk_rows)
@@ -153,9 +155,13 @@ def at_least_fp32(x: Tensor) -> Tensor:
 
 def _check(hidden_RD: Tensor, weight_VD: Tensor, targets_R: Tensor) -> None:
     if hidden_RD.dim() != 2 or weight_VD.dim() != 2 or hidden_RD.shape[1] != weight_VD.shape[1]:
-        raise ValueError(f"hidden (R, D) and weight (V, D) do not fit: {tuple(hidden_RD.shape)}, {tuple(weight_VD.shape)}")
+        raise ValueError(
+            f"hidden (R, D) and weight (V, D) do not fit: {tuple(hidden_RD.shape)}, {tuple(weight_VD.shape)}"
+        )
     if targets_R.shape != hidden_RD.shape[:1] or targets_R.dtype != torch.int64:
-        raise ValueError(f"targets must be int64 ({hidden_RD.shape[0]},), got {targets_R.dtype} {tuple(targets_R.shape)}")
+        raise ValueError(
+            f"targets must be int64 ({hidden_RD.shape[0]},), got {targets_R.dtype} {tuple(targets_R.shape)}"
+        )
     if hidden_RD.dtype != weight_VD.dtype:
         raise ValueError(f"hidden is {hidden_RD.dtype} and weight is {weight_VD.dtype}; both must have one dtype")
 
@@ -179,7 +185,9 @@ def _pieces(rows: slice, chunk_rows: int) -> list[slice]:
 class _Head:
     """The chunked products shared by both functions: logits of some rows, and their gradients into two accumulators."""
 
-    def __init__(self, hidden_RD, weight_VD, targets_R, transform: LogitTransform, chunk_rows: int, grads=(False, False)):
+    def __init__(
+        self, hidden_RD, weight_VD, targets_R, transform: LogitTransform, chunk_rows: int, grads=(False, False)
+    ):
         self.hidden_RD, self.weight_VD, self.targets_R, self.transform = hidden_RD, weight_VD, targets_R, transform
         self.wide = torch.float64 if hidden_RD.dtype == torch.float64 else torch.float32
         rows = min(chunk_rows, len(targets_R))
@@ -200,11 +208,15 @@ class _Head:
             out_CV.copy_(hidden_CD @ self.weight_VD.T)
         return self.transform(out_CV)
 
-    def accumulate(self, rows: slice, logits_CV: Tensor, lse_C, logprob_grad_C, entropy_C=None, entropy_grad_C=None) -> None:
+    def accumulate(
+        self, rows: slice, logits_CV: Tensor, lse_C, logprob_grad_C, entropy_C=None, entropy_grad_C=None
+    ) -> None:
         """Adds the gradient of the chunk, which takes the place of its logits, to the two accumulators."""
         into_CV = None if self.grad_CV is None else self.grad_CV[: len(logits_CV)]
         transform = self.transform.softcap, self.transform.scale
-        logits_gradient_(logits_CV, lse_C, self.targets_R[rows], logprob_grad_C, entropy_C, entropy_grad_C, *transform, into_CV)
+        logits_gradient_(
+            logits_CV, lse_C, self.targets_R[rows], logprob_grad_C, entropy_C, entropy_grad_C, *transform, into_CV
+        )
         grad_CV = logits_CV if into_CV is None else into_CV
         if self.hidden_grad_RD is not None:
             torch.mm(grad_CV, self.weight_VD, out=self.hidden_grad_RD[rows])
@@ -281,7 +293,8 @@ class _LinearLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, loss_grad):
-        # loss_grad is a scalar, 1 in training (the denominator is already inside the loss): scaling in place copies nothing.
+        # loss_grad is a scalar, 1 in training (the denominator is already inside the loss): scaling in place copies
+        # nothing.
         hidden_grad_RD, weight_grad_VD = ctx.saved_tensors
         scaled = [g if g is None else g.mul_(loss_grad.to(g.dtype)) for g in (hidden_grad_RD, weight_grad_VD)]
         return (*scaled, None, None, None, None, None, None)

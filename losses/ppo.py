@@ -1,8 +1,9 @@
-"""Proximal policy optimisation on token sequences, in the order of the algorithm: KL, rewards, GAE, whitening, the two losses.
+"""Proximal policy optimisation on token sequences, in the order of the algorithm: KL, rewards, GAE, whitening, the two
+losses.
 
-A response of n tokens has n slots (states in which a token was chosen); its rows follow each other in a flat stream, and
-`counts_S` says where one sequence ends. Functions are elementwise or per sequence and reduce nothing: the launch file sums over
-the whole batch and divides once.
+A response of n tokens has n slots (states in which a token was chosen); its rows follow each other in a flat stream,
+and `counts_S` says where one sequence ends. Functions are elementwise or per sequence and reduce nothing: the launch
+file sums over the whole batch and divides once.
 
 S sequences · R rows (slots of all sequences, end to end) · L slots of the longest sequence.
 """
@@ -21,7 +22,8 @@ def kl(logprobs_R: Tensor, ref_logprobs_R: Tensor, estimator: str = "k1") -> Ten
 
     k1 = d (unbiased, any sign) · k2 = d^2 / 2 (biased, low variance) · k3 = exp(-d) - 1 + d (unbiased, never negative)
 
-    Schulman, "Approximating KL divergence" (2020). As a penalty inside the reward, which takes no gradient, k1 is the usual one.
+    Schulman, "Approximating KL divergence" (2020). As a penalty inside the reward, which takes no gradient, k1 is the
+    usual one.
     """
     d_R = logprobs_R - ref_logprobs_R
     if estimator == "k1":
@@ -34,19 +36,22 @@ def kl(logprobs_R: Tensor, ref_logprobs_R: Tensor, estimator: str = "k1") -> Ten
 
 
 def token_rewards(kl_R: Tensor, scores_S: Tensor, counts_S: Tensor, kl_coef: float) -> Tensor:
-    """r_t = - kl_coef KL_t, plus the sequence's score in its last slot, (R,). A slot without a token (after the end) has KL 0."""
+    """r_t = - kl_coef KL_t, plus the sequence's score in its last slot, (R,). A slot without a token (after the end)
+    has KL 0.
+    """
     rewards_R = -kl_coef * kl_R
     filled_S = counts_S > 0
     return rewards_R.index_add(0, (counts_S.cumsum(0) - 1)[filled_S], scores_S[filled_S].to(rewards_R.dtype))
 
 
 def gae(rewards_R: Tensor, values_R: Tensor, counts_S: Tensor, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
-    """Generalised advantage estimation within each sequence: (advantages, returns), both (R,), returns = advantages + values.
+    """Generalised advantage estimation within each sequence: (advantages, returns), both (R,), returns = advantages +
+    values.
 
         delta_t = r_t + gamma V_{t+1} - V_t,   A_t = delta_t + gamma lam A_{t+1},   V and A are 0 beyond the end
 
-    Schulman et al. (arXiv 1506.02438, eq. 16). A_t = sum_k (gamma lam)^k delta_{t+k} is taken in blocks of 128 slots by a
-    triangular matrix product, with A carried from block to block: 128 times fewer steps than slots.
+    Schulman et al. (arXiv 1506.02438, eq. 16). A_t = sum_k (gamma lam)^k delta_{t+k} is taken in blocks of 128 slots by
+    a triangular matrix product, with A carried from block to block: 128 times fewer steps than slots.
     """
     delta_SL, place = _pad(rewards_R - values_R + gamma * _next(values_R, counts_S), counts_S)
     length = delta_SL.shape[1]
@@ -84,7 +89,8 @@ def _pad(x_R: Tensor, counts_S: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 
 def whiten(x_R: Tensor) -> Tensor:
-    """(x - mean) / sqrt(var + 1e-8) over all rows given, var unbiased; fewer than two rows have no variance and are left.
+    """(x - mean) / sqrt(var + 1e-8) over all rows given, var unbiased; fewer than two rows have no variance and are
+    left.
 
     The caller gives the rows of the whole batch, of every rank (the original whitens on each rank apart).
     """
@@ -105,8 +111,8 @@ def ppo_policy(logprobs_R: Tensor, old_logprobs_R: Tensor, advantages_R: Tensor,
 def ppo_value(values_R: Tensor, old_values_R: Tensor, returns_R: Tensor, cliprange_value: float | None) -> Tensor:
     """(V - G)^2 / 2 per slot, (R,); with a clip range, the larger of that and of V kept within it around the old value.
 
-    The clipping is Baselines' (openai/baselines ppo2), not the paper's. From a value head that starts at 0 it forbids to follow
-    a reward larger than the range, so None is the default of everything but the reproduction of Tülu 3.
+    The clipping is Baselines' (openai/baselines ppo2), not the paper's. From a value head that starts at 0 it forbids
+    to follow a reward larger than the range, so None is the default of everything but the reproduction of Tülu 3.
     """
     loss_R = (values_R - returns_R) ** 2
     if cliprange_value is not None:
@@ -116,7 +122,9 @@ def ppo_value(values_R: Tensor, old_values_R: Tensor, returns_R: Tensor, clipran
 
 
 def diagnostics(logprobs_R: Tensor, old_logprobs_R: Tensor, cliprange: float) -> dict[str, Tensor]:
-    """Per token, (R,), without gradient: the ratio, whether it was outside the clip range, and k3 as the distance travelled."""
+    """Per token, (R,), without gradient: the ratio, whether it was outside the clip range, and k3 as the distance
+    travelled.
+    """
     d_R = (logprobs_R - old_logprobs_R).detach()
     ratio_R = d_R.exp()
     return {"ratio": ratio_R, "clipfrac": (ratio_R - 1).abs() > cliprange, "approxkl": torch.expm1(d_R) - d_R}
@@ -125,4 +133,6 @@ def diagnostics(logprobs_R: Tensor, old_logprobs_R: Tensor, cliprange: float) ->
 def explained_variance(values_R: Tensor, returns_R: Tensor) -> Tensor:
     """1 - Var(G - V) / Var(G): 1 for a perfect critic, 0 for a constant; 0 where the returns do not vary."""
     variance = returns_R.var() if len(returns_R) > 1 else returns_R.new_zeros(())
-    return torch.where(variance > 0, 1 - (returns_R - values_R).var() / variance.clamp(min=1e-12), torch.zeros_like(variance))
+    return torch.where(
+        variance > 0, 1 - (returns_R - values_R).var() / variance.clamp(min=1e-12), torch.zeros_like(variance)
+    )

@@ -26,7 +26,9 @@ def token_weights(counts_S: Tensor, reduce: str, num_tokens: int | None = None) 
     """
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-    weights_S = torch.ones_like(counts_S, dtype=torch.float32) if reduce != "mean" else 1 / counts_S.clamp(min=1).float()
+    weights_S = (
+        torch.ones_like(counts_S, dtype=torch.float32) if reduce != "mean" else 1 / counts_S.clamp(min=1).float()
+    )
     return weights_S.repeat_interleave(counts_S, output_size=num_tokens)
 
 

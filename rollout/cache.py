@@ -3,15 +3,16 @@
     prefill    the new prompts as one packed stream: attention within the stream, keys and values written to their slots
     decode     one token a slot:  out_a = sum_{s in window(p_a)} softmax_s( cap(scale q_a . k_as) ) v_as,   p_a its position
 
-Registered with transformers' AttentionInterface under the name NAME; the `Pass` that says which slot each token of the stream
-belongs to arrives as a keyword argument that decoders pass through. Nothing is registered with AttentionMaskInterface: for a
-name unknown there, the library builds no mask at all.
+Registered with transformers' AttentionInterface under the name NAME; the `Pass` that says which slot each token of the
+stream belongs to arrives as a keyword argument that decoders pass through. Nothing is registered with
+AttentionMaskInterface: for a name unknown there, the library builds no mask at all.
 
-The cache is dense, (slots, K, max_length, H) per layer, so its memory is slots x max_length, whatever comes. Slots in use are
-always the first A, so that decoding reads a slice. The query heads that share a key/value head are folded into rows of one
-query: grouped-query attention then reads every key once.
+The cache is dense, (slots, K, max_length, H) per layer, so its memory is slots x max_length, whatever comes. Slots in
+use are always the first A, so that decoding reads a slice. The query heads that share a key/value head are folded into
+rows of one query: grouped-query attention then reads every key once.
 
-T tokens of the stream · A active slots · L cached positions · N query heads · K key/value heads · G = N / K · H head size.
+T tokens of the stream · A active slots · L cached positions · N query heads · K key/value heads · G = N / K · H head
+size.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ NAME = "triptych_rollout"
 
 
 class SlotCache:
-    """Keys and values of every layer, in slots. A layer's tensors are made at its first use, in the shapes that it hands over."""
+    """Keys and values of every layer, in slots. A layer's tensors are made at its first use, in the shapes that it
+    hands over.
+    """
 
     def __init__(self, slots: int, max_length: int) -> None:
         self.slots, self.max_length = slots, max_length
@@ -72,7 +75,9 @@ class Pass:
         if window not in self.masks:
             columns_L = torch.arange(self.longest, device=self.positions_T.device)
             mask_AL = columns_L <= self.positions_T[:, None]
-            self.masks[window] = mask_AL if window is None else mask_AL & (columns_L > self.positions_T[:, None] - window)
+            self.masks[window] = (
+                mask_AL if window is None else mask_AL & (columns_L > self.positions_T[:, None] - window)
+            )
         return self.masks[window]
 
 
@@ -80,15 +85,31 @@ def register(packed: Callable) -> str:
     """Registers cached attention and returns its name; `packed` is the engine's packed attention, for prefill."""
 
     def attention(
-        module, query_1NTH, key_1KTH, value_1KTH, attention_mask, scaling=None, dropout=0.0,
-        sliding_window=None, softcap=None, s_aux=None, rollout=None, **others,
-    ) -> tuple[Tensor, None]:  # fmt: skip
+        module,
+        query_1NTH,
+        key_1KTH,
+        value_1KTH,
+        attention_mask,
+        scaling=None,
+        dropout=0.0,
+        sliding_window=None,
+        softcap=None,
+        s_aux=None,
+        rollout=None,
+        **others,
+    ) -> tuple[Tensor, None]:
         if rollout is None or attention_mask is not None or dropout:
             raise ValueError("cached attention takes a pass, no mask and no dropout")
         k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (key_1KTH, value_1KTH))
         rollout.cache.write(module.layer_idx, k_TKH, v_TKH, rollout.slots_T, rollout.positions_T)
         if rollout.lengths is not None:
-            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux, "packing": rollout.packing}
+            options = {
+                "scaling": scaling,
+                "sliding_window": sliding_window,
+                "softcap": softcap,
+                "s_aux": s_aux,
+                "packing": rollout.packing,
+            }
             return packed(module, query_1NTH, key_1KTH, value_1KTH, None, **options)
         q_ANH = query_1NTH[0].transpose(0, 1)
         scale = scaling if scaling is not None else q_ANH.shape[-1] ** -0.5
@@ -100,7 +121,13 @@ def register(packed: Callable) -> str:
 
 
 def _decode(
-    q_ANH: Tensor, rollout: Pass, layer: int, scale: float, window: int | None, softcap: float | None, sinks_N: Tensor | None
+    q_ANH: Tensor,
+    rollout: Pass,
+    layer: int,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    sinks_N: Tensor | None,
 ) -> Tensor:
     """One token of each active slot against what the slot holds."""
     active, longest = len(q_ANH), rollout.longest

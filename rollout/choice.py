@@ -4,10 +4,10 @@
     block  = argmax_b ( log sum_{v in b} exp x_v + G_tb )              blocks of about sqrt(V) consecutive tokens
     token  = argmax_{v in block} ( x_v + G'_tv )
 
-which is exact, since P(block) P(token | block) = softmax(x); and which, like Gumbel-max on all of V, changes its mind only
-where two candidates are within rounding of each other (an inverse CDF adds up rounding over V). It needs 2 sqrt(V) noises
-instead of V: drawing V of them costs more than the model does on a CPU. The sums over blocks are the ones that the
-log-probability of the token needs anyway.
+which is exact, since P(block) P(token | block) = softmax(x); and which, like Gumbel-max on all of V, changes its mind
+only where two candidates are within rounding of each other (an inverse CDF adds up rounding over V). It needs 2 sqrt(V)
+noises instead of V: drawing V of them costs more than the model does on a CPU. The sums over blocks are the ones that
+the log-probability of the token needs anyway.
 
 A tokens sampled at once · V vocabulary · B blocks · I tokens of a block.
 """
@@ -28,9 +28,9 @@ NUCLEUS = 256  # likeliest tokens that top-p looks at first
 class SamplingParams:
     """How to sample. temperature 0 is greedy; top_k 0 and top_p 1 leave the distribution whole.
 
-    A response ends with one of `stop_ids`, or with the token that completes one of `stop_strings` (finish_reason 'stop'), or
-    at `max_new_tokens` ('length'). The order of filters is the library's: temperature, top-k, top-p.
-    Raises ValueError for values that mean nothing. Left out: min-p, typical sampling, penalties (no recipe here uses them).
+    A response ends with one of `stop_ids`, or with the token that completes one of `stop_strings` (finish_reason
+    'stop'), or at `max_new_tokens` ('length'). The order of filters is the library's: temperature, top-k, top-p. Raises
+    ValueError for values that mean nothing. Left out: min-p, typical sampling, penalties (no recipe here uses them).
     """
 
     max_new_tokens: int = 64
@@ -41,17 +41,26 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1 or not 0 <= self.temperature < float("inf") or self.top_k < 0 or not 0 < self.top_p <= 1:
+        if (
+            self.max_new_tokens < 1
+            or not 0 <= self.temperature < float("inf")
+            or self.top_k < 0
+            or not 0 < self.top_p <= 1
+        ):
             raise ValueError(f"max_new_tokens >= 1, temperature >= 0, top_k >= 0 and 0 < top_p <= 1, not {self}")
         if isinstance(self.stop_strings, str) or "" in self.stop_strings:
             raise ValueError(f"stop_strings must be a tuple of strings that are not empty, not {self.stop_strings!r}")
 
 
-def choose(logits_AV: Tensor, params: SamplingParams, keys_A: Tensor, positions_A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(tokens, logprobs, logprobs_t1): a token per row, its log-probability under the distribution it was drawn from, and at temperature 1.
+def choose(
+    logits_AV: Tensor, params: SamplingParams, keys_A: Tensor, positions_A: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(tokens, logprobs, logprobs_t1): a token per row, its log-probability under the distribution it was drawn from,
+    and at temperature 1.
 
-    Args: logits (A, V) fp32, left as they are; keys (A) int64 from `response_key`; positions (A) int64, tokens already in the response.
-    Returns: (A) int64, (A) fp32, (A) fp32. Greedy draws from a point mass: its logprobs are 0, its logprobs_t1 the model's.
+    Args: logits (A, V) fp32, left as they are; keys (A) int64 from `response_key`; positions (A) int64, tokens already
+    in the response. Returns: (A) int64, (A) fp32, (A) fp32. Greedy draws from a point mass: its logprobs are 0, its
+    logprobs_t1 the model's.
     """
     if params.temperature == 0:
         tokens_A = logits_AV.argmax(-1)
@@ -100,7 +109,9 @@ def _gumbel_max(x_AV: Tensor, sums_AB: Tensor, keys_A: Tensor, positions_A: Tens
 
 
 def _filtered(x_AV: Tensor, top_k: int, top_p: float) -> Tensor:
-    """-inf outside the k likeliest tokens, then outside the fewest likeliest that hold probability p; ties with the last one stay."""
+    """-inf outside the k likeliest tokens, then outside the fewest likeliest that hold probability p; ties with the
+    last one stay.
+    """
     if 0 < top_k < x_AV.shape[1]:
         x_AV = x_AV.masked_fill(x_AV < x_AV.topk(top_k, dim=-1).values[:, -1:], float("-inf"))
     if top_p < 1:
@@ -109,7 +120,9 @@ def _filtered(x_AV: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def _nucleus_edges(x_AV: Tensor, top_p: float) -> Tensor:
-    """The logit of the last token that is needed for probability p, (A, 1). Sorting all of V is rarely needed, and slow."""
+    """The logit of the last token that is needed for probability p, (A, 1). Sorting all of V is rarely needed, and
+    slow.
+    """
     normaliser_A1 = _block_sums(x_AV).logsumexp(-1, keepdim=True)
     count = min(NUCLEUS, x_AV.shape[1])
     while True:

@@ -1,6 +1,8 @@
-"""Rollouts as training data: the same list on every rank, packed like any other examples, with numbers attached per token.
+"""Rollouts as training data: the same list on every rank, packed like any other examples, with numbers attached per
+token.
 
-A response of n tokens has n rows (tokens) and n slots, or n + 1 slots where its score is credited one slot after its end.
+A response of n tokens has n rows (tokens) and n slots, or n + 1 slots where its score is credited one slot after its
+end.
 
 R rows of all responses, end to end.
 """
@@ -44,13 +46,19 @@ class Sequences:
 class Experience:
     """The responses of one iteration: `tokens` for the policy, `slots` for the value model, their scores."""
 
-    def __init__(self, rollouts: list[Rollout], scores: list[float], *, slot_after_end: bool, response_length: int) -> None:
+    def __init__(
+        self, rollouts: list[Rollout], scores: list[float], *, slot_after_end: bool, response_length: int
+    ) -> None:
         lengths = np.array([len(r.response_ids) for r in rollouts])
-        extra = np.array([slot_after_end and r.finish_reason == "stop" and len(r.response_ids) < response_length for r in rollouts])
+        extra = np.array(
+            [slot_after_end and r.finish_reason == "stop" and len(r.response_ids) < response_length for r in rollouts]
+        )
         whole = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
         self.rollouts = rollouts
         self.tokens = Sequences(whole, lengths)
-        self.slots = Sequences([np.append(ids, 0) if more else ids for ids, more in zip(whole, extra, strict=True)], lengths + extra)
+        self.slots = Sequences(
+            [np.append(ids, 0) if more else ids for ids, more in zip(whole, extra, strict=True)], lengths + extra
+        )
         self.scores_S = torch.tensor(scores, dtype=torch.float64)
         self.token_counts_S, self.slot_counts_S = torch.tensor(lengths), torch.tensor(lengths + extra)
         slots = [np.arange(n + more) < n for n, more in zip(lengths, extra, strict=True)]
@@ -66,7 +74,9 @@ class Experience:
 
 @torch.no_grad()
 def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, budget: int, world: World) -> Tensor:
-    """`forward(batch)`, (..., R), over all responses, shared among the ranks, in float64 on every rank's host. Collective."""
+    """`forward(batch)`, (..., R), over all responses, shared among the ranks, in float64 on every rank's host.
+    Collective.
+    """
     order: list[int] = []
     outs: list[Tensor] = []
     for batch, _ in step_batches(sequences, np.arange(len(sequences.ids)), budget, world):

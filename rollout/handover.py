@@ -2,8 +2,9 @@
 
     W_sampler  <-  all_gather( cast(shard of W + s B A) )          parameter by parameter, in the model's order
 
-The cast comes before the gather, so bf16 travels at half the bytes of the fp32 masters, and what is gathered is bit for bit
-what FSDP gathers for training; under adapters it is their sum, rounded once. Addresses never change (CUDA graphs and views survive an update).
+The cast comes before the gather, so bf16 travels at half the bytes of the fp32 masters, and what is gathered is bit for
+bit what FSDP gathers for training; under adapters it is their sum, rounded once. Addresses never change (CUDA graphs
+and views survive an update).
 """
 
 from __future__ import annotations
@@ -45,7 +46,10 @@ def load(target: nn.Module, source: nn.Module, world: World) -> None:
     for name, p in own.items():
         _gather(p, theirs[name](), world)
     modules = dict(target.named_modules())
-    for name, buffer in buffers.items():  # rotary frequencies, embedding scales: whole on every rank, in a dtype of their own
+    for (
+        name,
+        buffer,
+    ) in buffers.items():  # rotary frequencies, embedding scales: whole on every rank, in a dtype of their own
         path, _, leaf = name.rpartition(".")
         held = modules[path]._buffers
         if held[leaf].dtype != buffer.dtype or held[leaf].shape != buffer.shape:

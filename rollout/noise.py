@@ -5,9 +5,9 @@
     u_ti     = (mix(h_t + (i + 1) phi) >> 11 + 1/2) / 2^53                         i: the index that the noise belongs to
     gumbel   = -log(-log u)
 
-mix is the finaliser of SplitMix64 and phi its increment: position i of the stream seeded with h_t. All arithmetic is modulo
-2^64 in int64 tensors (which wrap), so CPU and CUDA agree to the bit; the two logarithms are float64, and so few (see
-choice.py) that this costs nothing.
+mix is the finaliser of SplitMix64 and phi its increment: position i of the stream seeded with h_t. All arithmetic is
+modulo 2^64 in int64 tensors (which wrap), so CPU and CUDA agree to the bit; the two logarithms are float64, and so few
+(see choice.py) that this costs nothing.
 
 A tokens sampled at once · I indices.
 """
@@ -32,8 +32,8 @@ def response_key(seed: int, step: int, example: int, sample: int) -> int:
 def gumbel(keys_A: Tensor, positions_A: Tensor, indices_AI: Tensor) -> Tensor:
     """Standard Gumbel noise, (A, I) float64, for token `positions_A` of the responses `keys_A` and the given indices.
 
-    All arguments int64; `indices_AI` may be (I,) or (1, I). A pure function of its arguments, independent over all of them.
-    Source: Steele, Lea & Flood 2014, 'Fast splittable pseudorandom number generators' (SplitMix64).
+    All arguments int64; `indices_AI` may be (I,) or (1, I). A pure function of its arguments, independent over all of
+    them. Source: Steele, Lea & Flood 2014, 'Fast splittable pseudorandom number generators' (SplitMix64).
     """
     stream_A1 = _mix(keys_A + (positions_A + 1) * PHI)[:, None]
     bits_AI = _mix(stream_A1 + (indices_AI + 1) * PHI)

@@ -5,11 +5,11 @@
         one token for every active slot: forward, logits, choice
         responses that end leave their slots
 
-A prompt's last token is the first input of decoding, so prefill needs no logits and the n samples of a prompt share all of
-its keys and values: it is run once, and its slot's contents are copied to the others. A finished response's slot is filled
-again before the next token; when nothing waits, the last active slot moves into the gap, so that the active slots are
-always the first ones. For given float32 weights a response depends on (seed, step, example, sample), its prompt and
-the parameters alone (noise.py).
+A prompt's last token is the first input of decoding, so prefill needs no logits and the n samples of a prompt share all
+of its keys and values: it is run once, and its slot's contents are copied to the others. A finished response's slot is
+filled again before the next token; when nothing waits, the last active slot moves into the gap, so that the active
+slots are always the first ones. For given float32 weights a response depends on (seed, step, example, sample), its
+prompt and the parameters alone (noise.py).
 
 T tokens of a stream · A active slots · D hidden · V vocabulary.
 """
@@ -39,7 +39,8 @@ TAIL = 16  # tokens decoded beyond the characters of the longest stop string: to
 
 @dataclass(frozen=True)
 class Request:
-    """One response wanted: sample `sample` of example `example`, whose prompt is `prompt_ids` (int array, at least one token).
+    """One response wanted: sample `sample` of example `example`, whose prompt is `prompt_ids` (int array, at least one
+    token).
 
     `max_new_tokens` overrides the parameters'; `expected_length` (any unit) lets the longest start first.
     """
@@ -97,13 +98,20 @@ class Sampler:
     """Samples responses of the policy on its own copy of the weights, each rank for itself."""
 
     def __init__(
-        self, config: Any, policy: Policy, world: World, *, dtype: torch.dtype, max_length: int, slots: int,
+        self,
+        config: Any,
+        policy: Policy,
+        world: World,
+        *,
+        dtype: torch.dtype,
+        max_length: int,
+        slots: int,
         decode: Callable[[list[int]], str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
-        Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once (the cache
-        holds slots x max_length); `decode` ids to text, for stop strings. Raises ValueError.
+        Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once (the
+        cache holds slots x max_length); `decode` ids to text, for stop strings. Raises ValueError.
         """
         if slots < 1 or max_length < 2:
             raise ValueError(f"slots >= 1 and max_length >= 2, not {slots} and {max_length}")
@@ -122,19 +130,26 @@ class Sampler:
     def release(self) -> None:
         """Frees the cache; the next `generate` makes it again."""
         self._cache = caching.SlotCache(self.slots, self.max_length)
-        self._holds: list[bytes | None] = [None] * self.slots  # the prompt whose keys and values a slot's beginning holds
+        self._holds: list[bytes | None] = [
+            None
+        ] * self.slots  # the prompt whose keys and values a slot's beginning holds
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> list[Rollout]:
-        """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream` does."""
+        """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream`
+        does.
+        """
         rollouts: dict[int, Rollout] = dict(self.stream(requests, params, seed=seed, step=step))
         return [rollouts[i] for i in range(len(requests))]
 
     @torch.inference_mode()
-    def stream(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> Iterator[tuple[int, Rollout]]:
+    def stream(
+        self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int
+    ) -> Iterator[tuple[int, Rollout]]:
         """(index of the request, response) as they finish, so that they can be verified while others are sampled.
 
-        Requests start in their order, or longest `expected_length` first where they have one. Raises ValueError for a request
-        that does not fit `max_length`, an empty prompt, ids beyond the vocabulary, or stop strings without a `decode`.
+        Requests start in their order, or longest `expected_length` first where they have one. Raises ValueError for a
+        request that does not fit `max_length`, an empty prompt, ids beyond the vocabulary, or stop strings without a
+        `decode`.
         """
         self._check(requests, params)
         order = sorted(range(len(requests)), key=lambda i: -(requests[i].expected_length or 0.0))  # stable
@@ -156,10 +171,13 @@ class Sampler:
             length, limit = len(request.prompt_ids), _limit(request, params)
             if length + limit > self.max_length:
                 raise ValueError(
-                    f"example {request.example}: a prompt of {length} tokens and a response of {limit} do not fit max_length {self.max_length}"
+                    f"example {request.example}: a prompt of {length} tokens and a response of {limit} do not fit"
+                    f" max_length {self.max_length}"
                 )
             if length == 0 or limit < 1:
-                raise ValueError(f"example {request.example}: a prompt of {length} tokens and a response of {limit}; both need one")
+                raise ValueError(
+                    f"example {request.example}: a prompt of {length} tokens and a response of {limit}; both need one"
+                )
             if np.min(request.prompt_ids) < 0 or np.max(request.prompt_ids) >= vocab:
                 raise ValueError(f"example {request.example}: prompt ids beyond the vocabulary of {vocab}")
 
@@ -168,10 +186,13 @@ class Sampler:
         key = response_key(seed, step, request.example, request.sample)
         return _Sequence(index, request, ids.tolist(), ids.tobytes(), key, _limit(request, params))
 
-    # --- slots --------------------------------------------------------------------------------------------------------------
+    # --- slots
+    # --------------------------------------------------------------------------------------------------------------
 
     def _fill(self, active: list[_Sequence | None], waiting: deque[_Sequence]) -> None:
-        """Free slots take the next requests, each preferably one that holds its prompt already; prompts nowhere held are prefilled."""
+        """Free slots take the next requests, each preferably one that holds its prompt already; prompts nowhere held
+        are prefilled.
+        """
         active += [None] * (min(self.slots, len(active) + len(waiting)) - len(active))
         free = [slot for slot, sequence in enumerate(active) if sequence is None]
         joined = []
@@ -207,7 +228,8 @@ class Sampler:
                 self._cache.copy(len(active), slot, last.position)
                 active[slot], self._holds[slot] = last, self._holds[len(active)]
 
-    # --- forwards -----------------------------------------------------------------------------------------------------------
+    # --- forwards
+    # -----------------------------------------------------------------------------------------------------------
 
     def _prefill(self, prompts: dict[int, list[int]]) -> None:
         """Runs prompts (by slot) as packed streams of at most PREFILL_TOKENS, or of one prompt."""
@@ -230,16 +252,22 @@ class Sampler:
 
     def _forward(self, ids_T: Tensor, rollout: caching.Pass) -> Tensor:
         body = self.lm.base_model
-        return body(input_ids=ids_T[None], position_ids=rollout.positions_T[None], use_cache=False, rollout=rollout).last_hidden_state[0]
+        return body(
+            input_ids=ids_T[None], position_ids=rollout.positions_T[None], use_cache=False, rollout=rollout
+        ).last_hidden_state[0]
 
     def _advance(self, active: list[_Sequence], params: SamplingParams) -> list[tuple[int, str]]:
         """One token for every active slot. Returns the slots that are finished, and why."""
-        rows = [((s.response or s.prompt)[-1], slot, s.position, len(s.response), s.key) for slot, s in enumerate(active)]
+        rows = [
+            ((s.response or s.prompt)[-1], slot, s.position, len(s.response), s.key) for slot, s in enumerate(active)
+        ]
         ids_A, slots_A, positions_A, taken_A, keys_A = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
         longest = 1 + max(s.position for s in active)
         hidden_AD = self._forward(ids_A, caching.Pass(self._cache, slots_A, positions_A, longest))
         chosen = choose(self._logits(hidden_AD), params, keys_A, taken_A)
-        tokens, logprobs, logprobs_t1 = torch.stack([x.double() for x in chosen]).tolist()  # the one synchronisation of a token
+        tokens, logprobs, logprobs_t1 = torch.stack(
+            [x.double() for x in chosen]
+        ).tolist()  # the one synchronisation of a token
         finished = []
         for slot, sequence in enumerate(active):
             sequence.response.append(int(tokens[slot]))
@@ -252,7 +280,9 @@ class Sampler:
     def _logits(self, hidden_AD: Tensor) -> Tensor:
         """(A, V) fp32, by the products that the trainer's head takes."""
         weight_VD = self.lm.get_output_embeddings().weight
-        if hidden_AD.is_cuda and hidden_AD.dtype != torch.float32:  # the tensor cores' own accumulator, not rounded to bf16
+        if (
+            hidden_AD.is_cuda and hidden_AD.dtype != torch.float32
+        ):  # the tensor cores' own accumulator, not rounded to bf16
             return self.transform(torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32))
         return self.transform((hidden_AD @ weight_VD.T).float())
 

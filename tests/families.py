@@ -1,4 +1,6 @@
-"""Small random models of the families that must load, train and round-trip; windows of 8, so that a window's error shows."""
+"""Small random models of the families that must load, train and round-trip; windows of 8, so that a window's error
+shows.
+"""
 
 from __future__ import annotations
 
@@ -18,19 +20,46 @@ from transformers import (
 )
 
 COMMON = {
-    "hidden_size": 32, "intermediate_size": 56, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
-    "vocab_size": 512, "max_position_embeddings": 256, "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0, "initializer_range": 0.2,
-}  # fmt: skip
+    "hidden_size": 32,
+    "intermediate_size": 56,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "vocab_size": 512,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+    "initializer_range": 0.2,
+}
 FAMILIES = {
     "llama": (LlamaConfig, {}),
     "llama_biased": (LlamaConfig, {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
-    "qwen2": (Qwen2Config, {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
+    "qwen2": (
+        Qwen2Config,
+        {"tie_word_embeddings": True, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen3": (Qwen3Config, {}),
     "olmo2": (Olmo2Config, {}),
-    "gemma3": (Gemma3TextConfig, {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8}),
-    "gemma2": (Gemma2Config, {"sliding_window": 8, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"], "query_pre_attn_scalar": 8},
+    ),
+    "gemma2": (
+        Gemma2Config,
+        {
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 8,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
     "mistral": (MistralConfig, {"sliding_window": 8}),
-    "granite": (GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2}),
+    "granite": (
+        GraniteConfig,
+        {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
+    ),
 }
 
 

@@ -15,7 +15,9 @@ def kill_before_publishing_step_4() -> None:
     from engine.checkpoint import Checkpoints
 
     publish = Checkpoints._publish
-    Checkpoints._publish = lambda self, partial, step, *rest: _die() if step == 4 else publish(self, partial, step, *rest)
+    Checkpoints._publish = lambda self, partial, step, *rest: (
+        _die() if step == 4 else publish(self, partial, step, *rest)
+    )
 
 
 def kill_rank_1_while_writing_step_4() -> None:
@@ -96,7 +98,9 @@ def dump_gradients() -> None:
         from engine.model import Policy
 
         (policy,) = (o for o in gc.get_objects() if isinstance(o, Policy))
-        gradients = {name.removeprefix("lm."): p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad}
+        gradients = {
+            name.removeprefix("lm."): p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad
+        }
         if os.environ["RANK"] == "0":
             torch.save(gradients, f"{output_dir}/gradients.pt")
         return original(optimizer, *args, **options)
@@ -145,7 +149,9 @@ def interrupt_at_step_5() -> None:
 
 
 def dump_what_is_held() -> None:
-    """Of the policy as it is loaded: bytes of this rank's shards, logits and log-probs of a micro-batch, the whole state dict; then gradients."""
+    """Of the policy as it is loaded: bytes of this rank's shards, logits and log-probs of a micro-batch, the whole
+    state dict; then gradients.
+    """
     import sys
 
     import numpy as np
@@ -167,7 +173,10 @@ def dump_what_is_held() -> None:
         policy.release()
         held = sum(p.to_local().nbytes for p in policy.parameters())
         state = policy.lm.state_dict()
-        torch.save({"held": held, "state": {name: whole(t) for name, t in state.items()}, **found}, f"{output_dir}/held-{world.rank}.pt")
+        torch.save(
+            {"held": held, "state": {name: whole(t) for name, t in state.items()}, **found},
+            f"{output_dir}/held-{world.rank}.pt",
+        )
         return policy, identity
 
     model.load = dumping
@@ -184,7 +193,9 @@ def without_a_compiler() -> None:
 
 
 def trace_without_generating_code() -> None:
-    """torch.compile up to the graphs of both passes; how many there are and how many breaks, after every step, goes to the output."""
+    """torch.compile up to the graphs of both passes; how many there are and how many breaks, after every step, goes to
+    the output.
+    """
     import torch
     import torch._dynamo.utils
 
@@ -194,7 +205,9 @@ def trace_without_generating_code() -> None:
     torch.compile = lambda f, **options: compiled(f, **options, backend="aot_eager")
 
     def counting(*args, **options):
-        print(f"graphs {counters['stats']['unique_graphs']}, breaks {sum(counters['graph_break'].values())}", flush=True)
+        print(
+            f"graphs {counters['stats']['unique_graphs']}, breaks {sum(counters['graph_break'].values())}", flush=True
+        )
         return original(*args, **options)
 
     optim.step = counting

@@ -6,5 +6,7 @@ import importlib.util
 
 import pytest
 
-bitsandbytes = pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed")
+bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
+)
 langdetect = pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect is not installed")

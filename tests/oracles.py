@@ -13,7 +13,9 @@ def log_softmax_at(logits: list[float], target: int) -> tuple[float, float]:
     return logs[target], -sum(math.exp(lp) * lp for lp in logs)
 
 
-def row_logits(hidden: list[float], weight: list[list[float]], scale: float = 1.0, softcap: float | None = None) -> list[float]:
+def row_logits(
+    hidden: list[float], weight: list[list[float]], scale: float = 1.0, softcap: float | None = None
+) -> list[float]:
     logits = [scale * sum(h * w for h, w in zip(hidden, row, strict=True)) for row in weight]
     return logits if softcap is None else [softcap * math.tanh(z / softcap) for z in logits]
 
@@ -23,7 +25,9 @@ def log_sigmoid(x: float) -> float:
 
 
 def dpo(cw: float, cl: float, rw: float, rl: float, beta: float, smoothing: float = 0.0) -> float:
-    """Rafailov et al. eq. 7 with conservative label smoothing; arguments are summed log-probs (policy chosen, rejected; reference)."""
+    """Rafailov et al. eq. 7 with conservative label smoothing; arguments are summed log-probs (policy chosen, rejected;
+    reference).
+    """
     h = (cw - rw) - (cl - rl)
     return -(1 - smoothing) * log_sigmoid(beta * h) - smoothing * log_sigmoid(-beta * h)
 

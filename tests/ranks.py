@@ -1,6 +1,8 @@
-"""Runs a launch file through its real entry point on N ranks, forked from one warm process (a bare torchrun start takes seconds).
+"""Runs a launch file through its real entry point on N ranks, forked from one warm process (a bare torchrun start takes
+seconds).
 
-The forkserver imports torch, transformers and the launch files once and never runs an operation, so its children are clean.
+The forkserver imports torch, transformers and the launch files once and never runs an operation, so its children are
+clean.
 """
 
 from __future__ import annotations
@@ -56,7 +58,13 @@ def start(module: str, argv: list[str], ranks: int, log: Path, hook: str = "") -
         port = s.getsockname()[1]
     processes = []
     for rank in range(ranks):
-        environment = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        environment = {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
         environment |= {"TRIPTYCH_TEST_HOOK": hook, "CUDA_VISIBLE_DEVICES": ""}
         process = context.Process(target=_child, args=(module, [str(a) for a in argv], environment, str(log)))
         process.start()
@@ -64,7 +72,14 @@ def start(module: str, argv: list[str], ranks: int, log: Path, hook: str = "") -
     return processes
 
 
-def launch(argv: list, ranks: int = 1, module: str = "launch.dpo", log: Path | None = None, hook: str = "", timeout: float = 240) -> Result:
+def launch(
+    argv: list,
+    ranks: int = 1,
+    module: str = "launch.dpo",
+    log: Path | None = None,
+    hook: str = "",
+    timeout: float = 240,
+) -> Result:
     """Runs `python -m module argv` on `ranks` ranks to the end."""
     log = log or Path(os.environ.get("PYTEST_TMP", "/tmp")) / f"triptych-{os.getpid()}-{id(argv)}.log"
     log.unlink(missing_ok=True)

@@ -25,7 +25,9 @@ class Config:
 def train(config: Config) -> None:
     here = world.start()
     directory = Path(config.directory)
-    policy, _ = model.load(directory, model.load_config(directory), here, dtype=torch.float32, backend="sdpa", head="fused")
+    policy, _ = model.load(
+        directory, model.load_config(directory), here, dtype=torch.float32, backend="sdpa", head="fused"
+    )
     sampler = Sampler(policy.lm.config, policy, here, dtype=torch.float32, max_length=48, slots=4)
     sampler.load(policy)
     for name, tensor in load_file(directory / "model.safetensors").items():

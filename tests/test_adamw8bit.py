@@ -1,4 +1,6 @@
-"""8-bit moments: against float64 loops and bitsandbytes' own optimizer, by any number of ranks, and through checkpoints."""
+"""8-bit moments: against float64 loops and bitsandbytes' own optimizer, by any number of ranks, and through
+checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,21 @@ from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
 from tests.test_optim import Alone
 
 pytest.importorskip("bitsandbytes")
-MAPS = {key: bitsandbytes().functional.create_dynamic_map(signed=signed) for key, signed in (("exp_avg", True), ("exp_avg_sq", False))}
-TABLE = 2**-15  # bitsandbytes looks codes up on a CPU, in a table of this resolution of a block's scale; 0 is held as 2e-5 of it
-HALF_GAP = {key: values.diff().max().item() / 2 + TABLE for key, values in MAPS.items()}  # of a block's scale: how far off a number in it can be
+MAPS = {
+    key: bitsandbytes().functional.create_dynamic_map(signed=signed)
+    for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
+}
+TABLE = (
+    2**-15
+)  # bitsandbytes looks codes up on a CPU, in a table of this resolution of a block's scale; 0 is held as 2e-5 of it
+HALF_GAP = {
+    key: values.diff().max().item() / 2 + TABLE for key, values in MAPS.items()
+}  # of a block's scale: how far off a number in it can be
 
 
-def one(*shape: int, dtype: torch.dtype = torch.float32, decay: float = 0.0) -> tuple[nn.Parameter, adamw8bit.AdamW8bit]:
+def one(
+    *shape: int, dtype: torch.dtype = torch.float32, decay: float = 0.0
+) -> tuple[nn.Parameter, adamw8bit.AdamW8bit]:
     generator = torch.Generator().manual_seed(3)
     module = nn.ParameterList([nn.Parameter(torch.randn(shape, generator=generator).to(dtype))])
     return module[0], optim.adamw(module, decay, "adamw_8bit")
@@ -46,11 +57,14 @@ def numbers(state: dict, key: str) -> list[float]:
     return [values[c] * scales[i // 256] for i, c in enumerate(state[key].flatten().tolist())]
 
 
-# --- numbers --------------------------------------------------------------------------------------------------------------------
+# --- numbers
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_a_float64_loop_over_the_moments_as_they_are_held():
-    """Each of some steps from the state before it: weights to fp32 rounding, and moments to the nearest value that a byte has."""
+    """Each of some steps from the state before it: weights to fp32 rounding, and moments to the nearest value that a
+    byte has.
+    """
     p, optimizer = one(45, 101, decay=0.1)
     generator = torch.Generator().manual_seed(4)
     for t in range(1, 6):
@@ -102,20 +116,27 @@ def test_many_steps_stay_in_the_band_of_the_quantiser():
     assert max(abs(a - b) for a, b in zip(moved, expected, strict=True)) > 1e-5  # and moments are rounded
 
 
-CUDA = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")])
+CUDA = pytest.param(
+    "cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", CUDA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_to_the_bit_of_bitsandbytes_own_optimizer(dtype, device):
     """Also the tensors that stay in fp32, rows that never get a gradient, and a last block that is not whole."""
-    make = lambda: nn.Sequential(nn.Linear(64, 100), nn.LayerNorm(100), nn.Linear(100, 61, bias=False), nn.Linear(61, 7)).to(device, dtype)
+    make = lambda: nn.Sequential(
+        nn.Linear(64, 100), nn.LayerNorm(100), nn.Linear(100, 61, bias=False), nn.Linear(61, 7)
+    ).to(device, dtype)
     torch.manual_seed(1)
     ours = make()
     theirs = make()
     theirs.load_state_dict(ours.state_dict())
     optimizer = optim.adamw(ours, 0.1, "adamw_8bit")
-    groups = [{"params": [p for p in theirs.parameters() if (p.dim() < 2) == flat], "weight_decay": 0.0 if flat else 0.1} for flat in (False, True)]
+    groups = [
+        {"params": [p for p in theirs.parameters() if (p.dim() < 2) == flat], "weight_decay": 0.0 if flat else 0.1}
+        for flat in (False, True)
+    ]
     reference = bitsandbytes().optim.AdamW8bit(groups, lr=0.01)
     for _ in range(12):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
@@ -154,7 +175,9 @@ def test_a_norm_that_is_not_finite_changes_nothing():
 
 
 def test_what_is_held_in_8_bits_and_what_it_costs(capsys):
-    model = nn.Sequential(nn.Linear(512, 128), nn.Linear(63, 65, bias=False), nn.Linear(64, 64, bias=False)).requires_grad_(True)
+    model = nn.Sequential(
+        nn.Linear(512, 128), nn.Linear(63, 65, bias=False), nn.Linear(64, 64, bias=False)
+    ).requires_grad_(True)
     model.append(nn.Linear(500, 500).requires_grad_(False))
 
     class Speaking(Alone):
@@ -170,16 +193,27 @@ def test_what_is_held_in_8_bits_and_what_it_costs(capsys):
     assert [cost(p) for p in (bias, matrix, under, just)] == [8, 2.03125, 8, 2.03125] and len(optimizer.state) == 4
     n = [p.numel() for p in (bias, matrix, under, just)]
     per_number = (8 * (n[0] + n[2]) + 2.03125 * (n[1] + n[3])) / sum(n)
-    assert f"8-bit moments for 2 of 4 tensors ({(n[1] + n[3]) / sum(n):.1%} of the numbers), {per_number:.2f} bytes a number" in said
+    assert (
+        f"8-bit moments for 2 of 4 tensors ({(n[1] + n[3]) / sum(n):.1%} of the numbers), {per_number:.2f} bytes a"
+        " number" in said
+    )
     assert "fp32 for 2 with under 4096 numbers a rank, the first 1.weight" in said
 
 
-# --- on several ranks, and through checkpoints --------------------------------------------------------------------------------
+# --- on several ranks, and through checkpoints
+# --------------------------------------------------------------------------------
 
-# by 1, 2, 3 ranks: blocks of the whole tensor (the last rank may be short or empty); blocks of a shard; the moments' type changes
+# by 1, 2, 3 ranks: blocks of the whole tensor (the last rank may be short or empty); blocks of a shard; the moments'
+# type changes
 SHAPES = {
-    "aligned": (48, 256), "short": (47, 512), "empty": (4, 4096), "moving": (91, 151), "crossing": (30, 301), "small": (2,), "bias": (300,),
-}  # fmt: skip
+    "aligned": (48, 256),
+    "short": (47, 512),
+    "empty": (4, 4096),
+    "moving": (91, 151),
+    "crossing": (30, 301),
+    "small": (2,),
+    "bias": (300,),
+}
 ALIGNED = ("aligned", "short", "empty", "small", "bias")
 STEPS, SAVED = 6, 4
 
@@ -188,12 +222,22 @@ class Module(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(7)
-        self.lm = nn.ParameterDict({name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()})
+        self.lm = nn.ParameterDict(
+            {name: nn.Parameter(torch.randn(shape, generator=generator)) for name, shape in SHAPES.items()}
+        )
         self.frozen = nn.Parameter(torch.zeros(5000, 3), requires_grad=False)
 
 
 def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: torch.dtype, kind: str) -> None:
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+    os.environ.update(
+        {
+            "RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_RANK": str(rank),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+        }
+    )
     sys.stdout = sys.stderr = open(root / f"log-{resumed}-{ranks}.txt", "a", buffering=1)  # noqa: SIM115 - until the process ends
     torch.set_num_threads(1)
     from torch.distributed import destroy_process_group
@@ -206,12 +250,18 @@ def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: to
     module = Module().to(dtype)
     model.shard(module, nn.ModuleList(), here, dtype)
     optimizer = optim.adamw(module, 0.1, kind, here)
-    checkpoints = Checkpoints(root / f"{resumed}-{ranks}", here, {"policy": (module, optimizer)}, keep=2, identity={}, settings={})
-    state = checkpoints.resume(str(root / f"0-{resumed}" / "checkpoints" / f"step-{SAVED:06d}")) if resumed else {"step": 0}
+    checkpoints = Checkpoints(
+        root / f"{resumed}-{ranks}", here, {"policy": (module, optimizer)}, keep=2, identity={}, settings={}
+    )
+    state = (
+        checkpoints.resume(str(root / f"0-{resumed}" / "checkpoints" / f"step-{SAVED:06d}")) if resumed else {"step": 0}
+    )
     names = {p: name.removeprefix("lm.") for name, p in module.named_parameters()}
     for t in range(state["step"], STEPS):
         if t == SAVED:  # as it is saved, or as it was resumed
-            held = {names[p]: {k: local(moment) for k, moment in moments.items()} for p, moments in optimizer.state.items()}
+            held = {
+                names[p]: {k: local(moment) for k, moment in moments.items()} for p, moments in optimizer.state.items()
+            }
             torch.save(held, root / f"held-{resumed}-{ranks}-{rank}.pt")
         generator = torch.Generator().manual_seed(100 + t)
         gradients = {name: torch.randn(shape, generator=generator) * 10.0 ** (t % 3) for name, shape in SHAPES.items()}
@@ -235,7 +285,9 @@ def on_ranks(
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    processes = [context.Process(target=_child, args=(rank, ranks, port, root, resumed, dtype, kind)) for rank in range(ranks)]
+    processes = [
+        context.Process(target=_child, args=(rank, ranks, port, root, resumed, dtype, kind)) for rank in range(ranks)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -307,7 +359,9 @@ def whole_moments(root: Path, ranks: int, resumed: int) -> dict[str, dict[str, t
 
 @pytest.mark.parametrize("then, now, rounded", [(2, 1, 2), (2, 3, 1), (3, 2, 2)])
 def test_resumed_by_other_ranks(then, now, rounded, sharded):
-    """Where blocks stay, nothing changes; where they move, a moment is off by half a gap of its new block's scale at most."""
+    """Where blocks stay, nothing changes; where they move, a moment is off by half a gap of its new block's scale at
+    most.
+    """
     root, final = sharded
     resumed, said = on_ranks(now, root, resumed=then)
     assert f"resuming a run of {then} ranks on {now}" in said
@@ -319,7 +373,9 @@ def test_resumed_by_other_ranks(then, now, rounded, sharded):
             exact = name in ALIGNED or (name, now) == ("crossing", 3)
             assert (np.abs(new - old) <= (0 if exact else HALF_GAP[key] * scales)).all(), (name, key)
     for where, ranks in ((before, then), (after, now)):  # 0: no scale, fp32
-        assert [name for name in SHAPES if not where[name]["exp_avg"][1].any()] == (["small", "bias"] if ranks < 3 else ["crossing", "small", "bias"])
+        assert [name for name in SHAPES if not where[name]["exp_avg"][1].any()] == (
+            ["small", "bias"] if ranks < 3 else ["crossing", "small", "bias"]
+        )
     for name in ALIGNED:
         assert torch.equal(resumed[name], final[then][name]), name
     for name in ("moving", "crossing"):
@@ -334,17 +390,36 @@ def test_bfloat16_weights_through_a_checkpoint(kind, now, tmp_path):
     assert all(torch.equal(resumed[name], final[name]) and final[name].dtype == torch.bfloat16 for name in final)
 
 
-# --- through the entry points ---------------------------------------------------------------------------------------------------
+# --- through the entry points
+# ---------------------------------------------------------------------------------------------------
 
 
 def runs_of(stage: str, root: Path, embedded_dir) -> Runs:
-    """A model of which 2 ranks hold the embeddings and the MLP in 8 bits and 3 ranks the embeddings alone, with other blocks."""
-    model = save_family("llama", root / "model", embedded_dir.model, hidden_size=72, intermediate_size=176, head_dim=18, initializer_range=0.05)
+    """A model of which 2 ranks hold the embeddings and the MLP in 8 bits and 3 ranks the embeddings alone, with other
+    blocks.
+    """
+    model = save_family(
+        "llama",
+        root / "model",
+        embedded_dir.model,
+        hidden_size=72,
+        intermediate_size=176,
+        head_dim=18,
+        initializer_range=0.05,
+    )
     data = embedded_dir.train_pairs if stage == "dpo" else embedded_dir.train_conversations
     flags = {
-        "model_name_or_path": model, "cache_dir": root / "cache", "dataset_name": data, "batch_size": 12, "max_steps": 10, "learning_rate": 2e-3,
-        "micro_batch_tokens": 500, "warmup_ratio": 0.1, "optimizer": "adamw_8bit", "save_steps": 4,
-    }  # fmt: skip
+        "model_name_or_path": model,
+        "cache_dir": root / "cache",
+        "dataset_name": data,
+        "batch_size": 12,
+        "max_steps": 10,
+        "learning_rate": 2e-3,
+        "micro_batch_tokens": 500,
+        "warmup_ratio": 0.1,
+        "optimizer": "adamw_8bit",
+        "save_steps": 4,
+    }
     return Runs(stage, root, flags | ({"sample_tokens": 0} if stage == "sft" else {}))
 
 
@@ -366,7 +441,9 @@ def test_a_killed_run_ends_in_the_same_bits_and_on_other_ranks_in_the_band(stage
             continue
         for x, y in zip(rows(runs.root / "whole"), rows(runs.root / name), strict=True):
             assert y["loss"] == pytest.approx(x["loss"], rel=1e-3)
-        w, w0, w1 = (weights_of(d) for d in (runs.root / "whole" / "final", runs.root / "model", runs.root / name / "final"))
+        w, w0, w1 = (
+            weights_of(d) for d in (runs.root / "whole" / "final", runs.root / "model", runs.root / name / "final")
+        )
         assert (w1 - w).norm() <= 0.02 * (w - w0).norm()  # found: 0.006
 
 
@@ -378,10 +455,14 @@ def test_another_optimizer_on_resume_is_refused(tmp_path, embedded_dir):
 
 
 def test_it_learns_as_well_as_with_moments_in_fp32(tmp_path):
-    """The embedded SFT run, 60 steps: a held-out loss within one standard deviation over seeds, 0.011 (found: 0.004 lower)."""
+    """The embedded SFT run, 60 steps: a held-out loss within one standard deviation over seeds, 0.011 (found: 0.004
+    lower).
+    """
     flags = {"cache_dir": tmp_path / "cache", "max_steps": 60, "sample_tokens": 0}
     runs, loss = Runs("sft", tmp_path, flags), {}
     for optimizer in ("adamw", "adamw_8bit"):
-        before, loss[optimizer] = (row["eval/loss"] for row in rows(runs.run(optimizer, optimizer=optimizer)) if "eval/loss" in row)
+        before, loss[optimizer] = (
+            row["eval/loss"] for row in rows(runs.run(optimizer, optimizer=optimizer)) if "eval/loss" in row
+        )
         assert loss[optimizer] < 0.25 * before
     assert 0 < abs(loss["adamw_8bit"] - loss["adamw"]) < 0.011

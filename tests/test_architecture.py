@@ -14,10 +14,26 @@ FOLDERS = ("losses", "verifiers", "engine", "rollout", "launch", "tests", "bench
 MAY_IMPORT = {
     "losses": {"torch", "triton"},
     "verifiers": {"sympy", "mpmath", "langdetect", "nltk"},
-    "engine": {"torch", "transformers", "safetensors", "datasets", "bitsandbytes", "numpy", "tqdm", "yaml", "jinja2", "losses",
-               "huggingface_hub", "pyarrow", "tokenizers", "flash_attn", "flash_attn_interface", "wandb"},
+    "engine": {
+        "torch",
+        "transformers",
+        "safetensors",
+        "datasets",
+        "bitsandbytes",
+        "numpy",
+        "tqdm",
+        "yaml",
+        "jinja2",
+        "losses",
+        "huggingface_hub",
+        "pyarrow",
+        "tokenizers",
+        "flash_attn",
+        "flash_attn_interface",
+        "wandb",
+    },
     "rollout": {"torch", "engine", "numpy", "transformers"},
-}  # fmt: skip
+}
 
 
 def trees(folder: str):
@@ -41,7 +57,13 @@ def test_arrows(folder):
 
 
 def test_nothing_imports_launch():
-    wrong = [path for folder in FOLDERS if folder not in ("launch", "tests", "benchmarks") for path, tree in trees(folder) if "launch" in imported(tree)]
+    wrong = [
+        path
+        for folder in FOLDERS
+        if folder not in ("launch", "tests", "benchmarks")
+        for path, tree in trees(folder)
+        if "launch" in imported(tree)
+    ]
     assert not wrong
 
 
@@ -49,7 +71,12 @@ def test_only_the_world_reads_the_environment():
     def reads(tree):
         return any(isinstance(n, ast.Attribute) and n.attr in ("environ", "getenv") for n in ast.walk(tree))
 
-    found = {str(path) for folder in ("losses", "verifiers", "engine", "rollout", "launch") for path, tree in trees(folder) if reads(tree)}
+    found = {
+        str(path)
+        for folder in ("losses", "verifiers", "engine", "rollout", "launch")
+        for path, tree in trees(folder)
+        if reads(tree)
+    }
     assert found <= {"engine/world.py"}
 
 
@@ -59,13 +86,29 @@ def test_no_code_from_outside_is_run():
     for folder in ("losses", "verifiers", "engine", "rollout", "launch"):
         for path, tree in trees(folder):
             for node in ast.walk(tree):
-                if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec", "compile", "sympify", "parse_expr"):
+                if (
+                    isinstance(node, ast.Call)
+                    and isinstance(node.func, ast.Name)
+                    and node.func.id in ("eval", "exec", "compile", "sympify", "parse_expr")
+                ):
                     wrong.append(f"{path}:{node.lineno} {node.func.id}")
-                if isinstance(node, ast.keyword) and node.arg in ("trust_remote_code", "allow_pickle") and getattr(node.value, "value", None) is not False:
+                if (
+                    isinstance(node, ast.keyword)
+                    and node.arg in ("trust_remote_code", "allow_pickle")
+                    and getattr(node.value, "value", None) is not False
+                ):
                     wrong.append(f"{path}:{node.value.lineno} {node.arg}")
-                if isinstance(node, ast.keyword) and node.arg == "weights_only" and getattr(node.value, "value", None) is not True:
+                if (
+                    isinstance(node, ast.keyword)
+                    and node.arg == "weights_only"
+                    and getattr(node.value, "value", None) is not True
+                ):
                     wrong.append(f"{path}:{node.value.lineno} weights_only")
-            wrong += [f"{path}: {name}" for name in imported(tree) if name in ("pickle", "dill", "joblib", "marshal", "shelve")]
+            wrong += [
+                f"{path}: {name}"
+                for name in imported(tree)
+                if name in ("pickle", "dill", "joblib", "marshal", "shelve")
+            ]
     assert not wrong
 
 
@@ -73,9 +116,27 @@ def test_public_surface():
     import losses
 
     assert set(losses.__all__) == {
-        "chosen_nll", "diagnostics", "dpo", "dpo_norm", "explained_variance", "gae", "ipo", "kl", "linear_argmax", "linear_logprobs",
-        "linear_loss", "naive_logprobs", "naive_loss", "ppo_policy", "ppo_value", "sft", "simpo", "token_rewards", "whiten", "wpo",
-    }  # fmt: skip
+        "chosen_nll",
+        "diagnostics",
+        "dpo",
+        "dpo_norm",
+        "explained_variance",
+        "gae",
+        "ipo",
+        "kl",
+        "linear_argmax",
+        "linear_logprobs",
+        "linear_loss",
+        "naive_logprobs",
+        "naive_loss",
+        "ppo_policy",
+        "ppo_value",
+        "sft",
+        "simpo",
+        "token_rewards",
+        "whiten",
+        "wpo",
+    }
     for name in losses.__all__:
         assert getattr(losses, name).__doc__, f"losses.{name} has no docstring"
 

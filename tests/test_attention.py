@@ -16,7 +16,10 @@ LENGTHS = (1, 13, 4, 9)
 def stream(heads=4, kv_heads=2, size=8, dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
     total = sum(LENGTHS)
-    return [torch.randn(1, n, total, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    return [
+        torch.randn(1, n, total, size, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+        for n in (heads, kv_heads, kv_heads)
+    ]
 
 
 def packed(backend, q, k, v, **options):
@@ -35,16 +38,22 @@ def truth(q, k, v, scaling, sliding_window=None, softcap=None, s_aux=None):
         for n in range(q.shape[1]):
             one = (x[0, h, rows].double().tolist() for x, h in ((q, n), (k, n // groups), (v, n // groups)))
             sink = None if s_aux is None else float(s_aux[n])
-            out[rows, n] = torch.tensor(oracles.attention(*one, scaling, sliding_window, softcap, sink), dtype=torch.float64)
+            out[rows, n] = torch.tensor(
+                oracles.attention(*one, scaling, sliding_window, softcap, sink), dtype=torch.float64
+            )
         start += length
     return out
 
 
 OPTIONS = [
-    {"scaling": 0.3}, {"scaling": 0.3, "sliding_window": 3}, {"scaling": 0.3, "sliding_window": 8}, {"scaling": 0.3, "sliding_window": 100},
-    {"scaling": 2.0, "softcap": 1.5}, {"scaling": 2.0, "softcap": 1.5, "sliding_window": 3},
+    {"scaling": 0.3},
+    {"scaling": 0.3, "sliding_window": 3},
+    {"scaling": 0.3, "sliding_window": 8},
+    {"scaling": 0.3, "sliding_window": 100},
+    {"scaling": 2.0, "softcap": 1.5},
+    {"scaling": 2.0, "softcap": 1.5, "sliding_window": 3},
     {"scaling": 0.3, "s_aux": torch.tensor([0.5, -1.0, 2.0, 0.0])},
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("backend", ["sdpa", "eager"])
@@ -52,7 +61,9 @@ OPTIONS = [
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_against_scalar_loop(backend, options, kv_heads):
     q, k, v = stream(kv_heads=kv_heads)
-    torch.testing.assert_close(packed(backend, q, k, v, **options).double(), truth(q, k, v, **options), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        packed(backend, q, k, v, **options).double(), truth(q, k, v, **options), rtol=1e-5, atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS[:4], ids=str)
@@ -78,7 +89,9 @@ def test_no_gradient_crosses_a_sequence(backend):
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_the_operator_of_compiled_layers_is_the_same_function_with_the_same_gradients(backend, options, kv_heads):
-    """Its backward pass is the derivative written out; the truth is autograd through the loop. Boundaries with empty sequences."""
+    """Its backward pass is the derivative written out; the truth is autograd through the loop. Boundaries with empty
+    sequences.
+    """
     scaling, window, softcap, sinks = (options.get(name) for name in ("scaling", "sliding_window", "softcap", "s_aux"))
     found = []
     for operator in (False, True):
@@ -102,7 +115,9 @@ def test_the_operator_keeps_the_contract_of_operators():
         sinks_N = torch.zeros(4, dtype=dtype, requires_grad=True) if sinks else None
         packing = attention.Packing.of(LENGTHS, q.device)
         arguments = (q, k, v, sinks_N, packing.cu_seqlens, packing.bounds, "sdpa", 0.3, 8, None)
-        torch.library.opcheck(attention._operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
+        torch.library.opcheck(
+            attention._operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+        )
 
 
 def test_a_mask_or_dropout_is_refused():
@@ -148,15 +163,33 @@ def install(directory, interface: str) -> None:
     (package / "interface.py").write_text(interface)
 
 
-SIGNATURES = "".join(f"def {name}({', '.join(sorted(parameters))}): ...\n" for name, parameters in attention.FLASH4.items())
+SIGNATURES = "".join(
+    f"def {name}({', '.join(sorted(parameters))}): ...\n" for name, parameters in attention.FLASH4.items()
+)
 
 
-@pytest.mark.parametrize(("interface", "chosen", "said"), [
-    (SIGNATURES, "flash4", ""),
-    ("raise ImportError('libcute.so: cannot open shared object file')", "varlen", "flash4: the package flash_attn.cute is installed and cannot be used (ImportError: libcute.so"),
-    (SIGNATURES.replace("return_lse", "return_logsumexp"), "varlen", "another release: no return_lse in its interface"),
-    (SIGNATURES.replace("_flash_attn_bwd", "_backward"), "varlen", "another release: no _flash_attn_bwd in its interface"),
-], ids=["whole", "half installed", "other arguments", "other names"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("interface", "chosen", "said"),
+    [
+        (SIGNATURES, "flash4", ""),
+        (
+            "raise ImportError('libcute.so: cannot open shared object file')",
+            "varlen",
+            "flash4: the package flash_attn.cute is installed and cannot be used (ImportError: libcute.so",
+        ),
+        (
+            SIGNATURES.replace("return_lse", "return_logsumexp"),
+            "varlen",
+            "another release: no return_lse in its interface",
+        ),
+        (
+            SIGNATURES.replace("_flash_attn_bwd", "_backward"),
+            "varlen",
+            "another release: no _flash_attn_bwd in its interface",
+        ),
+    ],
+    ids=["whole", "half installed", "other arguments", "other names"],
+)
 def test_a_package_that_is_there_and_does_not_work_is_named_and_passed_over(hopper, interface, chosen, said):
     """Seen on a GPU: a flash-attn-4 without one of its libraries was chosen, and every run ended in its traceback."""
     from transformers import LlamaConfig
@@ -170,7 +203,9 @@ def test_a_package_that_is_there_and_does_not_work_is_named_and_passed_over(hopp
 
 
 def test_varlen_is_told_of_grouped_heads_and_gets_them_unrepeated(monkeypatch):
-    """Keys and values go to torch's kernel as they are, views of the projection's output: repeating them costs four times their memory."""
+    """Keys and values go to torch's kernel as they are, views of the projection's output: repeating them costs four
+    times their memory.
+    """
     from torch.nn.attention import varlen
 
     seen = []
@@ -181,11 +216,23 @@ def test_varlen_is_told_of_grouped_heads_and_gets_them_unrepeated(monkeypatch):
 
     for with_argument in (False, True):
         attention._varlen_options.cache_clear()
-        stand_in = recorded if not with_argument else lambda q, k, v, *_, scale, window_size, enable_gqa=False: recorded(q, k, v, scale=scale, window_size=window_size, enable_gqa=enable_gqa)
+        stand_in = (
+            recorded
+            if not with_argument
+            else lambda q, k, v, *_, scale, window_size, enable_gqa=False: recorded(
+                q, k, v, scale=scale, window_size=window_size, enable_gqa=enable_gqa
+            )
+        )
         monkeypatch.setattr(varlen, "varlen_attn", stand_in)
         q, k, v = stream(kv_heads=2)
-        attention.packed("varlen")(None, q, k, v, None, packing=attention.Packing.of(LENGTHS, q.device), scaling=0.3, sliding_window=8)
+        attention.packed("varlen")(
+            None, q, k, v, None, packing=attention.Packing.of(LENGTHS, q.device), scaling=0.3, sliding_window=8
+        )
         kept_k, kept_v, window, options = seen.pop()
-        assert kept_k.shape[1] == kept_v.shape[1] == 2 and kept_k.data_ptr() == k.data_ptr() and kept_v.data_ptr() == v.data_ptr()
+        assert (
+            kept_k.shape[1] == kept_v.shape[1] == 2
+            and kept_k.data_ptr() == k.data_ptr()
+            and kept_v.data_ptr() == v.data_ptr()
+        )
         assert window == (7, 0) and options == ({"enable_gqa": True} if with_argument else {})
     attention._varlen_options.cache_clear()

@@ -68,14 +68,25 @@ def test_empty_micro_batch_has_one_token_that_does_not_count():
 def test_a_stream_rounded_up_is_the_stream_and_a_tail(lengths):
     batch = micro_batch([(np.arange(2, n + 3), np.ones(n + 1, bool)) for n in lengths], range(len(lengths)), CPU)
     stream, tokens = batch.rounded_up(), sum(batch.lengths)
-    assert len(stream.ids_T) == len(stream.positions_T) and len(stream.ids_T) % 128 == 120 and 0 <= len(stream.ids_T) - tokens < 128
-    assert stream.ids_T[:tokens].tolist() == batch.ids_T.tolist() and stream.positions_T[:tokens].tolist() == batch.positions_T.tolist()
+    assert (
+        len(stream.ids_T) == len(stream.positions_T)
+        and len(stream.ids_T) % 128 == 120
+        and 0 <= len(stream.ids_T) - tokens < 128
+    )
+    assert (
+        stream.ids_T[:tokens].tolist() == batch.ids_T.tolist()
+        and stream.positions_T[:tokens].tolist() == batch.positions_T.tolist()
+    )
     tail = len(stream.ids_T) - tokens
     assert stream.positions_T[tokens:].tolist() == list(range(tail))
     assert stream.lengths == batch.lengths + ((tail,) if tail else ())
     bounds = stream.cu_seqlens.tolist()
     assert torch.equal(stream.bounds, stream.cu_seqlens) and torch.equal(batch.bounds, batch.cu_seqlens)
-    assert stream.cu_seqlens.dtype == torch.int32 and bounds[: len(batch.lengths) + 1] == batch.cu_seqlens.tolist() and set(bounds[len(batch.lengths) + 1 :]) == {len(stream.ids_T)}
+    assert (
+        stream.cu_seqlens.dtype == torch.int32
+        and bounds[: len(batch.lengths) + 1] == batch.cu_seqlens.tolist()
+        and set(bounds[len(batch.lengths) + 1 :]) == {len(stream.ids_T)}
+    )
     assert len(bounds) in (65, 129) and (len(bounds) == 65 or len(lengths) >= 64)
     assert stream.max_seqlen >= max(stream.lengths) and stream.max_seqlen in (128, 256, 512)
     assert batch.num_tokens == sum(lengths)

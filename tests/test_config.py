@@ -45,7 +45,8 @@ def refusal(*argv: str) -> str:
     return message
 
 
-# --- precedence and names -----------------------------------------------------------------------------------------------------
+# --- precedence and names
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_defaults_need_no_argument():
@@ -67,7 +68,13 @@ def test_every_flag_is_read_from_both(cls, tmp_path):
         if f.name == "given":
             continue
         choices, kind = f.metadata["choices"], str(f.type)
-        word = choices[-1] if choices else "a 0.5" if f.metadata["many"] else {"b": "true", "i": "3", "f": "0.25", "s": "word"}[kind[0]]
+        word = (
+            choices[-1]
+            if choices
+            else "a 0.5"
+            if f.metadata["many"]
+            else {"b": "true", "i": "3", "f": "0.25", "s": "word"}[kind[0]]
+        )
         want = ("a", "0.5") if f.metadata["many"] else {"b": True, "i": 3, "f": 0.25}.get(kind[0], word)
         for name in (f.name, *f.metadata["aliases"]):
             assert getattr(parse(cls, [f"--{name}", *word.split()]), f.name) == want, name
@@ -99,20 +106,43 @@ def test_words_that_are_no_flags():
     assert "unknown flag '--\\x1b[2J\\n'" in refusal("--\x1b[2J\n")
 
 
-# --- values -------------------------------------------------------------------------------------------------------------------
+# --- values
+# -------------------------------------------------------------------------------------------------------------------
 
 GOOD = [
-    ("seed", "3", 3), ("max_steps", "-1", -1), ("threshold", "1", 1.0), ("threshold", "5e-7", 5e-7), ("threshold", "-2.5", -2.5),
-    ("learning_rate", "none", None), ("learning_rate", "null", None), ("model_name_or_path", "None", None), ("report_to", "none", "none"),
-    ("compile", "true", True), ("compile", "False", False), ("dtype", "float32", "float32"), ("output_dir", "123", "123"),
-]  # fmt: skip
+    ("seed", "3", 3),
+    ("max_steps", "-1", -1),
+    ("threshold", "1", 1.0),
+    ("threshold", "5e-7", 5e-7),
+    ("threshold", "-2.5", -2.5),
+    ("learning_rate", "none", None),
+    ("learning_rate", "null", None),
+    ("model_name_or_path", "None", None),
+    ("report_to", "none", "none"),
+    ("compile", "true", True),
+    ("compile", "False", False),
+    ("dtype", "float32", "float32"),
+    ("output_dir", "123", "123"),
+]
 BAD = [
-    ("seed", "abc", "a whole number"), ("seed", "1.5", "a whole number"), ("seed", "1e3", "a whole number"), ("seed", "", "a whole number"),
-    ("seed", "nan", "a whole number"), ("seed", "none", "a whole number"), ("seed", "9" * 5000, "a whole number"), ("seed", "0x10", "a whole number"),
-    ("threshold", "abc", "a finite number"), ("threshold", "nan", "a finite number"), ("threshold", "-inf", "a finite number"),
-    ("threshold", "1e999", "a finite number"), ("threshold", "none", "a finite number"), ("compile", "maybe", "true or false"),
-    ("compile", "1", "true or false"), ("output_dir", "", "text"), ("dataset_name", "  ", "text"),
-]  # fmt: skip
+    ("seed", "abc", "a whole number"),
+    ("seed", "1.5", "a whole number"),
+    ("seed", "1e3", "a whole number"),
+    ("seed", "", "a whole number"),
+    ("seed", "nan", "a whole number"),
+    ("seed", "none", "a whole number"),
+    ("seed", "9" * 5000, "a whole number"),
+    ("seed", "0x10", "a whole number"),
+    ("threshold", "abc", "a finite number"),
+    ("threshold", "nan", "a finite number"),
+    ("threshold", "-inf", "a finite number"),
+    ("threshold", "1e999", "a finite number"),
+    ("threshold", "none", "a finite number"),
+    ("compile", "maybe", "true or false"),
+    ("compile", "1", "true or false"),
+    ("output_dir", "", "text"),
+    ("dataset_name", "  ", "text"),
+]
 
 
 @pytest.mark.parametrize(("name", "word", "want"), GOOD)
@@ -137,25 +167,57 @@ def test_bools():
 
 
 YAML_GOOD = [
-    ("threshold: 1", "threshold", 1.0), ("threshold: 5e-7", "threshold", 5e-7), ("seed: 10.0", "seed", 10), ("seed: '3'", "seed", 3),
-    ("compile: yes", "compile", True), ("learning_rate: null", "learning_rate", None), ("learning_rate:", "learning_rate", None),
-    ("mixer_list: [a, 1.0, b, 2000]", "mixer_list", ("a", "1.0", "b", "2000")), ("mixer_list: a 0.5", "mixer_list", ("a", "0.5")),
-    ("output_dir: Zürich 🦙", "output_dir", "Zürich 🦙"), ("{}", "seed", 1), ("", "seed", 1), ("# only words\n", "seed", 1), ("\ufeffseed: 4", "seed", 4),
-]  # fmt: skip
+    ("threshold: 1", "threshold", 1.0),
+    ("threshold: 5e-7", "threshold", 5e-7),
+    ("seed: 10.0", "seed", 10),
+    ("seed: '3'", "seed", 3),
+    ("compile: yes", "compile", True),
+    ("learning_rate: null", "learning_rate", None),
+    ("learning_rate:", "learning_rate", None),
+    ("mixer_list: [a, 1.0, b, 2000]", "mixer_list", ("a", "1.0", "b", "2000")),
+    ("mixer_list: a 0.5", "mixer_list", ("a", "0.5")),
+    ("output_dir: Zürich 🦙", "output_dir", "Zürich 🦙"),
+    ("{}", "seed", 1),
+    ("", "seed", 1),
+    ("# only words\n", "seed", 1),
+    ("\ufeffseed: 4", "seed", 4),
+]
 YAML_BAD = [
-    ("seed: 1.5", "seed: expected a whole number, got 1.5"), ("seed: .inf", "seed: expected a whole number"), ("seed: true", "seed: expected a whole number, got True"),
-    ("seed:", "seed: expected a whole number, got None"), ("seed: [1]", "seed: expected a whole number, got [1]"), ("seed: {a: 1}", "seed: expected a whole number"),
-    ("seed: 2001-01-01", "seed: expected a whole number"), ("threshold: .nan", "threshold: expected a finite number, got nan"),
-    ("threshold: '.inf'", "threshold: expected a finite number"), ("compile: 1", "compile: expected true or false, got 1"),
-    ("resume: no", "resume: expected text, got False"), ("model_revision: 0123", "model_revision: expected text, got 83"),
-    ("dataset_name: [a, b]", "dataset_name: expected text"), ("mixer_list: {a: 1.0}", "mixer_list: expected words"),
-    ("mixer_list: [a, [1]]", "mixer_list: expected words"), ("mixer_list: [a, no]", "mixer_list: expected words"), ("mixer_list: []", "mixer_list: expected words"),
-    ("seed: 1\nseed: 2", ":2: not a recipe (key seed stands twice)"), ("max_length: 1\nmax_seq_length: 2", "max_seq_length says the same as another key"),
-    ("seed: !!python/object/apply:os.system ['touch x']", "not a recipe"), ("!!python/name:os.system {}", "not a recipe"), ("seed: !!binary aGk=", "whole number"),
-    ("1: 2", "key 1 is not text"), ("? [a]\n: b", "is not text"), ("- seed", "expected `flag: value` lines"), ("seed", "expected `flag: value` lines"),
-    ("seed: 1\n---\nseed: 2", "not a recipe"), ("seed: [", "not a recipe"), ("seed: 2001-99-99", "not a recipe"), ("seed: " + "9" * 5000, "not a recipe"),
-    ("seed: \x07", "not a recipe"), ("[" * 20000, "not a recipe"), ("a: &a [*a]", "not a recipe"), ("<<: {seed: 1}", "not a recipe"),
-]  # fmt: skip
+    ("seed: 1.5", "seed: expected a whole number, got 1.5"),
+    ("seed: .inf", "seed: expected a whole number"),
+    ("seed: true", "seed: expected a whole number, got True"),
+    ("seed:", "seed: expected a whole number, got None"),
+    ("seed: [1]", "seed: expected a whole number, got [1]"),
+    ("seed: {a: 1}", "seed: expected a whole number"),
+    ("seed: 2001-01-01", "seed: expected a whole number"),
+    ("threshold: .nan", "threshold: expected a finite number, got nan"),
+    ("threshold: '.inf'", "threshold: expected a finite number"),
+    ("compile: 1", "compile: expected true or false, got 1"),
+    ("resume: no", "resume: expected text, got False"),
+    ("model_revision: 0123", "model_revision: expected text, got 83"),
+    ("dataset_name: [a, b]", "dataset_name: expected text"),
+    ("mixer_list: {a: 1.0}", "mixer_list: expected words"),
+    ("mixer_list: [a, [1]]", "mixer_list: expected words"),
+    ("mixer_list: [a, no]", "mixer_list: expected words"),
+    ("mixer_list: []", "mixer_list: expected words"),
+    ("seed: 1\nseed: 2", ":2: not a recipe (key seed stands twice)"),
+    ("max_length: 1\nmax_seq_length: 2", "max_seq_length says the same as another key"),
+    ("seed: !!python/object/apply:os.system ['touch x']", "not a recipe"),
+    ("!!python/name:os.system {}", "not a recipe"),
+    ("seed: !!binary aGk=", "whole number"),
+    ("1: 2", "key 1 is not text"),
+    ("? [a]\n: b", "is not text"),
+    ("- seed", "expected `flag: value` lines"),
+    ("seed", "expected `flag: value` lines"),
+    ("seed: 1\n---\nseed: 2", "not a recipe"),
+    ("seed: [", "not a recipe"),
+    ("seed: 2001-99-99", "not a recipe"),
+    ("seed: " + "9" * 5000, "not a recipe"),
+    ("seed: \x07", "not a recipe"),
+    ("[" * 20000, "not a recipe"),
+    ("a: &a [*a]", "not a recipe"),
+    ("<<: {seed: 1}", "not a recipe"),
+]
 
 
 @pytest.mark.parametrize(("text", "name", "want"), YAML_GOOD, ids=[t[:24] for t, _, _ in YAML_GOOD])
@@ -177,7 +239,12 @@ def test_yaml_that_is_not(text, expected, tmp_path):
 def test_a_bomb_of_aliases_is_cheap(tmp_path):
     lines = ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 40)]
     assert "unknown key a0" in refusal("--config", str(recipe(tmp_path, "\n".join(lines))))
-    bomb = "seed: " + "[" + ", ".join(f"&b{i} [{'*b' + str(i - 1) + ', *b' + str(i - 1) if i else 'x'}]" for i in range(40)) + "]"
+    bomb = (
+        "seed: "
+        + "["
+        + ", ".join(f"&b{i} [{'*b' + str(i - 1) + ', *b' + str(i - 1) if i else 'x'}]" for i in range(40))
+        + "]"
+    )
     assert "seed: expected a whole number" in refusal("--config", str(recipe(tmp_path, bomb)))
 
 
@@ -203,7 +270,13 @@ def test_choices_name_the_nearest():
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.lists(st.text(max_size=12) | st.sampled_from(["--seed", "--compile", "--mixer_list", "--config", "--", "-1", "=", "--seed=", "none"]), max_size=5))
+@given(
+    st.lists(
+        st.text(max_size=12)
+        | st.sampled_from(["--seed", "--compile", "--mixer_list", "--config", "--", "-1", "=", "--seed=", "none"]),
+        max_size=5,
+    )
+)
 def test_no_command_line_ends_in_a_traceback(argv):
     if {"-h", "--help"} & {word.split("=")[0] for word in argv}:
         return
@@ -214,7 +287,13 @@ def test_no_command_line_ends_in_a_traceback(argv):
 
 
 @settings(deadline=None, max_examples=150)
-@given(st.text(alphabet=string.printable + "é\u2028", max_size=60) | st.dictionaries(st.sampled_from(["seed", "resume", "compile", "x"]), st.none() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.booleans(), max_size=3)).map(lambda d: yaml.safe_dump(d, allow_unicode=True)))  # fmt: skip
+@given(
+    st.text(alphabet=string.printable + "é\u2028", max_size=60)
+    | st.dictionaries(
+        st.sampled_from(["seed", "resume", "compile", "x"]),
+        st.none() | st.integers() | st.floats() | st.text(max_size=5) | st.lists(st.booleans(), max_size=3),
+    ).map(lambda d: yaml.safe_dump(d, allow_unicode=True))
+)
 def test_no_yaml_ends_in_a_traceback(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "any.yaml"
     path.write_text(text, encoding="utf-8")
@@ -224,7 +303,8 @@ def test_no_yaml_ends_in_a_traceback(tmp_path_factory, text):
         assert "\n" not in str(error)
 
 
-# --- saved and fed back -------------------------------------------------------------------------------------------------------
+# --- saved and fed back
+# -------------------------------------------------------------------------------------------------------
 
 
 def values_of(f: dataclasses.Field) -> st.SearchStrategy:
@@ -237,7 +317,12 @@ def values_of(f: dataclasses.Field) -> st.SearchStrategy:
     elif f.metadata["many"]:
         strategy = st.lists(word, min_size=1, max_size=4).map(tuple)
     else:
-        strategy = {"b": st.booleans(), "i": st.integers(), "f": st.floats(allow_nan=False, allow_infinity=False), "s": word}[kind[0]]
+        strategy = {
+            "b": st.booleans(),
+            "i": st.integers(),
+            "f": st.floats(allow_nan=False, allow_infinity=False),
+            "s": word,
+        }[kind[0]]
     return st.none() | strategy if kind.endswith("None") else strategy
 
 
@@ -257,10 +342,13 @@ def test_facts_are_comments(tmp_path):
     assert "learning_rate" not in yaml.safe_load((tmp_path / "c.yaml").read_text())
 
 
-# --- batch size ---------------------------------------------------------------------------------------------------------------
+# --- batch size
+# ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("argv", "ranks", "want"), [("4 2", 8, 64), ("1 1", 1, 1), ("3 -", 5, 15), ("- 4", 2, 8), ("- -", 7, 32)])
+@pytest.mark.parametrize(
+    ("argv", "ranks", "want"), [("4 2", 8, 64), ("1 1", 1, 1), ("3 -", 5, 15), ("- 4", 2, 8), ("- -", 7, 32)]
+)
 def test_batch_size_of_devices_and_accumulation(argv, ranks, want):
     names = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
     words = [w for name, word in zip(names, argv.split(), strict=True) if word != "-" for w in (name, word)]
@@ -278,7 +366,8 @@ def test_batch_size_said_twice():
         resolve_batch_size(parse(Config, ["--gradient_accumulation_steps", "0"]), 1)
 
 
-# --- help ---------------------------------------------------------------------------------------------------------------------
+# --- help
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -298,7 +387,16 @@ def test_help_is_a_page_for_people(columns, capsys, monkeypatch):
             assert not re.search(rf"\n  --{alias}\b", own)
             assert re.search(rf"\(also [^)]*--{alias}\b", " ".join(own.split()))
     headings = [line for line in own.splitlines() if line.endswith(":") and not line.startswith(" ")]
-    assert headings == ["general:", "this stage:", "model:", "data:", "adapters:", "optimization:", "memory and speed:", "the run:"]
+    assert headings == [
+        "general:",
+        "this stage:",
+        "model:",
+        "data:",
+        "adapters:",
+        "optimization:",
+        "memory and speed:",
+        "the run:",
+    ]
     assert own.index("--loss_type") < own.index("--model_name_or_path")
 
 

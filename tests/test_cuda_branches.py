@@ -1,7 +1,9 @@
-"""The branches that only CUDA tensors take, on tensors that have a device and no numbers: shapes, dtypes, and that every call has the
-arguments which this torch's operators have. Needs a CUDA build of torch, and no GPU (`make test-oldest` has one).
+"""The branches that only CUDA tensors take, on tensors that have a device and no numbers: shapes, dtypes, and that
+every call has the arguments which this torch's operators have. Needs a CUDA build of torch, and no GPU (`make
+test-oldest` has one).
 
-R rows · C rows of a chunk · D hidden · V vocabulary · T tokens · N query heads · K key/value heads · H head size · A slots.
+R rows · C rows of a chunk · D hidden · V vocabulary · T tokens · N query heads · K key/value heads · H head size · A
+slots.
 """
 
 from __future__ import annotations
@@ -20,14 +22,18 @@ from rollout import cache as caching
 from rollout.choice import SamplingParams, choose
 from rollout.sampler import Sampler
 
-pytestmark = pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="this torch is a CPU build: it has no CUDA tensors, not even fake ones")
+pytestmark = pytest.mark.skipif(
+    not torch.backends.cuda.is_built(), reason="this torch is a CPU build: it has no CUDA tensors, not even fake ones"
+)
 CUDA = torch.device("cuda", 0)
 BF16 = torch.bfloat16
 
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch):
-    """Every tensor is fake; the Triton passes, which launch, are the eager ones, and torch 2.11's fake of an adding product is broken."""
+    """Every tensor is fake; the Triton passes, which launch, are the eager ones, and torch 2.11's fake of an adding
+    product is broken.
+    """
     monkeypatch.setattr(losses.kernels, "_module", lambda logits_CV: eager)
     monkeypatch.setattr(torch, "addmm", add_as_the_operator_does)
     with FakeTensorMode() as mode:
@@ -37,7 +43,9 @@ def fake(monkeypatch):
 def add_as_the_operator_does(total, a, b, *, out_dtype, out):
     """Bound to the operator's own schema, as it would be called."""
     schema = torch.ops.aten.addmm.dtype_out._schema
-    assert [x.name for x in schema.arguments[:4]] == ["self", "mat1", "mat2", "out_dtype"] and schema.arguments[-1].name == "out"
+    assert [x.name for x in schema.arguments[:4]] == ["self", "mat1", "mat2", "out_dtype"] and schema.arguments[
+        -1
+    ].name == "out"
     assert out_dtype == out.dtype == total.dtype == torch.float32 and a.dtype == b.dtype != out_dtype
     return torch.mm(a, b, out_dtype=out_dtype, out=out)
 
@@ -50,16 +58,21 @@ def is_like(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool
     return x.device == CUDA and tuple(x.shape) == shape and x.dtype == dtype
 
 
-# --- the head -----------------------------------------------------------------------------------------------------------------
+# --- the head
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
 @pytest.mark.parametrize("scale, softcap", [(1.0, None), (0.5, 30.0)])
 def test_the_heads_products_accumulate_in_fp32(dtype, scale, softcap):
-    """logits, and their gradient into both accumulators: the calls with out_dtype exist, and no result is rounded on its way."""
+    """logits, and their gradient into both accumulators: the calls with out_dtype exist, and no result is rounded on
+    its way.
+    """
     R, D, V = 11, 16, 96
     hidden_RD, weight_VD, targets_R = cuda(R, D, dtype=dtype), cuda(V, D, dtype=dtype), cuda(R, dtype=torch.int64)
-    head = logprobs._Head(hidden_RD, weight_VD, targets_R, logprobs.LogitTransform(scale, softcap), 4, grads=(True, True))
+    head = logprobs._Head(
+        hidden_RD, weight_VD, targets_R, logprobs.LogitTransform(scale, softcap), 4, grads=(True, True)
+    )
     for rows in logprobs._pieces(slice(0, R), 4):
         logits_CV = head.logits(rows)
         C = rows.stop - rows.start
@@ -77,7 +90,11 @@ def test_linear_logprobs_forward_and_its_backward_function():
     saved = (*inputs, logprobs_R, entropy_R)
     context = SimpleNamespace(saved_tensors=saved, options=(logprobs.IDENTITY, 4), needs_input_grad=(True, True))
     hidden_grad_RD, weight_grad_VD, *others = logprobs._LinearLogprobs.backward(context, logprobs_R, entropy_R)
-    assert is_like(hidden_grad_RD, (R, D), BF16) and is_like(weight_grad_VD, (V, D), BF16) and not any(x is not None for x in others)
+    assert (
+        is_like(hidden_grad_RD, (R, D), BF16)
+        and is_like(weight_grad_VD, (V, D), BF16)
+        and not any(x is not None for x in others)
+    )
 
 
 def test_the_head_of_a_whole_vocabulary_takes_its_gpu_chunk():
@@ -85,7 +102,8 @@ def test_the_head_of_a_whole_vocabulary_takes_its_gpu_chunk():
     assert is_like(logprobs.linear_argmax(cuda(5, 16), cuda(96, 16)), (5,), torch.int64)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------------
+# --- attention
+# ----------------------------------------------------------------------------------------------------------------
 
 STREAM = SimpleNamespace(lengths=(5, 9, 1), max_seqlen=9)
 
@@ -125,18 +143,30 @@ def test_the_operator_and_its_backward_have_the_shapes_of_their_inputs(backend):
     q_TNH, k_TKH, v_TKH = stream()
     bounds = torch.empty(4, dtype=torch.int32)
     for sinks_N in (None, cuda(8)):
-        out_TNH, lse = attention._operator(q_TNH, k_TKH, v_TKH, sinks_N, STREAM.cu_seqlens, bounds, backend, 0.1, 8, None)
-        assert is_like(out_TNH, (15, 8, 64), BF16) and is_like(lse, (8, 15) if backend == "flash4" else (0,), torch.float32)
+        out_TNH, lse = attention._operator(
+            q_TNH, k_TKH, v_TKH, sinks_N, STREAM.cu_seqlens, bounds, backend, 0.1, 8, None
+        )
+        assert is_like(out_TNH, (15, 8, 64), BF16) and is_like(
+            lse, (8, 15) if backend == "flash4" else (0,), torch.float32
+        )
         grads = attention._operator_backward(
             out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse, sinks_N, STREAM.cu_seqlens, bounds, backend, 0.1, 8, None
         )
-        assert [tuple(x.shape) for x in grads] == [(15, 8, 64), (15, 2, 64), (15, 2, 64), (0,) if sinks_N is None else (8,)]
+        assert [tuple(x.shape) for x in grads] == [
+            (15, 8, 64),
+            (15, 2, 64),
+            (15, 2, 64),
+            (0,) if sinks_N is None else (8,),
+        ]
 
 
-# --- sampling -----------------------------------------------------------------------------------------------------------------
+# --- sampling
+# -----------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(temperature=0.7, top_k=20)], ids=str)
+@pytest.mark.parametrize(
+    "params", [SamplingParams(), SamplingParams(temperature=0), SamplingParams(temperature=0.7, top_k=20)], ids=str
+)
 def test_a_token_is_chosen_on_the_device(params):
     """Nothing is copied: the three results stay there, for the one wait of a token."""
     keys_A, positions_A = (torch.empty(6, dtype=torch.int64, device=CUDA) for _ in range(2))
@@ -160,7 +190,8 @@ def test_decoding_reads_the_cache_in_grouped_heads():
         assert is_like(caching._decode(cuda(3, 8, 64), one, 0, 0.1, 8, softcap, sinks_N), (3, 8, 64), BF16)
 
 
-# --- what a step sums -----------------------------------------------------------------------------------------------------------
+# --- what a step sums
+# -----------------------------------------------------------------------------------------------------------
 
 
 def test_totals_hold_pythons_numbers_on_the_host():

@@ -16,9 +16,14 @@ from tests.test_equivalence import Runs, digest, rows
 def runs(tmp_path_factory, embedded_dir) -> Runs:
     root = tmp_path_factory.mktemp("dpo")
     flags = {
-        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05), "cache_dir": root / "cache",
-        "dataset_name": embedded_dir.train_pairs, "batch_size": 12, "max_steps": 10, "learning_rate": 2e-3, "micro_batch_tokens": 500,
-    }  # fmt: skip
+        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05),
+        "cache_dir": root / "cache",
+        "dataset_name": embedded_dir.train_pairs,
+        "batch_size": 12,
+        "max_steps": 10,
+        "learning_rate": 2e-3,
+        "micro_batch_tokens": 500,
+    }
     return Runs("dpo", root, flags)
 
 
@@ -63,7 +68,9 @@ def test_old_checkpoints_are_removed_by_number(uninterrupted):
 def test_a_full_disk_does_not_end_the_run(runs, uninterrupted):
     result = runs.launch("full", 2, "fill_the_disk", save_steps=2)
     assert result.ok and "No space left on device" in result.output
-    assert digest(runs.root / "full") == digest(uninterrupted) and not list((runs.root / "full" / "checkpoints").iterdir())
+    assert digest(runs.root / "full") == digest(uninterrupted) and not list(
+        (runs.root / "full" / "checkpoints").iterdir()
+    )
 
 
 def test_a_finished_run_says_so(runs, uninterrupted):
@@ -75,7 +82,11 @@ def test_a_finished_run_says_so(runs, uninterrupted):
 
 @pytest.mark.parametrize(
     "changes, said",
-    [({"learning_rate": 1e-4}, "--learning_rate 0.002, now it is 0.0001"), ({"beta": 0.5}, "--beta"), ({"resume": "never"}, "is not empty")],
+    [
+        ({"learning_rate": 1e-4}, "--learning_rate 0.002, now it is 0.0001"),
+        ({"beta": 0.5}, "--beta"),
+        ({"resume": "never"}, "is not empty"),
+    ],
 )
 def test_another_run_in_the_same_directory_is_refused(changes, said, runs, uninterrupted):
     result = runs.launch("uninterrupted", 2, log="refused", **changes)
@@ -95,7 +106,9 @@ def test_ranks_wait_for_slow_tokenisation_without_a_collective(runs):
 
 
 def test_an_older_checkpoint_starts_another_branch(runs, uninterrupted):
-    """--resume PATH to step 2 of a run that has 2, 4, 6: what is saved then is kept, what came after is put aside, and the end is the same."""
+    """--resume PATH to step 2 of a run that has 2, 4, 6: what is saved then is kept, what came after is put aside, and
+    the end is the same.
+    """
     runs.launch("branch", 2, "kill_between_steps_7_and_8", save_steps=2, save_total_limit=9)
     older = runs.root / "branch" / "checkpoints" / "step-000002"
     result = runs.launch("branch", 2, log="branch.2", save_steps=1, save_total_limit=2, resume=older)
@@ -110,7 +123,11 @@ def test_a_checkpoint_of_other_flags_is_refused_from_another_directory(runs, uni
     result = runs.launch("elsewhere", 2, resume=older, learning_rate=0.5)
     assert result.codes == [2, 2] and "is of a run with --learning_rate 0.002, now it is 0.5" in result.output
     result = runs.launch("nowhere", 2, resume=runs.root / "nothing")
-    assert result.codes == [2, 2] and "expected auto, never or the path of a checkpoint" in result.output and "policy:" not in result.output
+    assert (
+        result.codes == [2, 2]
+        and "expected auto, never or the path of a checkpoint" in result.output
+        and "policy:" not in result.output
+    )
 
 
 def test_a_save_under_way_is_finished_before_an_error_ends_the_run(runs):
@@ -126,7 +143,11 @@ def test_an_error_of_one_rank_is_said_by_that_rank(runs):
 
 def test_control_c_is_one_line(runs):
     result = runs.launch("interrupted", 2, "interrupt_at_step_5", save_steps=2)
-    assert result.codes == [130, 130] and "interrupted; the same command goes on" in result.output and "Traceback" not in result.output
+    assert (
+        result.codes == [130, 130]
+        and "interrupted; the same command goes on" in result.output
+        and "Traceback" not in result.output
+    )
     again = runs.launch("interrupted", 2, log="interrupted.2", save_steps=2)
     assert again.ok and "resuming after step" in again.output
 
@@ -139,7 +160,9 @@ def test_filling_the_cache_first_is_the_same_run(runs):
 
 def test_a_directory_that_cannot_be_made_is_one_line(runs):
     result = launch([*runs.command("x")[:-2], "--output_dir", "/proc/nothing/here"], 2)
-    assert set(result.codes) == {2} and result.output.count("error: ") == 1 and "/proc/nothing" in result.output, result.output
+    assert set(result.codes) == {2} and result.output.count("error: ") == 1 and "/proc/nothing" in result.output, (
+        result.output
+    )
 
 
 def test_export_keeps_the_inputs_dtype_and_a_sampling_config(runs, embedded_dir, tmp_path):
@@ -155,10 +178,15 @@ def test_export_keeps_the_inputs_dtype_and_a_sampling_config(runs, embedded_dir,
     out = runs.run("bf16", model_name_or_path=source, max_steps=1)
     lm = AutoModelForCausalLM.from_pretrained(out / "final")
     assert lm.dtype == torch.bfloat16 and lm.config.dtype == torch.bfloat16
-    assert lm.generation_config.temperature == 0.6 and lm.generation_config.do_sample and lm.generation_config.eos_token_id == [1, 7]
+    assert (
+        lm.generation_config.temperature == 0.6
+        and lm.generation_config.do_sample
+        and lm.generation_config.eos_token_id == [1, 7]
+    )
 
 
-# --- the default, and real input -----------------------------------------------------------------------------------------------
+# --- the default, and real input
+# -----------------------------------------------------------------------------------------------
 
 
 def test_no_argument_at_all(tmp_path):
@@ -177,20 +205,40 @@ def test_no_argument_at_all(tmp_path):
 
 def test_real_preferences(shared_data, tmp_path, embedded_dir):
     """The real GSM8K pairs unchanged, 2 ranks, a few steps (the 30M model and 100 steps are `make drill`)."""
-    real_preferences(shared_data, tmp_path, save_family("qwen3", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048), steps=3)
+    real_preferences(
+        shared_data,
+        tmp_path,
+        save_family("qwen3", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048),
+        steps=3,
+    )
 
 
 @pytest.mark.drill
 def test_a_hundred_steps_of_a_30m_llama_on_real_preferences(shared_data, tmp_path, embedded_dir):
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "head_dim": 64, "vocab_size": 4096}
-    source = save_family("llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, initializer_range=0.02, **sizes)
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 4096,
+    }
+    source = save_family(
+        "llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, initializer_range=0.02, **sizes
+    )
     out = real_preferences(shared_data, tmp_path, source, steps=100, learning_rate=1e-4)
     assert rows(out)[-1]["rewards/margins"] > 0 and len(rows(out)) == 100
 
 
 def real_preferences(shared_data: Path, tmp_path: Path, source: Path, steps: int, **changes) -> Path:
     data = shared_data / "preferences" / "gsm8k_model_solutions.jsonl"
-    flags = {"model_name_or_path": source, "dataset_name": data, "batch_size": 8, "cache_dir": tmp_path / "cache", "max_seq_length": 600}
+    flags = {
+        "model_name_or_path": source,
+        "dataset_name": data,
+        "batch_size": 8,
+        "cache_dir": tmp_path / "cache",
+        "max_seq_length": 600,
+    }
     runs = Runs("dpo", tmp_path, flags | {"max_steps": steps} | changes)
     result = launch(runs.command("out"), 2, timeout=3600)
     assert result.ok and "966 rows" in result.output, result.output

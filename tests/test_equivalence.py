@@ -29,11 +29,22 @@ class Runs:
     flags: dict
 
     def command(self, name: str, **changes) -> list:
-        return [word for key, value in (self.flags | {"output_dir": self.root / name} | changes).items() for word in (f"--{key}", value)]
+        return [
+            word
+            for key, value in (self.flags | {"output_dir": self.root / name} | changes).items()
+            for word in (f"--{key}", value)
+        ]
 
     def launch(self, name: str, ranks: int = 1, hook: str = "", log: str = "", **changes) -> Result:
         hook = hook and f"tests.hooks:{hook}"
-        return launch(self.command(name, **changes), ranks, f"launch.{self.stage}", self.root / f"{log or name}.log", hook, timeout=300)
+        return launch(
+            self.command(name, **changes),
+            ranks,
+            f"launch.{self.stage}",
+            self.root / f"{log or name}.log",
+            hook,
+            timeout=300,
+        )
 
     def run(self, name: str, ranks: int = 1, **changes) -> Path:
         result = self.launch(name, ranks, **changes)
@@ -61,10 +72,15 @@ def digest(output_dir: Path) -> str:
 def runs(request, tmp_path_factory, embedded_dir) -> Runs:
     root = tmp_path_factory.mktemp(request.param)
     flags = {
-        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05), "cache_dir": root / "cache",
-        "dataset_name": getattr(embedded_dir, STAGES[request.param][0]), "batch_size": 12, "max_steps": STEPS, "learning_rate": 2e-3,
-        "micro_batch_tokens": 500, "warmup_ratio": 0.1,
-    }  # fmt: skip
+        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05),
+        "cache_dir": root / "cache",
+        "dataset_name": getattr(embedded_dir, STAGES[request.param][0]),
+        "batch_size": 12,
+        "max_steps": STEPS,
+        "learning_rate": 2e-3,
+        "micro_batch_tokens": 500,
+        "warmup_ratio": 0.1,
+    }
     return Runs(request.param, root, flags | ({"sample_tokens": 0} if request.param == "sft" else {}))
 
 
@@ -94,8 +110,25 @@ CHANGES = {
     "offloaded": (1, {"activation_offload": "true", "micro_batch_tokens": 100_000}),  # tensors large enough to be moved
     "gradients_reduced_once": (2, {"gradient_sync": "last", "micro_batch_tokens": 200}),
     "weights_kept": (2, {"gradient_sync": "keep", "micro_batch_tokens": 200}),
-    "kept_recomputed_offloaded": (2, {"gradient_sync": "keep", "micro_batch_tokens": 1000, "gradient_checkpointing": "full", "activation_offload": "true"}),
-    "all_at_once": (3, {"micro_batch_tokens": 130, "head": "naive", "attention": "eager", "gradient_sync": "last", "gradient_checkpointing": "full"}),
+    "kept_recomputed_offloaded": (
+        2,
+        {
+            "gradient_sync": "keep",
+            "micro_batch_tokens": 1000,
+            "gradient_checkpointing": "full",
+            "activation_offload": "true",
+        },
+    ),
+    "all_at_once": (
+        3,
+        {
+            "micro_batch_tokens": 130,
+            "head": "naive",
+            "attention": "eager",
+            "gradient_sync": "last",
+            "gradient_checkpointing": "full",
+        },
+    ),
 }
 
 
@@ -113,11 +146,19 @@ def test_compiled_layers_are_the_same_to_rounding(recomputed, runs, baseline):
 
 
 @pytest.mark.drill
-@pytest.mark.parametrize("changes", [{}, {"gradient_checkpointing": "selective", "activation_offload": "true", "gradient_sync": "keep"}], ids=["plain", "all"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"gradient_checkpointing": "selective", "activation_offload": "true", "gradient_sync": "keep"}],
+    ids=["plain", "all"],
+)
 def test_compiled_layers_are_traced_once_for_all_lengths(changes, runs, baseline):
-    """With gradients and, for the reference or the evaluation, without; no breaks; on two ranks whose micro-batches differ, some empty."""
+    """With gradients and, for the reference or the evaluation, without; no breaks; on two ranks whose micro-batches
+    differ, some empty.
+    """
     name = f"traced_{len(changes)}"
-    result = runs.launch(name, 2, "trace_without_generating_code", compile="true", **({"micro_batch_tokens": 60} | changes))
+    result = runs.launch(
+        name, 2, "trace_without_generating_code", compile="true", **({"micro_batch_tokens": 60} | changes)
+    )
     assert result.ok, result.output
     counted = re.findall(r"graphs (\d+), breaks (\d+)", result.output)
     assert len(counted) == 2 * STEPS and len(set(counted)) == 1 and counted[0][1] == "0" and int(counted[0][0]) <= 2
@@ -130,10 +171,14 @@ def test_it_learns(baseline):
 
 
 def test_gradients_are_those_of_a_float64_loop_over_single_sequences(runs):
-    """The reduced gradient of the first step, for every layout, to 1e-6 of its norm of each other, and of float64 truth."""
+    """The reduced gradient of the first step, for every layout, to 1e-6 of its norm of each other, and of float64
+    truth.
+    """
     found = {}
     for name, ranks, budget in (("alone", 1, 1), ("packed", 1, 10_000), ("two", 2, 300), ("three", 3, 1)):
-        runs.run(f"gradients_{name}", ranks, hook="dump_gradients", batch_size=8, max_steps=1, micro_batch_tokens=budget)
+        runs.run(
+            f"gradients_{name}", ranks, hook="dump_gradients", batch_size=8, max_steps=1, micro_batch_tokens=budget
+        )
         found[name] = torch.load(runs.root / f"gradients_{name}" / "gradients.pt", weights_only=True)
     truth = _float64_gradients(runs)
     norm = sum(g.square().sum() for g in truth.values()).sqrt()
@@ -172,7 +217,8 @@ def _float64_gradients(runs: Runs) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in lm.named_parameters()}
 
 
-# --- resume -------------------------------------------------------------------------------------------------------------------
+# --- resume
+# -------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

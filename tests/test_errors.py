@@ -1,4 +1,6 @@
-"""What a user did wrong: status 2, one line on standard error, no traceback, no weight loaded. Through the real entry point."""
+"""What a user did wrong: status 2, one line on standard error, no traceback, no weight loaded. Through the real entry
+point.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,13 @@ class Place:
     def run(self, *argv: object, world: int = 1, hook: str = "watch", output_dir: str = "") -> Ended:
         self.runs += 1
         log = self.root / f"log{self.runs}"
-        words = [*argv, "--cache_dir", self.root / "cache", "--output_dir", self.root / (output_dir or f"run{self.runs}")]
+        words = [
+            *argv,
+            "--cache_dir",
+            self.root / "cache",
+            "--output_dir",
+            self.root / (output_dir or f"run{self.runs}"),
+        ]
         result = ranks.launch(words, ranks=world, log=log, hook=f"tests.test_errors:{hook}", timeout=60)
         return Ended(result.codes, log.read_text(), [Path(f"{log}.{rank}").read_text() for rank in range(world)])
 
@@ -78,14 +86,20 @@ USER = {"role": "user", "content": "Who is it?"}
 
 
 def pair(chosen: object = "It is I.") -> dict:
-    return {"chosen": [USER, {"role": "assistant", "content": chosen}], "rejected": [USER, {"role": "assistant", "content": "Nobody."}]}
+    return {
+        "chosen": [USER, {"role": "assistant", "content": chosen}],
+        "rejected": [USER, {"role": "assistant", "content": "Nobody."}],
+    }
 
 
 def save_tokenizer(directory: Path, template: str | None, **options) -> None:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe.train_from_iterator([], trainers.BpeTrainer(vocab_size=258, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False))
+    bpe.train_from_iterator(
+        [],
+        trainers.BpeTrainer(vocab_size=258, special_tokens=["<|end|>"], initial_alphabet=alphabet, show_progress=False),
+    )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, **options)
     tokenizer.chat_template = template
     tokenizer.save_pretrained(directory)
@@ -93,8 +107,17 @@ def save_tokenizer(directory: Path, template: str | None, **options) -> None:
 
 def save_model(directory: Path, seed: int = 0) -> Path:
     save_tokenizer(directory, None, eos_token="<|end|>")
-    config = LlamaConfig(vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-                         max_position_embeddings=128, bos_token_id=None, eos_token_id=0)  # fmt: skip
+    config = LlamaConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=0,
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(directory)
@@ -108,7 +131,11 @@ def place(tmp_path_factory) -> Place:
     for name, template, options in (
         ("no_template", None, {}),
         ("no_end", "{% for m in messages %}{{ m.role + m.content }}{% endfor %}", {"eos_token": "<|end|>"}),
-        ("no_roles", "{% for m in messages if m.role == 'user' %}{{ m.content }}<|end|>{% endfor %}", {"eos_token": "<|end|>"}),
+        (
+            "no_roles",
+            "{% for m in messages if m.role == 'user' %}{{ m.content }}<|end|>{% endfor %}",
+            {"eos_token": "<|end|>"},
+        ),
     ):
         shutil.copytree(root / "model", root / name)
         save_tokenizer(root / name, template, **options)
@@ -118,9 +145,12 @@ def place(tmp_path_factory) -> Place:
     config = json.loads((root / "small" / "config.json").read_text())
     (root / "small" / "config.json").write_text(json.dumps(config | {"vocab_size": 100}))
     rows = {
-        "good": [pair(), pair("It is me.")], "bad": [pair(), pair(), pair(None)], "all_bad": [pair(7), pair(8)], "empty": [],
+        "good": [pair(), pair("It is me.")],
+        "bad": [pair(), pair(), pair(None)],
+        "all_bad": [pair(7), pair(8)],
+        "empty": [],
         "control": [pair("It is<|end|> I.")],
-    }  # fmt: skip
+    }
     for name, content in rows.items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (root / "cut.jsonl").write_text(json.dumps(pair()) + "\n" + json.dumps(pair())[:40])
@@ -136,38 +166,98 @@ def on(name: str) -> tuple[str, ...]:
 CASES = {
     "unknown flag": (("--lerning_rate", 1), "command line: unknown flag --lerning_rate (did you mean learning_rate?)"),
     "prefix": (("--learning", 1), "command line: unknown flag --learning"),
-    "unknown key": (("--config", "{place}/recipe.yaml"), "{place}/recipe.yaml: unknown key lerning_rate (did you mean learning_rate?)"),
-    "no recipe": (("--config", "{place}/recipes.yaml"), "--config {place}/recipes.yaml: no such file (did you mean recipe.yaml?)"),
+    "unknown key": (
+        ("--config", "{place}/recipe.yaml"),
+        "{place}/recipe.yaml: unknown key lerning_rate (did you mean learning_rate?)",
+    ),
+    "no recipe": (
+        ("--config", "{place}/recipes.yaml"),
+        "--config {place}/recipes.yaml: no such file (did you mean recipe.yaml?)",
+    ),
     "not a number": (("--beta", "five"), "--beta: expected a finite number, got 'five'"),
     "nan": (("--learning_rate", "nan"), "--learning_rate: expected a finite number, got 'nan'"),
     "beta 0": (("--beta", 0), "--beta must be greater than 0, got 0.0"),
     "beta -1": (("--beta", -1, "--loss_type", "simpo"), "--beta must be greater than 0, got -1.0"),
-    "unknown loss": (("--loss_type", "dpo_nrm"), "--loss_type dpo_nrm is not one of dpo_norm, dpo, simpo, ipo, wpo (did you mean dpo_norm?)"),
-    "not read by the loss": (("--gamma_beta_ratio", 0.5), "--gamma_beta_ratio is not read by --loss_type dpo_norm, which reads"),
+    "unknown loss": (
+        ("--loss_type", "dpo_nrm"),
+        "--loss_type dpo_nrm is not one of dpo_norm, dpo, simpo, ipo, wpo (did you mean dpo_norm?)",
+    ),
+    "not read by the loss": (
+        ("--gamma_beta_ratio", 0.5),
+        "--gamma_beta_ratio is not read by --loss_type dpo_norm, which reads",
+    ),
     "label smoothing": (("--label_smoothing", 0.5), "--label_smoothing must be in [0, 0.5), got 0.5"),
     "batch size twice": (("--batch_size", 4, "--per_device_train_batch_size", 2), "--batch_size says the same as"),
     "batch size 0": (("--batch_size", 0), "--batch_size must be greater than 0, got 0"),
     "float16": (("--dtype", "float16"), "--dtype float16 is refused"),
     "warm-up": (("--warmup_ratio", 1.5), "--warmup_ratio is a share of the steps"),
-    "missing file": (("--dataset_name", "{place}/god.jsonl"), "{place}/god.jsonl: no such file or directory (did you mean good.jsonl?)"),
-    "missing held-out file": ((*on("good"), "--eval_dataset_name", "{place}/goo.jsonl"), "{place}/goo.jsonl: no such file or directory (did you mean"),
-    "missing model": (("--dataset_name", "{place}/good.jsonl", "--model_name_or_path", "{place}/modell"), "--model_name_or_path {place}/modell: no such directory"),
-    "model without data": (("--model_name_or_path", "{place}/model"), "--model_name_or_path needs --dataset_name or --mixer_list"),
+    "missing file": (
+        ("--dataset_name", "{place}/god.jsonl"),
+        "{place}/god.jsonl: no such file or directory (did you mean good.jsonl?)",
+    ),
+    "missing held-out file": (
+        (*on("good"), "--eval_dataset_name", "{place}/goo.jsonl"),
+        "{place}/goo.jsonl: no such file or directory (did you mean",
+    ),
+    "missing model": (
+        ("--dataset_name", "{place}/good.jsonl", "--model_name_or_path", "{place}/modell"),
+        "--model_name_or_path {place}/modell: no such directory",
+    ),
+    "model without data": (
+        ("--model_name_or_path", "{place}/model"),
+        "--model_name_or_path needs --dataset_name or --mixer_list",
+    ),
     "half a mixture": (("--mixer_list", "{place}/good.jsonl"), "--mixer_list: expected NAME AMOUNT pairs, got 1 words"),
-    "mixture and dataset": (("--mixer_list", "a", "1.0", "--dataset_name", "b"), "--mixer_list and --dataset_name are two ways"),
-    "no amount": (("--mixer_list", "{place}/good.jsonl", "some"), "--mixer_list {place}/good.jsonl some: expected a fraction such as 0.5"),
-    "malformed row": ((*on("bad"), "--on_bad_row", "error"), "{place}/bad.jsonl:3: chosen[1].content: expected text, got null"),
+    "mixture and dataset": (
+        ("--mixer_list", "a", "1.0", "--dataset_name", "b"),
+        "--mixer_list and --dataset_name are two ways",
+    ),
+    "no amount": (
+        ("--mixer_list", "{place}/good.jsonl", "some"),
+        "--mixer_list {place}/good.jsonl some: expected a fraction such as 0.5",
+    ),
+    "malformed row": (
+        (*on("bad"), "--on_bad_row", "error"),
+        "{place}/bad.jsonl:3: chosen[1].content: expected text, got null",
+    ),
     "truncated row": ((*on("cut"), "--on_bad_row", "error"), "{place}/cut.jsonl:2: expected JSON (Expecting value"),
-    "only malformed rows": (on("all_bad"), "{place}/all_bad.jsonl: no usable row, the first bad one is {place}/all_bad.jsonl:1: chosen[1].content: expected"),
-    "control token": (on("control"), "{place}/control.jsonl: no usable row, the first bad one is {place}/control.jsonl:1: content of message 1 holds"),
+    "only malformed rows": (
+        on("all_bad"),
+        (
+            "{place}/all_bad.jsonl: no usable row, the first bad one is {place}/all_bad.jsonl:1: chosen[1].content:"
+            " expected"
+        ),
+    ),
+    "control token": (
+        on("control"),
+        (
+            "{place}/control.jsonl: no usable row, the first bad one is {place}/control.jsonl:1: content of message 1"
+            " holds"
+        ),
+    ),
     "empty dataset": (on("empty"), "{place}/empty.jsonl: the dataset is empty"),
     "empty mixture": (("--mixer_list", "{place}/good.jsonl", 0), "{place}/good.jsonl: the mixture takes no row"),
-    "max length": ((*on("good"), "--max_seq_length", 6), "{place}/good.jsonl: --max_seq_length 6 is too small: no row keeps a counted token"),
-    "no template": ((*on("good")[:3], "{place}/no_template"), "{place}/no_template: the tokenizer has neither a chat template nor an end-of-sequence token"),
-    "no end token": ((*on("good")[:3], "{place}/no_end"), "{place}/no_end: the chat template ends an assistant turn without an end token"),
-    "no assistant": ((*on("good")[:3], "{place}/no_roles"), "{place}/no_roles: the chat template drops the assistant turn"),
-    "small embedding": ((*on("good")[:3], "{place}/small"), "{place}/good.jsonl: no usable row, the first bad one is {place}/good.jsonl:1: token id"),
-}  # fmt: skip
+    "max length": (
+        (*on("good"), "--max_seq_length", 6),
+        "{place}/good.jsonl: --max_seq_length 6 is too small: no row keeps a counted token",
+    ),
+    "no template": (
+        (*on("good")[:3], "{place}/no_template"),
+        "{place}/no_template: the tokenizer has neither a chat template nor an end-of-sequence token",
+    ),
+    "no end token": (
+        (*on("good")[:3], "{place}/no_end"),
+        "{place}/no_end: the chat template ends an assistant turn without an end token",
+    ),
+    "no assistant": (
+        (*on("good")[:3], "{place}/no_roles"),
+        "{place}/no_roles: the chat template drops the assistant turn",
+    ),
+    "small embedding": (
+        (*on("good")[:3], "{place}/small"),
+        "{place}/good.jsonl: no usable row, the first bad one is {place}/good.jsonl:1: token id",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -184,7 +274,9 @@ def test_more_ranks_than_data(place):
 
 def test_ranks_refuse_together(place):
     argv = [word.replace("{place}", str(place.root)) for word in on("bad")]
-    assert place.refuse(*argv, "--on_bad_row", "error", world=2).startswith(f"{place / 'bad.jsonl'}:3: chosen[1].content")
+    assert place.refuse(*argv, "--on_bad_row", "error", world=2).startswith(
+        f"{place / 'bad.jsonl'}:3: chosen[1].content"
+    )
 
 
 def test_more_ranks_than_gpus(place):
@@ -193,7 +285,9 @@ def test_more_ranks_than_gpus(place):
 
 
 def test_a_run_directory_of_something_else(place):
-    """Another model by name, another loss, another model of the same name under a checkpoint, a file, a directory that is not empty."""
+    """Another model by name, another loss, another model of the same name under a checkpoint, a file, a directory that
+    is not empty.
+    """
     argv = [word.replace("{place}", str(place.root)) for word in on("good")]
     argv += ["--max_steps", "2", "--batch_size", "1", "--save_steps", "1"]
     ended = place.run(*argv, output_dir="taken")
@@ -202,11 +296,16 @@ def test_a_run_directory_of_something_else(place):
 
     save_model(place / "other", seed=1)
     line = place.refuse(*argv[:3], place / "other", *argv[4:], output_dir="taken")
-    assert line.startswith(f"{place / 'taken'} holds a run with --model_name_or_path {place / 'model'}, now it is {place / 'other'}")
+    assert line.startswith(
+        f"{place / 'taken'} holds a run with --model_name_or_path {place / 'model'}, now it is {place / 'other'}"
+    )
     line = place.refuse(*argv, "--loss_type", "dpo", output_dir="taken")
     assert line.startswith(f"{place / 'taken'} holds a run with --")
     assert "loss_type" in line or "beta" in line
-    assert place.refuse(*argv, "--resume", "never", output_dir="taken") == f"--resume never: {place / 'taken'} is not empty"
+    assert (
+        place.refuse(*argv, "--resume", "never", output_dir="taken")
+        == f"--resume never: {place / 'taken'} is not empty"
+    )
     assert place.refuse(*argv, output_dir="file") == f"--output_dir {place / 'file'}: is a file"
 
     shutil.rmtree(place / "taken" / "final")
@@ -215,4 +314,6 @@ def test_a_run_directory_of_something_else(place):
         line = place.refuse(*argv, output_dir="taken", loaded=True)
     finally:
         save_model(place / "model")
-    assert line.startswith(f"{place / 'taken' / 'checkpoints' / 'step-000001'} is of another model: give another --output_dir")
+    assert line.startswith(
+        f"{place / 'taken' / 'checkpoints' / 'step-000001'} is of another model: give another --output_dir"
+    )

@@ -53,7 +53,18 @@ def test_two_ranks_give_the_same_file(tmp_path):
     outputs = []
     for count in (1, 2):
         out = tmp_path / f"{count}.jsonl"
-        argv = ["--cache_dir", tmp_path / "cache", "--output", out, "--num_prompts", 10, "--num_seeds", 2, "--top_k", 40]
+        argv = [
+            "--cache_dir",
+            tmp_path / "cache",
+            "--output",
+            out,
+            "--num_prompts",
+            10,
+            "--num_seeds",
+            2,
+            "--top_k",
+            40,
+        ]
         result = ranks.launch(argv, count, module="launch.evaluate", log=tmp_path / f"{count}.log")
         assert result.ok and "95 % interval" in result.output, result.output
         outputs.append(out.read_text())

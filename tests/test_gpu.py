@@ -1,4 +1,5 @@
-"""What only a CUDA device can show: attention backends, bf16 numerics, the Triton kernels as compiled, one rank under nccl.
+"""What only a CUDA device can show: attention backends, bf16 numerics, the Triton kernels as compiled, one rank under
+nccl.
 
 R rows that count · D hidden · V vocabulary · P pairs.
 """
@@ -56,7 +57,11 @@ def naive(kind: str):
         logprobs_R = logp_RV.gather(1, p.targets_R[:, None]).squeeze(1)
         if kind == "entropy":
             return heads.with_entropy(logprobs_R, -(logp_RV.exp() * logp_RV).sum(-1), p)
-        return heads.pairs(logprobs_R, p, slice(0, len(p.counts) // 2)) if kind == "pairs" else heads.token_sum(logprobs_R, p)
+        return (
+            heads.pairs(logprobs_R, p, slice(0, len(p.counts) // 2))
+            if kind == "pairs"
+            else heads.token_sum(logprobs_R, p)
+        )
 
     return heads.Variant(loss, kind)
 
@@ -70,7 +75,9 @@ def test_logprobs_in_bf16_are_closer_to_float64_than_naive(problem):
     assert relative_error(ours_R, exact_R) <= relative_error(naive_R, exact_R)
 
 
-@pytest.mark.parametrize("name", [name for name in heads.VARIANTS if name.startswith("linear_") and heads.VARIANTS[name].backward])
+@pytest.mark.parametrize(
+    "name", [name for name in heads.VARIANTS if name.startswith("linear_") and heads.VARIANTS[name].backward]
+)
 def test_gradients_in_bf16_are_as_close_to_float64_as_naive(name, problem):
     variant = heads.VARIANTS[name]
     ours, allowed = heads.errors(variant, problem), heads.errors(naive(variant.kind), problem)
@@ -95,7 +102,10 @@ def test_triton_kernels_equal_eager_on_a_whole_vocabulary():
     if not fused.AVAILABLE:
         pytest.skip("triton is not installed")
     logits_CV = 4 * torch.randn(300, 128256, device=DEVICE)
-    targets_C, (coef_C, entropy_coef_C) = torch.randint(0, 128256, (300,), device=DEVICE), torch.randn(2, 300, device=DEVICE)
+    targets_C, (coef_C, entropy_coef_C) = (
+        torch.randint(0, 128256, (300,), device=DEVICE),
+        torch.randn(2, 300, device=DEVICE),
+    )
     outputs = []
     for module in (fused, eager):
         work_CV = logits_CV.clone()
@@ -106,11 +116,15 @@ def test_triton_kernels_equal_eager_on_a_whole_vocabulary():
 
 
 def test_loss_holds_one_chunk_of_logits():
-    """T x V in fp32 would be 4 GiB here; the loss needs the chunk (fp32, and its gradient in bf16), gradients and copies of hidden."""
+    """T x V in fp32 would be 4 GiB here; the loss needs the chunk (fp32, and its gradient in bf16), gradients and
+    copies of hidden.
+    """
     p = heads.make_problem(8192, 256, 128256, torch.bfloat16, 0.0, 512, DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss = linear_loss(p.hidden_RD, p.weight_VD, p.targets_R, lambda logprobs_C, _: heads.token_sum(logprobs_C, p), chunk_rows=512)
+    loss = linear_loss(
+        p.hidden_RD, p.weight_VD, p.targets_R, lambda logprobs_C, _: heads.token_sum(logprobs_C, p), chunk_rows=512
+    )
     loss.backward()
     extra = torch.cuda.max_memory_allocated() - before
     chunk, weight, hidden = 512 * 128256 * 6, 128256 * 256, 8192 * 256
@@ -155,28 +169,57 @@ def test_four_bits_are_bitsandbytes_own(double):
     assert relative_error(x.grad, torch.ones_like(y).double() @ dense.double()) < 2**-7
 
 
-@pytest.mark.parametrize("flags", [
-    {"use_lora": "true"}, {"use_lora": "true", "load_in_4bit": "true", "double_quant": "true", "gradient_checkpointing": "full"},
-    {"optimizer": "adamw_8bit", "gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full", "activation_offload": "true"},
-    {"use_lora": "true", "load_in_4bit": "true", "compile": "true"},
-], ids=lambda flags: "-".join(flags))  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        {"use_lora": "true"},
+        {"use_lora": "true", "load_in_4bit": "true", "double_quant": "true", "gradient_checkpointing": "full"},
+        {"optimizer": "adamw_8bit", "gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "full", "activation_offload": "true"},
+        {"use_lora": "true", "load_in_4bit": "true", "compile": "true"},
+    ],
+    ids=lambda flags: "-".join(flags),
+)
 def test_a_small_model_learns_in_little_memory(flags, tmp_path):
-    """launch.sft in bf16 on one GPU: the loss falls, also with adapters, 4 bits, 8-bit moments, recomputation, offloading."""
+    """launch.sft in bf16 on one GPU: the loss falls, also with adapters, 4 bits, 8-bit moments, recomputation,
+    offloading.
+    """
     if {"load_in_4bit", "optimizer"} & flags.keys():
         pytest.importorskip("bitsandbytes")
     words = [word for key, value in flags.items() for word in (f"--{key}", value)]
-    command = [sys.executable, "-m", "launch.sft", "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--max_steps", "20", *words]
+    command = [
+        sys.executable,
+        "-m",
+        "launch.sft",
+        "--output_dir",
+        tmp_path / "out",
+        "--cache_dir",
+        tmp_path / "cache",
+        "--max_steps",
+        "20",
+        *words,
+    ]
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-2000:]
-    losses = [row["loss"] for row in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    losses = [
+        row["loss"]
+        for row in map(json.loads, (tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
+        if "loss" in row
+    ]
     enough = 0.97 if "use_lora" in flags else 0.8  # adapters on a random model, whose head is frozen, do not get far
     assert len(losses) == 20 and losses[-1] < enough * losses[0]
 
 
 @pytest.mark.parametrize("stage", ["sft", "dpo"])
 def test_a_step_waits_for_the_device_twice(stage, tmp_path):
-    """By CUDA's own count of synchronising calls, between two rows of metrics: the step's metrics, then its gradient norm."""
-    found = subprocess.run([sys.executable, "-m", "tests.gpu_waits", stage, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    """By CUDA's own count of synchronising calls, between two rows of metrics: the step's metrics, then its gradient
+    norm.
+    """
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.gpu_waits", stage, str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
     assert found.returncode == 0, found.stderr[-2000:]
     places = json.loads(found.stdout.splitlines()[-1])
-    assert {place.partition(":")[0] for place in places} <= {"engine/log.py", "engine/optim.py"} and len(places) == 2, places
+    assert {place.partition(":")[0] for place in places} <= {"engine/log.py", "engine/optim.py"} and len(places) == 2, (
+        places
+    )

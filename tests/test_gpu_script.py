@@ -1,4 +1,6 @@
-"""`make gpu`'s script, rehearsed: a killed run goes on where it was, a section that fails is a line, what is chosen wrongly is named."""
+"""`make gpu`'s script, rehearsed: a killed run goes on where it was, a section that fails is a line, what is chosen
+wrongly is named.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,15 @@ MANY = {"facts", "loss", "attention", "rollout", "profile", "ppo"}  # sections o
 def start(directory: Path, *flags: str, before: str = "") -> subprocess.Popen:
     """The script as a shell starts it, after the shell's command `before`; in a session of its own."""
     (directory / "tmp").mkdir(exist_ok=True)
-    env = os.environ | {"OUT": str(directory / "out"), "TMPDIR": str(directory / "tmp"), "TOKENIZERS_PARALLELISM": "false"}
+    env = os.environ | {
+        "OUT": str(directory / "out"),
+        "TMPDIR": str(directory / "tmp"),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
     command = ["bash", "-c", f'{before or "true"}; exec "$@"', "-", sys.executable, "-m", "benchmarks.gpu", *flags]
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
 
 
 def rows(directory: Path) -> list[dict]:
@@ -42,7 +50,9 @@ def processes_of(directory: Path) -> list[int]:
     """Those that were started with this $OUT."""
     found, mark = [], f"OUT={directory / 'out'}\0".encode()
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it ended, or is another user's; of one that is dead but not waited for, the file is empty
+        with contextlib.suppress(
+            OSError
+        ):  # it ended, or is another user's; of one that is dead but not waited for, the file is empty
             if mark in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
     return found
@@ -50,7 +60,9 @@ def processes_of(directory: Path) -> list[int]:
 
 @pytest.mark.skipif(not Path("/proc/self/environ").is_file(), reason="needs /proc")
 def test_killed_run_goes_on_and_failing_sections_are_lines(tmp_path):
-    """No file may be larger than 64 KiB, so no model can be saved: 'sft eager' and 'rollout' must fail, and what follows must still run."""
+    """No file may be larger than 64 KiB, so no model can be saved: 'sft eager' and 'rollout' must fail, and what
+    follows must still run.
+    """
     flags = ("--rehearse", "--only", "tests", "loss", "sft eager", "rollout")
     killed = start(tmp_path, *flags, before="ulimit -f 64")
     wait_until(lambda: len(rows(tmp_path)) == 2 or killed.poll() is not None, 60)
@@ -92,7 +104,10 @@ def test_rehearsal_runs_every_section_and_an_interrupted_one_is_summarised(tmp_p
     interrupted.terminate()
     said, _ = interrupted.communicate(timeout=20)
     assert interrupted.returncode == 130, said
-    assert [(row["section"], row["note"][:11]) for row in rows(tmp_path)[1:]] == [("loss", ""), ("attention", "interrupted")]
+    assert [(row["section"], row["note"][:11]) for row in rows(tmp_path)[1:]] == [
+        ("loss", ""),
+        ("attention", "interrupted"),
+    ]
     assert "FAIL  attention" in said and "linear_loss" in said
 
     began = time.monotonic()

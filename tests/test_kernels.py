@@ -1,7 +1,7 @@
 """The two passes over a chunk of logits, in torch operations and as Triton kernels, against float64 autograd.
 
-The kernels run on a CPU under Triton's interpreter. TRITON_INTERPRET must be set before triton is imported, and triton may be
-in this process already, so they run in a process of their own (this file as a script), once for all cases.
+The kernels run on a CPU under Triton's interpreter. TRITON_INTERPRET must be set before triton is imported, and triton
+may be in this process already, so they run in a process of their own (this file as a script), once for all cases.
 
 C rows of a chunk · R rows · D hidden · V vocabulary.
 """
@@ -33,7 +33,9 @@ CASES = [
 HEADS = ["linear_logprobs", "linear_loss"]
 
 
-def exact(logits_CV: Tensor, targets_C: Tensor, coef_C: Tensor, entropy_coef_C: Tensor, entropy: bool, softcap: float | None):
+def exact(
+    logits_CV: Tensor, targets_C: Tensor, coef_C: Tensor, entropy_coef_C: Tensor, entropy: bool, softcap: float | None
+):
     """(lse, logprobs, entropy, gradient for the logits before the soft-cap) in float64, by autograd."""
     z_CV = logits_CV.double().requires_grad_()
     capped_CV = z_CV if softcap is None else softcap * torch.tanh(z_CV / softcap)
@@ -46,7 +48,9 @@ def exact(logits_CV: Tensor, targets_C: Tensor, coef_C: Tensor, entropy_coef_C: 
 
 
 def difference(module, rows: int, vocab: int, entropy: bool, softcap: float | None, device: str = "cpu") -> float:
-    """Largest difference from float64 in any output of both passes; also that logits survive the first, and memory beside them both."""
+    """Largest difference from float64 in any output of both passes; also that logits survive the first, and memory
+    beside them both.
+    """
     generator = torch.Generator(device).manual_seed(vocab)
     raw_CV = 4 * torch.randn(rows, vocab, generator=generator, device=device)
     targets_C = torch.randint(0, vocab, (rows,), generator=generator, device=device)
@@ -54,7 +58,9 @@ def difference(module, rows: int, vocab: int, entropy: bool, softcap: float | No
     coef_C, entropy_coef_C = torch.randn(2, rows, generator=generator, device=device)
     expected = exact(raw_CV, targets_C, coef_C, entropy_coef_C, entropy, softcap)
 
-    around = torch.full((rows + 1, vocab), 7.0, device=device)  # the chunk is a slice of a longer buffer, as in training
+    around = torch.full(
+        (rows + 1, vocab), 7.0, device=device
+    )  # the chunk is a slice of a longer buffer, as in training
     logits_CV = around[:rows].copy_(raw_CV if softcap is None else softcap * torch.tanh(raw_CV / softcap))
     before = logits_CV.clone()
     lse_C, logprobs_C, entropy_C = module.logits_statistics(logits_CV, targets_C, entropy)
@@ -62,10 +68,14 @@ def difference(module, rows: int, vocab: int, entropy: bool, softcap: float | No
     entropies = (entropy_C, entropy_coef_C) if entropy else (None, None)
     module.logits_gradient_(logits_CV, lse_C, targets_C, coef_C, *entropies, softcap)
     assert (around[rows] == 7.0).all()
-    into_CV = torch.full((rows, vocab + 3), 7.0, device=device, dtype=torch.bfloat16)[:, :vocab]  # in another dtype, with a scale
+    into_CV = torch.full((rows, vocab + 3), 7.0, device=device, dtype=torch.bfloat16)[
+        :, :vocab
+    ]  # in another dtype, with a scale
     module.logits_gradient_(before, lse_C, targets_C, coef_C, *entropies, softcap, 0.5, into_CV)
     torch.testing.assert_close(into_CV.double(), 0.5 * expected[3], rtol=2**-7, atol=1e-6)  # the interpreter truncates
-    pairs = [(lse_C, expected[0]), (logprobs_C, expected[1]), (logits_CV, expected[3])] + ([(entropy_C, expected[2])] if entropy else [])
+    pairs = [(lse_C, expected[0]), (logprobs_C, expected[1]), (logits_CV, expected[3])] + (
+        [(entropy_C, expected[2])] if entropy else []
+    )
     return max(((got - want).abs().max().item() if got.numel() else 0.0) for got, want in pairs)
 
 
@@ -85,14 +95,19 @@ def head_difference(head: str) -> float:
     if head == "linear_logprobs":
         ours_R, entropy_R = linear_logprobs(*got, targets_R, entropy=True, transform=transform, chunk_rows=4)
         logits_RV = 20 * torch.tanh(0.7 * (wanted[0] @ wanted[1].T) / 20)
-        loss, expected = (ours_R * entropy_R).sum(), (logprobs_R * torch.distributions.Categorical(logits=logits_RV).entropy()).sum()
+        loss, expected = (
+            (ours_R * entropy_R).sum(),
+            (logprobs_R * torch.distributions.Categorical(logits=logits_RV).entropy()).sum(),
+        )
     else:
         cuts = [0, 3, 8, 11]  # 5 rows in one group: longer than a chunk
         of_group = lambda logprobs_C: logprobs_C.mean() ** 2
         per_groups = lambda logprobs_C, groups: sum(map(of_group, logprobs_C.split([3, 5, 3][groups])))
         loss = linear_loss(*got, targets_R, per_groups, cuts, transform, chunk_rows=4)
         expected = per_groups(logprobs_R, slice(0, 3))
-    triples = zip((loss, *torch.autograd.grad(loss, got)), (expected, *torch.autograd.grad(expected, wanted)), strict=True)
+    triples = zip(
+        (loss, *torch.autograd.grad(loss, got)), (expected, *torch.autograd.grad(expected, wanted)), strict=True
+    )
     return max(((x - y).norm() / y.norm()).item() for x, y in triples)
 
 
@@ -129,4 +144,11 @@ def test_heads_on_triton_kernels_equal_naive(head, interpreted):
 if __name__ == "__main__":
     from losses.kernels import fused
 
-    print(json.dumps({**{str(case): difference(fused, *case) for case in CASES}, **{head: head_difference(head) for head in HEADS}}))
+    print(
+        json.dumps(
+            {
+                **{str(case): difference(fused, *case) for case in CASES},
+                **{head: head_difference(head) for head in HEADS},
+            }
+        )
+    )

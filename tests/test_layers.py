@@ -1,4 +1,6 @@
-"""Recomputation, offloading and compiled layers: what is kept, what runs again, what moves, what is traced, and the same numbers."""
+"""Recomputation, offloading and compiled layers: what is kept, what runs again, what moves, what is traced, and the
+same numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,12 @@ from tests.families import save_family
 from tests.ranks import launch
 
 CPU, MODES = torch.device("cpu"), ("none", "selective", "full")
-WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}  # products of more terms than layers.CHEAP
+WIDE = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "head_dim": 64,
+    "num_hidden_layers": 3,
+}  # products of more terms than layers.CHEAP
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +42,22 @@ def here():
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory, embedded_dir):
-    return save_family("llama", tmp_path_factory.mktemp("wide") / "model", embedded_dir.model, initializer_range=0.05, **WIDE)
+    return save_family(
+        "llama", tmp_path_factory.mktemp("wide") / "model", embedded_dir.model, initializer_range=0.05, **WIDE
+    )
 
 
 def load(directory, here, adapters=None, **flags):
     """The policy with its layers as the flags have them."""
-    policy, _ = model.load(directory, model.load_config(directory), here, dtype=torch.float32, backend="sdpa", head="fused", adapters=adapters)
+    policy, _ = model.load(
+        directory,
+        model.load_config(directory),
+        here,
+        dtype=torch.float32,
+        backend="sdpa",
+        head="fused",
+        adapters=adapters,
+    )
     setup.transform_layers(policy, dataclasses.replace(RunConfig(), **flags))
     return policy
 
@@ -74,7 +91,10 @@ class Watch(TorchDispatchMode):
         self.calls[op.name().split(".")[0]] += 1
         for x in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(x, torch.Tensor):
-                self.made[x.untyped_storage()._cdata] = (StorageWeakRef(x.untyped_storage()), x.untyped_storage().nbytes())
+                self.made[x.untyped_storage()._cdata] = (
+                    StorageWeakRef(x.untyped_storage()),
+                    x.untyped_storage().nbytes(),
+                )
         return out
 
     def alive(self):
@@ -93,15 +113,23 @@ def adapters_of(directory, **options):
     return Adapters(rank=4, alpha=8.0, rslora=False, modules=names, seed=1, **options)
 
 
-# --- recomputation --------------------------------------------------------------------------------------------------------------
+# --- recomputation
+# --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", ["trained", "lora", pytest.param("nf4", marks=needs.bitsandbytes)])
 def test_recomputation_changes_no_bit_and_holds_less(frozen, wide, here):
-    """Also under adapters, whose frozen layers need no gradient, and in NF4, whose product is an autograd Function of its own."""
+    """Also under adapters, whose frozen layers need no gradient, and in NF4, whose product is an autograd Function of
+    its own.
+    """
     batch, found, held = batch_of(90, 7, 31), {}, {}
     for mode in MODES:
-        policy = load(wide, here, None if frozen == "trained" else adapters_of(wide, four_bit=frozen == "nf4"), gradient_checkpointing=mode)
+        policy = load(
+            wide,
+            here,
+            None if frozen == "trained" else adapters_of(wide, four_bit=frozen == "nf4"),
+            gradient_checkpointing=mode,
+        )
         found[mode] = loss_and_gradients(policy, batch)
         alive = []
         for lengths in ((90, 7, 31), (180, 14, 62)):
@@ -124,7 +152,9 @@ def test_selective_recomputation_repeats_neither_products_nor_attention(wide, he
             loss.backward()
         calls[mode] = watch.calls
     layers_, sequences = WIDE["num_hidden_layers"], 3
-    assert calls["selective"]["aten::mm"] == calls["none"]["aten::mm"] == calls["full"]["aten::mm"] - 6 * layers_  # all of a layer's 7 but the last
+    assert (
+        calls["selective"]["aten::mm"] == calls["none"]["aten::mm"] == calls["full"]["aten::mm"] - 6 * layers_
+    )  # all of a layer's 7 but the last
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert [calls[mode][attention] for mode in MODES] == [0, 0, layers_ * sequences]
     assert [calls[mode]["aten::rsqrt"] for mode in MODES] == [0, 2 * layers_, 2 * layers_]
@@ -136,16 +166,24 @@ def test_products_of_few_terms_and_dequantisation_run_again(wide, here):
     """An adapter's product, whose result is as large as the layer's, is not kept beside it."""
     calls = {}
     for mode in MODES:
-        loss = load(wide, here, adapters_of(wide, four_bit=True), gradient_checkpointing=mode)(batch_of(90), lambda logprobs, _: -logprobs.sum())
+        loss = load(wide, here, adapters_of(wide, four_bit=True), gradient_checkpointing=mode)(
+            batch_of(90), lambda logprobs, _: -logprobs.sum()
+        )
         with Watch() as watch:
             loss.backward()
         calls[mode] = watch.calls
-    again = {name: calls["selective"][name] - calls["none"][name] for name in ("aten::addmm", "triptych::nf4_dequantise")}
-    assert again["triptych::nf4_dequantise"] >= 6 * WIDE["num_hidden_layers"] and again["aten::addmm"] >= 6 * WIDE["num_hidden_layers"]
+    again = {
+        name: calls["selective"][name] - calls["none"][name] for name in ("aten::addmm", "triptych::nf4_dequantise")
+    }
+    assert (
+        again["triptych::nf4_dequantise"] >= 6 * WIDE["num_hidden_layers"]
+        and again["aten::addmm"] >= 6 * WIDE["num_hidden_layers"]
+    )
     assert calls["selective"]["aten::mm"] < calls["full"]["aten::mm"]
 
 
-# --- offloading -----------------------------------------------------------------------------------------------------------------
+# --- offloading
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -153,14 +191,18 @@ def loads(monkeypatch):
     """Every load that sets out, and all tensors count as large."""
     made, original = [], layers._Load.__init__
     monkeypatch.setattr(layers, "SMALL", 1)
-    monkeypatch.setattr(layers._Load, "__init__", lambda self, *args: (original(self, *args), made.append(weakref.ref(self)))[0])
+    monkeypatch.setattr(
+        layers._Load, "__init__", lambda self, *args: (original(self, *args), made.append(weakref.ref(self)))[0]
+    )
     return made
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_offloading_changes_no_bit_and_leaves_nothing_behind(mode, wide, here, loads):
     batches = [batch_of(90, 7, 31), batch_of(20, 64, seed=1)]
-    plain, offloaded = (load(wide, here, gradient_checkpointing=mode, activation_offload=offload) for offload in (False, True))
+    plain, offloaded = (
+        load(wide, here, gradient_checkpointing=mode, activation_offload=offload) for offload in (False, True)
+    )
     gc.collect()
     gc.disable()  # pinned memory must not wait for the collector
     try:
@@ -184,11 +226,15 @@ def test_with_full_recomputation_the_inputs_of_layers_are_all_that_moves(wide, h
 
 def test_neither_weights_nor_shared_tables_move_and_nothing_moves_twice(wide, here, loads):
     policy = load(wide, here, activation_offload=True)
-    loss = policy(batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum())  # 130 tokens, which is no width of the model
+    loss = policy(
+        batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum()
+    )  # 130 tokens, which is no width of the model
     weights = {tuple(p.shape) for p in policy.parameters()} | {tuple(p.shape)[::-1] for p in policy.parameters()}
     for load_ in (ref() for ref in loads):
         assert not [x.shape for x in load_.host if tuple(x.shape) in weights]
-        assert not [x.shape for x in load_.host if x.shape[-1] == WIDE["head_dim"] and x.numel() == 130 * WIDE["head_dim"]]  # cos and sin
+        assert not [
+            x.shape for x in load_.host if x.shape[-1] == WIDE["head_dim"] and x.numel() == 130 * WIDE["head_dim"]
+        ]  # cos and sin
         assert max(load_.uses) > 1  # the normalised input, of which q, k and v are made, travels once
         contents = [(x.shape, x.sum().item(), x.square().sum().item()) for x in load_.host if x.numel() > 1000]
         assert len(contents) == len(set(contents))
@@ -207,7 +253,8 @@ def test_a_graph_that_is_kept_comes_back_twice(loads):
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], once) and once.abs().sum() > 0
 
 
-# --- compile --------------------------------------------------------------------------------------------------------------------
+# --- compile
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -222,7 +269,9 @@ def traced(monkeypatch):
 
 
 def test_compiled_layers_have_no_breaks_and_are_compiled_once(wide, here, traced):
-    """For whatever lengths come: first near a width of the model, then one token, many sequences, none; with and without gradients."""
+    """For whatever lengths come: first near a width of the model, then one token, many sequences, none; with and
+    without gradients.
+    """
     plain = load(wide, here)
     policy = load(wide, here, gradient_checkpointing="selective", activation_offload=True, compile=True)
     graphs = []
@@ -257,12 +306,19 @@ def test_the_lack_of_a_compiler_is_one_line(monkeypatch):
 
 
 def test_without_a_compiler_nothing_is_loaded(embedded_dir, tmp_path):
-    result = launch(["--compile", "true", "--output_dir", tmp_path / "run", "--cache_dir", tmp_path], 1, "launch.sft", tmp_path / "log", "tests.hooks:without_a_compiler")
+    result = launch(
+        ["--compile", "true", "--output_dir", tmp_path / "run", "--cache_dir", tmp_path],
+        1,
+        "launch.sft",
+        tmp_path / "log",
+        "tests.hooks:without_a_compiler",
+    )
     assert not result.ok and "--compile: there is no C++ compiler" in result.output
     assert "Traceback" not in result.output and "policy:" not in result.output and not (tmp_path / "run").exists()
 
 
-# --- which synchronisation fits -------------------------------------------------------------------------------------------------
+# --- which synchronisation fits
+# -------------------------------------------------------------------------------------------------
 
 
 RANKS = SimpleNamespace(size=4, device=CPU, gather=lambda x: [x, 2 * x])
@@ -281,10 +337,18 @@ def test_the_synchronisation_that_fits_is_counted_from_what_is_gathered_and_trai
     boundaries = {"keep": 2 * 4 * numbers + 4 * numbers, "last": 2 * 8 * numbers + 4 * numbers}
     for mode, smaller in (("keep", "every"), ("last", "keep")):
         assert chosen(dense, boundaries[mode] + 8) == mode and chosen(dense, boundaries[mode] - 8) == smaller
-        assert chosen(dense, 2 * boundaries[mode] + 16, models=2) == mode and chosen(dense, 2 * boundaries[mode] - 16, models=2) == smaller
+        assert (
+            chosen(dense, 2 * boundaries[mode] + 16, models=2) == mode
+            and chosen(dense, 2 * boundaries[mode] - 16, models=2) == smaller
+        )
     dense.gathered_dtype = torch.bfloat16
-    assert chosen(dense, boundaries["keep"] - 4 * numbers + 8) == "keep" and chosen(dense, boundaries["keep"] - 4 * numbers - 8) == "every"
-    assert model.choose_gradient_sync("auto", dense, here)[0] == "every" and model.choose_gradient_sync("keep", dense, RANKS) == ("keep", "as asked")
+    assert (
+        chosen(dense, boundaries["keep"] - 4 * numbers + 8) == "keep"
+        and chosen(dense, boundaries["keep"] - 4 * numbers - 8) == "every"
+    )
+    assert model.choose_gradient_sync("auto", dense, here)[0] == "every" and model.choose_gradient_sync(
+        "keep", dense, RANKS
+    ) == ("keep", "as asked")
 
 
 @needs.bitsandbytes
@@ -302,4 +366,7 @@ def test_one_rank_keeps_its_cast_weights_on_a_gpu_where_they_fit(wide, here, mon
     dense.gathered_dtype = torch.bfloat16
     assert chosen_on(monkeypatch, dense, 2 * fits, ranks=alone) == "every"
     monkeypatch.setattr(model, "local", lambda p: SimpleNamespace(is_cuda=True))
-    assert chosen_on(monkeypatch, dense, fits + 8, ranks=alone) == "keep" and chosen_on(monkeypatch, dense, fits - 8, ranks=alone) == "every"
+    assert (
+        chosen_on(monkeypatch, dense, fits + 8, ranks=alone) == "keep"
+        and chosen_on(monkeypatch, dense, fits - 8, ranks=alone) == "every"
+    )

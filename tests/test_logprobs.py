@@ -13,7 +13,12 @@ from losses import linear_logprobs, linear_loss, naive_logprobs, naive_loss
 from losses.logprobs import LogitTransform, _spans_of_whole_groups
 from tests import oracles
 
-TRANSFORMS = [LogitTransform(), LogitTransform(scale=0.125), LogitTransform(softcap=5.0), LogitTransform(scale=2.0, softcap=3.0)]
+TRANSFORMS = [
+    LogitTransform(),
+    LogitTransform(scale=0.125),
+    LogitTransform(softcap=5.0),
+    LogitTransform(scale=2.0, softcap=3.0),
+]
 SHAPES = [(1, 3, 2), (7, 5, 11), (65, 16, 257)]
 
 
@@ -21,7 +26,11 @@ def case(rows, hidden, vocab, dtype=torch.float32, seed=0):
     generator = torch.Generator().manual_seed(seed)
     h = torch.randn(rows, hidden, generator=generator, dtype=torch.float64)
     w = torch.randn(vocab, hidden, generator=generator, dtype=torch.float64)
-    return h.to(dtype).requires_grad_(), w.to(dtype).requires_grad_(), torch.randint(0, vocab, (rows,), generator=generator)
+    return (
+        h.to(dtype).requires_grad_(),
+        w.to(dtype).requires_grad_(),
+        torch.randint(0, vocab, (rows,), generator=generator),
+    )
 
 
 def truth(h, w, targets, transform):
@@ -56,7 +65,9 @@ def test_gradients_against_autograd_in_float64(transform, chunk_rows):
     z = transform.scale * h @ w.T
     z = z if transform.softcap is None else transform.softcap * torch.tanh(z / transform.softcap)
     logp = z - z.exp().sum(1, keepdim=True).log()
-    expected = torch.autograd.grad((coef * logp[range(7), targets]).sum() + (coef**2 * -(logp.exp() * logp).sum(1)).sum(), (h, w))
+    expected = torch.autograd.grad(
+        (coef * logp[range(7), targets]).sum() + (coef**2 * -(logp.exp() * logp).sum(1)).sum(), (h, w)
+    )
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 

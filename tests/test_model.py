@@ -88,7 +88,9 @@ def test_sharded_files_and_export_in_several_files(embedded_dir, here, tmp_path,
     single = save_family("llama", tmp_path / "single", embedded_dir[0])
     assert load(single, here)[1] == fingerprint
     monkeypatch.setattr(weights, "MAX_FILE_BYTES", 50_000)
-    weights.export(policy.lm, AutoTokenizer.from_pretrained(source), source, tmp_path / "final", here, dtype=FP32, end_of_turn_id=1)
+    weights.export(
+        policy.lm, AutoTokenizer.from_pretrained(source), source, tmp_path / "final", here, dtype=FP32, end_of_turn_id=1
+    )
     assert len(list((tmp_path / "final").glob("*.safetensors"))) > 2
     expected = AutoModelForCausalLM.from_pretrained(single).state_dict()
     for key, value in AutoModelForCausalLM.from_pretrained(tmp_path / "final").state_dict().items():
@@ -115,7 +117,11 @@ def test_a_checkpoint_of_the_bare_body_is_read_through_transformers(family_dirs,
     source = tmp_path / "bare"
     shutil.copytree(family_dirs["qwen2"], source)
     tensors = load_file(source / "model.safetensors")
-    save_file({k.removeprefix("model."): v for k, v in tensors.items()}, source / "model.safetensors", metadata={"format": "pt"})
+    save_file(
+        {k.removeprefix("model."): v for k, v in tensors.items()},
+        source / "model.safetensors",
+        metadata={"format": "pt"},
+    )
     _policy, fingerprint = load(source, here)
     assert fingerprint == load(family_dirs["qwen2"], here)[1]
 
@@ -178,7 +184,8 @@ def test_gradient_sync_gathers_and_reduces_as_often_as_it_says_to_the_same_sum(f
         torch.testing.assert_close(every, last, rtol=1e-5, atol=1e-6)
 
 
-# --- refusals -----------------------------------------------------------------------------------------------------------------
+# --- refusals
+# -----------------------------------------------------------------------------------------------------------------
 
 
 def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):

@@ -30,7 +30,9 @@ def test_adamw_against_scalar_loop(decay):
         (model.weight**3).sum().backward()
         optim.step(optimizer, Alone(), lr=0.1 / t, max_norm=0)
     expected = oracles.adamw(start, lambda p, t: [3 * x * x for x in p], 5, lambda t: 0.1 / t, decay=decay)
-    torch.testing.assert_close(model.weight.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        model.weight.flatten(), torch.tensor(expected, dtype=torch.float64), rtol=1e-9, atol=1e-12
+    )
 
 
 def test_norms_and_biases_do_not_decay():
@@ -71,7 +73,9 @@ def test_bfloat16_gradients_are_clipped_by_an_exact_norm(kind):
         optimizer, clipped = optim.adamw(model, 0.0, kind), []
         for p, g in zip(model.parameters(), gradients, strict=True):
             p.grad = g * scale
-        optimizer.register_step_pre_hook(lambda o, *_, clipped=clipped: clipped.extend(p.grad.clone() for p in model.parameters()))
+        optimizer.register_step_pre_hook(
+            lambda o, *_, clipped=clipped: clipped.extend(p.grad.clone() for p in model.parameters())
+        )
         norm = optim.step(optimizer, Alone(), lr=0.0, max_norm=2.0)
         assert norm == pytest.approx(exact * scale, rel=1e-6 if scale == 1 else 1e-3)
         after = math.sqrt(sum(x * x for g in clipped for x in g.flatten().tolist()))
@@ -81,7 +85,10 @@ def test_bfloat16_gradients_are_clipped_by_an_exact_norm(kind):
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(70, 70).requires_grad_(False), nn.Linear(70, 3))
     for kind in ("adamw", "adamw_8bit"):
-        assert [p for g in optim.adamw(model, 0.0, kind).param_groups for p in g["params"]] == [model[1].weight, model[1].bias]
+        assert [p for g in optim.adamw(model, 0.0, kind).param_groups for p in g["params"]] == [
+            model[1].weight,
+            model[1].bias,
+        ]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
@@ -92,7 +99,9 @@ def test_schedules_are_those_of_transformers(schedule, warmup_ratio):
     steps, parameter = 37, nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.SGD([parameter], lr=2e-3)
     name = "constant_with_warmup" if schedule == "constant" else schedule
-    scheduler = get_scheduler(name, optimizer, num_warmup_steps=math.ceil(warmup_ratio * steps), num_training_steps=steps)
+    scheduler = get_scheduler(
+        name, optimizer, num_warmup_steps=math.ceil(warmup_ratio * steps), num_training_steps=steps
+    )
     for step in range(steps):
         ours = optim.learning_rate(step, peak=2e-3, steps=steps, warmup_ratio=warmup_ratio, schedule=schedule)
         assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)

@@ -116,14 +116,27 @@ def test_attention_keeps_what_a_flash_kernel_keeps(ledger):
 def test_collectives_by_the_slower_link():
     assert H100.collective(1e9, 1, 8) == 0
     assert H100.collective(1e9, 8, 8) == pytest.approx(1e9 * 7 / 8 / (0.75 * 450e9), rel=1e-2)
-    assert H100.collective(1e9, 16, 8) == pytest.approx(max(1e9 * 7 / 8 / (0.75 * 450e9), 1e9 / 2 / (0.75 * 400e9)), rel=1e-2)
+    assert H100.collective(1e9, 16, 8) == pytest.approx(
+        max(1e9 * 7 / 8 / (0.75 * 450e9), 1e9 / 2 / (0.75 * 400e9)), rel=1e-2
+    )
 
 
-# --- plans ----------------------------------------------------------------------------------------------------------------------
+# --- plans
+# ----------------------------------------------------------------------------------------------------------------------
 
-TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16,
-        "vocab_size": 1024, "max_position_embeddings": 4096, "architectures": ["LlamaForCausalLM"], "model_type": "llama",
-        "tie_word_embeddings": False}  # fmt: skip
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "tie_word_embeddings": False,
+}
 
 
 def planned(stage: str, config: Path, *flags, **named) -> plan.Plan:
@@ -160,7 +173,13 @@ def test_weights_and_optimizer_halve_from_one_rank_to_two(tiny):
 @pytest.mark.drill
 def test_every_knob_does_to_memory_what_it_says(tiny):
     flags = {"batch_size": 64, "max_seq_length": 256, "micro_batch_tokens": 4096}
-    changes = ({}, {"micro_batch_tokens": 2048}, {"gradient_checkpointing": "selective"}, {"gradient_checkpointing": "full"}, {"activation_offload": True})
+    changes = (
+        {},
+        {"micro_batch_tokens": 2048},
+        {"gradient_checkpointing": "selective"},
+        {"gradient_checkpointing": "full"},
+        {"activation_offload": True},
+    )
     base, *others = (planned("sft", tiny, **(flags | changed)).seen for changed in changes)
     for changed, other in zip(changes[1:], others, strict=True):
         assert other.peak.kinds["activations"] < 0.7 * base.peak.kinds["activations"], changed
@@ -172,12 +191,18 @@ def test_every_knob_does_to_memory_what_it_says(tiny):
 def test_ppo_counts_every_model_and_the_cache(tiny):
     p = planned("ppo", tiny, batch_size=8, max_seq_length=256, response_length=128, rollout_slots=4)
     kinds = p.seen.peaks["decode"].kinds
-    assert kinds["KV cache"] == 4 * 256 * 2 * 3 * 2 * 16 * 2  # slots x tokens x (keys, values) x layers x heads x size x bf16
+    assert (
+        kinds["KV cache"] == 4 * 256 * 2 * 3 * 2 * 16 * 2
+    )  # slots x tokens x (keys, values) x layers x heads x size x bf16
     numbers = p.seen.parameters
-    assert kinds["sampler's weights"] == pytest.approx(2 * numbers, rel=0.02) and kinds["reference copy"] == pytest.approx(4 * numbers, rel=0.02)
+    assert kinds["sampler's weights"] == pytest.approx(2 * numbers, rel=0.02) and kinds[
+        "reference copy"
+    ] == pytest.approx(4 * numbers, rel=0.02)
     assert kinds["value model"] > 2 * kinds["weights"]  # with its moments, without a head of V rows
     assert "KV cache" not in p.seen.steady
-    assert {"hand-over", "prefill", "decode", "evaluate", "update", "optimizer"} == p.parts.keys() and all(p.parts.values())
+    assert {"hand-over", "prefill", "decode", "evaluate", "update", "optimizer"} == p.parts.keys() and all(
+        p.parts.values()
+    )
 
 
 def test_a_known_model_of_the_table():
@@ -216,7 +241,13 @@ def test_a_misfit_gets_a_change_that_fits(tiny, monkeypatch, tmp_path, capsys):
     assert f"it fits with --{next(iter(found['fits_with']))}" in capsys.readouterr().out
 
 
-SIZES = {"micro_batch_tokens": 0.7, "gradient_checkpointing": 0.5, "optimizer": 0.6, "use_lora": 0.3, "nodes": 0.5}  # of the whole, each
+SIZES = {
+    "micro_batch_tokens": 0.7,
+    "gradient_checkpointing": 0.5,
+    "optimizer": 0.6,
+    "use_lora": 0.3,
+    "nodes": 0.5,
+}  # of the whole, each
 
 
 @pytest.mark.parametrize(
@@ -224,10 +255,22 @@ SIZES = {"micro_batch_tokens": 0.7, "gradient_checkpointing": 0.5, "optimizer": 
     [
         (0.75, {"micro_batch_tokens": 4096}),  # faster than recomputation
         (0.55, {"gradient_checkpointing": "selective"}),
-        (0.4, {"micro_batch_tokens": 4096, "gradient_checkpointing": "selective"}),  # both before what changes the result
+        (
+            0.4,
+            {"micro_batch_tokens": 4096, "gradient_checkpointing": "selective"},
+        ),  # both before what changes the result
         (0.29, {"micro_batch_tokens": 4096, "gradient_checkpointing": "selective", "optimizer": "adamw_8bit"}),
         (0.1, {"gradient_checkpointing": "selective", "optimizer": "adamw_8bit", "use_lora": True}),
-        (0.04, {"nodes": 128, "micro_batch_tokens": 4096, "gradient_checkpointing": "selective", "optimizer": "adamw_8bit", "use_lora": True}),
+        (
+            0.04,
+            {
+                "nodes": 128,
+                "micro_batch_tokens": 4096,
+                "gradient_checkpointing": "selective",
+                "optimizer": "adamw_8bit",
+                "use_lora": True,
+            },
+        ),
         (0.01, None),
     ],
 )
@@ -239,8 +282,17 @@ def test_the_search_takes_the_cheapest(memory, expected, monkeypatch):
         changed = [name for name in SIZES if getattr(config, name) != getattr(base, name)]
         size = math.prod(SIZES[name] for name in changed)
         slower = 2 if "gradient_checkpointing" in changed else 1.1 if changed else 1
-        return SimpleNamespace(stage=stage, config=config, device=device, ranks=8, fits=size <= device.memory, needed=size, seconds=slower, tokens=1,
-                               seen=SimpleNamespace(gradient_sync=("every", ""), peaks={"all": SimpleNamespace(total=size)}))  # fmt: skip
+        return SimpleNamespace(
+            stage=stage,
+            config=config,
+            device=device,
+            ranks=8,
+            fits=size <= device.memory,
+            needed=size,
+            seconds=slower,
+            tokens=1,
+            seen=SimpleNamespace(gradient_sync=("every", ""), peaks={"all": SimpleNamespace(total=size)}),
+        )
 
     monkeypatch.setattr(plan, "make", invented)
     small = dataclasses.replace(H100, memory=memory, reserved=0)
@@ -253,17 +305,36 @@ def test_the_search_takes_the_cheapest(memory, expected, monkeypatch):
 
 
 def test_the_plan_is_what_the_allocator_sees(tmp_path):
-    """Two steps through the real stage, measured from before the loading to after the export (two ranks: benchmarks/plan.py)."""
-    sizes = {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048}
+    """Two steps through the real stage, measured from before the loading to after the export (two ranks:
+    benchmarks/plan.py).
+    """
+    sizes = {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "vocab_size": 2048,
+    }
     source, data = made(tmp_path, sizes)
-    flags = COMMON | {"max_seq_length": 128, "micro_batch_tokens": 512, "gradient_sync": "every", "model_name_or_path": source, "dataset_name": data["sft"],
-                      "cache_dir": tmp_path / "cache", "sample_tokens": 0, "output_dir": tmp_path / "run"}  # fmt: skip
+    flags = COMMON | {
+        "max_seq_length": 128,
+        "micro_batch_tokens": 512,
+        "gradient_sync": "every",
+        "model_name_or_path": source,
+        "dataset_name": data["sft"],
+        "cache_dir": tmp_path / "cache",
+        "sample_tokens": 0,
+        "output_dir": tmp_path / "run",
+    }
     p = planned("sft", source / "config.json", **flags, gpu="cpu")
     assert p.seen.peak.total == pytest.approx(measured("sft", 1, flags, tmp_path), rel=0.1)
 
 
 def test_dry_run_prints_the_plan_of_this_world(tmp_path):
-    result = launch(["--dry_run", "--cache_dir", tmp_path, "--output_dir", tmp_path / "run"], 2, "launch.dpo", tmp_path / "log")
+    result = launch(
+        ["--dry_run", "--cache_dir", tmp_path, "--output_dir", tmp_path / "run"], 2, "launch.dpo", tmp_path / "log"
+    )
     assert result.ok, result.output
     assert "plan: dpo of LlamaForCausalLM, 158,016 parameters" in result.output and "on 2 x cpu" in result.output
     assert "it fits" in result.output and "[[" in result.output and not (tmp_path / "run").exists()

@@ -1,4 +1,6 @@
-"""launch.ppo through its real entry point: it learns, it does not depend on the layout, it survives kills, it names bad input."""
+"""launch.ppo through its real entry point: it learns, it does not depend on the layout, it survives kills, it names bad
+input.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,14 @@ from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
 
 @pytest.fixture(scope="module")
 def runs(tuned, tmp_path_factory) -> Runs:
-    flags = {"cache_dir": tuned, "max_steps": 6, "batch_size": 8, "num_samples_per_prompt": 2, "eval_samples": 1, "micro_batch_tokens": 500}
+    flags = {
+        "cache_dir": tuned,
+        "max_steps": 6,
+        "batch_size": 8,
+        "num_samples_per_prompt": 2,
+        "eval_samples": 1,
+        "micro_batch_tokens": 500,
+    }
     return Runs("ppo", tmp_path_factory.mktemp("ppo"), flags)
 
 
@@ -33,7 +42,8 @@ def timeless(output_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in trajectory(output_dir)]
 
 
-# --- it learns ------------------------------------------------------------------------------------------------------------------
+# --- it learns
+# ------------------------------------------------------------------------------------------------------------------
 
 
 SEEDS = (1, 2, 3)
@@ -62,7 +72,8 @@ def test_the_value_model_learns(learnt):
     assert found[:, 8:].mean() > found[:, :8].mean() + 0.015 and (found[:, 0] == 0).all()
 
 
-# --- layouts ---------------------------------------------------------------------------------------------------------------------
+# --- layouts
+# ---------------------------------------------------------------------------------------------------------------------
 
 CHANGES = {
     "two_ranks": (2, {}),
@@ -76,18 +87,30 @@ CHANGES = {
 def test_nothing_but_rounding_depends_on_the_layout(name, runs, baseline):
     ranks, changes = CHANGES[name]
     changed = runs.run(name, ranks, **changes)
-    samples = [[json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] for out in (baseline, changed)]
-    assert [s["response"] for s in samples[0] if s["step"] == 0] == [s["response"] for s in samples[1] if s["step"] == 0]
+    samples = [
+        [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()] for out in (baseline, changed)
+    ]
+    assert [s["response"] for s in samples[0] if s["step"] == 0] == [
+        s["response"] for s in samples[1] if s["step"] == 0
+    ]
     for a, b in zip(iterations(baseline)[:3], iterations(changed)[:3], strict=True):
         assert b["objective/scores"] == a["objective/scores"] and b["rollout/length"] == a["rollout/length"]
-        assert b["loss/value"] == pytest.approx(a["loss/value"], rel=1e-3) and b["objective/kl"] == pytest.approx(a["objective/kl"], abs=1e-3)
+        assert b["loss/value"] == pytest.approx(a["loss/value"], rel=1e-3) and b["objective/kl"] == pytest.approx(
+            a["objective/kl"], abs=1e-3
+        )
     if name != "naive_and_eager":  # as long as no draw flips, so do the weights
-        w, w0, w1 = weights_of(baseline / "final"), weights_of(Path(runs.flags["cache_dir"]) / tuned_model(runs), ), weights_of(changed / "final")
+        w, w0, w1 = (
+            weights_of(baseline / "final"),
+            weights_of(Path(runs.flags["cache_dir"]) / tuned_model(runs)),
+            weights_of(changed / "final"),
+        )
         assert (w1 - w).norm() <= 2e-2 * (w - w0).norm()
 
 
 def tuned_model(runs: Runs) -> Path:
-    return next(Path(runs.flags["cache_dir"]).glob("embedded-v*/tuned_on_sums/final")).relative_to(runs.flags["cache_dir"])
+    return next(Path(runs.flags["cache_dir"]).glob("embedded-v*/tuned_on_sums/final")).relative_to(
+        runs.flags["cache_dir"]
+    )
 
 
 def test_the_first_iteration_is_on_policy(baseline):
@@ -111,11 +134,14 @@ def test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_t
     config = Config(response_length=8, verification_reward=10.0)
     batch = experience(rollouts, [error, error, *[ok] * 198], config)
     assert len(batch) == 198 and batch.scores_S.tolist() == [10.0] * 198 and batch.rollouts[0].example == 2
-    with pytest.raises(UserError, match="3 of 200 responses could not be verified, the first: the worker process was killed"):
+    with pytest.raises(
+        UserError, match="3 of 200 responses could not be verified, the first: the worker process was killed"
+    ):
         experience(rollouts, [error] * 3 + [ok] * 197, config)
 
 
-# --- resume ----------------------------------------------------------------------------------------------------------------------
+# --- resume
+# ----------------------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_ends_in_the_same_bits(runs):
@@ -139,14 +165,28 @@ def test_what_is_exported_loads(baseline):
     assert policy.generation_config.eos_token_id
 
 
-# --- variants and real input --------------------------------------------------------------------------------------------------------
+# --- variants and real input
+# --------------------------------------------------------------------------------------------------------
 
 
 def test_the_originals_settings(runs):
-    """Score after the end, clipped values, reward 10, penalty -10, k3, two mini-batches, value warm-up, an own value model."""
+    """Score after the end, clipped values, reward 10, penalty -10, k3, two mini-batches, value warm-up, an own value
+    model.
+    """
     value_model = Path(runs.flags["cache_dir"]) / tuned_model(runs)
-    out = runs.run("original", score_slot="after_eos", cliprange_value=0.2, verification_reward=10, missing_eos_penalty=-10, kl_estimator="k3",
-                   num_mini_batches=2, value_warmup_steps=2, value_model_name_or_path=value_model, response_length=17, max_steps=3)  # fmt: skip
+    out = runs.run(
+        "original",
+        score_slot="after_eos",
+        cliprange_value=0.2,
+        verification_reward=10,
+        missing_eos_penalty=-10,
+        kl_estimator="k3",
+        num_mini_batches=2,
+        value_warmup_steps=2,
+        value_model_name_or_path=value_model,
+        response_length=17,
+        max_steps=3,
+    )
     found = iterations(out)
     assert found[0]["policy/clipfrac"] == 0 and found[0]["loss/policy"] == 0 and found[2]["loss/policy"] != 0
     assert all(-10 <= row["objective/scores"] <= 10 for row in found)
@@ -159,25 +199,52 @@ def test_no_penalty_means_no_reference(runs):
 
 def test_real_prompts(shared_data, tmp_path, embedded_dir):
     """GSM8K prompts through rollout, verifier and one update, 2 ranks (a 30M model is `make drill`)."""
-    real_prompts(shared_data, tmp_path, save_family("qwen3", tmp_path / "model", embedded_dir.model, max_position_embeddings=1024))
+    real_prompts(
+        shared_data,
+        tmp_path,
+        save_family("qwen3", tmp_path / "model", embedded_dir.model, max_position_embeddings=1024),
+    )
 
 
 @pytest.mark.drill
 def test_real_prompts_on_a_30m_llama(shared_data, tmp_path, embedded_dir):
-    sizes = {"hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 8, "num_attention_heads": 8, "head_dim": 64, "vocab_size": 4096}
-    real_prompts(shared_data, tmp_path, save_family("llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, **sizes))
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "head_dim": 64,
+        "vocab_size": 4096,
+    }
+    real_prompts(
+        shared_data,
+        tmp_path,
+        save_family("llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, **sizes),
+    )
 
 
 def real_prompts(shared_data: Path, tmp_path: Path, source: Path) -> None:
-    flags = {"model_name_or_path": source, "dataset_name": shared_data / "rlvr" / "gsm8k_train.jsonl", "cache_dir": tmp_path / "cache",
-             "batch_size": 6, "num_samples_per_prompt": 2, "response_length": 24, "max_seq_length": 800, "max_steps": 1}  # fmt: skip
+    flags = {
+        "model_name_or_path": source,
+        "dataset_name": shared_data / "rlvr" / "gsm8k_train.jsonl",
+        "cache_dir": tmp_path / "cache",
+        "batch_size": 6,
+        "num_samples_per_prompt": 2,
+        "response_length": 24,
+        "max_seq_length": 800,
+        "max_steps": 1,
+    }
     result = Runs("ppo", tmp_path, flags).launch("out", 2)
     assert result.ok and "7472 rows" in result.output and "7472 gsm8k" in result.output.replace(",", ""), result.output
     (row,) = iterations(tmp_path / "out")
-    assert torch.isfinite(torch.tensor([row["loss"], row["loss/value"], row["grad_norm"]])).all() and row["rollout/errors"] == 0
+    assert (
+        torch.isfinite(torch.tensor([row["loss"], row["loss/value"], row["grad_norm"]])).all()
+        and row["rollout/errors"] == 0
+    )
 
 
-# --- bad input --------------------------------------------------------------------------------------------------------------------
+# --- bad input
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def problem(**changes) -> str:
@@ -189,8 +256,16 @@ BAD = {
     "verifier": (problem(dataset="gsm9k"), {}, "gsm8k"),
     "ground_truth": (problem(ground_truth=None), {}, "ground_truth: missing"),
     "messages": (problem(messages=[{"role": "assistant", "content": "x"}]), {}, "messages: expected a turn to answer"),
-    "long_prompt": (problem(messages=[{"role": "user", "content": "word " * 300}]), {"max_seq_length": 60}, "none has at most 36 tokens"),
-    "response_length": (problem(), {"response_length": 512, "max_seq_length": 512}, "--response_length 512 leaves no room"),
+    "long_prompt": (
+        problem(messages=[{"role": "user", "content": "word " * 300}]),
+        {"max_seq_length": 60},
+        "none has at most 36 tokens",
+    ),
+    "response_length": (
+        problem(),
+        {"response_length": 512, "max_seq_length": 512},
+        "--response_length 512 leaves no room",
+    ),
     "temperature": (problem(), {"temperature": -1}, "--temperature must be between"),
     "lam": (problem(), {"lam": 1.5}, "--lam must be between"),
     "ranks": (problem(), {"ranks": 2}, "2 ranks for 1 prompts"),

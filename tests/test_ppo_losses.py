@@ -16,10 +16,14 @@ def test_the_originals_worked_example():
     """T = 6, beta .05, gamma 1, lambda .95; the score stands one slot after the end of A, and in the last slot of B."""
     counts = torch.tensor([4, 6])
     logprobs = torch.tensor([-0.5, -1.0, -0.2, 0.0] + [-0.1] * 6, dtype=torch.float64)
-    reference = torch.tensor([-0.7, -0.8, -0.2, 0.0] + [-0.3] * 6, dtype=torch.float64)  # A's fourth slot holds no token: KL 0
+    reference = torch.tensor(
+        [-0.7, -0.8, -0.2, 0.0] + [-0.3] * 6, dtype=torch.float64
+    )  # A's fourth slot holds no token: KL 0
     values = torch.tensor([1.0, 2.0, 3.0, 4.0] + [0.5] * 6, dtype=torch.float64)
     rewards = ppo.token_rewards(ppo.kl(logprobs, reference), torch.tensor([10.0, -10.0]), counts, 0.05)
-    torch.testing.assert_close(rewards, torch.tensor([-0.01, 0.01, 0.0, 10.0] + [-0.01] * 5 + [-10.01], dtype=torch.float64))
+    torch.testing.assert_close(
+        rewards, torch.tensor([-0.01, 0.01, 0.0, 10.0] + [-0.01] * 5 + [-10.01], dtype=torch.float64)
+    )
     advantages, returns = ppo.gae(rewards, values, counts, 1.0, 0.95)
     a = [7.99625, 7.375, 6.7, 6.0]
     b = [-8.177681, -8.597559, -9.039536, -9.504775, -9.9945, -10.51]
@@ -30,7 +34,9 @@ def test_the_originals_worked_example():
     assert ppo.whiten(advantages[tokens]).tolist() == pytest.approx(white, abs=1e-5)
 
 
-@given(st.lists(st.integers(0, 300), min_size=1, max_size=6), st.floats(0.5, 1.0), st.floats(0.0, 1.0), st.integers(0, 99))
+@given(
+    st.lists(st.integers(0, 300), min_size=1, max_size=6), st.floats(0.5, 1.0), st.floats(0.0, 1.0), st.integers(0, 99)
+)
 @settings(deadline=None, max_examples=60)
 def test_gae_against_the_recurrence(counts, gamma, lam, seed):
     g = torch.Generator().manual_seed(seed)
@@ -62,7 +68,9 @@ def test_kl_estimators(estimator):
     estimates = ppo.kl(p.log(), q.log(), estimator)
     for i in range(3):
         d = math.log(p[i] / q[i])
-        assert estimates[i].item() == pytest.approx({"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator], rel=1e-12)
+        assert estimates[i].item() == pytest.approx(
+            {"k1": d, "k2": d * d / 2, "k3": math.exp(-d) - 1 + d}[estimator], rel=1e-12
+        )
     if estimator != "k2":
         assert (p * estimates).sum().item() == pytest.approx((p * (p / q).log()).sum().item(), rel=1e-12)
     assert estimator == "k1" or (estimates >= 0).all()

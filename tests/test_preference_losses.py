@@ -1,4 +1,6 @@
-"""Every preference loss against a scalar loop in float64, at the numbers that Tülu's data gives: sums of hundreds, ratios near 0."""
+"""Every preference loss against a scalar loop in float64, at the numbers that Tülu's data gives: sums of hundreds,
+ratios near 0.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +22,26 @@ def pairs(n=64, dtype=torch.float32):
 
 
 LOSSES = {
-    "dpo": (losses.dpo, lambda p, **k: oracles.dpo(*p[:4], k.get("beta", 0.1), k.get("label_smoothing", 0.0)), {"beta", "label_smoothing"}),
-    "dpo_norm": (losses.dpo_norm, lambda p, **k: oracles.dpo_norm(*p, k.get("beta", 5.0), k.get("label_smoothing", 0.0)), {"beta", "label_smoothing"}),
-    "simpo": (losses.simpo, lambda p, **k: oracles.simpo(p[0], p[1], p[4], p[5], k.get("beta", 2.5), k.get("gamma_beta_ratio", 0.3), k.get("label_smoothing", 0.0)), {"beta", "gamma_beta_ratio", "label_smoothing"}),
+    "dpo": (
+        losses.dpo,
+        lambda p, **k: oracles.dpo(*p[:4], k.get("beta", 0.1), k.get("label_smoothing", 0.0)),
+        {"beta", "label_smoothing"},
+    ),
+    "dpo_norm": (
+        losses.dpo_norm,
+        lambda p, **k: oracles.dpo_norm(*p, k.get("beta", 5.0), k.get("label_smoothing", 0.0)),
+        {"beta", "label_smoothing"},
+    ),
+    "simpo": (
+        losses.simpo,
+        lambda p, **k: oracles.simpo(
+            p[0], p[1], p[4], p[5], k.get("beta", 2.5), k.get("gamma_beta_ratio", 0.3), k.get("label_smoothing", 0.0)
+        ),
+        {"beta", "gamma_beta_ratio", "label_smoothing"},
+    ),
     "ipo": (losses.ipo, lambda p, **k: oracles.ipo(*p, k.get("beta", 0.1)), {"beta"}),
     "wpo": (losses.wpo, lambda p, **k: oracles.wpo(*p, k.get("beta", 0.1)), {"beta"}),
-}  # fmt: skip
+}
 HYPER = [{}, {"beta": 0.03}, {"label_smoothing": 0.1}, {"gamma_beta_ratio": 1.0}]
 
 
@@ -37,7 +53,9 @@ def test_against_scalar_loop(name, hyper):
         pytest.skip(f"{name} does not read {hyper.keys()}")
     for dtype, tolerance in ((torch.float64, 1e-12), (torch.float32, 3e-5)):
         args = pairs(dtype=dtype)
-        expected = torch.tensor([oracle(p, **hyper) for p in zip(*(a.tolist() for a in args), strict=True)], dtype=torch.float64)
+        expected = torch.tensor(
+            [oracle(p, **hyper) for p in zip(*(a.tolist() for a in args), strict=True)], dtype=torch.float64
+        )
         actual, _, _ = loss(*args, **hyper)
         assert actual.shape == (64,)
         torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
@@ -74,11 +92,15 @@ def test_rewards_are_constants_and_their_margin_orders_the_loss(name):
 
 
 def test_wpo_weight_is_of_the_mean_log_prob():
-    """The original multiplies sums by the mask and gets a weight of practically 0; here it is 0.0498 for means of -1 and -2."""
+    """The original multiplies sums by the mask and gets a weight of practically 0; here it is 0.0498 for means of -1
+    and -2.
+    """
     one = torch.ones(1)
     weighted, _, _ = losses.wpo(-10 * one, -20 * one, -10 * one, -20 * one, 10 * one.long(), 10 * one.long())
     torch.testing.assert_close(weighted, math.exp(-3) * math.log(2) * one)
 
 
 def test_chosen_nll():
-    torch.testing.assert_close(losses.chosen_nll(torch.tensor([-6.0, -1.0]), torch.tensor([3, 4])), torch.tensor([2.0, 0.25]))
+    torch.testing.assert_close(
+        losses.chosen_nll(torch.tensor([-6.0, -1.0]), torch.tensor([3, 4])), torch.tensor([2.0, 0.25])
+    )

@@ -26,21 +26,39 @@ HH = "\n\nHuman: Who is it?\n\nAssistant: Hello!\n\nHuman: And now?\n\nAssistant
 
 # row, and the conversation before the answers that it must mean (the answers are YES and NO)
 FORMS = {
-    "Tülu: prompt text beside whole conversations": ({"id": "1", "source": "x", "prompt": "Who is it?", "chosen": [ASK, YES], "rejected": [ASK, NO]}, [ASK]),
-    "prompt text is another turn than the first": ({"prompt": "And now?", "chosen": [*TALK, YES], "rejected": [*TALK, NO]}, TALK),
+    "Tülu: prompt text beside whole conversations": (
+        {"id": "1", "source": "x", "prompt": "Who is it?", "chosen": [ASK, YES], "rejected": [ASK, NO]},
+        [ASK],
+    ),
+    "prompt text is another turn than the first": (
+        {"prompt": "And now?", "chosen": [*TALK, YES], "rejected": [*TALK, NO]},
+        TALK,
+    ),
     "whole conversations": ({"chosen": [*TALK, YES], "rejected": [*TALK, NO]}, TALK),
-    "whole conversations beside a prompt list": ({"prompt": TALK, "chosen": [*TALK, YES], "rejected": [*TALK, NO]}, TALK),
+    "whole conversations beside a prompt list": (
+        {"prompt": TALK, "chosen": [*TALK, YES], "rejected": [*TALK, NO]},
+        TALK,
+    ),
     "whole conversations beside a null prompt": ({"prompt": None, "chosen": [ASK, YES], "rejected": [ASK, NO]}, [ASK]),
     "prompt and completion texts": ({"prompt": "Who is it?", "chosen": "A friend.", "rejected": "Nobody."}, [ASK]),
     "prompt list and completion lists": ({"prompt": TALK, "chosen": [YES], "rejected": [NO]}, TALK),
     "prompt list and completion texts": ({"prompt": TALK, "chosen": "A friend.", "rejected": "Nobody."}, TALK),
     "prompt text and completion lists": ({"prompt": "Who is it?", "chosen": [YES], "rejected": [NO]}, [ASK]),
     "the assistant begins": ({"chosen": [GREET, ASK, YES], "rejected": [GREET, ASK, NO]}, [GREET, ASK]),
-    "the assistant begins, prompt list": ({"prompt": [GREET, ASK], "chosen": [GREET, ASK, YES], "rejected": [GREET, ASK, NO]}, [GREET, ASK]),
+    "the assistant begins, prompt list": (
+        {"prompt": [GREET, ASK], "chosen": [GREET, ASK, YES], "rejected": [GREET, ASK, NO]},
+        [GREET, ASK],
+    ),
     "hh-rlhf": ({"chosen": f"{HH} A friend.", "rejected": f"{HH} Nobody."}, [ASK, GREET, MORE]),
-    "hh-rlhf, one turn": ({"chosen": "\n\nHuman: Who is it?\n\nAssistant: A friend.", "rejected": "\n\nHuman: Who is it?\n\nAssistant: Nobody.\n"}, [ASK]),
+    "hh-rlhf, one turn": (
+        {
+            "chosen": "\n\nHuman: Who is it?\n\nAssistant: A friend.",
+            "rejected": "\n\nHuman: Who is it?\n\nAssistant: Nobody.\n",
+        },
+        [ASK],
+    ),
     "other keys in messages": ({"chosen": [ASK | {"name": "x"}, YES | {"score": 1}], "rejected": [ASK, NO]}, [ASK]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -59,40 +77,106 @@ def test_answers_that_are_conversations():
 def test_transcripts_keep_what_was_said():
     said = "Line one.\n\nLine two: Human: nature.\nAssistant: not a turn"
     row = {"chosen": f"\n\nHuman: {said}\n\nAssistant: ok", "rejected": f"\n\nHuman: {said}\n\nAssistant:"}
-    assert conversations(row) == ([turn("user", said), turn("assistant", "ok")], [turn("user", said), turn("assistant", "")])
+    assert conversations(row) == (
+        [turn("user", said), turn("assistant", "ok")],
+        [turn("user", said), turn("assistant", "")],
+    )
 
 
 REFUSED = {
     "nothing": ({}, "chosen: expected text or a list of messages, got nothing"),
     "no rejected": ({"chosen": [ASK, YES]}, "rejected: expected text or a list of messages, got nothing"),
-    "misspelt": ({"chosen": [ASK, YES], "reject": [ASK, NO]}, "rejected: expected text or a list of messages, got nothing (did you mean reject?)"),
+    "misspelt": (
+        {"chosen": [ASK, YES], "reject": [ASK, NO]},
+        "rejected: expected text or a list of messages, got nothing (did you mean reject?)",
+    ),
     "null": ({"chosen": None, "rejected": [ASK, NO]}, "chosen: expected text or a list of messages, got null"),
     "number": ({"chosen": [ASK, YES], "rejected": 1.5}, "rejected: expected text or a list of messages, got a number"),
-    "prompt is a number": ({"prompt": 3, "chosen": [YES], "rejected": [NO]}, "prompt: expected text or a list of messages, got a number"),
-    "prompt is an object": ({"prompt": {}, "chosen": [YES], "rejected": [NO]}, "prompt: expected text or a list of messages, got an object"),
-    "prompt is empty": ({"prompt": [], "chosen": [YES], "rejected": [NO]}, "prompt: expected a list of messages, got an empty one"),
-    "prompt with a bad role": ({"prompt": [turn("human", "x")], "chosen": [YES], "rejected": [NO]}, "prompt[0].role: expected one of system"),
-    "text and list": ({"prompt": "x", "chosen": [YES], "rejected": "Nobody."}, "rejected: expected a list like chosen, got text"),
-    "list and text": ({"prompt": "x", "chosen": "A friend.", "rejected": [NO]}, "rejected: expected text like chosen, got a list"),
-    "bad message": ({"chosen": [ASK, YES], "rejected": [ASK, turn("assistant", None)]}, "rejected[1].content: expected text, got null"),
-    "the user at the end": ({"chosen": [ASK, YES], "rejected": [ASK, NO, MORE]}, "rejected: expected the assistant's turn at the end, got the user's"),
-    "only the prompt": ({"prompt": [ASK], "chosen": [ASK], "rejected": [ASK, NO]}, "chosen: expected the assistant's turn at the end, got the user's"),
-    "hh, the human at the end": ({"chosen": HH + " A friend.\n\nHuman: Thanks", "rejected": HH}, "chosen: expected the assistant's turn at the end"),
-    "the same": ({"chosen": [ASK, YES], "rejected": [ASK, YES]}, "rejected: expected another answer than chosen, got the same"),
-    "hh, the same": ({"chosen": HH + " x", "rejected": HH + " x "}, "rejected: expected another answer than chosen, got the same"),
-    "other prompts": ({"chosen": [ASK, YES], "rejected": [MORE, NO]}, "rejected: expected the prompt of chosen, got another (they part at message 0"),
-    "other prompts behind one system": ({"chosen": [SYSTEM, ASK, YES], "rejected": [SYSTEM, MORE, NO]}, "got another (they part at message 1"),
-    "one is the other's beginning": ({"chosen": [ASK, YES], "rejected": [ASK, YES, MORE, NO]}, "got another (they part at message 2"),
-    "an answer against a question": ({"chosen": [ASK, YES], "rejected": [ASK, MORE, NO]}, "got another (they part at message 1"),
+    "prompt is a number": (
+        {"prompt": 3, "chosen": [YES], "rejected": [NO]},
+        "prompt: expected text or a list of messages, got a number",
+    ),
+    "prompt is an object": (
+        {"prompt": {}, "chosen": [YES], "rejected": [NO]},
+        "prompt: expected text or a list of messages, got an object",
+    ),
+    "prompt is empty": (
+        {"prompt": [], "chosen": [YES], "rejected": [NO]},
+        "prompt: expected a list of messages, got an empty one",
+    ),
+    "prompt with a bad role": (
+        {"prompt": [turn("human", "x")], "chosen": [YES], "rejected": [NO]},
+        "prompt[0].role: expected one of system",
+    ),
+    "text and list": (
+        {"prompt": "x", "chosen": [YES], "rejected": "Nobody."},
+        "rejected: expected a list like chosen, got text",
+    ),
+    "list and text": (
+        {"prompt": "x", "chosen": "A friend.", "rejected": [NO]},
+        "rejected: expected text like chosen, got a list",
+    ),
+    "bad message": (
+        {"chosen": [ASK, YES], "rejected": [ASK, turn("assistant", None)]},
+        "rejected[1].content: expected text, got null",
+    ),
+    "the user at the end": (
+        {"chosen": [ASK, YES], "rejected": [ASK, NO, MORE]},
+        "rejected: expected the assistant's turn at the end, got the user's",
+    ),
+    "only the prompt": (
+        {"prompt": [ASK], "chosen": [ASK], "rejected": [ASK, NO]},
+        "chosen: expected the assistant's turn at the end, got the user's",
+    ),
+    "hh, the human at the end": (
+        {"chosen": HH + " A friend.\n\nHuman: Thanks", "rejected": HH},
+        "chosen: expected the assistant's turn at the end",
+    ),
+    "the same": (
+        {"chosen": [ASK, YES], "rejected": [ASK, YES]},
+        "rejected: expected another answer than chosen, got the same",
+    ),
+    "hh, the same": (
+        {"chosen": HH + " x", "rejected": HH + " x "},
+        "rejected: expected another answer than chosen, got the same",
+    ),
+    "other prompts": (
+        {"chosen": [ASK, YES], "rejected": [MORE, NO]},
+        "rejected: expected the prompt of chosen, got another (they part at message 0",
+    ),
+    "other prompts behind one system": (
+        {"chosen": [SYSTEM, ASK, YES], "rejected": [SYSTEM, MORE, NO]},
+        "got another (they part at message 1",
+    ),
+    "one is the other's beginning": (
+        {"chosen": [ASK, YES], "rejected": [ASK, YES, MORE, NO]},
+        "got another (they part at message 2",
+    ),
+    "an answer against a question": (
+        {"chosen": [ASK, YES], "rejected": [ASK, MORE, NO]},
+        "got another (they part at message 1",
+    ),
     "no prompt": ({"chosen": [YES], "rejected": [NO]}, "prompt: expected text or a list of messages, got nothing"),
-    "no prompt, texts": ({"chosen": "A friend.", "rejected": "Nobody."}, r"chosen: expected a transcript '\n\nHuman: ...\n\nAssistant: ...'"),
-    "hh, the assistant begins": ({"chosen": "\n\nAssistant: Hello!\n\nHuman: x\n\nAssistant: y", "rejected": HH}, "chosen: expected a transcript"),
+    "no prompt, texts": (
+        {"chosen": "A friend.", "rejected": "Nobody."},
+        r"chosen: expected a transcript '\n\nHuman: ...\n\nAssistant: ...'",
+    ),
+    "hh, the assistant begins": (
+        {"chosen": "\n\nAssistant: Hello!\n\nHuman: x\n\nAssistant: y", "rejected": HH},
+        "chosen: expected a transcript",
+    ),
     "hh, words in front": ({"chosen": HH + " x", "rejected": "Well." + HH}, "rejected: expected a transcript"),
     "hh, no answer": ({"chosen": HH, "rejected": "\n\nHuman: Who is it?"}, "rejected: expected a transcript"),
-    "not how the prompt goes": ({"prompt": [MORE], "chosen": [ASK, YES], "rejected": [MORE, NO]}, "chosen: expected it to begin like prompt"),
-    "rejected is not how the prompt goes": ({"prompt": [ASK], "chosen": [ASK, YES], "rejected": [MORE, NO]}, "rejected: expected it to begin like prompt"),
+    "not how the prompt goes": (
+        {"prompt": [MORE], "chosen": [ASK, YES], "rejected": [MORE, NO]},
+        "chosen: expected it to begin like prompt",
+    ),
+    "rejected is not how the prompt goes": (
+        {"prompt": [ASK], "chosen": [ASK, YES], "rejected": [MORE, NO]},
+        "rejected: expected it to begin like prompt",
+    ),
     "surrogate": ({"prompt": "\ud800", "chosen": "a", "rejected": "b"}, "prompt: expected text, got a lone surrogate"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("reason", REFUSED)
@@ -104,7 +188,14 @@ def test_rows_that_are_refused(reason):
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected"]), json_values | st.lists(st.sampled_from([SYSTEM, ASK, GREET, YES, NO]), max_size=3) | st.sampled_from([HH, HH + "x"])))  # fmt: skip
+@given(
+    st.dictionaries(
+        st.sampled_from(["prompt", "chosen", "rejected"]),
+        json_values
+        | st.lists(st.sampled_from([SYSTEM, ASK, GREET, YES, NO]), max_size=3)
+        | st.sampled_from([HH, HH + "x"]),
+    )
+)
 def test_any_row_is_a_pair_or_a_bad_row(row):
     try:
         chosen, rejected = conversations(row)
@@ -117,7 +208,8 @@ def test_any_row_is_a_pair_or_a_bad_row(row):
     assert chosen[0] == rejected[0] or row["prompt"] is not None
 
 
-# --- pairs of tokens ----------------------------------------------------------------------------------------------------------
+# --- pairs of tokens
+# ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -129,18 +221,31 @@ def spell(chat, ids):
     return chat.tokenizer.decode(ids.tolist(), skip_special_tokens=False)
 
 
-@pytest.mark.parametrize(("last_turn_only", "trained"), [(True, ["A friend.<|end|>", "Nobody.<|end|>"]), (False, ["Hello!<|end|>A friend.<|end|>", "Hello!<|end|>Nobody.<|end|>"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("last_turn_only", "trained"),
+    [
+        (True, ["A friend.<|end|>", "Nobody.<|end|>"]),
+        (False, ["Hello!<|end|>A friend.<|end|>", "Hello!<|end|>Nobody.<|end|>"]),
+    ],
+)
 @pytest.mark.parametrize("form", ["whole conversations", "prompt list and completion texts"])
 def test_which_turns_count(form, last_turn_only, trained, chat):
     sequences = PairEncoder(chat, 1000, last_turn_only)(FORMS[form][0])
     assert [spell(chat, ids[mask]) for ids, mask in sequences] == trained
-    assert spell(chat, sequences[0][0]).startswith("<|system|>\nBe kind.\n<|user|>\nWho is it?\n<|assistant|>\nHello!<|end|>\n<|user|>")
+    assert spell(chat, sequences[0][0]).startswith(
+        "<|system|>\nBe kind.\n<|user|>\nWho is it?\n<|assistant|>\nHello!<|end|>\n<|user|>"
+    )
 
 
 @pytest.mark.parametrize("last_turn_only", [True, False])
 def test_every_cut_of_a_pair(last_turn_only, chat):
-    """At every length: the whole pair's beginning, or dropped where either side has nothing left that counts. A cut promotes no turn."""
-    row = {"chosen": [ASK, GREET, MORE, YES], "rejected": [ASK, GREET, MORE, turn("assistant", "Nobody at all, as far as I can see.")]}
+    """At every length: the whole pair's beginning, or dropped where either side has nothing left that counts. A cut
+    promotes no turn.
+    """
+    row = {
+        "chosen": [ASK, GREET, MORE, YES],
+        "rejected": [ASK, GREET, MORE, turn("assistant", "Nobody at all, as far as I can see.")],
+    }
     whole = PairEncoder(chat, 10_000, last_turn_only)(row)
     dropped = 0
     for length in range(1, max(len(ids) for ids, _ in whole) + 2):
@@ -156,7 +261,10 @@ def test_every_cut_of_a_pair(last_turn_only, chat):
     assert dropped > 3
 
 
-@pytest.mark.parametrize(("chosen", "rejected", "kept"), [("011", "010", True), ("100", "011", False), ("011", "100", False), ("000", "111", False), ("1", "11", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "kept"),
+    [("011", "010", True), ("100", "011", False), ("011", "100", False), ("000", "111", False), ("1", "11", False)],
+)
 def test_a_pair_of_which_a_side_has_nothing_to_count(chosen, rejected, kept):
     """The first token of a sequence is never predicted, so it does not count even where it is trained."""
 
@@ -171,7 +279,9 @@ def test_a_pair_of_which_a_side_has_nothing_to_count(chosen, rejected, kept):
 
 
 def test_real_rows_are_all_accepted(shared_data, chat):
-    """gsm8k_model_solutions.jsonl: every row a pair, its counted tokens the last message and the end token of each side."""
+    """gsm8k_model_solutions.jsonl: every row a pair, its counted tokens the last message and the end token of each
+    side.
+    """
     encode = PairEncoder(chat, 100_000, True)
     with open(shared_data / "preferences" / "gsm8k_model_solutions.jsonl", encoding="utf-8") as lines:
         rows = [json.loads(line) for line in lines]
@@ -179,7 +289,10 @@ def test_real_rows_are_all_accepted(shared_data, chat):
         for row in rows:
             for (ids, mask), side in zip(encode(row), (row["chosen"], row["rejected"]), strict=True):
                 assert spell(chat, ids[mask]) == side[-1]["content"] + "<|end|>"
-                assert spell(chat, ids[~mask]) == "".join(f"<|{m['role']}|>\n{m['content']}\n" for m in side[:-1]) + "<|assistant|>\n"
+                assert (
+                    spell(chat, ids[~mask])
+                    == "".join(f"<|{m['role']}|>\n{m['content']}\n" for m in side[:-1]) + "<|assistant|>\n"
+                )
 
 
 def test_the_embedded_rows_are_all_accepted(embedded_dir, chat):

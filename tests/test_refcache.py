@@ -41,7 +41,9 @@ def pairs_of(setting, here, max_seq_length=2048, last=True):
     chat = load_tokenizer(source, 512)
     config = RunConfig(max_seq_length=max_seq_length, cache_dir=str(cache))
     encode = lambda source: PairEncoder(chat, max_seq_length, last)
-    return load_examples([(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last})
+    return load_examples(
+        [(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last}
+    )
 
 
 class Counting:
@@ -65,9 +67,14 @@ def reference(setting, here, pairs=None, used=None, dtype=FP32, backend="sdpa", 
     pairs = pairs or pairs_of(setting, here)
     counting = Counting(policy)
     found = reference_logprobs(
-        counting, pairs, np.arange(len(pairs)) if used is None else used, here, cache_dir=cache, micro_batch_tokens=budget,
+        counting,
+        pairs,
+        np.arange(len(pairs)) if used is None else used,
+        here,
+        cache_dir=cache,
+        micro_batch_tokens=budget,
         identity=model_identity(fingerprint, config, dtype, backend),
-    )  # fmt: skip
+    )
     assert found.computed == counting.sequences
     return found
 
@@ -80,7 +87,9 @@ def test_sums_are_those_of_transformers(setting, here):
         for side, (ids, mask) in enumerate(pairs.sequences(example)):
             ids = torch.as_tensor(np.array(ids), dtype=torch.int64)
             logprobs = lm(ids[None, :-1]).logits[0].double().log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-            assert found.sums[example, side] == pytest.approx(logprobs[torch.as_tensor(np.array(mask[1:]))].sum().item(), abs=1e-4)
+            assert found.sums[example, side] == pytest.approx(
+                logprobs[torch.as_tensor(np.array(mask[1:]))].sum().item(), abs=1e-4
+            )
 
 
 def test_a_second_run_computes_nothing(setting, here, capsys):
@@ -163,7 +172,10 @@ def test_counting_all_turns_changes_nothing_where_there_is_one(setting, here):
 def test_another_template_is_other_rows(setting, here, capsys):
     reference(setting, here)
     config = setting[0] / "tokenizer_config.json"
-    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}assistant: {% endif %}"
+    template = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}{% if"
+        " add_generation_prompt %}assistant: {% endif %}"
+    )
     config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
     capsys.readouterr()
     assert reference(setting, here).computed == 2 * ROWS
@@ -228,7 +240,9 @@ def test_a_killed_pass_goes_on_where_it_was(setting, here, monkeypatch):
 
 def test_a_million_rows_are_found_wherever_they_stand(tmp_path):
     n = 1_000_000
-    keys = np.random.Generator(np.random.Philox(key=0)).integers(0, 255, (n, 16), dtype=np.uint8).view("V16").reshape(-1)
+    keys = (
+        np.random.Generator(np.random.Philox(key=0)).integers(0, 255, (n, 16), dtype=np.uint8).view("V16").reshape(-1)
+    )
     refcache._append(tmp_path, keys, np.arange(n, dtype=np.float32), np.ones(n, np.int32))
     found = refcache._look_up(tmp_path, keys[::-1].reshape(-1, 2), np.ones((n // 2, 2), np.int32))
     assert np.array_equal(found.reshape(-1), np.arange(n, dtype=np.float32)[::-1])
@@ -240,8 +254,20 @@ def test_every_loss_and_beta_shares_the_cache(tmp_path, embedded_dir):
 
     pairs, said = tmp_path / "pairs.jsonl", []
     pairs.write_text("".join(embedded_dir.train_pairs.read_text().splitlines(keepends=True)[:200]))
-    for i, extra in enumerate((["--cache_logprobs_only"], ["--loss_type", "dpo", "--beta", "0.3"], ["--seed", "9"], ["--loss_type", "simpo"])):
-        argv = ["--model_name_or_path", embedded_dir.model, "--dataset_name", pairs, "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / str(i), *extra]
+    for i, extra in enumerate(
+        (["--cache_logprobs_only"], ["--loss_type", "dpo", "--beta", "0.3"], ["--seed", "9"], ["--loss_type", "simpo"])
+    ):
+        argv = [
+            "--model_name_or_path",
+            embedded_dir.model,
+            "--dataset_name",
+            pairs,
+            "--cache_dir",
+            tmp_path / "cache",
+            "--output_dir",
+            tmp_path / str(i),
+            *extra,
+        ]
         result = launch(argv, 1 + i % 2, log=tmp_path / f"{i}.log")
         assert result.ok, result.output
         said.append(result.output)

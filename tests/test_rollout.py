@@ -1,4 +1,6 @@
-"""The rollout engine beside transformers' generate and the trainer's log-probs, in every layout; stops, errors, hand-over."""
+"""The rollout engine beside transformers' generate and the trainer's log-probs, in every layout; stops, errors,
+hand-over.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def families(tmp_path_factory, embedded_dir, here):
     def get(name: str):
         if name not in made:
             directory = save_family(name, root / name, embedded_dir[0])
-            policy, _ = model.load(directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused")
+            policy, _ = model.load(
+                directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused"
+            )
             made[name] = directory, policy
         return made[name]
 
@@ -57,7 +61,11 @@ def prompts(lengths=LENGTHS, seed=3) -> list[np.ndarray]:
 
 
 def requests_of(lengths=LENGTHS, samples=1, **options) -> list[Request]:
-    return [Request(ids, example, sample, **options) for example, ids in enumerate(prompts(lengths)) for sample in range(samples)]
+    return [
+        Request(ids, example, sample, **options)
+        for example, ids in enumerate(prompts(lengths))
+        for sample in range(samples)
+    ]
 
 
 def same(a: Rollout, b: Rollout) -> bool:
@@ -68,7 +76,8 @@ def same(a: Rollout, b: Rollout) -> bool:
     )
 
 
-# --- against transformers and the trainer ---------------------------------------------------------------------------------------
+# --- against transformers and the trainer
+# ---------------------------------------------------------------------------------------
 
 
 def generated(lm, stops: set[int]) -> list[list[int]]:
@@ -79,16 +88,22 @@ def generated(lm, stops: set[int]) -> list[list[int]]:
 
 def greedy(sampler: Sampler, stops: set[int]) -> list[Rollout]:
     """Mixed prompt lengths, early stops and two samples a prompt."""
-    return sampler.generate(requests_of(samples=2), SamplingParams(max_new_tokens=14, temperature=0, stop_ids=tuple(stops)), seed=0, step=0)
+    return sampler.generate(
+        requests_of(samples=2), SamplingParams(max_new_tokens=14, temperature=0, stop_ids=tuple(stops)), seed=0, step=0
+    )
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_greedy_is_generate(name, families, here):
     stops = set(range(0, VOCAB, 16))
-    expected = generated(AutoModelForCausalLM.from_pretrained(families(name)[0], attn_implementation="eager").eval(), stops)
+    expected = generated(
+        AutoModelForCausalLM.from_pretrained(families(name)[0], attn_implementation="eager").eval(), stops
+    )
     rollouts = greedy(make_sampler(families, here, name), stops)
     assert [r.response_ids.tolist() for r in rollouts] == [ids for ids in expected for _ in range(2)]
-    assert [r.finish_reason for r in rollouts] == ["stop" if r.response_ids[-1] in stops else "length" for r in rollouts]
+    assert [r.finish_reason for r in rollouts] == [
+        "stop" if r.response_ids[-1] in stops else "length" for r in rollouts
+    ]
 
 
 MIXED_WINDOWS = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
@@ -96,11 +111,24 @@ FEW_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 MORE_FAMILIES = {  # sinks, experts, latent attention (keys and values of unlike sizes), parallel blocks
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2} | MIXED_WINDOWS,
     "Qwen3Moe": {"num_experts": 4} | FEW_EXPERTS,
-    "DeepseekV3": {"n_routed_experts": 4, "n_group": 1, "topk_group": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8,
-                   "qk_nope_head_dim": 8, "v_head_dim": 12, "num_key_value_heads": 4, "first_k_dense_replace": 1} | FEW_EXPERTS,
+    "DeepseekV3": (
+        {
+            "n_routed_experts": 4,
+            "n_group": 1,
+            "topk_group": 1,
+            "q_lora_rank": 16,
+            "kv_lora_rank": 16,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 12,
+            "num_key_value_heads": 4,
+            "first_k_dense_replace": 1,
+        }
+        | FEW_EXPERTS
+    ),
     "Cohere2": {"logit_scale": 0.3} | MIXED_WINDOWS,
     "GPTNeoX": {},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", MORE_FAMILIES)
@@ -111,7 +139,9 @@ def test_greedy_is_generate_for_families_never_prepared_for(name, here):
     policy, stops = model.Policy(lm, "fused"), set(range(0, VOCAB, 16))
     sampler = Sampler(config, policy, here, dtype=FP32, max_length=64, slots=3)
     sampler.load(policy)
-    assert [r.response_ids.tolist() for r in greedy(sampler, stops)] == [ids for ids in generated(lm, stops) for _ in range(2)]
+    assert [r.response_ids.tolist() for r in greedy(sampler, stops)] == [
+        ids for ids in generated(lm, stops) for _ in range(2)
+    ]
 
 
 @pytest.mark.gpu
@@ -121,12 +151,18 @@ def test_on_cuda(name, families, here):
     """float32: greedy is generate on a CPU; bfloat16: log-probs are the trainer's."""
     directory, policy = families(name)
     expected = generated(AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval(), {1})
-    assert [r.response_ids.tolist() for r in greedy(make_sampler(families, here, name), {1})] == [ids for ids in expected for _ in range(2)]
-    policy, _ = model.load(directory, model.load_config(directory), here, dtype=torch.bfloat16, backend="sdpa", head="fused")
+    assert [r.response_ids.tolist() for r in greedy(make_sampler(families, here, name), {1})] == [
+        ids for ids in expected for _ in range(2)
+    ]
+    policy, _ = model.load(
+        directory, model.load_config(directory), here, dtype=torch.bfloat16, backend="sdpa", head="fused"
+    )
     sampler = Sampler(policy.lm.config, policy, here, dtype=torch.bfloat16, max_length=64, slots=3)
     sampler.load(policy)
     rollouts = sampler.generate(requests_of(samples=2), SamplingParams(max_new_tokens=14), seed=0, step=0)
-    differences = [r.logprobs_t1 - expected for r, expected in zip(rollouts, trainers_logprobs(policy, rollouts), strict=True)]
+    differences = [
+        r.logprobs_t1 - expected for r, expected in zip(rollouts, trainers_logprobs(policy, rollouts), strict=True)
+    ]
     assert np.abs(np.concatenate(differences)).mean() < 0.05
 
 
@@ -144,7 +180,9 @@ def trainers_logprobs(policy, rollouts: list[Rollout]) -> list[np.ndarray]:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_logprobs_are_the_trainers(name, families, here):
-    rollouts = make_sampler(families, here, name).generate(requests_of(samples=2), SamplingParams(max_new_tokens=14), seed=0, step=0)
+    rollouts = make_sampler(families, here, name).generate(
+        requests_of(samples=2), SamplingParams(max_new_tokens=14), seed=0, step=0
+    )
     for r, expected in zip(rollouts, trainers_logprobs(families(name)[1], rollouts), strict=True):
         np.testing.assert_allclose(r.logprobs_t1, expected, atol=1e-5)
         np.testing.assert_array_equal(r.logprobs, r.logprobs_t1)
@@ -155,7 +193,9 @@ def test_logprobs_are_the_trainers(name, families, here):
 @pytest.mark.parametrize("sinks", (False, True))
 @pytest.mark.parametrize("window", (None, 8))
 def test_cached_attention_is_the_formula(window, sinks, softcap):
-    """Three sequences of different lengths, prefilled but for their last tokens and then decoded together, in slots out of order."""
+    """Three sequences of different lengths, prefilled but for their last tokens and then decoded together, in slots out
+    of order.
+    """
     heads, kv_heads, size, lengths, slots = 4, 2, 16, (12, 3, 20), (2, 0, 1)
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(1, n, sum(lengths), size, generator=generator) for n in (heads, kv_heads, kv_heads))
@@ -215,11 +255,14 @@ def test_load_hands_over_new_weights_at_the_same_addresses(families, here, tmp_p
         np.testing.assert_allclose(r.logprobs_t1, expected, atol=1e-5)
 
 
-# --- the same text whatever the layout --------------------------------------------------------------------------------------------
+# --- the same text whatever the layout
+# --------------------------------------------------------------------------------------------
 
 
 def test_text_does_not_depend_on_slots_or_order(families, here):
-    params = SamplingParams(max_new_tokens=20, temperature=0.7, top_k=50, top_p=0.9, stop_ids=tuple(range(0, VOCAB, 16)))
+    params = SamplingParams(
+        max_new_tokens=20, temperature=0.7, top_k=50, top_p=0.9, stop_ids=tuple(range(0, VOCAB, 16))
+    )
     wanted = requests_of(samples=4)
     reference = make_sampler(families, here, slots=1).generate(wanted, params, seed=5, step=2)
     assert len({tuple(r.response_ids) for r in reference}) > 15  # samples differ
@@ -234,14 +277,18 @@ def test_text_does_not_depend_on_slots_or_order(families, here):
 
 
 def test_a_slot_that_is_taken_is_no_source_of_its_old_prompt(families, here):
-    """All slots are freed at once and refilled in every order of prompts: a copy must not come from a slot that was given away."""
+    """All slots are freed at once and refilled in every order of prompts: a copy must not come from a slot that was
+    given away.
+    """
     params = SamplingParams(max_new_tokens=2)
     wanted = [Request(ids, example, sample) for sample in range(6) for example, ids in enumerate(prompts((7, 9, 5)))]
     reference = make_sampler(families, here, slots=1).generate(wanted, params, seed=0, step=0)
     for slots, seed in ((2, 1), (2, 2), (4, 3), (5, 4)):
         order = np.random.Generator(np.random.Philox(key=seed)).permutation(len(wanted))
         for i, r in zip(
-            order, make_sampler(families, here, slots=slots).generate([wanted[i] for i in order], params, seed=0, step=0), strict=True
+            order,
+            make_sampler(families, here, slots=slots).generate([wanted[i] for i in order], params, seed=0, step=0),
+            strict=True,
         ):
             assert same(r, reference[i])
 
@@ -259,7 +306,8 @@ def test_text_does_not_depend_on_the_world_size(tmp_path, embedded_dir):
 
 def test_longest_expected_first_and_streaming(families, here):
     wanted = [
-        Request(ids, i, max_new_tokens=n, expected_length=n) for i, (ids, n) in enumerate(zip(prompts(), (3, 9, 1, 6, 2), strict=True))
+        Request(ids, i, max_new_tokens=n, expected_length=n)
+        for i, (ids, n) in enumerate(zip(prompts(), (3, 9, 1, 6, 2), strict=True))
     ]
     order = []
     for i, _ in make_sampler(families, here, slots=1).stream(wanted, SamplingParams(), seed=0, step=0):
@@ -273,21 +321,29 @@ def test_longest_expected_first_and_streaming(families, here):
     stream.close()  # given up half-way: what the slots hold is still known
     rollouts = sampler.generate(wanted, SamplingParams(), seed=0, step=0)
     assert all(map(same, rollouts, reference))
-    assert [len(r.response_ids) for r in rollouts] == [3, 9, 1, 6, 2] and [r.example for r in rollouts] == list(range(5))
+    assert [len(r.response_ids) for r in rollouts] == [3, 9, 1, 6, 2] and [r.example for r in rollouts] == list(
+        range(5)
+    )
 
 
 def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch):
     sampler = make_sampler(families, here, slots=3)
     seen = []
     inner = sampler._prefill
-    monkeypatch.setattr(sampler, "_prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot)))
+    monkeypatch.setattr(
+        sampler, "_prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot))
+    )
     sampler.generate(requests_of(samples=5), SamplingParams(max_new_tokens=6), seed=0, step=0)
     assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts())
-    for cache in (*sampler._cache.keys.values(), *sampler._cache.values.values()):  # memory: slots x max_length, no more
+    for cache in (
+        *sampler._cache.keys.values(),
+        *sampler._cache.values.values(),
+    ):  # memory: slots x max_length, no more
         assert cache.shape == (3, 2, 64, 8)
 
 
-# --- stops and errors -------------------------------------------------------------------------------------------------------------
+# --- stops and errors
+# -------------------------------------------------------------------------------------------------------------
 
 
 def test_stop_strings_end_with_the_token_that_completes_them(families, here):
@@ -305,7 +361,9 @@ def test_stop_strings_end_with_the_token_that_completes_them(families, here):
 
 def test_bad_requests_get_one_line(families, here):
     sampler = make_sampler(families, here)
-    with pytest.raises(ValueError, match="example 4: a prompt of 60 tokens and a response of 5 do not fit max_length 64"):
+    with pytest.raises(
+        ValueError, match="example 4: a prompt of 60 tokens and a response of 5 do not fit max_length 64"
+    ):
         sampler.generate([Request(np.arange(60), 4)], SamplingParams(max_new_tokens=5), seed=0, step=0)
     with pytest.raises(ValueError, match="example 0: a prompt of 0 tokens"):
         sampler.generate([Request(np.zeros(0, np.int64), 0)], SamplingParams(max_new_tokens=5), seed=0, step=0)
@@ -313,9 +371,22 @@ def test_bad_requests_get_one_line(families, here):
         sampler.generate([Request(np.array([512]), 2)], SamplingParams(max_new_tokens=5), seed=0, step=0)
     with pytest.raises(ValueError, match="decode"):
         sampler.generate(requests_of(), SamplingParams(max_new_tokens=5, stop_strings=("x",)), seed=0, step=0)
-    assert len(sampler.generate([Request(np.arange(60), 4)], SamplingParams(max_new_tokens=4), seed=0, step=0)[0].response_ids) == 4
+    assert (
+        len(
+            sampler.generate([Request(np.arange(60), 4)], SamplingParams(max_new_tokens=4), seed=0, step=0)[
+                0
+            ].response_ids
+        )
+        == 4
+    )
     assert sampler.generate([], SamplingParams(), seed=0, step=0) == []
-    for bad in ({"top_p": 0.0}, {"temperature": -1.0}, {"max_new_tokens": 0}, {"stop_strings": "text"}, {"temperature": math.nan}):
+    for bad in (
+        {"top_p": 0.0},
+        {"temperature": -1.0},
+        {"max_new_tokens": 0},
+        {"stop_strings": "text"},
+        {"temperature": math.nan},
+    ):
         with pytest.raises(ValueError, match=r"stop_strings|max_new_tokens"):
             SamplingParams(**bad)
 
@@ -327,6 +398,8 @@ def test_temperature_in_whole_responses(families, here):
     params = SamplingParams(max_new_tokens=6, temperature=0.6, top_k=40, top_p=0.9)
     for r in make_sampler(families, here, "gemma2").generate(requests_of(), params, seed=1, step=0):
         with torch.no_grad():
-            z_LV = lm(torch.as_tensor(np.concatenate([r.prompt_ids, r.response_ids]))[None]).logits[0, len(r.prompt_ids) - 1 : -1]
+            z_LV = lm(torch.as_tensor(np.concatenate([r.prompt_ids, r.response_ids]))[None]).logits[
+                0, len(r.prompt_ids) - 1 : -1
+            ]
         for z_V, token, lp in zip(z_LV, r.response_ids.tolist(), r.logprobs, strict=True):
             assert abs(math.log(oracle(z_V.double().tolist(), params)[token]) - lp) < 2e-5

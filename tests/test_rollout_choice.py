@@ -17,13 +17,17 @@ def keys(count: int, seed=0) -> torch.Tensor:
 
 
 def test_noise_is_standard_gumbel_and_independent():
-    """Mean (Euler's constant), variance (pi^2 / 6), and correlations over positions, indices and responses, to five sigma."""
+    """Mean (Euler's constant), variance (pi^2 / 6), and correlations over positions, indices and responses, to five
+    sigma.
+    """
     n = 400
     noise = torch.stack([gumbel(keys(n), torch.full((n,), t), torch.arange(500)) for t in range(2)])  # (2, n, 500)
     count = noise.numel()
     variance = math.pi**2 / 6
     assert abs(noise.mean().item() - 0.5772156649) < 5 * math.sqrt(variance / count)
-    assert abs(noise.var().item() - variance) < 5 * math.sqrt(4.4 * variance**2 / count)  # the kurtosis of a Gumbel is 5.4
+    assert abs(noise.var().item() - variance) < 5 * math.sqrt(
+        4.4 * variance**2 / count
+    )  # the kurtosis of a Gumbel is 5.4
     unit = (noise - 0.5772156649) / math.sqrt(variance)
     for a, b in ((unit[0], unit[1]), (unit[:, :, 1:], unit[:, :, :-1]), (unit[:, 1:], unit[:, :-1])):
         assert abs((a * b).mean().item()) < 5 / math.sqrt(a.numel())
@@ -38,7 +42,10 @@ def test_noise_is_a_function_of_its_name():
     whole = gumbel(k, t, i)
     assert torch.equal(gumbel(k[2:3], t[2:3], i[4:6]), whole[2:3, 4:6])
     assert torch.equal(gumbel(k.flip(0), t.flip(0), i), whole.flip(0))
-    assert len({response_key(*name) for name in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))}) == 5
+    assert (
+        len({response_key(*name) for name in ((0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1))})
+        == 5
+    )
     mask = 2**64 - 1
 
     def mix(x: int) -> int:
@@ -84,7 +91,8 @@ def oracle(z: list[float], params: SamplingParams) -> dict[int, float]:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1, 5, 1), (1, 0, 0.8), (0.5, 7, 0.6), (1.5, 100, 0.95), (1, 1, 1), (1, 0, 1e-6), (2, 0, 1)]
+    ("temperature", "top_k", "top_p"),
+    [(1, 5, 1), (1, 0, 0.8), (0.5, 7, 0.6), (1.5, 100, 0.95), (1, 1, 1), (1, 0, 1e-6), (2, 0, 1)],
 )
 def test_filters_against_a_scalar_oracle(temperature, top_k, top_p):
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p)
@@ -107,7 +115,9 @@ def test_block_size(vocab, size):
 
 
 def test_a_nucleus_of_any_size_is_found(monkeypatch):
-    """Looking at more and more of the vocabulary, or at all of it at once, gives one distribution: flat rows and peaked ones."""
+    """Looking at more and more of the vocabulary, or at all of it at once, gives one distribution: flat rows and peaked
+    ones.
+    """
     z_AV = torch.randn(300, 700, generator=torch.Generator().manual_seed(2)) * torch.linspace(0.05, 8, 300)[:, None]
     params, positions = SamplingParams(top_p=0.9), torch.zeros(300, dtype=torch.int64)
     drawn = []

@@ -41,16 +41,26 @@ def deep(n: int) -> bytes:
     return b'{"chosen": ' + b"[" * n + b"]" * n + b', "rejected": ""}'
 
 
-# What stands in the file, and what must stand in the message. Kinds 1 to 24 are those of the field's experience with JSON loaders.
+# What stands in the file, and what must stand in the message. Kinds 1 to 24 are those of the field's experience with
+# JSON loaders.
 KINDS = {
     "truncated": (json.dumps(GOOD).encode()[:-9], "expected JSON"),
     "not JSON": (b"chosen: yes", "expected JSON"),
     "list": (b'["chosen", "rejected"]', "expected an object, got a list"),
     "number": (b"7", "expected an object, got a number"),
     "null": (b"null", "expected an object, got null"),
-    "duplicate key": (b'{"chosen": "a", "rejected": "b", "chosen": "c"}', "chosen: expected once in an object, got twice"),
-    "nested duplicate": (b'{"chosen": [{"role": "user", "role": "user"}]}', "role: expected once in an object, got twice"),
-    "lone surrogate": (bad([USER, {"role": "assistant", "content": "\ud800"}]), "chosen[1].content: expected text, got a lone surrogate"),
+    "duplicate key": (
+        b'{"chosen": "a", "rejected": "b", "chosen": "c"}',
+        "chosen: expected once in an object, got twice",
+    ),
+    "nested duplicate": (
+        b'{"chosen": [{"role": "user", "role": "user"}]}',
+        "role: expected once in an object, got twice",
+    ),
+    "lone surrogate": (
+        bad([USER, {"role": "assistant", "content": "\ud800"}]),
+        "chosen[1].content: expected text, got a lone surrogate",
+    ),
     "BOM inside": (b"\xef\xbb\xbf" + json.dumps(GOOD).encode(), "expected JSON (Unexpected UTF-8 BOM"),
     "5000 digits": (b'{"chosen": ' + b"9" * 5000 + b', "rejected": 1}', "expected JSON"),
     "3000 deep": (deep(3000), ""),
@@ -60,7 +70,10 @@ KINDS = {
     "NaN": (b'{"chosen": NaN}', "expected JSON, got NaN"),
     "Infinity": (b'{"chosen": -Infinity}', "expected JSON, got -Infinity"),
     "missing key": (b'{"rejected": "x"}', "chosen: expected text or a list of messages, got nothing"),
-    "misspelt key": (b'{"choosen": "x", "rejected": "x"}', "chosen: expected text or a list of messages, got nothing (did you mean choosen?)"),
+    "misspelt key": (
+        b'{"choosen": "x", "rejected": "x"}',
+        "chosen: expected text or a list of messages, got nothing (did you mean choosen?)",
+    ),
     "null for text": (bad(None), "chosen: expected text or a list of messages, got null"),
     "number for text": (bad(3), "chosen: expected text or a list of messages, got a number"),
     "bool for text": (bad(True), "chosen: expected text or a list of messages, got true or false"),
@@ -68,17 +81,26 @@ KINDS = {
     "empty list": (bad([]), "chosen: expected a list of messages, got an empty one"),
     "list of texts": (bad(["Who?"]), "chosen[0]: expected an object with role and content, got text"),
     "no role": (bad([{"content": "x"}]), "chosen[0].role: expected text, got nothing"),
-    "no content": (bad([USER, {"role": "assistant", "contents": "x"}]), "chosen[1].content: expected text, got nothing (did you mean contents?)"),
+    "no content": (
+        bad([USER, {"role": "assistant", "contents": "x"}]),
+        "chosen[1].content: expected text, got nothing (did you mean contents?)",
+    ),
     "null content": (bad([USER, {"role": "assistant", "content": None}]), "chosen[1].content: expected text, got null"),
-    "parts for content": (bad([{"role": "user", "content": [{"type": "text"}]}]), "chosen[0].content: expected text, got a list"),
+    "parts for content": (
+        bad([{"role": "user", "content": [{"type": "text"}]}]),
+        "chosen[0].content: expected text, got a list",
+    ),
     "number for role": (bad([{"role": 1, "content": "x"}]), "chosen[0].role: expected text, got a number"),
     "unknown role": (bad([{"role": "asistant", "content": "x"}]), "got 'asistant' (did you mean assistant?)"),
-    "role in capitals": (bad([{"role": "User", "content": "x"}]), "chosen[0].role: expected one of system, user, assistant, tool, got 'User'"),
+    "role in capitals": (
+        bad([{"role": "User", "content": "x"}]),
+        "chosen[0].role: expected one of system, user, assistant, tool, got 'User'",
+    ),
     "user at the end": (bad([USER]), "chosen: expected the assistant's turn at the end, got the user's"),
     "control characters": (b'{"a\\u001b[2J\\nb": 1, "a\\u001b[2J\\nb": 1}', r"a\x1b[2J\nb: expected once"),
     "raw tab in text": (b'{"chosen": "a\tb"}', "expected JSON"),
     "two objects": (b"{} {}", "expected JSON"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("position", [1, 2, 11, 20, 21])
@@ -105,7 +127,13 @@ def test_bad_rows_are_named(position, newline, tmp_path):
 def test_what_is_accepted(tmp_path):
     """Extra keys, escapes, an empty text, NUL, line separators inside text, a long line: data, not damage."""
     strange = ["", "\0", "\u2028 \u2029 \x85", "\\n", "é", "𝔘🦙", "x" * 2**20, "<b>", '"']
-    lines = [json.dumps(GOOD | {"id": i, "chosen": [USER, {"role": "assistant", "content": text, "name": 1}]}, ensure_ascii=i % 2 == 0) for i, text in enumerate(strange)]  # fmt: skip
+    lines = [
+        json.dumps(
+            GOOD | {"id": i, "chosen": [USER, {"role": "assistant", "content": text, "name": 1}]},
+            ensure_ascii=i % 2 == 0,
+        )
+        for i, text in enumerate(strange)
+    ]
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8", newline="")
     assert read(path) == [f"{path}:{i}: ok" for i in range(1, len(strange) + 1)]
@@ -143,7 +171,8 @@ def test_lines_longer_than_the_limit(tmp_path, monkeypatch):
     assert read(path) == [f"{path}:1: ok"]
 
 
-# --- other containers ---------------------------------------------------------------------------------------------------------
+# --- other containers
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_json_is_a_list_or_lines(tmp_path):
@@ -153,7 +182,12 @@ def test_json_is_a_list_or_lines(tmp_path):
     assert read(path)[1].endswith("expected an object, got a number")
     path.write_text("\n".join(map(json.dumps, [GOOD, GOOD])))
     assert read(path) == [f"{path}:1: ok", f"{path}:2: ok"]
-    for content, expected in (("[1, 2", "expected JSON"), ("7", "expected a list of rows, got a number"), ("", "expected JSON"), ('[{"a": 1, "a": 2}]', "a: expected once")):  # fmt: skip
+    for content, expected in (
+        ("[1, 2", "expected JSON"),
+        ("7", "expected a list of rows, got a number"),
+        ("", "expected JSON"),
+        ('[{"a": 1, "a": 2}]', "a: expected once"),
+    ):
         path.write_text(content)
         with pytest.raises(UserError, match=f"^{path}: {expected}"):
             read(path)
@@ -192,7 +226,9 @@ def test_parquet_with_text_that_is_not(pyarrow, tmp_path):
 @pytest.mark.parametrize("damage", ["empty", "text", "truncated", "middle"])
 def test_damaged_parquet(damage, pyarrow, tmp_path):
     path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"a": "some words " * 10 + str(i)} for i in range(3000)]), path)
+    pyarrow.parquet.write_table(
+        pyarrow.Table.from_pylist([{"a": "some words " * 10 + str(i)} for i in range(3000)]), path
+    )
     whole = path.read_bytes()
     zeros = whole[:40] + bytes(len(whole) // 2) + whole[40 + len(whole) // 2 :]
     path.write_bytes({"empty": b"", "text": b"{}\n", "truncated": whole[:-20], "middle": zeros}[damage])
@@ -214,22 +250,34 @@ def test_a_directory_is_its_data_files(tmp_path):
     write(tmp_path / "a" / ".x.jsonl", 1)
     (tmp_path / "README.md").write_text("words")
     (tmp_path / "dataset_infos.json").write_text("{}")
-    want = [f"{tmp_path}/a/z.jsonl:1: ok", f"{tmp_path}/b.jsonl:1: ok", f"{tmp_path}/b.jsonl:2: expected an object, got a number"]
+    want = [
+        f"{tmp_path}/a/z.jsonl:1: ok",
+        f"{tmp_path}/b.jsonl:1: ok",
+        f"{tmp_path}/b.jsonl:2: expected an object, got a number",
+    ]
     assert read(tmp_path) == want
     assert read(f"{tmp_path}/") == want
 
 
-SPLIT = {"train-00000-of-00002.jsonl": 0, "train-00001-of-00002.jsonl": 1, "test-00000-of-00001.jsonl": 2, "other.jsonl": 3}
+SPLIT = {
+    "train-00000-of-00002.jsonl": 0,
+    "train-00001-of-00002.jsonl": 1,
+    "test-00000-of-00001.jsonl": 2,
+    "other.jsonl": 3,
+}
 
 
-@pytest.mark.parametrize(("names", "split", "want"), [
-    (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"], "train", [0, 1]),
-    (["train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl"], "test", [2]),
-    (["other.jsonl", "test-00000-of-00001.jsonl"], "train", [3]),
-    (["other.jsonl"], "test", [3]),
-    (["test-00000-of-00001.jsonl"], "train", None),
-    (["train-00000-of-00002.jsonl"], "validation", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "split", "want"),
+    [
+        (["train-00000-of-00002.jsonl", "train-00001-of-00002.jsonl", "test-00000-of-00001.jsonl"], "train", [0, 1]),
+        (["train-00000-of-00002.jsonl", "test-00000-of-00001.jsonl"], "test", [2]),
+        (["other.jsonl", "test-00000-of-00001.jsonl"], "train", [3]),
+        (["other.jsonl"], "test", [3]),
+        (["test-00000-of-00001.jsonl"], "train", None),
+        (["train-00000-of-00002.jsonl"], "validation", None),
+    ],
+)
 def test_a_directory_with_splits(names, split, want, tmp_path):
     for name in names:
         write(tmp_path / "data" / name, {"number": SPLIT[name]})
@@ -286,15 +334,26 @@ def test_the_fingerprint_is_of_the_rows(tmp_path):
     assert open_source(str(tmp_path / "d"), "train", None).fingerprint != before
 
 
-# --- properties ---------------------------------------------------------------------------------------------------------------
+# --- properties
+# ---------------------------------------------------------------------------------------------------------------
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4) | st.sampled_from(["user", "assistant", "\ud800"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "x"]) | st.text(max_size=3), inner, max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(max_size=4)
+    | st.sampled_from(["user", "assistant", "\ud800"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "x"]) | st.text(max_size=3), inner, max_size=3)
+    ),
     max_leaves=8,
-)  # fmt: skip
+)
 rows_like = st.dictionaries(st.sampled_from(["prompt", "chosen", "rejected", "id"]), json_values, max_size=4)
-lines_like = st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")) | (json_values | rows_like).map(lambda v: json.dumps(v).encode())
+lines_like = st.binary(max_size=30).map(lambda b: b.replace(b"\n", b"")) | (json_values | rows_like).map(
+    lambda v: json.dumps(v).encode()
+)
 
 
 @settings(deadline=None, max_examples=300)
@@ -307,14 +366,18 @@ def test_any_bytes_are_rows_or_bad_rows(tmp_path_factory, lines, ends):
     path.write_bytes(b"\n".join(lines) + b"\n" * ends)
     got = read(path)
     physical = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-    assert [int(line.removeprefix(f"{path}:").split(":")[0]) for line in got] == [n for n, line in enumerate(physical, 1) if line.strip()]
+    assert [int(line.removeprefix(f"{path}:").split(":")[0]) for line in got] == [
+        n for n, line in enumerate(physical, 1) if line.strip()
+    ]
     assert all(line.isprintable() for line in got)
 
 
 @settings(deadline=None, max_examples=200)
 @given(json_values)
 def test_json_is_python_s_own_where_it_is_json(value):
-    """Against an independent reading: what is accepted is what json.loads gives; what is refused has NaN or Infinity in it."""
+    """Against an independent reading: what is accepted is what json.loads gives; what is refused has NaN or Infinity in
+    it.
+    """
     line = json.dumps(value).encode()
     try:
         assert rows.parse_json(line) == json.loads(line)
@@ -331,7 +394,9 @@ def test_messages_are_two_texts_each_or_refused(value):
         assert str(bad_row).startswith("messages")
     else:
         assert clean == [{"role": m["role"], "content": m["content"]} for m in value]
-        assert all(m["role"] in ("system", "user", "assistant", "tool") and m["content"].encode() is not None for m in clean)
+        assert all(
+            m["role"] in ("system", "user", "assistant", "tool") and m["content"].encode() is not None for m in clean
+        )
 
 
 @settings(deadline=None, max_examples=100)

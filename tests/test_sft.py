@@ -32,7 +32,10 @@ def test_reductions_against_scalar_loops(reduce):
     n = denominator(7, 3, reduce)
     assert (sft(logprobs, token_weights(counts, reduce)) / n).item() == pytest.approx(expected, rel=1e-6)
     # in any two parts, as micro-batches would cut it
-    parts = [sft(logprobs[:2], token_weights(counts[:1], reduce)) / n, sft(logprobs[2:], token_weights(counts[1:], reduce)) / n]
+    parts = [
+        sft(logprobs[:2], token_weights(counts[:1], reduce)) / n,
+        sft(logprobs[2:], token_weights(counts[1:], reduce)) / n,
+    ]
     assert sum(parts).item() == pytest.approx(expected, rel=1e-6)
 
 
@@ -58,7 +61,10 @@ def test_every_form_is_the_same_conversation(row, form):
 
 
 def test_the_input_follows_the_instruction():
-    assert conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction")[0]["content"] == "Add.\n\n1 2"
+    assert (
+        conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction")[0]["content"]
+        == "Add.\n\n1 2"
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,13 +123,21 @@ def test_recipes_parse(recipe):
 def test_published_values():
     """Facts section 0: what a reader of the paper would check first."""
     read = {p.stem: yaml.safe_load(p.read_text()) for p in RECIPES}
-    assert [read[f"tulu3_{n}"]["learning_rate"] for n in ("8b_sft", "70b_sft", "8b_dpo", "70b_dpo")] == [5e-6, 2e-6, 5e-7, 2e-7]
+    assert [read[f"tulu3_{n}"]["learning_rate"] for n in ("8b_sft", "70b_sft", "8b_dpo", "70b_dpo")] == [
+        5e-6,
+        2e-6,
+        5e-7,
+        2e-7,
+    ]
     assert {read[f"tulu3_{n}"]["batch_size"] for n in ("8b_sft", "70b_sft", "8b_dpo", "70b_dpo")} == {128}
     assert {read[f"tulu3_{n}"]["max_seq_length"] for n in ("8b_sft", "70b_sft")} == {4096}
-    assert {(read[f"tulu3_{n}"]["beta"], read[f"tulu3_{n}"]["warmup_ratio"]) for n in ("8b_dpo", "70b_dpo")} == {(5.0, 0.1)}
+    assert {(read[f"tulu3_{n}"]["beta"], read[f"tulu3_{n}"]["warmup_ratio"]) for n in ("8b_dpo", "70b_dpo")} == {
+        (5.0, 0.1)
+    }
 
 
-# --- through the entry point ----------------------------------------------------------------------------------------------------
+# --- through the entry point
+# ----------------------------------------------------------------------------------------------------
 
 
 def test_no_argument_at_all(tmp_path):
@@ -131,28 +145,51 @@ def test_no_argument_at_all(tmp_path):
     assert result.ok, result.output
     before, *_, after = (row for row in rows(tmp_path / "out") if "eval/loss" in row)
     assert after["eval/loss"] < 1.5 < 5 < before["eval/loss"] and after["eval/token_accuracy"] > 0.6
-    assert all(f"greedy sample after step {row['step']}:" in result.output for row in (before, after)) and after["step"] > 100
+    assert (
+        all(f"greedy sample after step {row['step']}:" in result.output for row in (before, after))
+        and after["step"] > 100
+    )
 
 
 @pytest.mark.parametrize("reduce", ["sum", "mean"])
 def test_other_reductions_do_not_depend_on_the_layout(reduce, tmp_path, embedded_dir):
     flags = {
-        "model_name_or_path": save_family("llama", tmp_path / "model", embedded_dir.model), "dataset_name": embedded_dir.train_conversations,
-        "cache_dir": tmp_path / "cache", "batch_size": 9, "max_steps": 3, "learning_rate": 1e-3, "sample_tokens": 0, "reduce_loss": reduce,
-    }  # fmt: skip
+        "model_name_or_path": save_family("llama", tmp_path / "model", embedded_dir.model),
+        "dataset_name": embedded_dir.train_conversations,
+        "cache_dir": tmp_path / "cache",
+        "batch_size": 9,
+        "max_steps": 3,
+        "learning_rate": 1e-3,
+        "sample_tokens": 0,
+        "reduce_loss": reduce,
+    }
     runs = Runs("sft", tmp_path, flags)
     a, b = rows(runs.run("one", 1, micro_batch_tokens=9999)), rows(runs.run("two", 2, micro_batch_tokens=100))
     for x, y in zip(a, b, strict=True):
-        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5) and y["grad_norm"] == pytest.approx(x["grad_norm"], rel=1e-4)
+        assert y["loss"] == pytest.approx(x["loss"], rel=1e-5) and y["grad_norm"] == pytest.approx(
+            x["grad_norm"], rel=1e-4
+        )
 
 
 def test_real_conversations_and_a_mixture(shared_data, tmp_path, embedded_dir):
     """Real GSM8K beside the embedded conversations, 2 ranks, a few steps (an epoch is `make drill`)."""
     flags = {
-        "model_name_or_path": save_family("llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=1024),
-        "cache_dir": tmp_path / "cache", "batch_size": 16, "max_steps": 3, "max_seq_length": 400, "sample_tokens": 0,
-    }  # fmt: skip
-    mixture = ["--mixer_list", shared_data / "sft" / "gsm8k_train.jsonl", "0.1", embedded_dir.train_conversations, "200"]
+        "model_name_or_path": save_family(
+            "llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=1024
+        ),
+        "cache_dir": tmp_path / "cache",
+        "batch_size": 16,
+        "max_steps": 3,
+        "max_seq_length": 400,
+        "sample_tokens": 0,
+    }
+    mixture = [
+        "--mixer_list",
+        shared_data / "sft" / "gsm8k_train.jsonl",
+        "0.1",
+        embedded_dir.train_conversations,
+        "200",
+    ]
     result = launch([*Runs("sft", tmp_path, flags).command("out"), *mixture], 2, "launch.sft")
     assert result.ok and "7472 rows" in result.output and "data: 944 conversations" in result.output, result.output
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "out"))
@@ -161,9 +198,14 @@ def test_real_conversations_and_a_mixture(shared_data, tmp_path, embedded_dir):
 @pytest.mark.drill
 def test_an_epoch_of_real_conversations(shared_data, tmp_path, embedded_dir):
     flags = {
-        "model_name_or_path": save_family("llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, initializer_range=0.02),
-        "dataset_name": shared_data / "sft" / "gsm8k_train.jsonl", "cache_dir": tmp_path / "cache", "num_train_epochs": 1, "learning_rate": 5e-3,
-    }  # fmt: skip
+        "model_name_or_path": save_family(
+            "llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=2048, initializer_range=0.02
+        ),
+        "dataset_name": shared_data / "sft" / "gsm8k_train.jsonl",
+        "cache_dir": tmp_path / "cache",
+        "num_train_epochs": 1,
+        "learning_rate": 5e-3,
+    }
     result = launch(Runs("sft", tmp_path, flags).command("out"), 2, "launch.sft", timeout=3600)
     assert result.ok, result.output
     found = rows(tmp_path / "out")

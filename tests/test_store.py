@@ -1,4 +1,6 @@
-"""The store of tokenised examples: built once, of exactly these rows, whole or not at all; and which examples a step takes."""
+"""The store of tokenised examples: built once, of exactly these rows, whole or not at all; and which examples a step
+takes.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,14 @@ def write(path: Path, rows: list) -> Path:
 
 
 def build(root: Path, path: Path, encode=None, determinants=None, on_bad_row="skip") -> TokenStore:
-    return open_or_build(root / "store", open_source(str(path), "train", None), encode or Encoder(), determinants or {"length": 9}, 2, on_bad_row)
+    return open_or_build(
+        root / "store",
+        open_source(str(path), "train", None),
+        encode or Encoder(),
+        determinants or {"length": 9},
+        2,
+        on_bad_row,
+    )
 
 
 def contents(tokens: TokenStore) -> list:
@@ -63,7 +72,8 @@ def path(tmp_path) -> Path:
     return write(tmp_path / "x.jsonl", ROWS)
 
 
-# --- built once, of these rows ------------------------------------------------------------------------------------------------
+# --- built once, of these rows
+# ------------------------------------------------------------------------------------------------
 
 
 def test_what_was_encoded_is_what_is_read(tmp_path, path):
@@ -119,7 +129,8 @@ def test_an_empty_dataset(tmp_path, path):
     assert len(build(tmp_path, path)) == 0
 
 
-# --- whole or not at all ------------------------------------------------------------------------------------------------------
+# --- whole or not at all
+# ------------------------------------------------------------------------------------------------------
 
 
 def in_child(work) -> int:
@@ -140,7 +151,9 @@ def die(*_: object) -> None:
 @pytest.mark.parametrize("moment", ["first row", "last row", "before the header", "before the rename"])
 def test_a_killed_build_leaves_nothing_that_is_read(moment, tmp_path, path):
     def build_and_die():
-        encode = Encoder({"first row": lambda n: die(), "last row": lambda n: n == 3 and die()}.get(moment, lambda n: None))
+        encode = Encoder(
+            {"first row": lambda n: die(), "last row": lambda n: n == 3 and die()}.get(moment, lambda n: None)
+        )
         if moment == "before the header":
             store.tokenise = lambda *args: die()
         if moment == "before the rename":
@@ -200,7 +213,14 @@ def test_damage_is_named_and_made_good(name, damage, tmp_path, path, capfd):
     (directory,) = (d for d in (tmp_path / "store").iterdir() if d.is_dir())
     file = directory / name
     content = file.read_bytes()
-    changed = {"gone": b"", "empty": b"", "cut": content[:-1], "half": content[: len(content) // 2], "longer": content + b"x" * 16, "zeros": bytes(len(content))}  # fmt: skip
+    changed = {
+        "gone": b"",
+        "empty": b"",
+        "cut": content[:-1],
+        "half": content[: len(content) // 2],
+        "longer": content + b"x" * 16,
+        "zeros": bytes(len(content)),
+    }
     file.write_bytes(changed[damage])
     if damage == "gone":
         file.unlink()
@@ -216,7 +236,18 @@ def test_damage_is_named_and_made_good(name, damage, tmp_path, path, capfd):
     assert encode.calls or damage == "zeros"
 
 
-@pytest.mark.parametrize("header", ["[]", "{}", '{"per_example": 2}', "null", '{"per_example": "2", "sequences": 6}', '{"per_example": 2, "sequences": 5}', "\x00"])  # fmt: skip
+@pytest.mark.parametrize(
+    "header",
+    [
+        "[]",
+        "{}",
+        '{"per_example": 2}',
+        "null",
+        '{"per_example": "2", "sequences": 6}',
+        '{"per_example": 2, "sequences": 5}',
+        "\x00",
+    ],
+)
 def test_headers_that_are_not(header, tmp_path, path, capfd):
     build(tmp_path, path)
     (directory,) = (d for d in (tmp_path / "store").iterdir() if d.is_dir())
@@ -242,12 +273,16 @@ def test_every_flipped_bit_is_noticed(name, tmp_path, path):
     assert contents(TokenStore(directory)) == WANT
 
 
-# --- bad and dropped rows -----------------------------------------------------------------------------------------------------
+# --- bad and dropped rows
+# -----------------------------------------------------------------------------------------------------
 
 
 def test_rows_are_counted_and_listed(tmp_path, path, monkeypatch):
     bad = [{"bad": i} for i in range(23)]
-    write(path, [bad[0], ROWS[0], {"drop": "too long"}, [1], {"drop": "too long"}, {"drop": "too short"}, ROWS[1], *bad[1:]])
+    write(
+        path,
+        [bad[0], ROWS[0], {"drop": "too long"}, [1], {"drop": "too long"}, {"drop": "too short"}, ROWS[1], *bad[1:]],
+    )
     tokens = build(tmp_path, path)
     assert contents(tokens) == WANT[:2]
     lines = list(summary([tokens]))
@@ -272,17 +307,24 @@ def test_the_first_bad_row_stops_the_run_where_it_is_told_to(tmp_path, path):
     assert next(summary([build(tmp_path, path)])) == f"{path}: 3 rows, 1 kept, 2 bad"
 
 
-@pytest.mark.parametrize(("rows", "expected"), [
-    ([], "the dataset is empty"),
-    ([{"bad": 1}, {"bad": 2}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
-    ([{"bad": 1}, {"drop": "x"}, {"drop": "x"}], "--max_seq_length 2048 is too small: no row keeps a counted token"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([], "the dataset is empty"),
+        ([{"bad": 1}, {"bad": 2}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
+        (
+            [{"bad": 1}, {"drop": "x"}, {"drop": "x"}],
+            "--max_seq_length 2048 is too small: no row keeps a counted token",
+        ),
+    ],
+)
 def test_why_nothing_is_left(rows, expected, tmp_path, path):
     tokens = build(tmp_path, write(path, rows))
     assert data._why_empty([tokens], RunConfig()) == expected.format(path=path)
 
 
-# --- mixtures -----------------------------------------------------------------------------------------------------------------
+# --- mixtures
+# -----------------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=100)
@@ -316,22 +358,37 @@ def test_examples_of_several_stores(tmp_path):
     two = build(tmp_path, write(tmp_path / "2.jsonl", ROWS[::-1]))
     examples = Examples([one, two], [np.array([2, 0]), np.array([1, 1, 2])])
     assert len(examples) == 5
-    assert [[ids.tolist() for ids, _ in examples.sequences(i)] for i in range(5)] == [WANT[2], WANT[0], WANT[1], WANT[1], WANT[0]]
+    assert [[ids.tolist() for ids, _ in examples.sequences(i)] for i in range(5)] == [
+        WANT[2],
+        WANT[0],
+        WANT[1],
+        WANT[1],
+        WANT[0],
+    ]
     assert examples.tokens.tolist() == [2, 3, 4, 4, 3]
     some = np.array([4, 0, 2])
     assert examples.counts(some).tolist() == [[2, 1], [1, 1], [1, 3]]
     assert [k.tobytes() for k in examples.keys(some)[0]] == [k.tobytes() for k in one.example_keys(0)]
-    others = [Examples([one, two], [np.array([0, 2]), np.array([1, 1, 2])]), Examples([two, one], [np.array([2, 0]), np.array([1, 1, 2])])]
+    others = [
+        Examples([one, two], [np.array([0, 2]), np.array([1, 1, 2])]),
+        Examples([two, one], [np.array([2, 0]), np.array([1, 1, 2])]),
+    ]
     assert len({examples.fingerprint, *(other.fingerprint for other in others)}) == 3
     assert examples.fingerprint == Examples([one, two], [np.array([2, 0]), np.array([1, 1, 2])]).fingerprint
 
 
-@pytest.mark.parametrize(("values", "expected"), [
-    ({"dataset_name": "x"}, [("x", "")]),
-    ({"mixer_list": ("x", "0.5", "y", "20")}, [("x", "0.5"), ("y", "20")]),
-    ({"mixer_list": ("x", "0.5", "y")}, "expected NAME AMOUNT pairs, got 3 words"),
-    ({"mixer_list": ("x", "1"), "dataset_name": "y", "given": {"dataset_name": "command line"}}, "two ways to say one thing"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"dataset_name": "x"}, [("x", "")]),
+        ({"mixer_list": ("x", "0.5", "y", "20")}, [("x", "0.5"), ("y", "20")]),
+        ({"mixer_list": ("x", "0.5", "y")}, "expected NAME AMOUNT pairs, got 3 words"),
+        (
+            {"mixer_list": ("x", "1"), "dataset_name": "y", "given": {"dataset_name": "command line"}},
+            "two ways to say one thing",
+        ),
+    ],
+)
 def test_names_of_a_mixture(values, expected):
     if isinstance(expected, str):
         with pytest.raises(UserError, match=expected):
@@ -340,7 +397,8 @@ def test_names_of_a_mixture(values, expected):
         assert data.mixture(RunConfig(**values)) == expected
 
 
-# --- which examples, in which order -------------------------------------------------------------------------------------------
+# --- which examples, in which order
+# -------------------------------------------------------------------------------------------
 
 
 def philox(key: int, n: int) -> list[int]:
@@ -367,7 +425,16 @@ def test_the_order_is_the_same_on_every_machine():
 
 
 def test_names_do_not_collide():
-    names = [(1, "order", 0), (1, "order", 1), (2, "order", 0), (1, "mixture", "0"), (1, "mixture", 0), ("1", "order", 0), (11, "order"), (1, "1", "order")]
+    names = [
+        (1, "order", 0),
+        (1, "order", 1),
+        (2, "order", 0),
+        (1, "mixture", "0"),
+        (1, "mixture", 0),
+        ("1", "order", 0),
+        (11, "order"),
+        (1, "1", "order"),
+    ]
     assert len({tuple(permutation(50, *name)) for name in names}) == len(names)
 
 
@@ -397,7 +464,8 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 6
 
 
-# --- workers --------------------------------------------------------------------------------------------------------------------
+# --- workers
+# --------------------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""One step of every stage, and what in it would wait for a GPU: the named places and no others (tests/waits.py says how it is seen)."""
+"""One step of every stage, and what in it would wait for a GPU: the named places and no others (tests/waits.py says how
+it is seen).
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,23 @@ from tests.waits import Waits
 
 STEP = {
     "engine/log.py:reduce": 1,  # the metrics of the step, once backward has ended
-    "engine/optim.py:step": 2,  # the gradient norm; and the clipping factor, a number on the host that is rounded to the gradients' type
+    "engine/optim.py:step": (
+        2  # the gradient norm; and the clipping factor, a number on the host that is rounded to the gradients' type
+    ),
 }
 HOST = {  # on rollouts, scores and values, which an iteration holds on the host
-    "launch/ppo.py:summary", "launch/ppo.py:train", "losses/ppo.py:_next", "losses/ppo.py:_pad", "losses/ppo.py:token_rewards",
-}  # fmt: skip
+    "launch/ppo.py:summary",
+    "launch/ppo.py:train",
+    "losses/ppo.py:_next",
+    "losses/ppo.py:_pad",
+    "losses/ppo.py:token_rewards",
+}
 PPO = {
     "engine/log.py:reduce": 1,
     "engine/optim.py:step": 4 * 2 * 2,  # four passes, of policy and value model
-    "rollout/experience.py:evaluate": 3 * 2,  # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches
+    "rollout/experience.py:evaluate": (
+        3 * 2
+    ),  # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches
     "rollout/sampler.py:_advance": 8,  # once a token
 }
 
@@ -35,7 +45,10 @@ def of_one_step(monkeypatch, waits: Waits, stage, number: int):
     write = log.Metrics.write
 
     def marked(self, step, row, postfix=""):
-        shown, postfix = postfix, postfix if stage is not ppo or "objective/kl" in row else ""  # not of the model that PPO starts from
+        shown, postfix = (
+            postfix,
+            postfix if stage is not ppo or "objective/kl" in row else "",
+        )  # not of the model that PPO starts from
         if postfix and step == number:
             waits.__exit__(None, None, None)
         write(self, step, row, shown)
@@ -51,7 +64,9 @@ def seen(monkeypatch, stage, tmp_path, **flags) -> Counter[str]:
     flags = {"output_dir": tmp_path / "out", "cache_dir": tmp_path / "cache", "max_steps": 3, **flags}
     with of_one_step(monkeypatch, waits, stage, 2):
         try:
-            stage.train(parse(stage.Config, [word for name, value in flags.items() for word in (f"--{name}", str(value))]))
+            stage.train(
+                parse(stage.Config, [word for name, value in flags.items() for word in (f"--{name}", str(value))])
+            )
         finally:
             if torch.distributed.is_initialized():
                 torch.distributed.destroy_process_group()
@@ -65,12 +80,25 @@ def beyond(found: Counter[str], allowed: dict[str, int]) -> dict[str, int]:
 @pytest.mark.parametrize("stage", [sft, dpo], ids=["sft", "dpo"])
 def test_a_supervised_step_waits_for_its_metrics_and_for_its_norm(stage, tmp_path, monkeypatch):
     """Also with several micro-batches: nothing waits for one of them."""
-    found = seen(monkeypatch, stage, tmp_path, micro_batch_tokens=200, sample_tokens=0) if stage is sft else seen(monkeypatch, stage, tmp_path, micro_batch_tokens=200)
+    found = (
+        seen(monkeypatch, stage, tmp_path, micro_batch_tokens=200, sample_tokens=0)
+        if stage is sft
+        else seen(monkeypatch, stage, tmp_path, micro_batch_tokens=200)
+    )
     assert found["engine/log.py:reduce"] == 1 and not beyond(found, STEP), found
 
 
 def test_an_iteration_of_ppo_waits_where_it_reads_rollouts_and_updates(tmp_path, monkeypatch):
-    found = seen(monkeypatch, ppo, tmp_path, batch_size=4, num_samples_per_prompt=2, response_length=8, micro_batch_tokens=60, eval_steps=0)
+    found = seen(
+        monkeypatch,
+        ppo,
+        tmp_path,
+        batch_size=4,
+        num_samples_per_prompt=2,
+        response_length=8,
+        micro_batch_tokens=60,
+        eval_steps=0,
+    )
     device = {place: count for place, count in found.items() if place not in HOST}
     assert not beyond(device, PPO) and device["rollout/sampler.py:_advance"] == 8, found
 
@@ -80,9 +108,18 @@ def test_the_mode_sees_what_it_is_for():
     x = torch.arange(5.0)
     counts = torch.tensor([1, 2])
     kinds = [
-        lambda: x.sum().item(), lambda: x.tolist(), lambda: bool(x.sum() > 0), lambda: float(x[0]), lambda: x[x > 2], lambda: x.nonzero(),
-        lambda: x.to("cpu"), lambda: torch.tensor(3.0, device="cpu"), lambda: torch.repeat_interleave(counts, counts), lambda: x.cpu(), lambda: x.numpy(),
-    ]  # fmt: skip
+        lambda: x.sum().item(),
+        lambda: x.tolist(),
+        lambda: bool(x.sum() > 0),
+        lambda: float(x[0]),
+        lambda: x[x > 2],
+        lambda: x.nonzero(),
+        lambda: x.to("cpu"),
+        lambda: torch.tensor(3.0, device="cpu"),
+        lambda: torch.repeat_interleave(counts, counts),
+        lambda: x.cpu(),
+        lambda: x.numpy(),
+    ]
     for number, kind in enumerate(kinds):
         with Waits() as mode:
             kind()

@@ -1,10 +1,12 @@
-"""Where a step would wait for a GPU, seen on a CPU: calls that read a tensor's numbers, or copy between host and device unpinned.
+"""Where a step would wait for a GPU, seen on a CPU: calls that read a tensor's numbers, or copy between host and device
+unpinned.
 
-    Tensor.item .tolist .cpu .numpy .nonzero, truth and conversions, boolean masks as indices, repeat_interleave without output_size
-    torch.tensor(..., device=), torch.as_tensor(..., device=), Tensor.to(device): copies from pageable memory
+    Tensor.item .tolist .cpu .numpy .nonzero, truth and conversions, boolean masks as indices, repeat_interleave without
+    output_size torch.tensor(..., device=), torch.as_tensor(..., device=), Tensor.to(device): copies from pageable
+    memory
 
-A copy through `engine.world.on_device` is pinned and does not wait. Which tensors would lie on the device a CPU cannot say, so
-calls on host tensors are seen as well, and named as such by who allows them.
+A copy through `engine.world.on_device` is pinned and does not wait. Which tensors would lie on the device a CPU cannot
+say, so calls on host tensors are seen as well, and named as such by who allows them.
 """
 
 from __future__ import annotations
@@ -21,9 +23,23 @@ from torch.overrides import TorchFunctionMode
 ROOT = Path(__file__).parents[1]
 ROOMS = ("engine", "losses", "rollout", "launch")
 READS = {
-    Tensor.item, Tensor.tolist, Tensor.cpu, Tensor.numpy, Tensor.nonzero, torch.nonzero, torch.masked_select, Tensor.masked_select, torch.equal, Tensor.equal,
-    Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__, torch.unique, Tensor.unique,
-}  # fmt: skip
+    Tensor.item,
+    Tensor.tolist,
+    Tensor.cpu,
+    Tensor.numpy,
+    Tensor.nonzero,
+    torch.nonzero,
+    torch.masked_select,
+    Tensor.masked_select,
+    torch.equal,
+    Tensor.equal,
+    Tensor.__bool__,
+    Tensor.__float__,
+    Tensor.__int__,
+    Tensor.__index__,
+    torch.unique,
+    Tensor.unique,
+}
 REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
 INDEXED = {Tensor.__getitem__, Tensor.__setitem__}
 MADE = {torch.tensor, torch.as_tensor}
@@ -45,7 +61,9 @@ def waits(function: Any, args: tuple, kwargs: dict) -> bool:
 
 
 class Waits(TorchFunctionMode):
-    """Counts them by 'file:function' of ours, the innermost on the stack; others' (torch's own, the library's) count as theirs."""
+    """Counts them by 'file:function' of ours, the innermost on the stack; others' (torch's own, the library's) count as
+    theirs.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +73,9 @@ class Waits(TorchFunctionMode):
         kwargs = kwargs or {}
         if waits(function, args, kwargs):
             place = self._place()
-            if function is not Tensor.to or "(" not in place:  # the library moves what may have moved already; we know where ours lies
+            if (
+                function is not Tensor.to or "(" not in place
+            ):  # the library moves what may have moved already; we know where ours lies
                 self.found[place] += 1
         return function(*args, **kwargs)
 

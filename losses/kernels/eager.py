@@ -25,7 +25,9 @@ def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tu
     return lse_C, logits_CV.gather(1, targets_C[:, None]).squeeze(1) - lse_C, entropy_C
 
 
-def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale=1.0, into_CV=None) -> None:
+def logits_gradient_(
+    logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale=1.0, into_CV=None
+) -> None:
     for block in _blocks(logits_CV):
         z_BV, coef_B = logits_CV[block], logprob_grad_C[block]
         derivative_BV = None if softcap is None else 1 - (z_BV / softcap) ** 2

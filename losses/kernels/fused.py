@@ -22,7 +22,9 @@ BLOCK = 4096
 if AVAILABLE:
 
     @triton.jit
-    def _statistics_kernel(logits, targets, lse, logprobs, entropy, V, stride, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr):
+    def _statistics_kernel(
+        logits, targets, lse, logprobs, entropy, V, stride, WITH_ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+    ):
         row = tl.program_id(0).to(tl.int64)
         z_row = logits + row * stride
         running_max = float("-inf")
@@ -35,7 +37,8 @@ if AVAILABLE:
             e = tl.exp(z - new_max)
             rescale = tl.exp(running_max - new_max)
             if WITH_ENTROPY:
-                # moving the maximum by d turns sum (z - m) e^(z - m) into e^d (dot + d sum); skip it while nothing was summed
+                # moving the maximum by d turns sum (z - m) e^(z - m) into e^d (dot + d sum); skip it while nothing was
+                # summed
                 shift = tl.where(running_sum > 0.0, running_max - new_max, 0.0)
                 shifted = tl.where(column < V, z - new_max, 0.0)
                 running_dot = rescale * (running_dot + shift * running_sum) + tl.sum(shifted * e, 0)
@@ -50,9 +53,22 @@ if AVAILABLE:
 
     @triton.jit
     def _gradient_kernel(
-        logits, out, targets, lse, logprob_grad, entropy, entropy_grad, V, stride, out_stride, softcap, scale,
-        WITH_ENTROPY: tl.constexpr, WITH_SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
-    ):  # fmt: skip
+        logits,
+        out,
+        targets,
+        lse,
+        logprob_grad,
+        entropy,
+        entropy_grad,
+        V,
+        stride,
+        out_stride,
+        softcap,
+        scale,
+        WITH_ENTROPY: tl.constexpr,
+        WITH_SOFTCAP: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)
         column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         inside = column < V
@@ -74,18 +90,40 @@ def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tu
     entropy_C = torch.empty_like(lse_C) if entropy else None
     if C:
         _statistics_kernel[(C,)](
-            logits_CV, targets_C, lse_C, logprobs_C, entropy_C if entropy else lse_C, V, logits_CV.stride(0), entropy, BLOCK
+            logits_CV,
+            targets_C,
+            lse_C,
+            logprobs_C,
+            entropy_C if entropy else lse_C,
+            V,
+            logits_CV.stride(0),
+            entropy,
+            BLOCK,
         )
     return lse_C, logprobs_C, entropy_C
 
 
-def logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale=1.0, into_CV=None) -> None:
+def logits_gradient_(
+    logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale=1.0, into_CV=None
+) -> None:
     C, V = logits_CV.shape
     out_CV = logits_CV if into_CV is None else into_CV
     with_entropy = entropy_grad_C is not None
     entropies = (entropy_C, entropy_grad_C.contiguous()) if with_entropy else (lse_C, lse_C)
     if C:
         _gradient_kernel[(C, triton.cdiv(V, BLOCK))](
-            logits_CV, out_CV, targets_C, lse_C, logprob_grad_C.contiguous(), *entropies, V, logits_CV.stride(0), out_CV.stride(0),
-            softcap or 1.0, scale, with_entropy, softcap is not None, BLOCK,
-        )  # fmt: skip
+            logits_CV,
+            out_CV,
+            targets_C,
+            lse_C,
+            logprob_grad_C.contiguous(),
+            *entropies,
+            V,
+            logits_CV.stride(0),
+            out_CV.stride(0),
+            softcap or 1.0,
+            scale,
+            with_entropy,
+            softcap is not None,
+            BLOCK,
+        )
