@@ -14,9 +14,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from engine import model, world
-from engine.batch import micro_batch, pack
-from engine.embedded import embedded
+from engine import world
+from engine.data.batch import micro_batch
+from engine.data.embedded import embedded
+from engine.data.packing import pack
+from engine.model import build as model
 from losses.sft import REDUCTIONS, denominator, sft, token_weights
 
 NAIVE = "naive mean of means"

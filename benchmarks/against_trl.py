@@ -60,9 +60,9 @@ def make_inputs(args: argparse.Namespace) -> None:
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from engine.chat import TULU_TEMPLATE
-    from engine.embedded import embedded
-    from engine.store import Steps
+    from engine.data.chat import TULU_TEMPLATE
+    from engine.data.embedded import embedded
+    from engine.data.mixture import Steps
 
     made = embedded(args.root)
     torch.manual_seed(0)
@@ -155,7 +155,7 @@ def trl(args: argparse.Namespace) -> dict:
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-    from engine.chat import TULU_TEMPLATE
+    from engine.data.chat import TULU_TEMPLATE
 
     meter, rows = Meter(), []
 

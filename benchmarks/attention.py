@@ -36,8 +36,8 @@ from transformers import AttentionInterface
 
 from benchmarks import measure
 from benchmarks.measure import Case, Times, Unavailable
-from engine import attention
 from engine.errors import UserError
+from engine.model import attention
 
 SIGMA = 0.9  # of log length: chat data's spread
 
@@ -316,7 +316,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.set_num_threads(args.threads)
     here = measure.machine(device)
     shape = (args.heads, args.kv_heads, args.head_dim, dtype)
-    fresh = measure.FreshProcesses("torch", "engine.attention")
+    fresh = measure.FreshProcesses("torch", "engine.model.attention")
     sample = make_stream(
         tuple(min(length, n) for length, n in zip(args.lengths, (130, 1, 257, 96), strict=False)), args.window, device
     )

@@ -49,11 +49,11 @@ def generate(path: Path, rows: int) -> None:
 
 def tokenise(path: str, root: str, workers: int, results: multiprocessing.Queue) -> None:
     """In a process of its own, so that its peak of memory is its own."""
-    from engine.chat import load_tokenizer
-    from engine.conversations import ConversationEncoder, first_form
-    from engine.embedded import embedded
-    from engine.rows import open_source
-    from engine.store import open_or_build
+    from engine.data.chat import load_tokenizer
+    from engine.data.conversations import ConversationEncoder, first_form
+    from engine.data.embedded import embedded
+    from engine.data.rows import open_source
+    from engine.data.store import open_or_build
 
     chat = load_tokenizer(embedded(Path(root)).model, 512)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -80,8 +80,9 @@ def tokenise(path: str, root: str, workers: int, results: multiprocessing.Queue)
 
 def plan(directory: str) -> dict:
     """Every step of an epoch at 128 conversations, packed for 8 ranks."""
-    from engine.batch import pack
-    from engine.store import Examples, Steps, TokenStore
+    from engine.data.mixture import Steps
+    from engine.data.packing import pack
+    from engine.data.store import Examples, TokenStore
 
     start = time.perf_counter()
     store = TokenStore(Path(directory))

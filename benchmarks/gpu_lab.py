@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from engine.chat import load_tokenizer
-from engine.conversations import ConversationEncoder
-from engine.dry_run import device_name
-from engine.embedded import Embedded, embedded
+from engine.data.chat import load_tokenizer
+from engine.data.conversations import ConversationEncoder
+from engine.data.embedded import Embedded, embedded
 from launch import plan
+from launch.planner.dry_run import device_name
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_1B = {

@@ -25,8 +25,8 @@ from transformers import AutoConfig
 from benchmarks import attention, loss, measure
 from benchmarks.gpu_lab import ROOT, Figures, Lab, Planned, Skipped, forget, launch, random_llama
 from engine import world
-from engine.attention import BACKENDS
-from engine.model import Policy
+from engine.model.attention import BACKENDS
+from engine.model.policy import Policy
 from rollout import Request, Sampler, SamplingParams
 
 COSTLIEST = 20  # kernels of a profile

@@ -26,6 +26,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine.model.adapters import choose
+
 PLAIN = ("fp32", "bf16", "flash attention")
 RUNGS: dict[str, dict[str, Any]] = {
     "fp32": {},
@@ -157,7 +159,7 @@ def run_stage(flags: dict[str, Any]) -> None:
 
 def rung_of_ours(rung: str, args: argparse.Namespace, root: Path) -> dict[str, float]:
     from benchmarks.measure import allocator_peak
-    from engine import optim
+    from engine.train import optim
 
     flags = flags_of(rung, args, root)
     peak = allocator_peak(lambda: run_stage(flags | {"max_steps": 2, "output_dir": root / f"{rung}, memory"}))
@@ -181,8 +183,9 @@ def rung_of_plain_loop(rung: str, args: argparse.Namespace, root: Path) -> dict[
     from transformers import AutoModelForCausalLM
 
     from benchmarks.measure import allocator_peak
-    from engine import optim
-    from engine.store import Steps, TokenStore
+    from engine.data.mixture import Steps
+    from engine.data.store import TokenStore
+    from engine.train import optim
 
     store, held_out = (TokenStore(Path(p)) for p in json.loads((root / "stores.json").read_text()))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -256,9 +259,13 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
     import torch
     from transformers import LlamaConfig
 
-    from engine import adapters, attention, lora, nf4, optim, setup, weights, world
-    from engine.batch import micro_batch
+    from engine import world
+    from engine.data.batch import micro_batch
     from engine.log import Totals
+    from engine.model import attention, weights
+    from engine.model import open as setup
+    from engine.model.adapters import lora, nf4
+    from engine.train import optim
     from launch import sft
 
     here = world.start()
@@ -268,7 +275,7 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
     )
     backend, why = attention.choose_backend("auto", here.device, lm_config, torch.bfloat16)
     base = setup.Base(
-        Path(), "random", lm_config, None, torch.bfloat16, backend, why, adapters.choose(config, lm_config, None, False)
+        Path(), "random", lm_config, None, torch.bfloat16, backend, why, choose.choose(config, lm_config, None, False)
     )
     policy = setup.build_policy(config, here, base)
     weights.initialise_buffers(policy.lm, Path())
@@ -327,8 +334,8 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
 def make_inputs(args: argparse.Namespace, root: Path) -> None:
     """The data, and a model trained on curt answers: it knows the questions and the facts, not the tone."""
     from benchmarks.measure import save_random_llama
-    from engine.embedded import embedded
-    from engine.store import TokenStore
+    from engine.data.embedded import embedded
+    from engine.data.store import TokenStore
 
     made = embedded(root)
     save_random_llama(root / "random", made.model, args.hidden, args.layers, args.vocab)

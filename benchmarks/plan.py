@@ -57,7 +57,7 @@ def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Pat
     """(model, stage → data) under `root`: every row is cut at the longest sequence."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from engine.embedded import embedded
+    from engine.data.embedded import embedded
 
     source = embedded(root / "cache").model
     tokenizer = json.loads((source / "config.json").read_text(encoding="utf-8"))

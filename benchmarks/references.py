@@ -102,7 +102,7 @@ def run_case(stage: str, flags: dict[str, Any], steps: int, root: Path) -> dict[
 def make_inputs(args: argparse.Namespace, root: Path) -> None:
     from benchmarks.measure import save_random_llama
     from engine.config import parse
-    from engine.embedded import embedded
+    from engine.data.embedded import embedded
     from launch import sft
 
     made = embedded(root)

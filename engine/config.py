@@ -2,220 +2,72 @@
 
 Precedence: command line, then `--config recipe.yaml`, then the dataclass default. An unknown key is an error that names
 the nearest one; prefixes are not matched; nothing is coerced that a reader of the file would not expect (`no` is not
-the text 'False'); the resolved configuration is saved and can be fed back.
+the text 'False'); the resolved configuration is saved and can be fed back. Flags are declared in flags.py and by the stages.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import reprlib
 import shutil
 import sys
 import types
 import typing
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
 from engine.errors import UserError, nearest
+from engine.flags import HEADINGS
 
-Config = TypeVar("Config", bound="RunConfig")
+Config = TypeVar("Config")
 MAX_YAML_BYTES = 2**20
 
 
-def flag(
-    default: Any,
-    help: str,
-    *,
-    choices: tuple[str, ...] = (),
-    aliases: tuple[str, ...] = (),
-    many: bool = False,
-    heading: str = "",
-) -> Any:
-    """A dataclass field that is a command-line flag. `aliases` are other names that people know it by; `heading` opens
-    a part of --help.
-    """
-    return field(
-        default=default,
-        metadata={"help": help, "choices": choices, "aliases": aliases, "many": many, "heading": heading},
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunConfig:
-    """What every training stage takes."""
-
-    model_name_or_path: str | None = flag(
-        None, "local directory or hub id of a decoder; without it, a tiny Llama made on the spot", heading="model"
-    )
-    model_revision: str | None = flag(None, "branch, tag or commit of the model on the hub")
-
-    dataset_name: str | None = flag(
-        None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded data", heading="data"
-    )
-    dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub")
-    dataset_split: str = flag("train", "split of a hub dataset, or of a directory whose files are named after splits")
-    mixer_list: tuple[str, ...] | None = flag(
-        None,
-        "a mixture instead of --dataset_name: NAME AMOUNT NAME AMOUNT ..., AMOUNT a fraction (1.0) or a number of rows"
-        " (2000)",
-        many=True,
-    )
-    eval_dataset_name: str | None = flag(None, "held-out data, like --dataset_name", aliases=("eval_dataset",))
-    eval_split: str = flag("test", "--dataset_split of --eval_dataset_name")
-    dataset_num_proc: int | None = flag(None, "processes that tokenise a large dataset; without it, one per core")
-    max_seq_length: int = flag(2048, "prompt + response, in tokens", aliases=("max_length",))
-    on_bad_row: str = flag(
-        "skip", "a malformed row stops the run or is skipped, counted and listed", choices=("error", "skip")
-    )
-
-    use_lora: bool = flag(
-        False, "train low-rank adapters on the frozen model", aliases=("use_peft",), heading="adapters"
-    )
-    lora_rank: int | None = flag(None, "r of W + (alpha / r) B A; 16", aliases=("lora_r",))
-    lora_alpha: float | None = flag(None, "alpha; 32")
-    lora_target_modules: tuple[str, ...] | None = flag(
-        None,
-        "linear layers by the last part of their name (q_proj k_proj v_proj); without it, or with all-linear,"
-        " every one",
-        many=True,
-    )
-    use_rslora: bool = flag(False, "scale by alpha / sqrt(r)")
-    adapter_name_or_path: str | None = flag(
-        None, "start from this adapter (PEFT's format): its rank, alpha and modules are taken"
-    )
-    load_in_4bit: bool = flag(False, "hold the frozen linear layers in NF4, 4 bits a weight, sharded (QLoRA)")
-    double_quant: bool = flag(
-        False,
-        "NF4 scales in 8 bits as well: 4.13 bits a weight instead of 4.5",
-        aliases=("bnb_4bit_use_double_quant", "use_bnb_nested_quant"),
-    )
-    export_adapter: bool = flag(
-        False,
-        "final/ is the adapter alone (PEFT's format); without it, the merged model with the adapter in final/adapter",
-    )
-
-    seed: int = flag(
-        1, "every draw (data order, sampled tokens) is a function of it and of its own name", heading="optimization"
-    )
-    num_train_epochs: int = flag(1, "passes over the data", aliases=("num_epochs",))
-    max_steps: int = flag(
-        -1, "stop after N optimizer steps, whatever the epochs (-1: off)", aliases=("max_train_steps",)
-    )
-    per_device_train_batch_size: int | None = flag(
-        None, "with --gradient_accumulation_steps and the number of ranks: sets --batch_size"
-    )
-    gradient_accumulation_steps: int | None = flag(None, "see --per_device_train_batch_size")
-    optimizer: str = flag(
-        "adamw",
-        "AdamW in fp32, or with moments of 8 bits by blocks of 256 (bitsandbytes)",
-        choices=("adamw", "adamw_8bit"),
-    )
-    lr_scheduler_type: str = flag("linear", "after the warm-up", choices=("linear", "cosine", "constant"))
-    warmup_ratio: float = flag(0.1, "share of the steps in which the learning rate rises linearly from 0")
-    weight_decay: float = flag(0.0, "AdamW's, on matrices only (not on norms and biases)")
-    max_grad_norm: float = flag(1.0, "global gradient norm is clipped to it (0: off)", aliases=("clip_grad_norm",))
-
-    micro_batch_tokens: int = flag(
-        8192,
-        "tokens in memory at a time on each rank: the memory knob, without effect on results",
-        heading="memory and speed",
-    )
-    dtype: str = flag(
-        "auto",
-        "compute dtype (masters: --master_dtype); auto: bfloat16 on CUDA, float32 on CPU",
-        choices=("auto", "bfloat16", "float32", "float16"),
-    )
-    attention: str = flag(
-        "auto", "packed attention backend", choices=("auto", "flash4", "flash3", "flash2", "varlen", "sdpa", "eager")
-    )
-    head: str = flag(
-        "fused", "log-probs by chunks (fused) or with the whole logits in memory (naive)", choices=("fused", "naive")
-    )
-    gradient_sync: str = flag(
-        "auto",
-        "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce"
-        " after its last, which holds whole fp32 gradients",
-        choices=("auto", "every", "keep", "last"),
-    )
-    gradient_checkpointing: str = flag(
-        "none",
-        "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third"
-        " more work for a fraction of the activations",
-        choices=("none", "selective", "full"),
-    )
-    activation_offload: bool = flag(
-        False,
-        "what the backward pass needs waits in host memory (CUDA; most useful with --gradient_checkpointing full)",
-    )
-    master_dtype: str = flag(
-        "float32",
-        "of the trained parameters and AdamW's arithmetic; bfloat16 halves both and loses small updates to rounding",
-        choices=("float32", "bfloat16"),
-    )
-    compile: bool = flag(False, "torch.compile every decoder layer")
-    deterministic: bool = flag(False, "bitwise repeatable on CUDA as well, at some cost")
-
-    output_dir: str = flag(
-        "output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", heading="the run"
-    )
-    cache_dir: str = flag("~/.cache/triptych", "tokenised data and reference log-probs, shared by all runs of a user")
-    save_steps: int = flag(
-        0, "checkpoint every N steps (0: none; the run still ends in final/)", aliases=("checkpointing_steps",)
-    )
-    save_total_limit: int = flag(2, "checkpoints kept", aliases=("keep_last_n_checkpoints",))
-    resume: str = flag(
-        "auto",
-        "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's"
-        " path",
-    )
-    eval_steps: int = flag(0, "evaluate every N steps (0: before the first and after the last)")
-    export_dtype: str | None = flag(
-        None, "dtype of final/; without it, the input checkpoint's", choices=("bfloat16", "float16", "float32")
-    )
-    dry_run: bool = flag(
-        False,
-        "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before"
-        " the weights are loaded",
-    )
-    profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto")
-    report_to: str = flag("none", "a second home for metrics.jsonl's rows", choices=("none", "tensorboard", "wandb"))
-    given: dict = field(default_factory=dict, repr=False, compare=False, metadata={"help": None})
-
-
 @dataclass(frozen=True)
-class _Flag:
-    """One flag of a configuration class: its type without `| None`, and what flag() was told."""
+class Flag:
+    """One flag of a configuration class: its type without `| None`, and what `flags.flag` was told."""
 
     name: str
     type: type
     optional: bool
     default: Any
     help: str
+    heading: str
     choices: tuple[str, ...]
     aliases: tuple[str, ...]
+    excludes: tuple[str, ...]
     many: bool
-    heading: str
+    positional: bool
 
 
-def _flags(config_class: type) -> dict[str, _Flag]:
+def flags_of(config_class: type) -> dict[str, Flag]:
+    """Name → flag, in the order of --help's parts."""
     hints = typing.get_type_hints(config_class)
-    flags = {}
+    found = {}
     for f in fields(config_class):
-        if f.metadata["help"]:
-            options = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
-            kind = next(option for option in options if option is not type(None))
-            flags[f.name] = _Flag(f.name, kind, type(None) in options, f.default, **f.metadata)
-    return flags
+        options = typing.get_args(hints[f.name]) if isinstance(hints[f.name], types.UnionType) else (hints[f.name],)
+        kind = next(option for option in options if option is not type(None))
+        optional = type(None) in options or f.default is None
+        found[f.name] = Flag(f.name, kind, optional, f.default, **_declared(config_class, f))
+    return dict(sorted(found.items(), key=lambda item: HEADINGS.index(item[1].heading)))
+
+
+def _declared(config_class: type, f: Any) -> dict[str, Any]:
+    """What a group says of a flag, with what a stage says in its place."""
+    if "override" not in f.metadata:
+        return dict(f.metadata)
+    fields_of = [vars(c).get("__dataclass_fields__", {}) for c in config_class.__mro__]
+    group = next(of[f.name].metadata for of in fields_of if f.name in of and "override" not in of[f.name].metadata)
+    return dict(group) | {key: f.metadata[key] for key in ("help", "choices") if f.metadata[key]}
 
 
 def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
     """The configuration of a command line (default: sys.argv). Raises UserError; exits for --help."""
-    flags = _flags(config_class)
+    flags = flags_of(config_class)
     aliases = {alias: name for name, f in flags.items() for alias in f.aliases}
     try:
         namespace, unknown = _parser(config_class, flags).parse_known_args(argv)
@@ -231,7 +83,6 @@ def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
             f"command line: unknown flag {_shown(name)}{nearest(name.lstrip('-'), [*flags, *aliases, 'config'])}"
         )
     words = vars(namespace)
-    origins: dict[str, str] = {}
     values: dict[str, Any] = {}
     if path := words.pop("config", None):
         for key, value in _read_yaml(Path(path)).items():
@@ -240,19 +91,23 @@ def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
                 raise UserError(f"{path}: unknown key {_shown(key)}{nearest(key, [*flags, *aliases])}")
             if name in values:
                 raise UserError(f"{path}: {key} says the same as another key, {name}: give one of them")
-            values[name], origins[name] = _convert(flags[name], value, f"{path}: {key}"), path
+            values[name] = _convert(flags[name], value, f"{path}: {key}")
     for name, value in words.items():
-        values[name], origins[name] = _convert(flags[name], value, f"--{name}"), "command line"
-    return config_class(**values, given=origins)
+        values[name] = _convert(flags[name], value, f"--{name}")
+    for name, f in flags.items():
+        if values.get(name) is not None and (other := next((o for o in f.excludes if values.get(o) is not None), None)):
+            raise UserError(f"--{name} and --{other} are two ways to say one thing: give one of them")
+    return config_class(**values)
 
 
-def _parser(config_class: type, flags: dict[str, _Flag]) -> argparse.ArgumentParser:
+def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentParser:
     """Reads words as they are; what they mean is _convert's, the same for a YAML file."""
     main = sys.modules["__main__"].__spec__ if config_class.__module__ == "__main__" else None
+    positional = [f.name.upper() for f in flags.values() if f.positional]
     width = min(120, shutil.get_terminal_size().columns)
     parser = argparse.ArgumentParser(
         prog=f"python -m {main.name if main else config_class.__module__}",
-        usage="%(prog)s [--config recipe.yaml] [--flag value ...]",
+        usage=" ".join(["%(prog)s", *positional, "[--config recipe.yaml] [--flag value ...]"]),
         description=config_class.__doc__,
         epilog="[ ] holds the default; what has none is off, or decided at the start.",
         add_help=False,
@@ -266,61 +121,40 @@ def _parser(config_class: type, flags: dict[str, _Flag]) -> argparse.ArgumentPar
     group.add_argument(
         "--config", metavar="FILE", help="a YAML file of the flags below, as `name: value` lines; the command line wins"
     )
-    common = {f.name: f.metadata["heading"] for f in fields(RunConfig) if f.metadata["help"]}
-    group = parser.add_argument_group("this stage")
-    for f in sorted(flags.values(), key=lambda f: f.name in common):  # the stage's own first
-        if heading := common.get(f.name, f.heading):  # a stage may redefine a common flag: it stays where it is
-            group = parser.add_argument_group(heading)
-        options: dict[str, Any] = {"dest": f.name, "nargs": "?" if f.type is bool else "+" if f.many else None}
-        if f.type is bool:
-            options["const"] = "true"
+    boolean = {"action": "store_const"} if positional else {"nargs": "?"}
+    heading = ""
+    for f in flags.values():
+        if f.heading != heading:
+            group, heading = parser.add_argument_group(f.heading), f.heading
+        options: dict[str, Any] = {"dest": f.name}
+        options |= {"const": "true"} | boolean if f.type is bool else {"nargs": "+" if f.many else None}
         words = {bool: "true|false", int: "N", float: "X"}
         metavar = "{" + ",".join(f.choices) + "}" if f.choices else words.get(f.type, f.name.split("_")[-1].upper())
+        if "action" not in options:
+            options["metavar"] = metavar
         also = f" (also {', '.join('--' + alias for alias in f.aliases)})" if f.aliases else ""
         default = "" if f.default is None or f.default is False else f" [{f.default}]"
-        group.add_argument(f"--{f.name}", metavar=metavar, help=(f.help + also + default).replace("%", "%%"), **options)
+        help = (f.help + also + default).replace("%", "%%")
+        if f.positional:
+            group.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=help)
+            continue
+        group.add_argument(f"--{f.name}", help=help, **options)
+        options.pop("metavar", None)
         for alias in f.aliases:
             group.add_argument(f"--{alias}", help=argparse.SUPPRESS, **options)
     return parser
 
 
-def save(config: RunConfig, path: Path, extra: dict[str, Any]) -> None:
+def as_dict(config: object) -> dict[str, Any]:
+    """Name → value of every flag, in the order of --help."""
+    return {name: vars(config)[name] for name in flags_of(type(config))}
+
+
+def save(values: dict[str, Any], path: Path, extra: dict[str, Any]) -> None:
     """Writes the resolved flags that were read (None: not read, left out) with `extra` facts in comments."""
-    values = {k: list(v) if isinstance(v, tuple) else v for k, v in as_dict(config).items() if v is not None}
+    values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
     comments = "".join(f"# {key}: {' '.join(str(value).split())}\n" for key, value in extra.items())
     path.write_text(comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-
-
-def as_dict(config: RunConfig) -> dict[str, Any]:
-    return {f.name: getattr(config, f.name) for f in fields(config) if f.metadata["help"]}
-
-
-def require_positive(config: RunConfig, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name} must be greater than 0, got {value}")
-
-
-def resolve_batch_size(config: Config, world_size: int) -> tuple[Config, str]:
-    """Applies --per_device_train_batch_size and --gradient_accumulation_steps; the second value says what happened, or
-    ''.
-    """
-    if config.per_device_train_batch_size is None and config.gradient_accumulation_steps is None:
-        return config, ""
-    if "batch_size" in config.given:
-        raise UserError(
-            "--batch_size says the same as --per_device_train_batch_size x --gradient_accumulation_steps x ranks: give"
-            " one of them"
-        )
-    require_positive(config, "per_device_train_batch_size", "gradient_accumulation_steps")
-    per_device, accumulation = config.per_device_train_batch_size or 1, config.gradient_accumulation_steps or 1
-    batch_size = per_device * accumulation * world_size
-    line = f"{per_device} per device x {accumulation} accumulation x {world_size} ranks = --batch_size {batch_size}"
-    resolved = dataclasses.replace(
-        config, batch_size=batch_size, per_device_train_batch_size=None, gradient_accumulation_steps=None
-    )
-    return resolved, line
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -378,7 +212,7 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else reprlib.repr(value)
 
 
-def _convert(f: _Flag, value: Any, where: str) -> Any:
+def _convert(f: Flag, value: Any, where: str) -> Any:
     """A word of the command line or a YAML value as the flag's type. Raises UserError that says where."""
     if f.optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
         return None

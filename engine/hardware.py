@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from engine import weights
+from engine import world
 from engine.errors import UserError, nearest
 
 MATMUL, MEMORY, LINK = 0.80, 0.90, 0.75  # reachable shares
@@ -85,6 +85,14 @@ def device(name: str, ranks_per_node: int) -> Device:
     return DEVICES[name]
 
 
+def of_gpu(device: torch.device) -> Device | None:
+    """The data sheet of this CUDA device: of the cards of its name, that of the nearest memory; None: not in the table."""
+    name = torch.cuda.get_device_name(device).lower().replace(" ", "").replace("geforce", "")
+    memory = torch.cuda.get_device_properties(device).total_memory
+    alike = [known for known in DEVICES.values() if known.name.partition("-")[0] in name]
+    return min(alike, key=lambda known: abs(known.memory - memory), default=None)
+
+
 def _this_machine(ranks: int) -> Device:
     n = 512
     a, b = torch.ones(n, n), torch.empty(n, n)
@@ -102,7 +110,7 @@ def _this_machine(ranks: int) -> Device:
         "host": bandwidth,
     }
     return Device(
-        "cpu", weights.host_memory() // ranks, bf16 / MATMUL, fp32 / MATMUL, bandwidth=bandwidth / MEMORY, **share
+        "cpu", world.host_memory() // ranks, bf16 / MATMUL, fp32 / MATMUL, bandwidth=bandwidth / MEMORY, **share
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import torch
 import yaml
 
 from engine import config as configuration
-from engine.config import RunConfig
 from engine.errors import UserError
+from engine.flags import RunFlags
 from engine.world import World
 
 # what may change between a run and its resumption: none of it touches the trajectory
@@ -38,29 +39,29 @@ CHANGEABLE = {
 
 
 @contextlib.contextmanager
-def open_run(config: RunConfig, world: World, facts: dict[str, Any]) -> Iterator[bool]:
+def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[str, Any]) -> Iterator[bool]:
     """Locks --output_dir, checks that it is this configuration's, writes config.yaml; yields True if the run is already
     finished.
 
-    Raises UserError if another process is in it, if it holds a run of another configuration (the first differing flag
+    `values` are all flags of the run. Raises UserError if another process is in it, if it holds a run of another configuration (the first differing flag
     is named), or if it is not empty under --resume never.
     """
-    output_dir = Path(config.output_dir)
+    output_dir = Path(flags.output_dir)
     lock = None
 
     def prepare() -> bool:
         nonlocal lock
-        if config.resume == "never" and output_dir.is_dir() and any(output_dir.iterdir()):
+        if flags.resume == "never" and output_dir.is_dir() and any(output_dir.iterdir()):
             raise UserError(f"--resume never: {output_dir} is not empty")
         if output_dir.exists() and not output_dir.is_dir():
             raise UserError(f"--output_dir {output_dir}: is a file")
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(output_dir / ".lock")
-        _check_same_configuration(config, output_dir / "config.yaml")
+        _check_same_configuration(values, output_dir / "config.yaml")
         if any((output_dir / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
             return True
         partial = output_dir / ".config.yaml.partial"
-        configuration.save(config, partial, facts)
+        configuration.save(values, partial, facts)
         partial.rename(output_dir / "config.yaml")
         return False
 
@@ -85,12 +86,10 @@ def _lock(path: Path) -> int:
     return descriptor
 
 
-def settings(config: RunConfig) -> dict[str, Any]:
-    """The flags on which a run's trajectory depends, as YAML and JSON hold them."""
-    values = {
-        k: list(v) if isinstance(v, tuple) else v for k, v in configuration.as_dict(config).items() if v is not None
-    }
-    return {name: value for name, value in values.items() if name not in CHANGEABLE}
+def settings(values: dict[str, Any]) -> dict[str, Any]:
+    """Of all flags those on which a run's trajectory depends, as YAML and JSON hold them."""
+    read = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+    return {name: value for name, value in read.items() if value is not None and name not in CHANGEABLE}
 
 
 @contextlib.contextmanager
@@ -112,14 +111,14 @@ def waiting_for(path: Path, world: World) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _check_same_configuration(config: RunConfig, path: Path) -> None:
+def _check_same_configuration(values: dict[str, Any], path: Path) -> None:
     if not path.is_file():
         return
     try:
         earlier = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except (yaml.YAMLError, UnicodeDecodeError):
         raise UserError(f"{path} is damaged: delete it or give another --output_dir") from None
-    now = settings(config)
+    now = settings(values)
     for name in sorted((earlier.keys() | now.keys()) - CHANGEABLE):
         if earlier.get(name) != now.get(name):
             raise UserError(
@@ -144,3 +143,12 @@ def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
     ready = lambda profile: profile.export_chrome_trace(str(path))
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profile:
         yield profile
+
+
+def publish(partial: Path, final: Path, inside: dict[str, Path] | None) -> None:
+    """Gives a finished directory its name, with other finished directories in it; what had the name goes."""
+    for name, directory in (inside or {}).items():
+        directory.rename(partial / name)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)

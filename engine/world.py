@@ -36,10 +36,16 @@ class World:
     device: torch.device
     mesh: DeviceMesh
     store: dist.Store
+    memory: int  # bytes that this rank may fill: its GPU's, or its share of the host's
 
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    @property
+    def cores(self) -> int:
+        """This rank's share of those that may be used."""
+        return max(1, available_cores() // self.size)
 
     def sum(self, x: Tensor) -> Tensor:
         """The sum over all ranks, in place."""
@@ -132,6 +138,11 @@ def on_device(x: Tensor, device: torch.device) -> Tensor:
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
 
 
+def host_memory() -> int:
+    """Bytes of this machine."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
 def available_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -173,7 +184,8 @@ def start(deterministic: bool = False) -> World:
         )
     mesh = init_device_mesh(device.type, (size,), mesh_dim_names=("ranks",))
     store = dist.PrefixStore("triptych", dist.distributed_c10d._get_default_store())
-    return World(rank, size, local_rank, device, mesh, store)
+    memory = torch.cuda.get_device_properties(device).total_memory if cuda else host_memory() // size
+    return World(rank, size, local_rank, device, mesh, store, memory)
 
 
 def _store(rank: int, size: int) -> dist.Store:
@@ -188,7 +200,7 @@ def _store(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def run(command: Callable[[], None]) -> None:
+def main(command: Callable[[], None]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """

@@ -54,10 +54,14 @@ def parser() -> Parser:
         "the fraction that is followed, or 1 only for all")  # fmt: skip
     flags.add_argument("--failures_only", action="store_true", help="print only rows that do not score 1")
     flags.add_argument("--quiet", action="store_true", help="print only the totals")
-    flags.add_argument("--output", type=Path, metavar="FILE", help="also write {line, dataset, score, reason, status} as JSON lines")
+    flags.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write {line, dataset, score, reason, status} as JSON lines"
+    )
     flags.add_argument("--on_bad_row", choices=("skip", "error"), default="skip", help="a row that cannot be judged is listed "
         "and left out, or stops the command")  # fmt: skip
-    flags.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; files of a few rows use none)")
+    flags.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one a core; files of a few rows use none)"
+    )
     return flags
 
 
@@ -78,7 +82,10 @@ def main(arguments: list[str] | None = None) -> int:
     if len(bad) > MAX_LISTED:
         print(f"... and {len(bad) - MAX_LISTED} more bad rows", file=sys.stderr)
     if (bad and options.on_bad_row == "error") or not rows:
-        print(f"{options.file}: {'no row to judge' if not rows else 'stopped by a bad row (--on_bad_row error)'}", file=sys.stderr)
+        print(
+            f"{options.file}: {'no row to judge' if not rows else 'stopped by a bad row (--on_bad_row error)'}",
+            file=sys.stderr,
+        )
         return 2
     verdicts = list(report(rows, judged(rows, options), options))
     if options.output:

@@ -229,10 +229,20 @@ def add_product_(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
     if b_CD.dtype == total_VD.dtype:
         total_VD.addmm_(a_VC, b_CD)
     elif b_CD.is_cuda:  # added within the product, by the tensor cores' own accumulator
-        torch.addmm(total_VD, a_VC, b_CD, out_dtype=total_VD.dtype, out=total_VD)
+        _add_product_(total_VD, a_VC, b_CD)
     else:
         for part in _pieces(slice(0, len(total_VD)), VOCABULARY_ROWS):
             total_VD[part].add_(a_VC[part] @ b_CD)
+
+
+@torch.library.custom_op("triptych::add_product_", mutates_args=("total_VD",))
+def _add_product_(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:
+    torch.addmm(total_VD, a_VC, b_CD, out_dtype=total_VD.dtype, out=total_VD)
+
+
+@_add_product_.register_fake
+def _(total_VD: Tensor, a_VC: Tensor, b_CD: Tensor) -> None:  # torch 2.11's own, of addmm with an out_dtype, is broken
+    return None
 
 
 class _LinearLogprobs(torch.autograd.Function):

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from engine.attention import Packing
+from engine.data.packing import Packing
 
 NAME = "triptych_rollout"
 

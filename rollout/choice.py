@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.flags import SamplingFlags
 from rollout.noise import gumbel
 
 NUCLEUS = 256  # likeliest tokens that top-p looks at first
@@ -39,6 +40,12 @@ class SamplingParams:
     top_p: float = 1.0
     stop_ids: tuple[int, ...] = ()
     stop_strings: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, flags: SamplingFlags, *stop_ids: int) -> SamplingParams:
+        """As the command line says; responses end with one of `stop_ids`."""
+        how = {"temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
+        return cls(max_new_tokens=flags.response_length, stop_ids=stop_ids, **how)
 
     def __post_init__(self) -> None:
         if (

@@ -16,14 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine.batch import MicroBatch, step_batches
-from engine.world import World
+from engine.data.batch import MicroBatch, step_batches
+from engine.world import World, on_device
 from rollout.sampler import Rollout
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """One view of the responses: what is fed, and which positions count. Quacks like `engine.store.Examples`."""
+    """One view of the responses: what is fed, and which positions count. A `Batchable`."""
 
     ids: list[np.ndarray]  # prompt, response (and a placeholder where the end of the response is a state of its own)
     counted: np.ndarray  # of each, at its end
@@ -41,6 +41,10 @@ class Sequences:
         """The rows of some responses, in the given order, of a tensor over the rows of all."""
         parts = values_R.split(self.counted.tolist())
         return torch.cat([parts[e] for e in examples]) if len(examples) else values_R[:0]
+
+    def of(self, batch: MicroBatch, *values_R: Tensor) -> list[Tensor]:
+        """The rows of a micro-batch of each of these tensors, in fp32 on its device."""
+        return [on_device(self.rows(x_R, batch.examples).float(), batch.ids_T.device) for x_R in values_R]
 
 
 class Experience:
@@ -66,6 +70,10 @@ class Experience:
 
     def __len__(self) -> int:
         return len(self.rollouts)
+
+    def counts(self, responses: np.ndarray) -> tuple[int, int]:
+        """(tokens, slots) of some responses."""
+        return int(self.tokens.counted[responses].sum()), int(self.slots.counted[responses].sum())
 
     def on_slots(self, values_R: Tensor) -> Tensor:
         """A tensor over tokens as one over slots, 0 in slots that hold no token."""

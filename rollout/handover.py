@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from engine import lora
-from engine.shards import local
+from engine.model.adapters import lora
+from engine.model.shards import local
 from engine.world import World
 
 
@@ -27,9 +27,14 @@ def skeleton(config: Any, attention_name: str, dtype: torch.dtype, device: torch
     """The family's own modules with uninitialised weights, in eval mode, without gradients."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention_name)
-    lm = lm.to_empty(device=device)
+    for module in lm.modules():  # Module.to_empty would exchange data of parameters, which fake tensors refuse
+        for name, p in module.named_parameters(recurse=False):
+            empty = torch.empty(p.shape, dtype=p.dtype, device=device)
+            setattr(module, name, nn.Parameter(empty, requires_grad=False))
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
     lm.tie_weights()
-    return lm.eval().requires_grad_(False)
+    return lm.eval()
 
 
 @torch.no_grad()

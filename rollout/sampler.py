@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engine import attention
-from engine.model import Policy
+from engine.model import attention
+from engine.model.policy import Policy
 from engine.world import World, on_device
 from rollout import cache as caching
 from rollout import handover
@@ -107,17 +107,21 @@ class Sampler:
         max_length: int,
         slots: int,
         decode: Callable[[list[int]], str] | None = None,
+        backend: str = "auto",
+        make_cache: Callable[[int, int], caching.SlotCache] = caching.SlotCache,
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
         Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once (the
-        cache holds slots x max_length); `decode` ids to text, for stop strings. Raises ValueError.
+        cache holds slots x max_length); `decode` ids to text, for stop strings; `backend` of the prompts' attention;
+        `make_cache` makes a cache of (slots, max_length). Raises ValueError.
         """
         if slots < 1 or max_length < 2:
             raise ValueError(f"slots >= 1 and max_length >= 2, not {slots} and {max_length}")
-        backend, _ = attention.choose_backend("auto", world.device, config, dtype)
+        if backend == "auto":
+            backend, _ = attention.choose_backend("auto", world.device, config, dtype)
         self.lm = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device)
-        self.transform = policy.transform
+        self.transform, self.make_cache = policy.transform, make_cache
         self.world, self.decode = world, decode
         self.slots, self.max_length = slots, max_length
         self.release()
@@ -129,10 +133,9 @@ class Sampler:
 
     def release(self) -> None:
         """Frees the cache; the next `generate` makes it again."""
-        self._cache = caching.SlotCache(self.slots, self.max_length)
-        self._holds: list[bytes | None] = [
-            None
-        ] * self.slots  # the prompt whose keys and values a slot's beginning holds
+        self.cache = self.make_cache(self.slots, self.max_length)
+        # the prompt whose keys and values a slot's beginning holds
+        self._holds: list[bytes | None] = [None] * self.slots
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> list[Rollout]:
         """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream`
@@ -212,10 +215,10 @@ class Sampler:
             if sequence.prompt_name not in source:
                 source[sequence.prompt_name] = slot
                 prefill[slot] = sequence.prompt[:-1]
-        self._prefill(prefill)
+        self.prefill(prefill)
         for slot, sequence in joined:
             if source[sequence.prompt_name] != slot:
-                self._cache.copy(source[sequence.prompt_name], slot, len(sequence.prompt) - 1)
+                self.cache.copy(source[sequence.prompt_name], slot, len(sequence.prompt) - 1)
             self._holds[slot] = sequence.prompt_name
 
     def _close_gaps(self, active: list[_Sequence | None]) -> None:
@@ -225,13 +228,13 @@ class Sampler:
             if active[slot] is not None:
                 slot += 1
             elif (last := active.pop()) is not None:
-                self._cache.copy(len(active), slot, last.position)
+                self.cache.copy(len(active), slot, last.position)
                 active[slot], self._holds[slot] = last, self._holds[len(active)]
 
     # --- forwards
     # -----------------------------------------------------------------------------------------------------------
 
-    def _prefill(self, prompts: dict[int, list[int]]) -> None:
+    def prefill(self, prompts: dict[int, list[int]]) -> None:
         """Runs prompts (by slot) as packed streams of at most PREFILL_TOKENS, or of one prompt."""
         stream: list[tuple[int, list[int]]] = []
         for slot, ids in prompts.items():
@@ -248,9 +251,9 @@ class Sampler:
         lengths = tuple(len(ids) for _, ids in stream)
         rows = [(token, slot, position) for slot, ids in stream for position, token in enumerate(ids)]
         ids_T, slots_T, positions_T = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
-        self._forward(ids_T, caching.Pass(self._cache, slots_T, positions_T, max(lengths), lengths))
+        self.forward(ids_T, caching.Pass(self.cache, slots_T, positions_T, max(lengths), lengths))
 
-    def _forward(self, ids_T: Tensor, rollout: caching.Pass) -> Tensor:
+    def forward(self, ids_T: Tensor, rollout: caching.Pass) -> Tensor:
         body = self.lm.base_model
         return body(
             input_ids=ids_T[None], position_ids=rollout.positions_T[None], use_cache=False, rollout=rollout
@@ -263,8 +266,8 @@ class Sampler:
         ]
         ids_A, slots_A, positions_A, taken_A, keys_A = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
         longest = 1 + max(s.position for s in active)
-        hidden_AD = self._forward(ids_A, caching.Pass(self._cache, slots_A, positions_A, longest))
-        chosen = choose(self._logits(hidden_AD), params, keys_A, taken_A)
+        hidden_AD = self.forward(ids_A, caching.Pass(self.cache, slots_A, positions_A, longest))
+        chosen = choose(self.logits(hidden_AD), params, keys_A, taken_A)
         tokens, logprobs, logprobs_t1 = torch.stack(
             [x.double() for x in chosen]
         ).tolist()  # the one synchronisation of a token
@@ -277,7 +280,7 @@ class Sampler:
                 finished.append((slot, reason))
         return finished
 
-    def _logits(self, hidden_AD: Tensor) -> Tensor:
+    def logits(self, hidden_AD: Tensor) -> Tensor:
         """(A, V) fp32, by the products that the trainer's head takes."""
         weight_VD = self.lm.get_output_embeddings().weight
         if (

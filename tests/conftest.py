@@ -32,6 +32,6 @@ def tuned(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def embedded_dir(tmp_path_factory):
     """The embedded default: its model directory and data files, by name."""
-    from engine.embedded import embedded
+    from engine.data.embedded import embedded
 
     return embedded(tmp_path_factory.mktemp("embedded"))

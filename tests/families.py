@@ -19,6 +19,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from engine.model import Policy, build
+from engine.model.build import How
+from engine.world import World
+
 COMMON = {
     "hidden_size": 32,
     "intermediate_size": 56,
@@ -61,6 +65,12 @@ FAMILIES = {
         {"logits_scaling": 4.0, "embedding_multiplier": 3.0, "residual_multiplier": 0.5, "attention_multiplier": 0.2},
     ),
 }
+
+
+def load(directory: Path, world: World, dtype=torch.float32, backend="sdpa", head="fused", **adapters) -> Policy:
+    """The policy of a directory; `adapters` and `start` as in `How`."""
+    how = How(dtype, backend, head, **adapters)
+    return build.load_policy(directory, build.load_config(directory), world, how)
 
 
 def save_family(name: str, directory: Path, tokenizer_from: Path, max_shard_size: str = "5GB", **changes) -> Path:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 
+from engine.model import export
+
 
 def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -12,7 +14,7 @@ def _die() -> None:
 
 def kill_before_publishing_step_4() -> None:
     """All shards are on disk, the directory has its temporary name."""
-    from engine.checkpoint import Checkpoints
+    from engine.train.checkpoint import Checkpoints
 
     publish = Checkpoints._publish
     Checkpoints._publish = lambda self, partial, step, *rest: (
@@ -21,28 +23,27 @@ def kill_before_publishing_step_4() -> None:
 
 
 def kill_rank_1_while_writing_step_4() -> None:
-    from engine import checkpoint
+    from engine.train import checkpoint
 
     describe, rank = checkpoint._sync_and_describe, os.environ["RANK"]
     checkpoint._sync_and_describe = lambda path: _die() if rank == "1" and "000004" in str(path) else describe(path)
 
 
 def kill_between_steps_7_and_8() -> None:
-    from engine import optim
+    from engine.train import optim
 
     original, count = optim.learning_rate, iter(range(100))
     optim.learning_rate = lambda *args, **options: _die() if next(count) == 7 else original(*args, **options)
 
 
 def kill_while_exporting() -> None:
-    from engine import weights
 
-    weights._save_configs = lambda *args: _die()
+    export._save_configs = lambda *args: _die()
 
 
 def fill_the_disk() -> None:
     """Every write of a checkpoint fails."""
-    from engine import checkpoint
+    from engine.train import checkpoint
 
     def full(path):
         raise OSError(28, "No space left on device")
@@ -68,7 +69,8 @@ def tokenise_slowly() -> None:
     import time
     from datetime import timedelta
 
-    from engine import data, world
+    from engine import world
+    from engine.data import sources as data
 
     world.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
     original = data.open_or_build
@@ -81,38 +83,35 @@ def tokenise_slowly() -> None:
     data.open_or_build = slow
 
 
-def dump_gradients() -> None:
+def dump_gradients(argv: list[str]) -> None:
     """The reduced, unclipped gradients of the first step, whole, beside the run's metrics."""
-    import sys
-
     import torch
 
-    from engine import optim
+    from engine.train import optim
 
-    output_dir = sys.argv_of_stage[sys.argv_of_stage.index("--output_dir") + 1]
-    original = optim.step
+    output_dir = argv[argv.index("--output_dir") + 1]
+    make, original, roots = optim.adamw, optim.step, {}
+
+    def remembering(root, *args):
+        optimizer = make(root, *args)
+        roots[id(optimizer)] = root
+        return optimizer
 
     def dumping(optimizer, *args, **options):
-        import gc
-
-        from engine.model import Policy
-
-        (policy,) = (o for o in gc.get_objects() if isinstance(o, Policy))
-        gradients = {
-            name.removeprefix("lm."): p.grad.full_tensor() for name, p in policy.named_parameters() if p.requires_grad
-        }
+        trained = [(name, p) for name, p in roots[id(optimizer)].named_parameters() if p.requires_grad]
+        gradients = {name.removeprefix("lm."): p.grad.full_tensor() for name, p in trained}
         if os.environ["RANK"] == "0":
             torch.save(gradients, f"{output_dir}/gradients.pt")
         return original(optimizer, *args, **options)
 
-    optim.step = dumping
+    optim.adamw, optim.step = remembering, dumping
 
 
 def write_slowly_and_poison_step_3() -> None:
     """A NaN while the checkpoint of step 2 is being written."""
     import time
 
-    from engine import checkpoint
+    from engine.train import checkpoint
 
     describe = checkpoint._sync_and_describe
     checkpoint._sync_and_describe = lambda path: (time.sleep(0.5), describe(path))[1]
@@ -121,7 +120,7 @@ def write_slowly_and_poison_step_3() -> None:
 
 def fail_on_rank_1_alone() -> None:
     """An error that rank 0 knows nothing of."""
-    from engine import batch
+    from engine.data import batch
     from engine.errors import UserError
 
     original = batch.MicroBatches._begin
@@ -136,7 +135,7 @@ def fail_on_rank_1_alone() -> None:
 
 def interrupt_at_step_5() -> None:
     """Ctrl-C, as a terminal sends it to every process."""
-    from engine import optim
+    from engine.train import optim
 
     original, count = optim.learning_rate, iter(range(100))
 
@@ -148,28 +147,27 @@ def interrupt_at_step_5() -> None:
     optim.learning_rate = interrupted
 
 
-def dump_what_is_held() -> None:
+def dump_what_is_held(argv: list[str]) -> None:
     """Of the policy as it is loaded: bytes of this rank's shards, logits and log-probs of a micro-batch, the whole
     state dict; then gradients.
     """
-    import sys
 
     import numpy as np
     import torch
 
-    from engine import model
-    from engine.batch import micro_batch
-    from engine.shards import whole
+    from engine.data.batch import micro_batch
+    from engine.model import build
+    from engine.model.shards import whole
 
-    output_dir = sys.argv_of_stage[sys.argv_of_stage.index("--output_dir") + 1]
-    original = model.load
+    output_dir = argv[argv.index("--output_dir") + 1]
+    original = build.load_policy
 
-    def dumping(directory, config, world, **options):
-        policy, identity = original(directory, config, world, **options)
+    def dumping(directory, config, world, how):
+        policy = original(directory, config, world, how)
         ids = np.random.Generator(np.random.Philox(key=5)).integers(0, 500, 60)
         batch = micro_batch([(ids, np.ones(60, bool))], (0,), world.device)
         with torch.no_grad():
-            found = {"logits": policy(batch, mode="own_logits"), "logprobs": policy(batch)}
+            found = {"logits": policy.own_logits(batch), "logprobs": policy.logprobs(batch)}
         policy.release()
         held = sum(p.to_local().nbytes for p in policy.parameters())
         state = policy.lm.state_dict()
@@ -177,10 +175,10 @@ def dump_what_is_held() -> None:
             {"held": held, "state": {name: whole(t) for name, t in state.items()}, **found},
             f"{output_dir}/held-{world.rank}.pt",
         )
-        return policy, identity
+        return policy
 
-    model.load = dumping
-    dump_gradients()
+    build.load_policy = dumping
+    dump_gradients(argv)
 
 
 def without_a_compiler() -> None:
@@ -199,7 +197,7 @@ def trace_without_generating_code() -> None:
     import torch
     import torch._dynamo.utils
 
-    from engine import optim
+    from engine.train import optim
 
     compiled, original, counters = torch.compile, optim.step, torch._dynamo.utils.counters
     torch.compile = lambda f, **options: compiled(f, **options, backend="aot_eager")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import inspect
 import multiprocessing
 import os
 import socket
@@ -42,13 +43,14 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
     from engine import config, world
 
     stage = importlib.import_module(module)
-    sys.argv_of_stage = argv  # for hooks
     hook = environment.get("TRIPTYCH_TEST_HOOK")
     if hook:
         name, function = hook.rsplit(":", 1)
-        getattr(importlib.import_module(name), function)()
+        plant = getattr(importlib.import_module(name), function)
+        plant(argv) if inspect.signature(plant).parameters else plant()
     with contextlib.suppress(BrokenPipeError):
-        world.run(lambda: stage.train(config.parse(stage.Config, argv)))
+        entry = stage.evaluate if module == "launch.evaluate" else stage.train
+        world.main(lambda: entry(config.parse(stage.Config, argv)))
 
 
 def start(module: str, argv: list[str], ranks: int, log: Path, hook: str = "") -> list:

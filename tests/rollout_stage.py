@@ -3,31 +3,29 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from engine import model, world
+from engine import world
 from engine.config import flag
 from rollout import Request, Sampler, SamplingParams
+from tests.families import load
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     directory: str = flag("", "the model")
     output: str = flag("", "the file of responses")
-    given: dict = field(default_factory=dict, metadata={"help": None})
 
 
 def train(config: Config) -> None:
     here = world.start()
     directory = Path(config.directory)
-    policy, _ = model.load(
-        directory, model.load_config(directory), here, dtype=torch.float32, backend="sdpa", head="fused"
-    )
+    policy = load(directory, here)
     sampler = Sampler(policy.lm.config, policy, here, dtype=torch.float32, max_length=48, slots=4)
     sampler.load(policy)
     for name, tensor in load_file(directory / "model.safetensors").items():

@@ -18,13 +18,13 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from engine import adamw8bit, optim
-from engine.bnb import bitsandbytes
+from engine.model.bnb import bitsandbytes
+from engine.train import adamw8bit, optim
 from tests import oracles
 from tests.families import save_family
 from tests.ranks import context
 from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
-from tests.test_optim import Alone
+from tests.test_optim import Alone, adamw
 
 pytest.importorskip("bitsandbytes")
 MAPS = {
@@ -44,7 +44,7 @@ def one(
 ) -> tuple[nn.Parameter, adamw8bit.AdamW8bit]:
     generator = torch.Generator().manual_seed(3)
     module = nn.ParameterList([nn.Parameter(torch.randn(shape, generator=generator).to(dtype))])
-    return module[0], optim.adamw(module, decay, "adamw_8bit")
+    return module[0], adamw(module, decay, "adamw_8bit")
 
 
 def step(optimizer: torch.optim.Optimizer, lr: float) -> None:
@@ -132,7 +132,7 @@ def test_to_the_bit_of_bitsandbytes_own_optimizer(dtype, device):
     ours = make()
     theirs = make()
     theirs.load_state_dict(ours.state_dict())
-    optimizer = optim.adamw(ours, 0.1, "adamw_8bit")
+    optimizer = adamw(ours, 0.1, "adamw_8bit")
     groups = [
         {"params": [p for p in theirs.parameters() if (p.dim() < 2) == flat], "weight_decay": 0.0 if flat else 0.1}
         for flat in (False, True)
@@ -183,7 +183,7 @@ def test_what_is_held_in_8_bits_and_what_it_costs(capsys):
     class Speaking(Alone):
         say = staticmethod(print)
 
-    optimizer = optim.adamw(model, 0.0, "adamw_8bit", Speaking())
+    optimizer = adamw(model, 0.0, "adamw_8bit", Speaking())
     said = capsys.readouterr().out
     for p in (p for p in model.parameters() if p.requires_grad):
         p.grad = torch.ones_like(p)
@@ -242,14 +242,15 @@ def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: to
     torch.set_num_threads(1)
     from torch.distributed import destroy_process_group
 
-    from engine import model, world
-    from engine.checkpoint import Checkpoints
-    from engine.shards import local, local_rows, sharded_like, whole
+    from engine import world
+    from engine.model import build
+    from engine.model.shards import local, local_rows, sharded_like, whole
+    from engine.train.checkpoint import Checkpoints
 
     here = world.start()
     module = Module().to(dtype)
-    model.shard(module, nn.ModuleList(), here, dtype)
-    optimizer = optim.adamw(module, 0.1, kind, here)
+    build.shard(module, nn.ModuleList(), here, dtype)
+    optimizer = adamw(module, 0.1, kind, here)
     checkpoints = Checkpoints(
         root / f"{resumed}-{ranks}", here, {"policy": (module, optimizer)}, keep=2, identity={}, settings={}
     )

@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from engine import attention
+from engine.data.packing import Packing
+from engine.model import attention
 from tests import oracles
 
 LENGTHS = (1, 13, 4, 9)
@@ -24,7 +25,7 @@ def stream(heads=4, kv_heads=2, size=8, dtype=torch.float32):
 
 def packed(backend, q, k, v, **options):
     function = attention._packed({"sdpa": attention._sdpa, "eager": attention._eager}[backend])
-    out, _ = function(None, q, k, v, None, packing=attention.Packing.of(LENGTHS, q.device), **options)
+    out, _ = function(None, q, k, v, None, packing=Packing.of(LENGTHS, q.device), **options)
     return out[0]
 
 
@@ -97,7 +98,7 @@ def test_the_operator_of_compiled_layers_is_the_same_function_with_the_same_grad
     for operator in (False, True):
         q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in stream(kv_heads=kv_heads))
         sinks_N = None if sinks is None else sinks.clone().requires_grad_()
-        packing = attention.Packing.of(LENGTHS, q.device)
+        packing = Packing.of(LENGTHS, q.device)
         if operator:
             bounds = torch.cat([packing.bounds, packing.bounds[-1:].expand(3)])
             out, _ = attention._operator(q, k, v, sinks_N, bounds, bounds.clone(), backend, scaling, window, softcap)
@@ -113,7 +114,7 @@ def test_the_operator_keeps_the_contract_of_operators():
     for dtype, sinks in ((torch.float32, True), (torch.bfloat16, False)):
         q, k, v = (x.detach()[0].transpose(0, 1).requires_grad_() for x in stream(dtype=dtype))
         sinks_N = torch.zeros(4, dtype=dtype, requires_grad=True) if sinks else None
-        packing = attention.Packing.of(LENGTHS, q.device)
+        packing = Packing.of(LENGTHS, q.device)
         arguments = (q, k, v, sinks_N, packing.cu_seqlens, packing.bounds, "sdpa", 0.3, 8, None)
         torch.library.opcheck(
             attention._operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
@@ -226,7 +227,7 @@ def test_varlen_is_told_of_grouped_heads_and_gets_them_unrepeated(monkeypatch):
         monkeypatch.setattr(varlen, "varlen_attn", stand_in)
         q, k, v = stream(kv_heads=2)
         attention.packed("varlen")(
-            None, q, k, v, None, packing=attention.Packing.of(LENGTHS, q.device), scaling=0.3, sliding_window=8
+            None, q, k, v, None, packing=Packing.of(LENGTHS, q.device), scaling=0.3, sliding_window=8
         )
         kept_k, kept_v, window, options = seen.pop()
         assert (

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.batch import micro_batch, pack, sum_by_sequence
+from engine.data import packing
+from engine.data.batch import micro_batch, sum_by_sequence
+from engine.data.packing import pack
 
 CPU = torch.device("cpu")
 
@@ -37,14 +39,13 @@ def test_pack_is_level_at_the_size_of_the_recipe():
 
 def test_pack_of_a_whole_dataset_takes_few_attempts():
     """Every second sequence over half the budget, where the volume says nothing of the bins needed."""
-    from engine import batch
 
-    attempts, original = [], batch._emptiest_first
-    batch._emptiest_first = lambda *args: attempts.append(1) or original(*args)
+    attempts, original = [], packing._emptiest_first
+    packing._emptiest_first = lambda *args: attempts.append(1) or original(*args)
     try:
         (bins,) = pack([1100, 700] * 2000, 2048, 1)
     finally:
-        batch._emptiest_first = original
+        packing._emptiest_first = original
     assert sum(map(len, bins)) == 4000 and len(attempts) < 40 and len(bins) <= 2200
 
 

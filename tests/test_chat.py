@@ -16,10 +16,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from engine import chat as chat_module
-from engine.chat import ChatTokenizer, load_tokenizer
+from engine.data import chat as chat_module
+from engine.data.chat import ChatTokenizer, load_tokenizer
+from engine.data.rows import BadRow
 from engine.errors import UserError
-from engine.rows import BadRow
 
 # Templates in the styles of the field, each written for these tests, with what an assistant's turn must spell.
 HEADERS = "{% for m in messages %}{{ '<|start|>' + m.role + '<|sep|>\n\n' + m.content | trim + '<|eot|>' }}{% endfor %}"

@@ -16,17 +16,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import config as configuration
-from engine.config import RunConfig, flag, parse, resolve_batch_size, save
+from engine.config import Flag, as_dict, flags_of, parse, save
 from engine.errors import UserError
+from engine.flags import StageFlags, flag, override
 from launch.dpo import Config as DpoConfig
+from launch.resolve import batch_size_of
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(StageFlags):
     """A stage of the tests. 100% of it."""
 
-    batch_size: int = flag(32, "rows per optimizer step, 5% of them odd")
-    learning_rate: float | None = flag(None, "peak")
+    batch_size: int = override(32, "rows per optimizer step, 5% of them odd")
+    learning_rate: float = override(None)
     threshold: float = flag(0.5, "a number that must be there")
 
 
@@ -51,35 +53,25 @@ def refusal(*argv: str) -> str:
 
 def test_defaults_need_no_argument():
     assert parse(Config, []) == Config()
-    assert parse(Config, []).given == {}
 
 
 def test_command_line_over_yaml_over_default(tmp_path):
     path = recipe(tmp_path, "seed: 7\nbatch_size: 16\nmax_length: 99\n")
     config = parse(Config, ["--seed", "8", "--config", str(path)])
     assert (config.seed, config.batch_size, config.max_seq_length, config.num_train_epochs) == (8, 16, 99, 1)
-    assert config.given == {"seed": "command line", "batch_size": str(path), "max_seq_length": str(path)}
 
 
 @pytest.mark.parametrize("cls", [Config, DpoConfig])
 def test_every_flag_is_read_from_both(cls, tmp_path):
     """An independent table of values by type; each flag by each of its names, on the command line and in a file."""
-    for f in dataclasses.fields(cls):
-        if f.name == "given":
-            continue
-        choices, kind = f.metadata["choices"], str(f.type)
-        word = (
-            choices[-1]
-            if choices
-            else "a 0.5"
-            if f.metadata["many"]
-            else {"b": "true", "i": "3", "f": "0.25", "s": "word"}[kind[0]]
-        )
-        want = ("a", "0.5") if f.metadata["many"] else {"b": True, "i": 3, "f": 0.25}.get(kind[0], word)
-        for name in (f.name, *f.metadata["aliases"]):
+    for f in flags_of(cls).values():
+        words, values = {bool: "true", int: "3", float: "0.25"}, {bool: True, int: 3, float: 0.25}
+        word = f.choices[-1] if f.choices else "a 0.5" if f.many else words.get(f.type, "word")
+        want = ("a", "0.5") if f.many else values.get(f.type, word)
+        for name in (f.name, *f.aliases):
             assert getattr(parse(cls, [f"--{name}", *word.split()]), f.name) == want, name
             assert getattr(parse(cls, ["--config", str(recipe(tmp_path, f"{name}: {word}\n"))]), f.name) == want, name
-            if not f.metadata["many"]:
+            if not f.many:
                 assert getattr(parse(cls, [f"--{name}={word}"]), f.name) == want
 
 
@@ -307,37 +299,34 @@ def test_no_yaml_ends_in_a_traceback(tmp_path_factory, text):
 # -------------------------------------------------------------------------------------------------------
 
 
-def values_of(f: dataclasses.Field) -> st.SearchStrategy:
-    kind = str(f.type)
+def values_of(f: Flag) -> st.SearchStrategy:
     word = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12).filter(
         lambda s: s.strip() and s.lower() not in ("none", "null")
     )
-    if f.metadata["choices"]:
-        strategy = st.sampled_from(f.metadata["choices"])
-    elif f.metadata["many"]:
+    if f.choices:
+        strategy = st.sampled_from(f.choices)
+    elif f.many:
         strategy = st.lists(word, min_size=1, max_size=4).map(tuple)
     else:
-        strategy = {
-            "b": st.booleans(),
-            "i": st.integers(),
-            "f": st.floats(allow_nan=False, allow_infinity=False),
-            "s": word,
-        }[kind[0]]
-    return st.none() | strategy if kind.endswith("None") else strategy
+        numbers = {int: st.integers(), float: st.floats(allow_nan=False, allow_infinity=False)}
+        strategy = {bool: st.booleans(), str: word, **numbers}[f.type]
+    return st.none() | strategy if f.optional else strategy
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.fixed_dictionaries({f.name: values_of(f) for f in dataclasses.fields(DpoConfig) if f.name != "given"}))
+@given(st.fixed_dictionaries({name: values_of(f) for name, f in flags_of(DpoConfig).items()}))
 def test_saved_and_fed_back_is_the_same(tmp_path_factory, values):
     # None is left out of the file, which therefore cannot undo a default; no flag has both
-    assert all(f.default is None for f in dataclasses.fields(DpoConfig) if str(f.type).endswith("None"))
-    config, path = DpoConfig(**values), tmp_path_factory.getbasetemp() / "saved.yaml"
-    save(config, path, {"model_revision": "abc\nseed: 666"})
+    flags = flags_of(DpoConfig).values()
+    assert all(f.default is None for f in flags if f.optional)
+    said_in_another_way = {other for f in flags if values[f.name] is not None for other in f.excludes}
+    config, path = DpoConfig(**values | dict.fromkeys(said_in_another_way)), tmp_path_factory.getbasetemp() / "saved.yaml"
+    save(as_dict(config), path, {"model_revision": "abc\nseed: 666"})
     assert parse(DpoConfig, ["--config", str(path)]) == config
 
 
 def test_facts_are_comments(tmp_path):
-    save(Config(seed=3), tmp_path / "c.yaml", {"world_size": 2})
+    save(as_dict(Config(seed=3)), tmp_path / "c.yaml", {"world_size": 2})
     assert (tmp_path / "c.yaml").read_text().splitlines()[0] == "# world_size: 2"
     assert "learning_rate" not in yaml.safe_load((tmp_path / "c.yaml").read_text())
 
@@ -352,18 +341,25 @@ def test_facts_are_comments(tmp_path):
 def test_batch_size_of_devices_and_accumulation(argv, ranks, want):
     names = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
     words = [w for name, word in zip(names, argv.split(), strict=True) if word != "-" for w in (name, word)]
-    resolved, line = resolve_batch_size(parse(Config, words), ranks)
-    assert resolved.batch_size == want
-    assert (f"--batch_size {want}" in line) == bool(words)
-    assert resolve_batch_size(resolved, ranks) == (resolved, "")  # what config.yaml holds means the same when fed back
+    batch_size, line = batch_size_of(parse(Config, words), ranks)
+    assert batch_size == want and (f"--batch_size {want}" in line) == bool(words)
 
 
-def test_batch_size_said_twice():
-    config = parse(Config, ["--batch_size", "8", "--per_device_train_batch_size", "4"])
-    with pytest.raises(UserError, match="give one of them"):
-        resolve_batch_size(config, 1)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--batch_size", "8", "--per_device_train_batch_size", "4"),
+        ("--gradient_accumulation_steps", "2", "--batch_size", "8"),
+        ("--dataset_name", "x", "--mixer_list", "y", "1.0"),
+    ],
+)
+def test_a_thing_is_said_once(words):
+    assert "are two ways to say one thing: give one of them" in refusal(*words)
+
+
+def test_accumulation_is_greater_than_0():
     with pytest.raises(UserError, match="--gradient_accumulation_steps must be greater than 0, got 0"):
-        resolve_batch_size(parse(Config, ["--gradient_accumulation_steps", "0"]), 1)
+        parse(Config, ["--gradient_accumulation_steps", "0"]).check()
 
 
 # --- help
@@ -408,7 +404,7 @@ def test_percent_signs_in_help(capsys):
 
 def test_the_parser_decides_nothing():
     """Types, defaults and choices are one mechanism for words and YAML: argparse only splits."""
-    parser = configuration._parser(Config, configuration._flags(Config))
+    parser = configuration._parser(Config, configuration.flags_of(Config))
     assert isinstance(parser, argparse.ArgumentParser)
     assert all(a.type is None and a.choices is None and a.default in (None, argparse.SUPPRESS) for a in parser._actions)
     assert math.isclose(parse(Config, ["--threshold", "0.1"]).threshold, 0.1)

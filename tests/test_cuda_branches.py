@@ -15,7 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import losses.kernels
-from engine import attention, log
+from engine import log
+from engine.model import attention
 from losses import logprobs
 from losses.kernels import eager
 from rollout import cache as caching
@@ -178,7 +179,7 @@ def test_a_token_is_chosen_on_the_device(params):
 def test_the_samplers_logits_are_fp32(dtype):
     lm = SimpleNamespace(get_output_embeddings=lambda: SimpleNamespace(weight=cuda(96, 16, dtype=dtype)))
     sampler = SimpleNamespace(lm=lm, transform=logprobs.IDENTITY)
-    assert is_like(Sampler._logits(sampler, cuda(6, 16, dtype=dtype)), (6, 96), torch.float32)
+    assert is_like(Sampler.logits(sampler, cuda(6, 16, dtype=dtype)), (6, 96), torch.float32)
 
 
 def test_decoding_reads_the_cache_in_grouped_heads():
@@ -197,7 +198,7 @@ def test_decoding_reads_the_cache_in_grouped_heads():
 def test_totals_hold_pythons_numbers_on_the_host():
     """A number that went to the device on its own would be a copy from pageable memory, which waits."""
     totals = log.Totals(SimpleNamespace(device=CUDA, sum=lambda x: x))
-    totals.add(loss=cuda(5, dtype=torch.float32), tokens=7)
-    totals.add(loss=cuda(5, dtype=torch.float32), tokens=7)
+    totals.add({"loss": cuda(5, dtype=torch.float32), "tokens": 7})
+    totals.add({"loss": cuda(5, dtype=torch.float32), "tokens": 7})
     assert totals.sums["tokens"] == 14.0 and isinstance(totals.sums["tokens"], float)
     assert is_like(totals.sums["loss"], (), torch.float64)

@@ -193,7 +193,8 @@ def _float64_gradients(runs: Runs) -> dict[str, torch.Tensor]:
     """By transformers in float64, one sequence at a time, the loss written out."""
     from transformers import AutoModelForCausalLM
 
-    from engine.store import Steps, TokenStore
+    from engine.data.mixture import Steps
+    from engine.data.store import TokenStore
 
     lm = AutoModelForCausalLM.from_pretrained(runs.root / "model", attn_implementation="eager", dtype=torch.float64)
     stores = (TokenStore(p) for p in (runs.root / "cache" / "tokens").iterdir() if p.is_dir())

@@ -20,12 +20,12 @@ from tests import ranks
 
 def watch() -> None:
     """In a rank, before the stage: standard error into a file of its own, and a word when weights are loaded."""
-    from engine import model
+    from engine.model import build
 
     log = os.readlink("/proc/self/fd/1")
     os.dup2(os.open(f"{log}.{os.environ['RANK']}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-    load = model.load
-    model.load = lambda *args, **options: print("LOADING WEIGHTS", flush=True) or load(*args, **options)
+    load = build.load_policy
+    build.load_policy = lambda *args, **options: print("LOADING WEIGHTS", flush=True) or load(*args, **options)
 
 
 def watch_with_one_gpu() -> None:

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from engine.interval import accuracy, wilson
+from engine.train.interval import accuracy, wilson
 from tests import ranks
 
 

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from benchmarks import attention as packed
 from benchmarks import loss as heads
 from benchmarks.measure import Unavailable, relative_error
-from engine.attention import BACKENDS
 from engine.errors import UserError
+from engine.model.attention import BACKENDS
 from losses.kernels import eager, fused
 from losses.logprobs import linear_logprobs, linear_loss, naive_logprobs
 from tests.test_kernels import CASES, difference

@@ -5,10 +5,8 @@ same numbers.
 from __future__ import annotations
 
 import collections
-import dataclasses
 import gc
 import weakref
-from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,11 +16,12 @@ import torch._dynamo.utils
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from engine import layers, model, setup, world
-from engine.batch import micro_batch
-from engine.config import RunConfig
-from engine.lora import Adapters
-from tests import needs
+from engine import world
+from engine.data.batch import micro_batch
+from engine.flags import MemoryFlags
+from engine.model import build, layers, offload, sync
+from engine.model.adapters.lora import Adapters
+from tests import families, needs
 from tests.families import save_family
 from tests.ranks import launch
 
@@ -49,16 +48,8 @@ def wide(tmp_path_factory, embedded_dir):
 
 def load(directory, here, adapters=None, **flags):
     """The policy with its layers as the flags have them."""
-    policy, _ = model.load(
-        directory,
-        model.load_config(directory),
-        here,
-        dtype=torch.float32,
-        backend="sdpa",
-        head="fused",
-        adapters=adapters,
-    )
-    setup.transform_layers(policy, dataclasses.replace(RunConfig(), **flags))
+    policy = families.load(directory, here, adapters=adapters)
+    layers.transform_layers(policy, MemoryFlags(**flags))
     return policy
 
 
@@ -69,7 +60,7 @@ def batch_of(*lengths, seed=0):
 
 def loss_and_gradients(policy, batch):
     policy.zero_grad()
-    loss = policy(batch, lambda logprobs, _: -logprobs.sum())
+    loss = policy.loss(batch, lambda logprobs, _: -logprobs.sum())
     loss.backward()
     return loss.detach(), {name: p.grad.full_tensor() for name, p in policy.named_parameters() if p.grad is not None}
 
@@ -103,11 +94,11 @@ class Watch(TorchDispatchMode):
 
 
 def adapters_of(directory, **options):
-    config = model.load_config(directory)
+    config = build.load_config(directory)
     with torch.device("meta"):
         from transformers import AutoModelForCausalLM
 
-        from engine.lora import linears
+        from engine.model.adapters.lora import linears
 
         names = tuple(linears(AutoModelForCausalLM.from_config(config)))
     return Adapters(rank=4, alpha=8.0, rslora=False, modules=names, seed=1, **options)
@@ -134,7 +125,7 @@ def test_recomputation_changes_no_bit_and_holds_less(frozen, wide, here):
         alive = []
         for lengths in ((90, 7, 31), (180, 14, 62)):
             with Watch() as watch:
-                loss = policy(batch_of(*lengths), lambda logprobs, _: -logprobs.sum())
+                loss = policy.loss(batch_of(*lengths), lambda logprobs, _: -logprobs.sum())
                 alive.append(watch.alive())
             loss.backward()
         held[mode] = alive[1] - alive[0]  # what grows with the tokens, not gathered weights
@@ -147,7 +138,7 @@ def test_selective_recomputation_repeats_neither_products_nor_attention(wide, he
     calls = {}
     for mode in MODES:
         policy = load(wide, here, gradient_checkpointing=mode)
-        loss = policy(batch_of(90, 7, 31), lambda logprobs, _: -logprobs.sum())
+        loss = policy.loss(batch_of(90, 7, 31), lambda logprobs, _: -logprobs.sum())
         with Watch() as watch:
             loss.backward()
         calls[mode] = watch.calls
@@ -166,9 +157,8 @@ def test_products_of_few_terms_and_dequantisation_run_again(wide, here):
     """An adapter's product, whose result is as large as the layer's, is not kept beside it."""
     calls = {}
     for mode in MODES:
-        loss = load(wide, here, adapters_of(wide, four_bit=True), gradient_checkpointing=mode)(
-            batch_of(90), lambda logprobs, _: -logprobs.sum()
-        )
+        policy = load(wide, here, adapters_of(wide, four_bit=True), gradient_checkpointing=mode)
+        loss = policy.loss(batch_of(90), lambda logprobs, _: -logprobs.sum())
         with Watch() as watch:
             loss.backward()
         calls[mode] = watch.calls
@@ -189,10 +179,10 @@ def test_products_of_few_terms_and_dequantisation_run_again(wide, here):
 @pytest.fixture
 def loads(monkeypatch):
     """Every load that sets out, and all tensors count as large."""
-    made, original = [], layers._Load.__init__
-    monkeypatch.setattr(layers, "SMALL", 1)
+    made, original = [], offload.SavedTensors.__init__
+    monkeypatch.setattr(offload, "SMALL", 1)
     monkeypatch.setattr(
-        layers._Load, "__init__", lambda self, *args: (original(self, *args), made.append(weakref.ref(self)))[0]
+        offload.SavedTensors, "__init__", lambda self, *args: (original(self, *args), made.append(weakref.ref(self)))[0]
     )
     return made
 
@@ -212,22 +202,21 @@ def test_offloading_changes_no_bit_and_leaves_nothing_behind(mode, wide, here, l
     finally:
         gc.enable()
     with torch.no_grad():
-        offloaded(batches[0])
+        offloaded.logprobs(batches[0])
     assert len(loads) == len(batches) * (WIDE["num_hidden_layers"] - 1)
 
 
 def test_with_full_recomputation_the_inputs_of_layers_are_all_that_moves(wide, here, loads):
     batch = batch_of(90, 7, 31)
     policy = load(wide, here, gradient_checkpointing="full", activation_offload=True)
-    loss = policy(batch, lambda logprobs, _: -logprobs.sum())
+    loss = policy.loss(batch, lambda logprobs, _: -logprobs.sum())
     assert [[tuple(x.shape) for x in ref().host] for ref in loads] == [[(1, 128, WIDE["hidden_size"])]] * 2
     loss.backward()
 
 
 def test_neither_weights_nor_shared_tables_move_and_nothing_moves_twice(wide, here, loads):
     policy = load(wide, here, activation_offload=True)
-    loss = policy(
-        batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum()
+    loss = policy.loss(batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum()
     )  # 130 tokens, which is no width of the model
     weights = {tuple(p.shape) for p in policy.parameters()} | {tuple(p.shape)[::-1] for p in policy.parameters()}
     for load_ in (ref() for ref in loads):
@@ -244,8 +233,8 @@ def test_neither_weights_nor_shared_tables_move_and_nothing_moves_twice(wide, he
 def test_a_graph_that_is_kept_comes_back_twice(loads):
     torch.manual_seed(0)
     blocks = torch.nn.ModuleList(torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Tanh()) for _ in range(3))
-    root = SimpleNamespace(lm=SimpleNamespace(base_model=SimpleNamespace(layers=blocks)), parameters=blocks.parameters)
-    layers.offload_layers(root)
+    root = SimpleNamespace(lm=SimpleNamespace(base_model=SimpleNamespace(layers=blocks)))
+    offload.offload_layers(root, offload.CopyStream(CPU))
     x = torch.randn(5, 8, requires_grad=True)
     y = blocks[2](blocks[1](blocks[0](x)))
     assert [len(ref().host) for ref in loads] == [2, 2]
@@ -282,7 +271,7 @@ def test_compiled_layers_have_no_breaks_and_are_compiled_once(wide, here, traced
         for name in expected:
             torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-4)
         with torch.no_grad():
-            torch.testing.assert_close(policy(batch), plain(batch), rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(policy.logprobs(batch), plain.logprobs(batch), rtol=1e-5, atol=1e-5)
         graphs.append(traced["stats"]["unique_graphs"])
     assert graphs == [2] * len(graphs) and not traced["graph_break"]
 
@@ -324,14 +313,14 @@ def test_without_a_compiler_nothing_is_loaded(embedded_dir, tmp_path):
 RANKS = SimpleNamespace(size=4, device=CPU, gather=lambda x: [x, 2 * x])
 
 
-def chosen_on(monkeypatch, policy, memory, models=1, ranks=RANKS):
+def chosen_on(policy, memory, models=1, ranks=RANKS):
     """By `auto`, where every rank has this memory."""
-    monkeypatch.setattr(model.weights, "host_memory", lambda: ranks.size * memory)
-    return model.choose_gradient_sync("auto", policy, ranks, models)[0]
+    world = SimpleNamespace(**vars(ranks), memory=memory)
+    return sync.choose_gradient_sync("auto", policy, world, models)[0]
 
 
 def test_the_synchronisation_that_fits_is_counted_from_what_is_gathered_and_trained(wide, here, monkeypatch):
-    dense, chosen = load(wide, here), partial(chosen_on, monkeypatch)
+    dense, chosen = load(wide, here), chosen_on
     numbers = dense.num_parameters
     # weights 4 bytes, gradients 4; shards of both and two moments, 16 / 4
     boundaries = {"keep": 2 * 4 * numbers + 4 * numbers, "last": 2 * 8 * numbers + 4 * numbers}
@@ -346,14 +335,14 @@ def test_the_synchronisation_that_fits_is_counted_from_what_is_gathered_and_trai
         chosen(dense, boundaries["keep"] - 4 * numbers + 8) == "keep"
         and chosen(dense, boundaries["keep"] - 4 * numbers - 8) == "every"
     )
-    assert model.choose_gradient_sync("auto", dense, here)[0] == "every" and model.choose_gradient_sync(
+    assert sync.choose_gradient_sync("auto", dense, here)[0] == "every" and sync.choose_gradient_sync(
         "keep", dense, RANKS
     ) == ("keep", "as asked")
 
 
 @needs.bitsandbytes
 def test_the_synchronisation_of_four_bits_is_counted_in_their_bytes(wide, here, monkeypatch):
-    nf4, chosen = load(wide, here, adapters_of(wide, four_bit=True)), partial(chosen_on, monkeypatch)
+    nf4, chosen = load(wide, here, adapters_of(wide, four_bit=True)), chosen_on
     held = sum(p.nbytes for p in nf4.parameters())
     needed = 2 * (held + 4 * nf4.num_trained) + (held + 12 * nf4.num_trained) // 4
     assert held < 3 * nf4.num_parameters and chosen(nf4, needed + 8) == "last" and chosen(nf4, needed - 8) == "keep"
@@ -364,9 +353,9 @@ def test_one_rank_keeps_its_cast_weights_on_a_gpu_where_they_fit(wide, here, mon
     dense = load(wide, here)
     alone, fits = SimpleNamespace(size=1, device=CPU, gather=lambda x: [x]), (16 + 2 * 2) * dense.num_parameters
     dense.gathered_dtype = torch.bfloat16
-    assert chosen_on(monkeypatch, dense, 2 * fits, ranks=alone) == "every"
-    monkeypatch.setattr(model, "local", lambda p: SimpleNamespace(is_cuda=True))
+    assert chosen_on(dense, 2 * fits, ranks=alone) == "every"
+    monkeypatch.setattr(sync, "local", lambda p: SimpleNamespace(is_cuda=True))
     assert (
-        chosen_on(monkeypatch, dense, fits + 8, ranks=alone) == "keep"
-        and chosen_on(monkeypatch, dense, fits - 8, ranks=alone) == "every"
+        chosen_on(dense, fits + 8, ranks=alone) == "keep"
+        and chosen_on(dense, fits - 8, ranks=alone) == "every"
     )

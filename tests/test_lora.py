@@ -15,11 +15,14 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from engine import lora, model, world
-from engine.batch import micro_batch
-from engine.lora import AdaptedLinear, Adapters
+from engine import world
+from engine.data.batch import micro_batch
+from engine.flags import AdapterFlags
+from engine.model import build
+from engine.model.adapters import choose, lora
+from engine.model.adapters.lora import AdaptedLinear, Adapters
 from tests import needs
-from tests.families import FAMILIES, save_family
+from tests.families import FAMILIES, load, save_family
 from tests.ranks import launch
 from tests.test_equivalence import Runs, rows, trajectory, weights_of
 
@@ -69,16 +72,14 @@ def test_forward_and_gradients_are_the_formulas(rslora):
 
 def test_adapters_start_at_the_model_and_depend_on_seed_and_name_alone(here, tmp_path, embedded_dir):
     source = save_family("qwen2", tmp_path / "model", embedded_dir.model)
-    config = model.load_config(source)
-    how = {"dtype": torch.float32, "backend": "sdpa", "head": "fused"}
     modules = ("model.layers.0.self_attn.q_proj", "model.layers.1.mlp.up_proj")
-    plain, _ = model.load(source, config, here, **how)
+    plain = load(source, here)
     found = []
     for seed in (1, 1, 2):
-        policy, _ = model.load(source, config, here, adapters=Adapters(4, 8.0, False, modules, seed), **how)
+        policy = load(source, here, adapters=Adapters(4, 8.0, False, modules, seed))
         found.append({name: p.full_tensor() for name, p in policy.lm.named_parameters() if p.requires_grad})
         batch = micro_batch([(np.arange(5, 25), np.ones(20, bool))], (0,), here.device)
-        assert torch.equal(policy(batch), plain(batch))
+        assert torch.equal(policy.logprobs(batch), plain.logprobs(batch))
     assert set(found[0]) == {f"{m}.lora_{leaf}" for m in modules for leaf in "AB"}
     a0, a1, a2 = (f["model.layers.1.mlp.up_proj.lora_A"] for f in found)
     assert torch.equal(a0, a1) and not torch.equal(a0, a2)
@@ -116,7 +117,7 @@ def peft_adapter(source, directory, **options):
 def test_an_adapter_of_pefts_gives_pefts_numbers_and_comes_back(name, here, tmp_path, embedded_dir):
     from peft import PeftModel
 
-    from engine import adapters as files
+    from engine.model.adapters import files
 
     source = save_family(name, tmp_path / "model", embedded_dir.model)
     options = {"r": 3, "lora_alpha": 5, "use_rslora": name == "qwen2"}
@@ -124,23 +125,18 @@ def test_an_adapter_of_pefts_gives_pefts_numbers_and_comes_back(name, here, tmp_
     if name == "olmo2":
         options["layers_to_transform"] = [1]
     theirs = peft_adapter(source, tmp_path / "peft", **options)
-    config = model.load_config(source)
-
-    class Flags:
-        use_lora, seed, load_in_4bit, double_quant = True, 1, False, False
-
-    chosen = files.choose(Flags, config, tmp_path / "peft", keep_initial=False)
-    how = {"dtype": torch.float32, "backend": "sdpa", "head": "fused"}
-    policy, identity = model.load(source, config, here, adapters=chosen, start=tmp_path / "peft", **how)
+    flags = AdapterFlags(use_lora=True)
+    chosen = choose.choose(flags, build.load_config(source), tmp_path / "peft", keep_initial=False)
+    policy = load(source, here, adapters=chosen, start=tmp_path / "peft")
     ids = np.random.Generator(np.random.Philox(key=3)).integers(2, 500, 30)
     batch = micro_batch([(ids, np.ones(30, bool))], (0,), here.device)
     with torch.no_grad():
         logits = theirs(torch.as_tensor(ids[:-1])[None]).logits[0].float()
         expected = logits.log_softmax(-1).gather(1, torch.as_tensor(ids[1:])[:, None])[:, 0]
-        torch.testing.assert_close(policy(batch), expected, rtol=2e-5, atol=2e-5)
+        torch.testing.assert_close(policy.logprobs(batch), expected, rtol=2e-5, atol=2e-5)
         with lora.using(policy, lora.OFF):
-            assert (policy(batch) - expected).abs().max() > 1e-2  # the adapter matters
-    assert identity.startswith(policy.base_weights + "-adapter-")
+            assert (policy.logprobs(batch) - expected).abs().max() > 1e-2  # the adapter matters
+    assert policy.identity.startswith(policy.base_weights + "-adapter-")
 
     files.save(
         policy.lm,
@@ -449,18 +445,10 @@ def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
     from rollout import handover
 
     source = save_family("llama_biased", tmp_path / "model", embedded_dir.model, **WIDE)
-    config = model.load_config(source)
+    config = build.load_config(source)
     modules = tuple(f"model.layers.{i}.self_attn.{x}_proj" for i in range(2) for x in "qv")
     for four_bit in (False, True):
-        policy, _ = model.load(
-            source,
-            config,
-            here,
-            dtype=torch.float32,
-            backend="sdpa",
-            head="fused",
-            adapters=Adapters(4, 8.0, False, modules, 1, four_bit=four_bit),
-        )
+        policy = load(source, here, adapters=Adapters(4, 8.0, False, modules, 1, four_bit=four_bit))
         for name, p in policy.lm.named_parameters():
             if name.endswith("lora_B"):
                 p.detach().to_local().normal_()
@@ -470,7 +458,7 @@ def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
         ids = batch.ids_T[None]
         with torch.no_grad():
             merged = target(ids).logits[0].log_softmax(-1).gather(1, batch.targets_R[:, None])[:, 0]
-            torch.testing.assert_close(merged, policy(batch), rtol=2e-5, atol=2e-5)
+            torch.testing.assert_close(merged, policy.logprobs(batch), rtol=2e-5, atol=2e-5)
     assert set(lora.dense(policy.lm)) == {n for n, _ in AutoModelForCausalLM.from_pretrained(source).named_parameters()}
     assert all(isinstance(read(), DTensor) for _, read in lora.dense(policy.lm).values())
 

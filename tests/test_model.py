@@ -12,10 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MambaConfig
 
-from engine import layers, model, weights, world
-from engine.batch import micro_batch
+from engine import world
+from engine.data.batch import micro_batch
+from engine.data.packing import Packing
 from engine.errors import UserError
-from tests.families import FAMILIES, save_family
+from engine.model import attention, build, export, layers, weights
+from engine.model import policy as policies
+from losses.logprobs import LogitTransform
+from tests.families import FAMILIES, load, save_family
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 
@@ -31,8 +35,6 @@ def family_dirs(tmp_path_factory, embedded_dir):
     return {name: save_family(name, root / name, embedded_dir[0]) for name in FAMILIES}
 
 
-def load(directory, here, dtype=FP32, backend="sdpa", head="fused"):
-    return model.load(directory, model.load_config(directory), here, dtype=dtype, backend=backend, head=head)
 
 
 def sequences(vocab=512, lengths=(3, 21, 12)):
@@ -48,14 +50,14 @@ def own_logprobs(lm, ids):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_logprobs_and_gradients_are_the_models_own(name, family_dirs, here):
-    policy, _ = load(family_dirs[name], here)
+    policy = load(family_dirs[name], here)
     lm = AutoModelForCausalLM.from_pretrained(family_dirs[name], attn_implementation="eager")
     batch = micro_batch(sequences(), (0, 1, 2), CPU)
-    ours = policy(batch)
+    ours = policy.logprobs(batch)
     theirs = torch.cat([own_logprobs(lm, ids)[torch.as_tensor(mask[1:])] for ids, mask in sequences()])
     torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
-    policy(batch, lambda logprobs, _: -(logprobs**2).sum()).backward()
+    policy.loss(batch, lambda logprobs, _: -(logprobs**2).sum()).backward()
     (-(theirs**2).sum()).backward()
     expected = dict(lm.named_parameters())
     for parameter, p in policy.lm.named_parameters():
@@ -69,9 +71,9 @@ def test_round_trip_is_bitwise(name, family_dirs, here, tmp_path):
     source = tmp_path / "bf16"
     lm = AutoModelForCausalLM.from_pretrained(family_dirs[name], dtype=torch.bfloat16)
     lm.save_pretrained(source)
-    policy, _ = load(source, here)
+    policy = load(source, here)
     tokenizer = AutoTokenizer.from_pretrained(family_dirs[name])
-    weights.export(policy.lm, tokenizer, source, tmp_path / "final", here, dtype=torch.bfloat16, end_of_turn_id=1)
+    export.save_model(policy.lm, tokenizer, source, tmp_path / "final", here, dtype=torch.bfloat16, end_of_turn_id=1)
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert again.dtype == torch.bfloat16 and again.generation_config.eos_token_id == [1]
     assert load_file(source / "model.safetensors").keys() == load_file(tmp_path / "final" / "model.safetensors").keys()
@@ -84,11 +86,11 @@ def test_round_trip_is_bitwise(name, family_dirs, here, tmp_path):
 def test_sharded_files_and_export_in_several_files(embedded_dir, here, tmp_path, monkeypatch):
     source = save_family("llama", tmp_path / "sharded", embedded_dir[0], max_shard_size="40KB")
     assert (source / weights.INDEX).is_file() and len(list(source.glob("*.safetensors"))) > 2
-    policy, fingerprint = load(source, here)
+    policy = load(source, here)
     single = save_family("llama", tmp_path / "single", embedded_dir[0])
-    assert load(single, here)[1] == fingerprint
-    monkeypatch.setattr(weights, "MAX_FILE_BYTES", 50_000)
-    weights.export(
+    assert load(single, here).identity == policy.identity
+    monkeypatch.setattr(export, "MAX_FILE_BYTES", 50_000)
+    export.save_model(
         policy.lm, AutoTokenizer.from_pretrained(source), source, tmp_path / "final", here, dtype=FP32, end_of_turn_id=1
     )
     assert len(list((tmp_path / "final").glob("*.safetensors"))) > 2
@@ -98,7 +100,7 @@ def test_sharded_files_and_export_in_several_files(embedded_dir, here, tmp_path,
 
 
 def test_fingerprint_sees_one_bit_and_two_swapped_rows(family_dirs, here, tmp_path):
-    _, before = load(family_dirs["llama"], here)
+    before = load(family_dirs["llama"], here).identity
     for change in ("bit", "swap"):
         changed = tmp_path / change
         shutil.copytree(family_dirs["llama"], changed)
@@ -109,7 +111,7 @@ def test_fingerprint_sees_one_bit_and_two_swapped_rows(family_dirs, here, tmp_pa
         else:
             weight[[0, 1]] = weight[[1, 0]]
         save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
-        assert load(changed, here)[1] != before
+        assert load(changed, here).identity != before
 
 
 def test_a_checkpoint_of_the_bare_body_is_read_through_transformers(family_dirs, here, tmp_path):
@@ -122,15 +124,14 @@ def test_a_checkpoint_of_the_bare_body_is_read_through_transformers(family_dirs,
         source / "model.safetensors",
         metadata={"format": "pt"},
     )
-    _policy, fingerprint = load(source, here)
-    assert fingerprint == load(family_dirs["qwen2"], here)[1]
+    assert load(source, here).identity == load(family_dirs["qwen2"], here).identity
 
 
 def test_bfloat16_compute_keeps_float32_masters(family_dirs, here):
-    policy, _ = load(family_dirs["llama"], here, dtype=torch.bfloat16)
+    policy = load(family_dirs["llama"], here, dtype=torch.bfloat16)
     batch = micro_batch(sequences(), (0, 1, 2), CPU)
-    exact = load(family_dirs["llama"], here)[0](batch)
-    logprobs = policy(batch)
+    exact = load(family_dirs["llama"], here).logprobs(batch)
+    logprobs = policy.logprobs(batch)
     assert logprobs.dtype == FP32 and 0 < (logprobs - exact).abs().max() < 0.3
     logprobs.sum().backward()
     assert {p.dtype for p in policy.parameters()} == {FP32} and {p.grad.dtype for p in policy.parameters()} == {FP32}
@@ -140,8 +141,8 @@ def test_heads_agree(family_dirs, here):
     batch = micro_batch(sequences(), (0, 1, 2), CPU)
     gradients = []
     for head in ("fused", "naive"):
-        policy, _ = load(family_dirs["gemma2"], here, head=head)
-        policy(batch, lambda logprobs, _: -logprobs.sum()).backward()
+        policy = load(family_dirs["gemma2"], here, head=head)
+        policy.loss(batch, lambda logprobs, _: -logprobs.sum()).backward()
         gradients.append([p.grad.full_tensor() for p in policy.parameters()])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
@@ -150,13 +151,13 @@ def test_heads_agree(family_dirs, here):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_recompute_runs_every_layer_again_in_the_backward_pass(recompute, family_dirs, here):
     """Equal losses alone would not show that the flag does anything."""
-    policy, _ = load(family_dirs["llama"], here)
+    policy = load(family_dirs["llama"], here)
     if recompute:
         layers.recompute_layers(policy)
     calls = []
     for layer in policy.lm.base_model.layers:
         layer.mlp.register_forward_pre_hook(lambda *_: calls.append(1))  # recomputation stops before a layer's end
-    loss = policy(micro_batch(sequences(), (0, 1, 2), CPU), lambda logprobs, _: -logprobs.sum())
+    loss = policy.loss(micro_batch(sequences(), (0, 1, 2), CPU), lambda logprobs, _: -logprobs.sum())
     assert len(calls) == 2
     loss.backward()
     assert len(calls) == (4 if recompute else 2)
@@ -166,7 +167,7 @@ def test_gradient_sync_gathers_and_reduces_as_often_as_it_says_to_the_same_sum(f
     batches = [micro_batch([s], (i,), CPU) for i, s in enumerate(sequences())]
     found = []
     for mode in ("every", "keep", "last"):
-        policy, _ = load(family_dirs["llama"], here)
+        policy = load(family_dirs["llama"], here)
         policy.gradient_sync = mode
         reduced = []
         for p in policy.parameters():
@@ -174,7 +175,7 @@ def test_gradient_sync_gathers_and_reduces_as_often_as_it_says_to_the_same_sum(f
         for i, batch in enumerate(batches):
             last = i == len(batches) - 1
             policy.sync_gradients(last)
-            policy(batch, lambda logprobs, _: -logprobs.sum()).backward()
+            policy.loss(batch, lambda logprobs, _: -logprobs.sum()).backward()
             cut = [isinstance(p, DTensor) for p in policy.parameters()]
             assert all(cut) if last or mode == "every" else not any(cut)
             assert len(reduced) == len(cut) * ((i + 1) if mode != "last" else int(last))
@@ -198,15 +199,15 @@ def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):
 @pytest.mark.parametrize("dtype", [FP32, torch.bfloat16])
 def test_a_decoder_that_leaks_across_sequences_is_refused(dtype, family_dirs, here, monkeypatch):
     """The probe itself: attention that forgets the boundaries must be caught."""
-    one = lambda packing: model.attention.Packing.of([sum(packing.lengths)], CPU)
-    whole = lambda q, k, v, packing, **options: model.attention._eager(q, k, v, one(packing), **options)
-    monkeypatch.setattr(model.attention, "_sdpa", whole)
+    one = lambda packing: Packing.of([sum(packing.lengths)], CPU)
+    whole = lambda q, k, v, packing, **options: attention._eager(q, k, v, one(packing), **options)
+    monkeypatch.setattr(attention, "_sdpa", whole)
     with pytest.raises(UserError, match="LlamaForCausalLM cannot be packed: log-probs of packed sequences differ"):
         load(family_dirs["llama"], here, dtype=dtype)
 
 
 def test_a_logit_scale_that_is_not_known_is_refused(family_dirs, here, monkeypatch):
-    monkeypatch.setattr(model, "_logit_transform", lambda config: model.LogitTransform())
+    monkeypatch.setattr(policies, "_logit_transform", lambda config: LogitTransform())
     with pytest.raises(UserError, match="GraniteForCausalLM cannot be packed"):
         load(family_dirs["granite"], here)
 
@@ -216,7 +217,7 @@ def test_a_multimodal_model_is_refused_by_name(tmp_path):
 
     Gemma3Config(architectures=["Gemma3ForConditionalGeneration"]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="Gemma3ForConditionalGeneration is multimodal"):
-        model.load_config(tmp_path)
+        build.load_config(tmp_path)
 
 
 def test_chunked_attention_is_refused(family_dirs, tmp_path):
@@ -224,7 +225,7 @@ def test_chunked_attention_is_refused(family_dirs, tmp_path):
     config["layer_types"] = ["chunked_attention", "full_attention"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=r"mixes tokens by chunked_attention|no usable config.json"):
-        model.load_config(tmp_path)
+        build.load_config(tmp_path)
 
 
 def damage(directory, what):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from engine import lora, nf4
-from engine.bnb import bitsandbytes
-from engine.lora import AdaptedLinear, Adapters
+from engine.model.adapters import lora, nf4
+from engine.model.adapters.lora import AdaptedLinear, Adapters
+from engine.model.bnb import bitsandbytes
 from tests.families import save_family
 from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
 

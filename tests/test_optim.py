@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from engine import optim
+from engine.flags import OptimizerFlags
+from engine.train import optim
 from tests import needs, oracles
 
 
@@ -20,12 +21,19 @@ class Alone:
     def sum(self, x):
         return x
 
+    def say(self, *lines):
+        pass
+
+
+def adamw(module: nn.Module, decay: float = 0.0, kind: str = "adamw", world=None) -> torch.optim.Optimizer:
+    return optim.adamw(module, OptimizerFlags(weight_decay=decay, optimizer=kind), world or Alone())
+
 
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 def test_adamw_against_scalar_loop(decay):
     model = nn.Linear(3, 2, bias=False).double()
     start = model.weight.detach().flatten().tolist()
-    optimizer = optim.adamw(model, decay)
+    optimizer = adamw(model, decay)
     for t in range(1, 6):
         (model.weight**3).sum().backward()
         optim.step(optimizer, Alone(), lr=0.1 / t, max_norm=0)
@@ -37,7 +45,7 @@ def test_adamw_against_scalar_loop(decay):
 
 def test_norms_and_biases_do_not_decay():
     model = nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))
-    decays = {id(p): g["weight_decay"] for g in optim.adamw(model, 0.3).param_groups for p in g["params"]}
+    decays = {id(p): g["weight_decay"] for g in adamw(model, 0.3).param_groups for p in g["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.3, 0.0, 0.0, 0.0]
 
 
@@ -57,7 +65,7 @@ def test_a_norm_that_is_not_finite_changes_nothing(poison):
     model = nn.Linear(2, 2)
     before = [p.detach().clone() for p in model.parameters()]
     model.weight.grad, model.bias.grad = torch.full((2, 2), poison), torch.ones(2)
-    norm = optim.step(optim.adamw(model, 0.0), Alone(), lr=1.0, max_norm=1.0)
+    norm = optim.step(adamw(model, 0.0), Alone(), lr=1.0, max_norm=1.0)
     assert not math.isfinite(norm)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
@@ -70,7 +78,7 @@ def test_bfloat16_gradients_are_clipped_by_an_exact_norm(kind):
     gradients = [torch.randn(p.shape, generator=generator).bfloat16() for p in model.parameters()]
     exact = math.sqrt(sum(x * x for g in gradients for x in g.flatten().tolist()))
     for scale in (1.0, 0.01):  # far beyond max_norm, and within it
-        optimizer, clipped = optim.adamw(model, 0.0, kind), []
+        optimizer, clipped = adamw(model, 0.0, kind), []
         for p, g in zip(model.parameters(), gradients, strict=True):
             p.grad = g * scale
         optimizer.register_step_pre_hook(
@@ -85,7 +93,7 @@ def test_bfloat16_gradients_are_clipped_by_an_exact_norm(kind):
 def test_frozen_parameters_are_left_out():
     model = nn.Sequential(nn.Linear(70, 70).requires_grad_(False), nn.Linear(70, 3))
     for kind in ("adamw", "adamw_8bit"):
-        assert [p for g in optim.adamw(model, 0.0, kind).param_groups for p in g["params"]] == [
+        assert [p for g in adamw(model, 0.0, kind).param_groups for p in g["params"]] == [
             model[1].weight,
             model[1].bias,
         ]
@@ -102,8 +110,9 @@ def test_schedules_are_those_of_transformers(schedule, warmup_ratio):
     scheduler = get_scheduler(
         name, optimizer, num_warmup_steps=math.ceil(warmup_ratio * steps), num_training_steps=steps
     )
+    flags = OptimizerFlags(learning_rate=2e-3, warmup_ratio=warmup_ratio, lr_scheduler_type=schedule)
     for step in range(steps):
-        ours = optim.learning_rate(step, peak=2e-3, steps=steps, warmup_ratio=warmup_ratio, schedule=schedule)
+        ours = optim.learning_rate(flags, step, steps)
         assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
         optimizer.step()
         scheduler.step()

@@ -20,9 +20,9 @@ WITHOUT = """
 import runpy, sys
 for name in {absent!r}:
     sys.modules[name] = None
-from engine import model
-load = model.load
-model.load = lambda *args, **options: print("LOADING WEIGHTS", flush=True) or load(*args, **options)
+from engine.model import build
+load = build.load_policy
+build.load_policy = lambda *args, **options: print("LOADING WEIGHTS", flush=True) or load(*args, **options)
 sys.argv = {words!r}
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """

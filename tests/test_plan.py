@@ -15,9 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from benchmarks.plan import COMMON, made, measured, words
 from engine.errors import UserError
 from engine.hardware import DEVICES, device
-from engine.ledger import HOST, Ledger
-from engine.rehearsal import flash_attention, visible_pairs
 from launch import plan
+from launch.planner.fakes import flash_attention, visible_pairs
+from launch.planner.ledger import HOST, Ledger
 from tests.ranks import launch
 
 H100 = DEVICES["h100-80gb"]

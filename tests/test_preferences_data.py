@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.chat import load_tokenizer
-from engine.preferences import PairEncoder, conversations
-from engine.rows import BadRow
+from engine.data.chat import load_tokenizer
+from engine.data.preferences import PairEncoder, conversations
+from engine.data.rows import BadRow
 from tests.test_rows import json_values
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,12 +12,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import model, refcache, world
-from engine.chat import load_tokenizer
-from engine.config import RunConfig
-from engine.data import load_examples
-from engine.preferences import PairEncoder
-from engine.refcache import model_identity, reference_logprobs
+from engine import world
+from engine.data.chat import load_tokenizer
+from engine.data.preferences import PairEncoder
+from engine.data.sources import load_examples
+from engine.errors import UserError
+from engine.flags import MemoryFlags, MixtureFlags
+from engine.train import refcache
+from engine.train.refcache import reference_logprobs
+from tests.families import load
 
 CPU, FP32 = torch.device("cpu"), torch.float32
 ROWS = 60
@@ -39,7 +43,7 @@ def setting(tmp_path, embedded_dir):
 def pairs_of(setting, here, max_seq_length=2048, last=True):
     source, path, cache = setting
     chat = load_tokenizer(source, 512)
-    config = RunConfig(max_seq_length=max_seq_length, cache_dir=str(cache))
+    config = MixtureFlags(max_seq_length=max_seq_length, cache_dir=str(cache))
     encode = lambda source: PairEncoder(chat, max_seq_length, last)
     return load_examples(
         [(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last}
@@ -50,11 +54,11 @@ class Counting:
     """A policy that counts the sequences it is asked for."""
 
     def __init__(self, policy):
-        self.policy, self.sequences = policy, 0
+        self.policy, self.sequences, self.identity = policy, 0, policy.identity
 
-    def __call__(self, batch):
+    def logprobs(self, batch):
         self.sequences += len(batch.lengths)
-        return self.policy(batch)
+        return self.policy.logprobs(batch)
 
     def release(self):
         self.policy.release()
@@ -62,19 +66,14 @@ class Counting:
 
 def reference(setting, here, pairs=None, used=None, dtype=FP32, backend="sdpa", budget=1000):
     source, _, cache = setting
-    config = model.load_config(source)
-    policy, fingerprint = model.load(source, config, here, dtype=dtype, backend=backend, head="fused")
+    policy = load(source, here, dtype=dtype, backend=backend)
+    memory = MemoryFlags(micro_batch_tokens=budget)
+    how = SimpleNamespace(backend=backend)
+    base = SimpleNamespace(config=policy.lm.config, dtype=dtype, how=how, memory=memory)
     pairs = pairs or pairs_of(setting, here)
     counting = Counting(policy)
-    found = reference_logprobs(
-        counting,
-        pairs,
-        np.arange(len(pairs)) if used is None else used,
-        here,
-        cache_dir=cache,
-        micro_batch_tokens=budget,
-        identity=model_identity(fingerprint, config, dtype, backend),
-    )
+    used = np.arange(len(pairs)) if used is None else used
+    found = reference_logprobs(counting, base, pairs, used, here, cache_dir=str(cache))
     assert found.computed == counting.sequences
     return found
 
@@ -217,7 +216,7 @@ def test_a_broken_reference_is_never_cached(setting, here):
     tensors["model.norm.weight"] *= np.float32(1e30)
     tensors["lm_head.weight"] *= np.float32(1e30)
     save_file(tensors, setting[0] / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(model.UserError):
+    with pytest.raises(UserError):
         reference(setting, here)
     assert not list((setting[2] / "reference").rglob("rows-*"))
 

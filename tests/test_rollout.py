@@ -14,12 +14,13 @@ import torch
 import transformers
 from transformers import AttentionInterface, AutoModelForCausalLM
 
-from engine import attention, model, world
-from engine.batch import micro_batch
+from engine import world
+from engine.data.batch import micro_batch
+from engine.model import Policy, attention
 from rollout import Request, Rollout, Sampler, SamplingParams
 from rollout import cache as caching
 from tests import ranks
-from tests.families import COMMON, FAMILIES, save_family
+from tests.families import COMMON, FAMILIES, load, save_family
 from tests.test_rollout_choice import oracle
 
 FP32, VOCAB = torch.float32, 512
@@ -39,9 +40,7 @@ def families(tmp_path_factory, embedded_dir, here):
     def get(name: str):
         if name not in made:
             directory = save_family(name, root / name, embedded_dir[0])
-            policy, _ = model.load(
-                directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused"
-            )
+            policy = load(directory, here, dtype=FP32)
             made[name] = directory, policy
         return made[name]
 
@@ -136,7 +135,7 @@ def test_greedy_is_generate_for_families_never_prepared_for(name, here):
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**(COMMON | MORE_FAMILIES[name]))
     lm = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    policy, stops = model.Policy(lm, "fused"), set(range(0, VOCAB, 16))
+    policy, stops = Policy(lm, "fused"), set(range(0, VOCAB, 16))
     sampler = Sampler(config, policy, here, dtype=FP32, max_length=64, slots=3)
     sampler.load(policy)
     assert [r.response_ids.tolist() for r in greedy(sampler, stops)] == [
@@ -154,9 +153,7 @@ def test_on_cuda(name, families, here):
     assert [r.response_ids.tolist() for r in greedy(make_sampler(families, here, name), {1})] == [
         ids for ids in expected for _ in range(2)
     ]
-    policy, _ = model.load(
-        directory, model.load_config(directory), here, dtype=torch.bfloat16, backend="sdpa", head="fused"
-    )
+    policy = load(directory, here, dtype=torch.bfloat16)
     sampler = Sampler(policy.lm.config, policy, here, dtype=torch.bfloat16, max_length=64, slots=3)
     sampler.load(policy)
     rollouts = sampler.generate(requests_of(samples=2), SamplingParams(max_new_tokens=14), seed=0, step=0)
@@ -173,7 +170,7 @@ def trainers_logprobs(policy, rollouts: list[Rollout]) -> list[np.ndarray]:
         mask[len(r.prompt_ids) :] = True
         sequences.append((np.concatenate([r.prompt_ids, r.response_ids]), mask))
     with torch.no_grad():
-        flat = policy(micro_batch(sequences, range(len(sequences)), next(policy.parameters()).device)).cpu().numpy()
+        flat = policy.logprobs(micro_batch(sequences, range(len(sequences)), next(policy.parameters()).device)).cpu().numpy()
     policy.release()
     return np.split(flat, np.cumsum([len(r.response_ids) for r in rollouts])[:-1])
 
@@ -239,7 +236,7 @@ def test_load_casts_to_the_compute_dtype(families, here):
 
 def test_load_hands_over_new_weights_at_the_same_addresses(families, here, tmp_path, embedded_dir):
     directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0])
-    policy, _ = model.load(directory, model.load_config(directory), here, dtype=FP32, backend="sdpa", head="fused")
+    policy = load(directory, here, dtype=FP32)
     sampler = Sampler(policy.lm.config, policy, here, dtype=FP32, max_length=64, slots=4)
     sampler.load(policy)
     addresses = [p.data_ptr() for p in sampler.lm.parameters()]
@@ -329,15 +326,15 @@ def test_longest_expected_first_and_streaming(families, here):
 def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch):
     sampler = make_sampler(families, here, slots=3)
     seen = []
-    inner = sampler._prefill
+    inner = sampler.prefill
     monkeypatch.setattr(
-        sampler, "_prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot))
+        sampler, "prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot))
     )
     sampler.generate(requests_of(samples=5), SamplingParams(max_new_tokens=6), seed=0, step=0)
     assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts())
     for cache in (
-        *sampler._cache.keys.values(),
-        *sampler._cache.values.values(),
+        *sampler.cache.keys.values(),
+        *sampler.cache.values.values(),
     ):  # memory: slots x max_length, no more
         assert cache.shape == (3, 2, 64, 8)
 

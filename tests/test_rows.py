@@ -9,10 +9,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from engine import rows
+from engine.data import rows
+from engine.data.preferences import conversations
+from engine.data.rows import BadRow, open_source
 from engine.errors import UserError
-from engine.preferences import conversations
-from engine.rows import BadRow, open_source
 
 USER, BOT = {"role": "user", "content": "Who?"}, {"role": "assistant", "content": "She."}
 GOOD = {"chosen": [USER, BOT], "rejected": [USER, {"role": "assistant", "content": "He."}]}

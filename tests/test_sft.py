@@ -9,8 +9,8 @@ import pytest
 import torch
 import yaml
 
-from engine.conversations import ConversationEncoder, conversation, first_form, form_of
-from engine.rows import BadRow, Source
+from engine.data.conversations import ConversationEncoder, conversation, first_form, form_of
+from engine.data.rows import BadRow, Source
 from losses.sft import denominator, sft, token_weights
 from tests.families import save_family
 from tests.ranks import launch
@@ -91,7 +91,7 @@ def test_bad_rows_name_the_field(row, said):
 
 
 def test_two_forms_in_one_file(embedded_dir):
-    from engine.chat import load_tokenizer
+    from engine.data.chat import load_tokenizer
 
     encode = ConversationEncoder(load_tokenizer(embedded_dir.model, 512), 100, "messages")
     with pytest.raises(BadRow, match="the file begins with messages, this row has prompt, completion"):
@@ -101,7 +101,7 @@ def test_two_forms_in_one_file(embedded_dir):
 
 
 def test_a_conversation_without_an_assistant_is_dropped(embedded_dir):
-    from engine.chat import load_tokenizer
+    from engine.data.chat import load_tokenizer
 
     encode = ConversationEncoder(load_tokenizer(embedded_dir.model, 512), 100, "messages")
     assert encode({"messages": [USER]}) == "no trained token within 100 tokens"

@@ -24,26 +24,65 @@ def _module(logits_CV: Tensor):
 
 def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """(log sum exp, log-prob of the target, entropy or None) of every row; the logits are left as they are."""
-    return _module(logits_CV).logits_statistics(logits_CV, targets_C, entropy)
+    lse_C, logprobs_C, entropy_C = _statistics(logits_CV, targets_C, entropy)
+    return lse_C, logprobs_C, entropy_C if entropy else None
 
 
 def logits_gradient_(
-    logits_CV,
-    lse_C,
-    targets_C,
-    logprob_grad_C,
-    entropy_C=None,
-    entropy_grad_C=None,
-    softcap=None,
-    scale=1.0,
-    into_CV=None,
+    logits_CV: Tensor,
+    lse_C: Tensor,
+    targets_C: Tensor,
+    logprob_grad_C: Tensor,
+    entropy_C: Tensor | None = None,
+    entropy_grad_C: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    into_CV: Tensor | None = None,
 ) -> None:
     """Overwrites (soft-capped) logits with the gradient of the loss with respect to the logits before scale and
     soft-cap.
 
-    dL/dz_v = scale [dL/dlogp (1[v = y] - p_v) - dL/dH p_v (log p_v + H)],  times 1 - (z_v / softcap)^2 where there is a soft-cap.
-    Given `into_CV`, the gradient goes there, in its dtype, and the logits may hold anything afterwards.
+    dL/dz_v = scale [dL/dlogp (1[v = y] - p_v) - dL/dH p_v (log p_v + H)]
+
+    times 1 - (z_v / softcap)^2 where there is a soft-cap. Given `into_CV`, the gradient goes there, in its dtype, and the
+    logits may hold anything afterwards.
     """
-    _module(logits_CV).logits_gradient_(
-        logits_CV, lse_C, targets_C, logprob_grad_C, entropy_C, entropy_grad_C, softcap, scale, into_CV
-    )
+    entropies = entropy_C, entropy_grad_C
+    _gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, *entropies, softcap, scale, into_CV)
+
+
+# As operators, so that they have a shape without numbers: `launch.plan` runs on fake tensors.
+
+
+@torch.library.custom_op("triptych::logits_statistics", mutates_args=())
+def _statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    lse_C, logprobs_C, entropy_C = _module(logits_CV).logits_statistics(logits_CV, targets_C, entropy)
+    return lse_C, logprobs_C, logits_CV.new_empty(0) if entropy_C is None else entropy_C
+
+
+@_statistics.register_fake
+def _(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
+    C = len(logits_CV)
+    return logits_CV.new_empty(C), logits_CV.new_empty(C), logits_CV.new_empty(C if entropy else 0)
+
+
+@torch.library.custom_op("triptych::logits_gradient_", mutates_args=("logits_CV", "into_CV"))
+def _gradient_(
+    logits_CV: Tensor,
+    lse_C: Tensor,
+    targets_C: Tensor,
+    logprob_grad_C: Tensor,
+    entropy_C: Tensor | None,
+    entropy_grad_C: Tensor | None,
+    softcap: float | None,
+    scale: float,
+    into_CV: Tensor | None,
+) -> None:
+    of_entropy = entropy_C, entropy_grad_C
+    how = softcap, scale, into_CV
+    _module(logits_CV).logits_gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, *of_entropy, *how)
+
+
+@_gradient_.register_fake
+def _(logits_CV, *others) -> None:
+    return None

@@ -1,0 +1,25 @@
+"""Rows to micro-batches: forms, chat templates, tokenising, stores, steps, packing. Start reading at sources.py."""
+
+from engine.data.batch import MicroBatch, sum_by_sequence
+from engine.data.chat import ChatTokenizer
+from engine.data.embedded import embedded
+from engine.data.mixture import Steps, permutation
+from engine.data.prompts import Prompt, fingerprint_of
+from engine.data.sources import prompts_of, read_conversations, read_pairs, read_prompts
+from engine.data.store import Examples
+
+__all__ = [
+    "ChatTokenizer",
+    "embedded",
+    "prompts_of",
+    "Examples",
+    "MicroBatch",
+    "Prompt",
+    "Steps",
+    "fingerprint_of",
+    "permutation",
+    "read_conversations",
+    "read_pairs",
+    "read_prompts",
+    "sum_by_sequence",
+]

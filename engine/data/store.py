@@ -1,0 +1,201 @@
+"""Tokenised examples on disk, memory-mapped: built once, keyed by everything that determines them, shared by ranks and
+runs.
+
+A store is a directory of raw little-endian arrays: `ids` (int32) and `mask` (bool) of all sequences end to end,
+`offsets` (int64, N + 1), `keys` (N x 16 bytes: a hash of each sequence's ids and mask, the reference cache's address),
+`counts` (int32: trained tokens of each sequence), and a header.json. It is built under a temporary name and renamed
+when complete, so a killed build leaves nothing that is read, and under a lock, so that runs that start together build
+it once. A damaged one is named and built again; what is read of an example is compared with its keys.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.data.rows import Source
+from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
+from engine.errors import UserError
+
+VERSION = 3  # of the encoding: raise it when the same rows would give other ids or masks
+
+
+class Damaged(Exception):
+    """A store that is not what was written."""
+
+
+class TokenStore:
+    """N sequences, `per_example` of them to an example (preference pairs: chosen, rejected). Raises Damaged."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        try:
+            self.header: dict[str, Any] = json.loads((directory / "header.json").read_text(encoding="utf-8"))
+            self.per_example: int = self.header["per_example"]
+            self.offsets = _map(directory / "offsets", np.int64)
+            self.ids = _map(directory / "ids", np.int32)
+            self.mask = _map(directory / "mask", np.bool_)
+            self.keys = _map(directory / "keys", np.dtype("V16"))
+            self.counts = _map(directory / "counts", np.int32)
+            sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
+            same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
+            whole_examples = len(self.keys) % self.per_example == 0
+            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list")]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise Damaged(str(error)) from None
+        rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
+        if not rising or not whole_examples or len(sizes) > 1 or len(same) > 1:
+            raise Damaged("its arrays do not fit together")
+
+    def __len__(self) -> int:
+        return (len(self.offsets) - 1) // self.per_example
+
+    def sequences(self, example: int) -> Encoded:
+        first = example * self.per_example
+        bounds = self.offsets[first : first + self.per_example + 1]
+        found = [(self.ids[a:b], self.mask[a:b]) for a, b in pairwise(bounds)]
+        expected = zip(self.example_keys(example), self.counts[first : first + self.per_example], strict=True)
+        if [(sequence_key(ids, mask), mask[1:].sum()) for ids, mask in found] != [
+            (key.tobytes(), count) for key, count in expected
+        ]:
+            raise UserError(f"{self.directory}: damaged at example {example}: delete it, it will be made again")
+        return found
+
+    def example_keys(self, example: int) -> np.ndarray:
+        return self.keys[example * self.per_example : (example + 1) * self.per_example]
+
+    def tokens(self) -> np.ndarray:
+        """Tokens that each example feeds to the model (its last token is only a target)."""
+        return np.diff(self.offsets).reshape(-1, self.per_example).sum(1) - self.per_example
+
+
+class Examples:
+    """Examples of one or several stores under one numbering, which is a mixture's or simply all of them."""
+
+    def __init__(self, stores: Sequence[TokenStore], chosen: Sequence[np.ndarray]) -> None:
+        self.stores = stores
+        self._store = np.concatenate([np.full(len(index), s, np.int32) for s, index in enumerate(chosen)])
+        self._index = np.concatenate(chosen)
+        self.tokens = np.concatenate([store.tokens()[index] for store, index in zip(stores, chosen, strict=True)])
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def sequences(self, example: int) -> Encoded:
+        return self.stores[self._store[example]].sequences(int(self._index[example]))
+
+    def keys(self, examples: np.ndarray) -> np.ndarray:
+        """The sequences' keys of some examples, (N, per_example) of 16 bytes."""
+        return self._gather("keys", examples)
+
+    def counts(self, examples: np.ndarray) -> np.ndarray:
+        """The trained tokens of some examples' sequences, (N, per_example) int32."""
+        return self._gather("counts", examples)
+
+    def _gather(self, name: str, examples: np.ndarray) -> np.ndarray:
+        per_example = self.stores[0].per_example
+        arrays = [getattr(store, name) for store in self.stores]
+        out = np.empty((len(examples), per_example), arrays[0].dtype)
+        for s, array in enumerate(arrays):
+            mine = self._store[examples] == s
+            out[mine] = array.reshape(-1, per_example)[self._index[examples[mine]]]
+        return out
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the examples and their order."""
+        digest = hashlib.sha256(self._store.tobytes() + self._index.tobytes())
+        for store in self.stores:
+            digest.update(store.header["key"].encode())
+        return digest.hexdigest()
+
+
+def _map(path: Path, dtype: Any) -> np.ndarray:
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
+
+
+def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
+    """`directory` with what `build(temporary directory)` puts there, unless `is_whole()`; runs that start together
+    build it once.
+    """
+    directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with open(directory.parent / f".{directory.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here; a killed builder's lock goes with it
+        if is_whole():
+            return
+        partial = directory.parent / f".{directory.name}.partial"
+        for stale in (partial, directory):
+            shutil.rmtree(stale, ignore_errors=True)
+        partial.mkdir()
+        try:
+            build(partial)
+            partial.rename(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def open_or_build(
+    root: Path,
+    source: Source,
+    encode: Encoder,
+    determinants: dict[str, Any],
+    per_example: int,
+    on_bad_row: str,
+    workers: int = 1,
+) -> TokenStore:
+    """The store of `source` under `root`, built if it is not there. Raises UserError.
+
+    `encode(row)` gives an example's sequences, or a word for why the row is dropped (counted), or raises BadRow
+    (listed; with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result.
+    """
+    key = hashlib.sha256(
+        json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()
+    ).hexdigest()
+    directory = root / key[:32]
+
+    def is_whole() -> bool:
+        if not directory.exists():
+            return False
+        try:
+            return TokenStore(directory).header["key"] == key
+        except Damaged as damage:
+            tqdm.write(f"{directory}: damaged ({damage}), tokenising again")
+            return False
+
+    def build(partial: Path) -> None:
+        header = tokenise(partial, source, encode, on_bad_row, workers)
+        (partial / "header.json").write_text(
+            json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8"
+        )
+
+    build_once(directory, is_whole, build)
+    store = TokenStore(directory)
+    store.header["name"] = source.name  # the same rows may stand under another name by now
+    if store.header["bad_rows"] and on_bad_row == "error":
+        raise UserError(source.name + store.header["bad_list"][0])
+    return store
+
+
+def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
+    """What a user should know of the rows: kept, dropped and why, bad and where."""
+    for store in stores:
+        h = store.header
+        dropped = "".join(f", {n} dropped ({why})" for why, n in h["dropped"].items())
+        bad = f", {h['bad_rows']} bad" if h["bad_rows"] else ""
+        yield f"{h['name']}: {h['rows']} rows, {len(store)} kept{dropped}{bad}"
+        yield from (f"  bad row {h['name']}{line}" for line in h["bad_list"])
+        if h["bad_rows"] > len(h["bad_list"]):
+            yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
+
+
+# --- which examples, in which order
+# -------------------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""Rows → arrays of token ids, masks and keys, streamed to files: parallel, in order, in bounded memory.
+
+The main process reads; chunks of rows are encoded here, or, once a source has shown that it is large, by worker
+processes; a few chunks are under way at a time, so memory does not grow with the dataset, and the files do not depend
+on the workers.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from engine.data.rows import BadRow, Source
+from engine.errors import UserError
+
+CHUNK_ROWS = 256
+ROWS_BEFORE_WORKERS = 16_384  # starting workers takes seconds: what is encoded sooner than that stays in this process
+LISTED = 20
+Encoded = list[tuple[np.ndarray, np.ndarray]]
+Encoder = Callable[[dict], Encoded | str]
+Rows = list[tuple[str, dict | BadRow]]
+
+
+def sequence_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
+    """16 bytes that address a sequence by its content."""
+    content = np.ascontiguousarray(ids, "<i4").tobytes() + np.ascontiguousarray(mask, np.bool_).tobytes()
+    return hashlib.blake2b(content, digest_size=16).digest()
+
+
+@dataclass
+class Chunk:
+    """What became of some rows, as bytes ready for the files."""
+
+    rows: int = 0
+    arrays: dict[str, bytearray] = field(
+        default_factory=lambda: {name: bytearray() for name in ("ids", "mask", "keys", "counts", "lengths")}
+    )
+    dropped: collections.Counter = field(default_factory=collections.Counter)
+    bad: list[tuple[str, str]] = field(default_factory=list)
+
+
+def encode_rows(encode: Encoder, rows: Rows) -> Chunk:
+    chunk = Chunk(rows=len(rows))
+    for place, row in rows:
+        try:
+            if isinstance(row, BadRow):
+                raise row
+            sequences = encode(row)
+        except BadRow as bad:
+            chunk.bad.append((place, str(bad)))
+            continue
+        if isinstance(sequences, str):
+            chunk.dropped[sequences] += 1
+            continue
+        for ids, mask in sequences:
+            chunk.arrays["ids"] += np.ascontiguousarray(ids, "<i4").tobytes()
+            chunk.arrays["mask"] += np.ascontiguousarray(mask, np.bool_).tobytes()
+            chunk.arrays["keys"] += sequence_key(ids, mask)
+            chunk.arrays["counts"] += np.int32(mask[1:].sum()).tobytes()
+            chunk.arrays["lengths"] += np.int32(len(ids)).tobytes()
+    return chunk
+
+
+def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, workers: int) -> dict[str, Any]:
+    """Writes the files of a store and returns its header. Raises UserError for the first bad row if `on_bad_row` is
+    'error'.
+    """
+    header: dict[str, Any] = {"rows": 0, "sequences": 0, "bad_rows": 0, "bad_list": []}
+    dropped: collections.Counter = collections.Counter()
+    offset = 0
+    with ExitStack() as stack:
+        files = {
+            name: stack.enter_context(open(directory / name, "wb"))
+            for name in ("ids", "mask", "keys", "counts", "offsets")
+        }
+        bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", delay=2, leave=False))
+        files["offsets"].write(np.int64(0).tobytes())
+        for chunk in stack.enter_context(_Chunks(source.rows(), encode, workers)):
+            if chunk.bad and on_bad_row == "error":
+                place, message = chunk.bad[0]
+                raise UserError(f"{source.name}{place}: {message}")
+            lengths = np.frombuffer(chunk.arrays["lengths"], np.int32)
+            files["offsets"].write((offset + np.cumsum(lengths, dtype=np.int64)).tobytes())
+            offset += int(lengths.sum())
+            for name in ("ids", "mask", "keys", "counts"):
+                files[name].write(chunk.arrays[name])
+            dropped += chunk.dropped
+            header["rows"] += chunk.rows
+            header["sequences"] += len(lengths)
+            header["bad_rows"] += len(chunk.bad)
+            header["bad_list"] += [
+                f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
+            ]
+            bar.update(chunk.rows)
+    return header | {"dropped": dict(dropped)}
+
+
+_encode: Encoder | None = None  # of a worker process, set once when it starts
+
+
+def _start_worker(encode: Encoder) -> None:
+    global _encode
+    _encode = encode
+
+
+def _work(rows: Rows) -> Chunk:
+    return encode_rows(_encode, rows)
+
+
+class _Chunks:
+    """Iterates over the chunks of `rows` in order; leaving it ends the workers."""
+
+    def __init__(self, rows: Iterable[tuple[str, dict | BadRow]], encode: Encoder, workers: int) -> None:
+        self.rows, self.encode, self.workers = iter(rows), encode, workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> Iterator[Chunk]:
+        return self._iterate()
+
+    def __exit__(self, *_: Any) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _next_rows(self) -> Rows:
+        return list(islice(self.rows, CHUNK_ROWS))
+
+    def _iterate(self) -> Iterator[Chunk]:
+        for _ in range(ROWS_BEFORE_WORKERS // CHUNK_ROWS if self.workers > 1 else 2**62):
+            if not (rows := self._next_rows()):
+                return
+            yield encode_rows(self.encode, rows)
+        if not (first := self._next_rows()):
+            return
+        context = multiprocessing.get_context(
+            "forkserver"
+        )  # this process has threads, and a fork would copy their locks
+        self._pool = ProcessPoolExecutor(
+            self.workers, mp_context=context, initializer=_start_worker, initargs=(self.encode,)
+        )
+        under_way: collections.deque = collections.deque()
+        for rows in chain([first], iter(self._next_rows, [])):
+            under_way.append(self._pool.submit(_work, rows))
+            if len(under_way) > 3 * self.workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()

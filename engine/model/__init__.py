@@ -1,0 +1,15 @@
+"""Decoders of transformers, packed, sharded, adapted, loaded and exported. Start reading at open.py and policy.py."""
+
+from engine.model.open import Base, check_value_model, load_policy, load_untrained, load_value_model, open_model
+from engine.model.policy import Policy, ValueModel
+
+__all__ = [
+    "Base",
+    "Policy",
+    "ValueModel",
+    "check_value_model",
+    "load_policy",
+    "load_untrained",
+    "load_value_model",
+    "open_model",
+]

@@ -1,0 +1,233 @@
+"""Adapters as files: PEFT's format in and out.
+
+An adapter's directory has adapter_config.json and adapter_model.safetensors with `base_model.model.NAME.lora_A.weight`
+(r, I) and `...lora_B.weight` (O, r); ours also has base.json, the fingerprint and form (dense, NF4) of the weights it
+was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from engine.errors import UserError, nearest
+from engine.model.adapters import lora
+from engine.model.adapters.lora import Adapters
+from engine.model.shards import whole
+from engine.run import publish
+from engine.world import World
+
+CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+FORM = "form"  # key of base.json: of the frozen weights, '' or nf4 or nf4-double
+# of LoraConfig, what may be set without meaning anything but plain LoRA on the weights as they are
+HARMLESS = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "runtime_config",
+    "target_modules",
+    "task_type",
+    "use_rslora",
+}
+PLAIN_STARTS = (
+    None,
+    True,
+    False,
+    "gaussian",
+    "orthogonal",
+    "eva",
+)  # ways to initialise that leave the model's weights alone
+KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<leaf>[AB])\.weight")
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Raises UserError for anything but plain LoRA."""
+    try:
+        described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        kind, rank, alpha, rslora = (
+            described["peft_type"],
+            described["r"],
+            described["lora_alpha"],
+            described.get("use_rslora", False),
+        )
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        there = (
+            " (the adapter of a merged run is in its adapter/)" if (directory / "adapter" / CONFIG).is_file() else ""
+        )
+        raise UserError(f"{directory}: no usable {CONFIG} of a LoRA adapter{there}") from None
+    if kind != "LORA":
+        raise UserError(f"{directory}: an adapter of type {str(kind)[:20]!r}; only LoRA is read")
+    numbers = (
+        type(rank) is int and 0 < rank < 2**20 and type(alpha) in (int, float) and 0 < alpha < 2**20
+    )  # no NaN either
+    if not numbers or type(rslora) is not bool:
+        raise UserError(
+            f"{directory / CONFIG}: r, lora_alpha and use_rslora must be a whole number, a number above 0 and a truth"
+            " value"
+        )
+    for name, value in described.items():
+        if value and (name not in HARMLESS or name in ("rank_pattern", "alpha_pattern")):
+            raise UserError(f"{directory / CONFIG}: {name[:40]} is not supported, only plain LoRA of one rank")
+    if described.get("bias", "none") != "none":
+        raise UserError(f"{directory / CONFIG}: biases stay frozen, only bias none is supported")
+    if described.get("init_lora_weights") not in PLAIN_STARTS:
+        raise UserError(
+            f"{directory / CONFIG}: this init_lora_weights changes the model's own weights; save the adapter as plain"
+            " LoRA first"
+        )
+    return described
+
+
+def _open(directory: Path) -> Any:
+    try:
+        return safe_open(directory / TENSORS, framework="pt")
+    except (SafetensorError, OSError):
+        pickled = (
+            "; a pickle file would run code and is never read" if (directory / "adapter_model.bin").is_file() else ""
+        )
+        raise UserError(f"{directory}: no readable {TENSORS}{pickled}") from None
+
+
+def modules_of(directory: Path, rank: int, layers: dict[str, nn.Linear], model: str) -> tuple[str, ...]:
+    """The layers of an adapter's file, all of them layers of this model, with fitting shapes. Raises UserError."""
+    found: dict[str, set[str]] = {}
+    with _open(directory) as f:
+        for key in f.keys():  # noqa: SIM118 - a file, not a dict
+            match = KEY.fullmatch(key)
+            if match is None or match["name"] not in layers:
+                close = nearest(match["name"], list(layers)) if match else ""
+                raise UserError(
+                    f"{directory}: the adapter is of another model: {key} fits no linear layer of {model}{close}"
+                )
+            layer = layers[match["name"]]
+            tensor = f.get_slice(key)
+            if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16"):
+                raise UserError(f"{directory / TENSORS}: {key} is {tensor.get_dtype()}, not a floating dtype")
+            shape, expected = (
+                tensor.get_shape(),
+                {"A": [rank, layer.in_features], "B": [layer.out_features, rank]}[match["leaf"]],
+            )
+            if list(shape) != expected:
+                raise UserError(
+                    f"{directory}: the adapter is of another model: {key} is {list(shape)}, this model's layer takes"
+                    f" {expected}"
+                )
+            found.setdefault(match["name"], set()).add(match["leaf"])
+    if not found or any(leaves != {"A", "B"} for leaves in found.values()):
+        raise UserError(f"{directory / TENSORS}: no pairs of lora_A and lora_B")
+    return tuple(name for name in layers if name in found)
+
+
+def read(directory: Path, base_weights: str | None) -> tuple[Callable[[str, slice], Tensor], str, str]:
+    """(of 'NAME.lora_A' some rows, in fp32; the files' digest; the form of the weights that it was trained on).
+
+    Raises UserError if it says that it was trained on other weights than `base_weights` (None: not asked).
+    """
+    described, form = directory / BASE, ""
+    if described.is_file():
+        try:
+            facts = json.loads(described.read_text(encoding="utf-8"))
+            trained_on, form = str(facts["weights"]), str(facts.get(FORM, ""))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+            raise UserError(f"{described}: not readable, delete it to use the adapter on any base that fits") from None
+        if base_weights is not None and trained_on != base_weights:
+            raise UserError(
+                f"{directory}: the adapter was trained on other weights ({trained_on[:16]}) than this model's"
+                f" ({base_weights})"
+            )
+    file = _open(directory)
+    with open(directory / TENSORS, "rb") as f:
+        digest = hashlib.file_digest(f, "sha256")
+    digest.update((directory / CONFIG).read_bytes())
+
+    def rows_of(name: str, rows: slice) -> Tensor:
+        layer, _, leaf = name.rpartition(".")
+        rows_RI = file.get_slice(f"base_model.model.{layer}.{leaf}.weight")[rows].float()
+        if not rows_RI.isfinite().all():
+            raise UserError(f"{directory / TENSORS}: {name} holds numbers that are not finite")
+        return rows_RI
+
+    return rows_of, digest.hexdigest()[:16], form
+
+
+@torch.no_grad()
+def save(
+    lm: nn.Module,
+    adapters: Adapters,
+    directory: Path,
+    world: World,
+    *,
+    base_name: str,
+    revision: str,
+    base_weights: str,
+    inside: dict[str, Path] | None = None,
+) -> None:
+    """Writes the trained adapter in PEFT's format, as it is held; the directory appears whole or not at all.
+    Collective.
+
+    `base_name`, `revision` ('local': none) and the fingerprint `base_weights` say what it belongs on. `inside` are
+    finished directories to be moved into it, under new names.
+    """
+    partial = directory.with_name(f".{directory.name}.partial")
+    tensors = {}
+    for name, module in lora.adapted(lm).items():
+        for leaf in ("A", "B") if module.rank else ():
+            tensor = whole(getattr(module, f"lora_{leaf}"))
+            if world.is_main:
+                tensors[f"base_model.model.{name}.lora_{leaf}.weight"] = tensor.cpu().contiguous().clone()
+    if world.is_main:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        described = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": base_name,
+            "revision": None if revision == "local" else revision,
+            "r": adapters.rank,
+            "lora_alpha": adapters.alpha,
+            "use_rslora": adapters.rslora,
+            "target_modules": _targets(lm, adapters),
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": True,
+        }
+        (partial / CONFIG).write_text(json.dumps(described, indent=2), encoding="utf-8")
+        (partial / BASE).write_text(json.dumps({"weights": base_weights, FORM: adapters.form}), encoding="utf-8")
+        publish(partial, directory, inside)
+    world.barrier()
+
+
+def _targets(lm: nn.Module, adapters: Adapters) -> list[str]:
+    """The adapted layers as PEFT matches them: by last name where that means these layers and no other, else by full
+    name.
+    """
+    short = {name.rpartition(".")[2] for name in adapters.modules}
+    layers = [name for name, module in lm.named_modules() if isinstance(module, nn.Linear | lora.AdaptedLinear)]
+    exact = {name for name in layers if name.rpartition(".")[2] in short} == set(adapters.modules)
+    return sorted(short) if exact else list(adapters.modules)

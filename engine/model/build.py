@@ -1,0 +1,171 @@
+"""A decoder of transformers on the mesh: built on the meta device, adapted, sharded, and filled from safetensors."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from engine.errors import UserError
+from engine.model import attention, weights
+from engine.model.adapters import files as adapter_files
+from engine.model.adapters import lora
+from engine.model.adapters.lora import Adapters
+from engine.model.policy import Policy, Root, ValueModel
+from engine.model.probe import check_packing
+from engine.world import World
+
+AnyRoot = TypeVar("AnyRoot", bound=Root)
+MIXING = {"full_attention", "sliding_attention"}  # layer types that mix tokens only through the registered attention
+
+
+@dataclass(frozen=True)
+class How:
+    """How a root is held and computed: compute dtype, attention backend, head, dtype of the masters, and what is adapted."""
+
+    dtype: torch.dtype
+    backend: str
+    head: str = "fused"
+    master: torch.dtype = torch.float32
+    adapters: Adapters | None = None
+    start: Path | None = None  # the adapter that training starts from
+
+
+def load_config(directory: Path) -> Any:
+    """The decoder's configuration. Raises UserError for what Triptych does not train, by name."""
+    if not (directory / "config.json").is_file() and (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory} is an adapter: give the model it was trained on, and this to --adapter_name_or_path"
+        )
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0][:200]})") from None
+    name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"{directory}: {name} is not a decoder that AutoModelForCausalLM knows")
+    if config.get_text_config() is not config:
+        raise UserError(f"{directory}: {name} is multimodal; only its text decoder, saved by itself, can be trained")
+    if not layer_types <= MIXING:
+        raise UserError(
+            f"{directory}: {name} mixes tokens by {', '.join(sorted(layer_types - MIXING))}; only attention can be"
+            " packed"
+        )
+    return config
+
+
+def build_policy(config: Any, world: World, how: How) -> Policy:
+    """The sharded policy on the world's device, with room for its weights and none read. Raises UserError.
+
+    Masters in shards of 1 / world size, gradients reduced in fp32 as plain sums (FSDP's averaging is off: the launch file
+    owns the denominator). With adapters, only these are trained and the model itself is held in the compute dtype or in 4
+    bits.
+    """
+    return _cut(Policy(_on_meta(AutoModelForCausalLM, config, how), how.head), world, how)
+
+
+def load_policy(directory: Path, config: Any, world: World, how: How) -> Policy:
+    """`build_policy` with the checkpoint's weights, the adapters new or from the directory `how.start`. Collective.
+
+    Its `identity` names its numbers: the weights' fingerprint, the form of 4 bits, the adapter's digest. No rank ever holds
+    the whole model. Raises UserError.
+    """
+    policy = build_policy(config, world, how)
+    _fill(policy, directory, world, how)
+    check_packing(policy, config, world, how.dtype, f" with the adapter {how.start}" if how.start else "")
+    return policy
+
+
+def load_value_config(directory: Path, vocab_size: int) -> Any:
+    """The configuration of a value model for a policy of this vocabulary. Raises UserError."""
+    config = load_config(directory)
+    if config.vocab_size != vocab_size:
+        raise UserError(
+            f"{directory}: the value model has a vocabulary of {config.vocab_size}, the policy one of {vocab_size}"
+        )
+    if type(config) not in AutoModelForSequenceClassification._model_mapping:
+        raise UserError(
+            f"{directory}: transformers has no {config.model_type} with a scalar head, which the value model needs"
+        )
+    config.num_labels = 1
+    return config
+
+
+def build_value_model(config: Any, world: World, how: How) -> ValueModel:
+    """As `build_policy`, of the configuration that `load_value_config` gives; under adapters the scalar head is trained
+    whole.
+    """
+    return _cut(ValueModel(_on_meta(AutoModelForSequenceClassification, config, how)), world, how)
+
+
+def load_value_model(directory: Path, world: World, how: How, vocab_size: int) -> ValueModel:
+    """The sharded value model: a reward model with its head, or any decoder with a head of zeros. Collective. Raises
+    UserError.
+    """
+    value_model = build_value_model(load_value_config(directory, vocab_size), world, how)
+    _fill(value_model, directory, world, how)
+    return value_model
+
+
+def _on_meta(family: Any, config: Any, how: How) -> nn.Module:
+    with torch.device("meta"):
+        implementation = attention.register(how.backend)
+        return family.from_config(copy.deepcopy(config), dtype=how.master, attn_implementation=implementation)
+
+
+def _cut(root: AnyRoot, world: World, how: How) -> AnyRoot:
+    """Adapted, sharded, and moved from the meta device to memory that nothing has filled yet."""
+    lm, adapters = root.lm.eval(), how.adapters  # eval: dropout would be randomness with a state
+    root.adapters = adapters
+    if adapters is not None:
+        left = lora.adapt(lm, adapters, frozen=how.dtype, master=how.master)
+        if left:
+            world.say(
+                f"not in 4 bits: {len(left)} matrices whose rows are not whole blocks of 64, or that are stacked, the first"
+                f" {left[0]}"
+            )
+    # adapters cast themselves and the frozen weights are in the compute dtype already: FSDP gathers each tensor as it is
+    # held
+    root.gathered_dtype = None if adapters else how.dtype
+    shard(root, lm.base_model.layers, world, root.gathered_dtype)
+    root.to_empty(device=world.device)
+    return root
+
+
+def _fill(root: Root, directory: Path, world: World, how: How) -> None:
+    """Weights from the checkpoint, adapters from `how.start` or new, and the root's identity."""
+    weights.initialise_buffers(root.lm, directory)
+    root.identity = root.base_weights = f"{weights.stream(directory, root.lm, world):016x}"
+    if (adapters := root.adapters) is not None:
+        start = how.start
+        same = root.base_weights if isinstance(root, Policy) else None  # a value model's head is not its start's
+        tensors, digest, form = adapter_files.read(start, same) if start else (None, "", adapters.form)
+        if form != adapters.form:
+            forms = {"": "as they are", "nf4": "in NF4", "nf4-double": "in NF4 with double quantisation"}
+            held = forms.get(form, "in another form")
+            world.say(f"warning: {start} was trained on weights held {held}, which are other numbers than these")
+        lora.initialise(root.lm, adapters.seed, tensors)
+        root.identity += (f"-{adapters.form}" if adapters.form else "") + (f"-adapter-{digest}" if digest else "")
+    narrowed = how.master.itemsize < how.dtype.itemsize  # masters round what is computed with
+    root.identity += "-rounded" if narrowed else ""
+
+
+def shard(root: nn.Module, layers: nn.ModuleList, world: World, dtype: torch.dtype | None) -> None:
+    """fully_shard on every decoder layer and the root, with sums instead of averages; dtype None: no cast before the
+    gathering.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for layer in layers:
+        fully_shard(layer, mesh=world.mesh, mp_policy=precision)
+    fully_shard(root, mesh=world.mesh, mp_policy=precision)
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)

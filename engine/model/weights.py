@@ -1,0 +1,208 @@
+"""Weights in and out: safetensors streamed into shards, a fingerprint of what was read, and Hugging Face's format on
+the way out.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from engine.errors import UserError, nearest
+from engine.model.adapters import lora
+from engine.model.shards import local, local_rows
+from engine.world import World
+
+INDEX = "model.safetensors.index.json"
+MIX_ELEMENTS = 2**22
+SCALAR_HEAD = "score.weight"
+
+
+def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_or_path") -> tuple[Path, str]:
+    """(local directory, resolved revision or 'local') of a model: a directory as it is, a hub id downloaded once."""
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path), "local"
+    parent = Path(name_or_path).parent
+    if name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") != 1 or parent.is_dir():
+        siblings = [str(p) for p in parent.iterdir() if p.is_dir()] if parent.is_dir() else []
+        raise UserError(f"{flag} {name_or_path}: no such directory{nearest(name_or_path, siblings)}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        directory = snapshot_download(
+            name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+        )
+    except (
+        Exception
+    ) as error:  # the hub's client raises its transport's own errors: whatever it is, the user reads one line
+        raise UserError(
+            f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})"
+        ) from None
+    return Path(directory), Path(directory).name
+
+
+# --- in
+# -----------------------------------------------------------------------------------------------------------------------
+
+
+def files_by_name(directory: Path) -> dict[str, Path]:
+    """Tensor name → file, of a model directory with one safetensors file or several and an index. Raises UserError."""
+    single, index = directory / "model.safetensors", directory / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError, UnicodeDecodeError):
+            raise UserError(f"{index}: not an index of safetensors files") from None
+        for file in sorted(set(weight_map.values())):
+            if Path(file).name != file or not (directory / file).is_file():
+                raise UserError(f"{index}: names {file}, which is not a file beside it")
+        return {name: directory / file for name, file in weight_map.items()}
+    if single.is_file():
+        with _open(single) as f:
+            return dict.fromkeys(f.keys(), single)
+    pickles = ", a pickle file would run code and is never read" if list(directory.glob("*.bin")) else ""
+    raise UserError(f"{directory}: no model.safetensors and no {INDEX}{pickles}")
+
+
+def _open(path: Path):
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+def initialise_buffers(lm: nn.Module, directory: Path) -> None:
+    """Fills buffers that no checkpoint holds (rotary frequencies, embedding scales), by the family's own initialiser."""
+    for name, module in lm.named_modules():
+        transient = [b for b in module._non_persistent_buffers_set if module._buffers[b] is not None]
+        for b in transient:
+            if module._buffers[b].is_floating_point():
+                module._buffers[b].fill_(float("nan"))
+        if transient:
+            lm._init_weights(module)
+        for b in transient:
+            if module._buffers[b].isnan().any():
+                raise UserError(f"{directory}: {type(lm).__name__} does not say how to fill its buffer {name}.{b}")
+
+
+@torch.no_grad()
+def stream(directory: Path, lm: nn.Module, world: World) -> int:
+    """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice; 4-bit layers quantise theirs
+    as it comes.
+
+    Returns the fingerprint of what was read (as float32, whatever dtype or form holds it). Collective. Adapters are
+    left alone. A scalar head (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that
+    `lm` lacks is left where it is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints
+    whose names differ from the module's (older layouts, mixtures of experts) go through transformers' own loader
+    instead, which holds the model in host memory once a rank.
+    """
+    files = files_by_name(directory)
+    own: dict[str, Tensor | lora.AdaptedLinear] = {}
+    for name, p in lm.named_parameters():
+        layer = lm.get_submodule(name.rpartition(".")[0])
+        four_bit = isinstance(layer, lora.AdaptedLinear) and layer.four_bit
+        if name.endswith(".codes") and four_bit:
+            own[name.removesuffix("codes") + "weight"] = layer
+        elif not (isinstance(layer, lora.AdaptedLinear) and name.endswith(lora.OWN)):
+            own[name] = p
+    persistent = lm.state_dict(keep_vars=True)
+    own |= {name: b for name, b in lm.named_buffers() if name in persistent}
+    tied = {name for name in persistent if name not in own and not name.endswith(lora.OWN)}
+    if SCALAR_HEAD in own and SCALAR_HEAD not in files:
+        own.pop(SCALAR_HEAD).zero_()
+        tied.add("lm_head.weight")
+    missing, unexpected = sorted(own.keys() - files.keys()), sorted(files.keys() - own.keys() - tied)
+    unexpected = [name for name in unexpected if not name.endswith("rotary_emb.inv_freq")]
+    if missing or unexpected:
+        source = _through_transformers(directory, lm, list(own), missing, unexpected)
+    else:
+        source = _by_slices(files, own)
+    fingerprint = 0
+    for name, read in source:
+        target = own[name]
+        four_bit = isinstance(target, lora.AdaptedLinear)
+        rows = local_rows(target.codes if four_bit else target)
+        expected = (target.out_features, target.in_features) if four_bit else tuple(target.shape)
+        shape, piece = read(rows)
+        if tuple(shape) != expected:
+            raise UserError(f"{directory}: {name} has shape {tuple(shape)}, the config says {expected}")
+        if four_bit:
+            target.fill(piece)
+        else:
+            local(target).copy_(piece)
+        piece = piece.to(world.device)
+        fingerprint = (fingerprint + _mix(name, piece, rows.start * (piece[0].numel() if piece.numel() else 0))) % 2**64
+    parts = torch.tensor(
+        [fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device
+    )
+    return int(world.sum(parts).item()) % 2**64
+
+
+def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
+    by_file: dict[Path, list[str]] = {}
+    for name in own:
+        by_file.setdefault(files[name], []).append(name)
+    for path, names in by_file.items():
+        with _open(path) as f:
+            for name in names:
+                tensor = f.get_slice(name)
+                yield (
+                    name,
+                    lambda rows, tensor=tensor: (
+                        tensor.get_shape(),
+                        tensor[rows] if tensor.get_shape() else tensor[...],
+                    ),
+                )
+
+
+def _through_transformers(
+    directory: Path, lm: nn.Module, wanted: list[str], missing: list[str], unexpected: list[str]
+) -> Iterator[tuple[str, Any]]:
+    config = type(lm.config).from_pretrained(directory)
+    try:
+        whole, report = type(lm).from_pretrained(
+            directory, config=config, dtype="auto", output_loading_info=True, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{directory}: {str(error).splitlines()[0][:200]}") from None
+    lost = {
+        name if isinstance(name, str) else name[0] for name in (*report["missing_keys"], *report["mismatched_keys"])
+    } & set(wanted)
+    if lost:
+        name = min(lost)
+        raise UserError(f"{directory}: tensor {name} is missing or has another shape{nearest(name, unexpected)}")
+    state = dict(whole.named_parameters()) | dict(whole.named_buffers())
+    for name in wanted:
+        yield (
+            name,
+            lambda rows, name=name: (
+                state[name].shape,
+                state[name].detach()[rows] if state[name].dim() else state[name],
+            ),
+        )
+
+
+def _mix(name: str, piece: Tensor, offset: int) -> int:
+    """sum over elements of a 64-bit hash of (name, index, bits in float32), modulo 2^64: the same for every sharding."""
+    salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    flat = piece.reshape(-1)
+    total = 0
+    for start in range(0, len(flat), MIX_ELEMENTS):  # a few temporaries of 32 MiB, whatever the tensor
+        x = flat[start : start + MIX_ELEMENTS]
+        x = (x.float().view(torch.int32) if x.is_floating_point() else x).to(torch.int64)
+        index = torch.arange(offset + start, offset + start + len(x), device=x.device)
+        x = (x * -7046029254386353131) ^ (index * -4417276706812531889 + salt)
+        x = (x ^ (x >> 32)) * -8796714831421723037
+        x = (x ^ (x >> 29)) * -4417276706812531889
+        total += int((x ^ (x >> 32)).sum().item())
+    return total % 2**64
+
+
+# --- out
+# ----------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,275 @@
+"""Checkpoints that survive a kill at any moment, and resume that is exact.
+
+A checkpoint is output_dir/checkpoints/step-000100: DCP shards in safetensors (what is trained: masters and AdamW
+moments; no pickle), a readable state.json, and COMPLETE, a manifest with the size and SHA-256 of every file. It is
+written in the background, from a copy, over a process group of its own, under a temporary name; it gets its own name
+when every rank's files are on disk. So a directory named step-* is whole, and one that has since been damaged is
+noticed before it is read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from engine.errors import UserError
+from engine.train import optim
+from engine.world import World
+
+STEP = re.compile(r"step-(\d+)")
+Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
+
+
+class Checkpoints:
+    """The checkpoints of one run. `identity` is what a checkpoint must share with the run to be resumed (model, data)."""
+
+    def __init__(
+        self,
+        output_dir: Path,
+        world: World,
+        trained: Trained,
+        *,
+        keep: int,
+        identity: dict[str, str],
+        settings: dict[str, Any],
+    ) -> None:
+        """`trained`: name → (module, its AdamW), everything that the run updates; `settings`: the flags that must not
+        change.
+        """
+        self.root = output_dir / "checkpoints"
+        self.world, self.trained, self.keep, self.identity, self.settings = world, trained, keep, identity, settings
+        self.group = dist.new_group(backend="gloo")  # of its own: collectives of a save must not mix with training's
+        self._writer: threading.Thread | None = None
+        self._problem: str = ""
+        if world.is_main and self.root.is_dir():
+            for leftover in self.root.glob("tmp-*"):
+                shutil.rmtree(leftover)
+
+    # --- writing
+    # ------------------------------------------------------------------------------------------------------------
+
+    def save(self, step: int, state: dict[str, Any]) -> None:
+        """Copies the tensors and returns; the files are written behind. Waits first for a save still under way."""
+        self.wait()
+        partial = self.root / f"tmp-{step:06d}"
+        self._problem = self.world.gather(_make_empty(partial) if self.world.is_main else "")[0]
+        if self._problem:
+            return self.wait()
+        writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
+        future = dcp.async_save(self._tensors(), storage_writer=writer, process_group=self.group)
+        steps = {
+            part: int(next(iter(optimizer.state.values()))["step"]) for part, (_, optimizer) in self.trained.items()
+        }
+        state = {
+            "step": step,
+            "optimizer_steps": steps,
+            "identity": self.identity,
+            "settings": self.settings,
+            "world_size": self.world.size,
+            **state,
+        }
+        self._writer = threading.Thread(target=self._commit, args=(future, partial, step, state), daemon=True)
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Returns when no save is under way; prints what went wrong with the last one, if anything did."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+        if self._problem:
+            self.world.say(f"checkpoint not written: {self._problem}; training goes on, the previous checkpoint stays")
+            self._problem = ""
+
+    def _commit(self, future: Any, partial: Path, step: int, state: dict[str, Any]) -> None:
+        """In the background: this rank's files to disk and hashed, then, once every rank's are, rank 0 publishes."""
+        written, problem = {}, ""
+        try:
+            future.result()
+            for path in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
+                written[path.name] = _sync_and_describe(path)
+        except Exception as error:  # a full disk, a dead peer: whatever it is, training does not die of a checkpoint
+            problem = f"{type(error).__name__}: {error}"
+        parts: list[Any] = [None] * self.world.size
+        dist.all_gather_object(parts, (written, problem), group=self.group)
+        problem = next((p for _, p in parts if p), "")
+        if self.world.is_main and not problem:
+            try:
+                self._publish(partial, step, state, {name: facts for w, _ in parts for name, facts in w.items()})
+            except OSError as error:
+                problem = str(error)
+        if problem and self.world.is_main:
+            self._problem = problem
+            shutil.rmtree(partial, ignore_errors=True)
+        dist.barrier(group=self.group)
+
+    def _publish(self, partial: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
+        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+        files["state.json"] = _sync_and_describe(partial / "state.json")
+        (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
+        _sync_and_describe(partial / "COMPLETE")
+        _sync_directory(partial)
+        final = self.root / f"step-{step:06d}"
+        if final.exists():  # the same step of an earlier, damaged attempt
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_directory(self.root)
+        for old in self._named()[: -self.keep] if self.keep > 0 else []:
+            shutil.rmtree(old, ignore_errors=True)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """A save under way is finished, also when the run ends in a UserError, which all ranks share; not when a rank
+        died.
+        """
+        if kind is None or issubclass(kind, UserError):
+            self.wait()
+
+    # --- reading
+    # ------------------------------------------------------------------------------------------------------------
+
+    def _named(self) -> list[Path]:
+        """step-* directories, oldest first, by number."""
+        if not self.root.is_dir():
+            return []
+        matches = [
+            (int(m.group(1)), p)
+            for p in self.root.iterdir()
+            if (m := STEP.fullmatch(p.name)) and (p / "COMPLETE").is_file()
+        ]
+        return [path for _, path in sorted(matches)]
+
+    def resume(self, which: str) -> dict[str, Any] | None:
+        """Loads the newest sound checkpoint (or the one at the path `which`) and returns its state; None if there is
+        none.
+
+        Collective. Raises UserError if the path is not a sound checkpoint, or belongs to another model or dataset.
+        """
+        if which == "never":
+            return None
+        candidates = [Path(which)] if which != "auto" else list(reversed(self._named()))
+        candidates = self.world.gather(candidates)[0]
+        for path in candidates:
+            problem = next((p for p in self.world.gather(self._inspect(path)) if p), "")
+            if not problem:
+                return self._load(path)
+            if which != "auto":
+                raise UserError(f"--resume {path}: {problem}")
+            self.world.say(f"checkpoint {path} is not used: {problem}")
+        return None
+
+    def _inspect(self, path: Path) -> str:
+        """What is wrong with a checkpoint, or ''; the ranks share the hashing."""
+        try:
+            files = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))
+            for name in sorted(files)[self.world.rank :: self.world.size]:
+                if Path(name).name != name or not (path / name).is_file():
+                    return f"{name} is missing"
+                if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name][
+                    "sha256"
+                ]:
+                    return f"{name} is damaged"
+        except (OSError, ValueError, KeyError, TypeError):
+            return "it is incomplete"
+        return ""
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        for name, value in json.loads(json.dumps(self.settings)).items():
+            if state["settings"].get(name) != value:
+                raise UserError(f"{path} is of a run with --{name} {state['settings'].get(name)}, now it is {value}")
+        for name, value in self.identity.items():
+            if state["identity"].get(name) != value:
+                raise UserError(
+                    f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started"
+                    " with"
+                )
+        reader = HuggingFaceStorageReader(str(path))
+        tensors = self._tensors(state["world_size"])
+        stored = reader.read_metadata().state_dict_metadata
+        wrong = [n for n in stored.keys() ^ tensors.keys()] or [
+            n for n, t in tensors.items() if stored[n].size != t.shape or stored[n].properties.dtype != t.dtype
+        ]
+        if wrong:
+            raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
+        dcp.load(tensors, storage_reader=reader)
+        rounded = 0
+        for part, name, p, optimizer in self._parameters():
+            read = {m: tensors.pop(key) for m in optim.MOMENTS if (key := f"{part}.{m}.{name}") in tensors}
+            rounded += optim.adopt(optimizer, p, read, state["world_size"])
+            optimizer.state[p]["step"].fill_(state["optimizer_steps"][part])
+        if (
+            self.world.is_main
+        ):  # what came after the resumed step belongs to another branch now: kept, but out of the way
+            for later in (p for p in self._named() if int(STEP.fullmatch(p.name).group(1)) > state["step"]):
+                shutil.rmtree(later.with_name(f"abandoned-{later.name}"), ignore_errors=True)
+                later.rename(later.with_name(f"abandoned-{later.name}"))
+        if state["world_size"] != self.world.size:
+            self.world.say(
+                f"resuming a run of {state['world_size']} ranks on {self.world.size}: the same trajectory to rounding,"
+                " not to the bit"
+            )
+        if rounded:
+            self.world.say(
+                f"8-bit moments were requantised: block boundaries moved ({rounded} of"
+                f" {sum(1 for _ in self._parameters())} tensors)"
+            )
+        return state
+
+    def _parameters(self) -> Iterator[tuple[str, str, nn.Parameter, torch.optim.Optimizer]]:
+        """What is trained, in the order of its modules; what is frozen is known by the identity of the model."""
+        for part, (module, optimizer) in self.trained.items():
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    yield part, name, p, optimizer
+
+    def _tensors(self, ranks: int | None = None) -> dict[str, Tensor]:
+        """Masters and moments by name; given `ranks`, to read into what a run of so many ranks wrote."""
+        tensors = {}
+        for part, name, p, optimizer in self._parameters():
+            tensors[f"{part}.master.{name}"] = p.detach()
+            tensors |= {f"{part}.{m}.{name}": moment for m, moment in optim.moments(optimizer, p, ranks).items()}
+        return tensors
+
+
+def _make_empty(directory: Path) -> str:
+    """What went wrong, or ''."""
+    try:
+        shutil.rmtree(directory, ignore_errors=True)
+        directory.mkdir(parents=True)
+    except OSError as error:
+        return str(error)
+    return ""
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def _sync_and_describe(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as f:
+        os.fsync(f.fileno())
+    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

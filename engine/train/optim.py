@@ -1,0 +1,104 @@
+"""AdamW, the learning-rate schedules as pure functions of the step, and one optimizer step over sharded gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from engine.flags import OptimizerFlags
+from engine.model.shards import local
+from engine.train.adamw8bit import AdamW8bit
+from engine.world import World
+
+# names in checkpoints; scales are of 8-bit moments
+MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+
+
+def adamw(root: nn.Module, flags: OptimizerFlags, world: World) -> torch.optim.Optimizer:
+    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set per
+    step.
+
+    --optimizer adamw: moments in the masters' dtype (in bfloat16, v stalls: its changes of 1 / 1000 are less than a
+    rounding); adamw_8bit: in 8 bits, in fp32 for small tensors; it says which.
+    """
+    trained = [p for p in root.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.dim() >= 2], "weight_decay": flags.weight_decay},
+        {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    if flags.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, fused=True)
+    optimizer = AdamW8bit(groups)
+    world.say(optimizer.describe({p: name for name, p in root.named_parameters()}))
+    return optimizer
+
+
+def moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, ranks: int | None = None) -> dict[str, Tensor]:
+    """Name → tensor: a parameter's state without its step, made (zero) where no step was taken yet.
+
+    Given `ranks`, tensors to read into what a run of so many ranks wrote; `adopt` takes it over.
+    """
+    if isinstance(optimizer, AdamW8bit):
+        return optimizer.moments(p, ranks)
+    state = optimizer.state[p]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=local(p).device)
+        state |= {name: torch.zeros_like(p) for name in MOMENTS[:2]}
+    return {name: state[name] for name in MOMENTS[:2]}
+
+
+def adopt(optimizer: torch.optim.Optimizer, p: nn.Parameter, read: dict[str, Tensor], ranks: int) -> bool:
+    """Takes over what was read into `moments(optimizer, p, ranks)`; returns whether 8-bit moments were rounded again."""
+    return isinstance(optimizer, AdamW8bit) and optimizer.adopt(p, read, ranks)
+
+
+def learning_rate(flags: OptimizerFlags, step: int, steps: int, peak: float | None = None) -> float:
+    """The learning rate of optimizer step `step` (0-based) of `steps`: linear warm-up from 0, then the schedule to 0.
+
+    `peak` takes the place of --learning_rate.
+
+    With w = ceil(warmup_ratio * steps): step / w during the warm-up, then of x = (step - w) / (steps - w):
+    linear 1 - x, cosine (1 + cos(pi x)) / 2, constant 1. The convention of transformers' schedulers: the first step has
+    learning rate 0 where there is a warm-up, and 0 would be reached one step after the last.
+    """
+    warmup = math.ceil(flags.warmup_ratio * steps)
+    peak = flags.learning_rate if peak is None else peak
+    if step < warmup:
+        return peak * step / warmup
+    x = (step - warmup) / max(1, steps - warmup)
+    return peak * {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "constant": 1.0}[flags.lr_scheduler_type]
+
+
+@torch.no_grad()
+def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm: float) -> float:
+    """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before
+    clipping.
+
+    A norm that is not finite leaves weights and moments untouched, on every rank alike since the norm is global; the
+    caller stops the run. Waits for the device once, for the norm.
+    """
+    grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    grads = [g for g in grads if g.numel()]
+    wide = (
+        torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32
+    )  # a norm in bfloat16 is off by up to 1 / 256
+    squares = (
+        torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum()
+        if grads
+        else torch.zeros((), dtype=torch.float64, device=world.device)
+    )
+    norm = world.sum(squares).sqrt().item()
+    if math.isfinite(norm):
+        if norm + 1e-6 > max_norm > 0 and grads:
+            factor = torch.tensor(
+                max_norm / (norm + 1e-6), dtype=grads[0].dtype
+            ).item()  # rounded once, as the gradients' own numbers are
+            torch._foreach_mul_(grads, factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

@@ -1,0 +1,180 @@
+"""A run of a stage: its directory, its steps, its micro-batches and what it writes. It owns no loop: a stage iterates it.
+
+with Run(flags, base, steps, world, values=..., data=...) as run:
+    if run.is_finished: return
+    policy = load_policy(base, world)
+    for step in run.steps(policy=(policy, optimizer)):        resumes; saves and profiles between steps
+        totals = Totals(world)
+        for batch in run.micro_batches(policy, examples, chosen, totals):
+            ...backward
+        run.write(step, row, totals.reduce(...))
+    run.export(policy)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from engine import run as directories
+from engine.data.batch import Batchable, MicroBatch, MicroBatches
+from engine.data.mixture import Steps
+from engine.errors import UserError
+from engine.flags import RunFlags
+from engine.log import JsonLines, Metrics, Totals
+from engine.model.export import export
+from engine.model.open import Base
+from engine.model.policy import Policy, Root
+from engine.train.checkpoint import Checkpoints
+from engine.train.throughput import Throughput
+from engine.world import World
+
+IDENTITIES = {"policy": "model", "value": "value model"}  # what a checkpoint's parts are called in its identity
+
+
+class Run:
+    """One run of a stage; also its context, which ends its checkpoints, trace and lock."""
+
+    def __init__(
+        self,
+        flags: RunFlags,
+        base: Base,
+        steps: Steps,
+        world: World,
+        *,
+        values: dict[str, Any],
+        data: str,
+        samples: bool = False,
+    ) -> None:
+        """`values` are all flags of the run, `data` is the fingerprint of what it trains on; `samples`: it keeps some
+        responses in samples.jsonl.
+        """
+        self.flags, self.base, self.plan, self.world = flags, base, steps, world
+        self.values, self.data = values, data
+        self.output_dir = Path(flags.output_dir)
+        self.is_finished = False
+        self._stack = contextlib.ExitStack()
+        self._batches: MicroBatches | None = None
+        self._keeps_samples = samples and world.is_main
+        self._samples: JsonLines | None = None
+        self.metrics: Metrics
+        self.throughput: Throughput
+
+    def __enter__(self) -> Run:
+        facts = {"model_revision": self.base.revision}
+        opened = directories.open_run(self.flags, self.values, self.world, facts)
+        self.is_finished = self._stack.enter_context(opened)
+        if self.is_finished:
+            self.world.say(f"{self.output_dir} is finished, final/ is written: nothing to do")
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
+
+    def steps(self, **trained: tuple[Root, torch.optim.Optimizer]) -> Iterator[int]:
+        """The steps to take, after a checkpoint where there is one; the first of a fresh run is 0.
+
+        `trained`: name (policy, value) → (root, its optimizer), all that a step updates. Between two steps a checkpoint is
+        saved where --save_steps asks for one. Collective. Raises UserError.
+        """
+        flags, world = self.flags, self.world
+        identity = {IDENTITIES[name]: root.identity for name, (root, _) in trained.items()} | {"dataset": self.data}
+        settings = directories.settings(self.values)
+        checkpoints = Checkpoints(
+            self.output_dir, world, dict(trained), keep=flags.save_total_limit, identity=identity, settings=settings
+        )
+        state = checkpoints.resume(flags.resume) or {"step": 0, "num_tokens": 0}
+        start, total = state["step"], self.plan.total
+        world.say(f"resuming after step {start}" if start else "starting at step 0")
+        self.metrics = Metrics(self.output_dir, world, start=start, total=total, report_to=flags.report_to)
+        if self._keeps_samples:
+            self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
+        self.throughput = Throughput(world, trained["policy"][0], self.base.dtype, state["num_tokens"])
+        profile = self._stack.enter_context(directories.profiler(flags.profile, self.output_dir, world))
+        self._stack.enter_context(checkpoints)
+        for step in range(start, total):
+            yield step
+            done = step + 1
+            if profile is not None:
+                profile.step()
+            if flags.save_steps and done < total and done % flags.save_steps == 0:
+                checkpoints.save(done, {"num_tokens": self.throughput.num_tokens})
+        checkpoints.wait()
+
+    def evaluates(self, done: int) -> bool:
+        """Whether held-out data is looked at after so many steps: every --eval_steps, and after the last."""
+        return done == self.plan.total or bool(self.flags.eval_steps and done % self.flags.eval_steps == 0)
+
+    def micro_batches(
+        self,
+        root: Root,
+        examples: Batchable,
+        chosen: np.ndarray,
+        totals: Totals | None = None,
+        then: np.ndarray | None = None,
+    ) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of the examples `chosen`, each to be followed by a backward pass of `root`.
+
+        Sets when weights are gathered and gradients reduced; counts tokens and FLOPs into `totals`. `then` is what is taken
+        next, which is prepared meanwhile. Every rank gets the same number.
+        """
+        if self._batches is None or self._batches.examples is not examples:
+            self._batches = MicroBatches(examples, self.base.memory.micro_batch_tokens, self.world)
+        for batch, last in self._batches(chosen, then=then):
+            root.sync_gradients(last)
+            if totals is not None:
+                self.throughput.count(batch, totals)
+            yield batch
+
+    def evaluation_batches(self, examples: Batchable) -> Iterator[MicroBatch]:
+        """This rank's micro-batches of all these examples, without backward passes."""
+        batches = MicroBatches(examples, self.base.memory.micro_batch_tokens, self.world)
+        for batch, _ in batches(np.arange(len(examples.tokens))):
+            yield batch
+
+    def stop_unless_finite(self, step: int, numbers: dict[str, float], unit: str, examples: np.ndarray) -> None:
+        """Raises UserError on a loss or gradient norm that is not finite; the optimizers have applied none that is not."""
+        if all(math.isfinite(number) for number in numbers.values()):
+            return
+        found = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {number}" for name, number in numbers.items())
+        on = f"{unit} {examples.tolist()[:8]} ..."
+        raise UserError(f"step {step + 1}: {found}, on {on}; gradients that are not finite were not applied")
+
+    def write(self, step: int, row: dict[str, Any], sums: dict[str, float], shown: str) -> None:
+        """The row of a step that was taken, with its speed of `sums`; `shown` stands on the bar."""
+        row = row | self.throughput.row(sums)
+        self.metrics.write(step + 1, row, f"{shown}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
+
+    def write_evaluation(self, done: int, row: dict[str, float], *lines: str) -> None:
+        """A row of held-out figures after so many steps, and lines above the bar."""
+        self.metrics.write(done, {f"eval/{name}": value for name, value in row.items()})
+        self.say(*lines)
+
+    def write_samples(self, done: int, rows: list[dict[str, Any]]) -> None:
+        """Responses with what was thought of them, into samples.jsonl."""
+        for row in rows if self._samples else ():
+            self._samples.write({"step": done, **row})
+
+    def say(self, *lines: str) -> None:
+        """Lines above the bar."""
+        self.metrics.say("\n".join(lines))
+
+    def export(self, policy: Policy, **inside: Root) -> None:
+        """Writes final/: the policy, and other roots under their names in it. Collective."""
+        self.metrics.close()
+        done, flags, adapter_only = {}, self.flags, self.values["export_adapter"]
+        for name, root in inside.items():
+            done[name] = self.output_dir / f".{name}"
+            export(root, self.base, self.world, done[name], dtype=flags.export_dtype)
+        final = self.output_dir / "final"
+        how = export(
+            policy, self.base, self.world, final, dtype=flags.export_dtype, adapter_only=adapter_only, inside=done
+        )
+        also = "".join(f", its {name}/ as a sequence classifier" for name in inside)
+        self.world.say(f"done: {how}{also}")

@@ -1,0 +1,47 @@
+"""Sample and verify: responses to prompts with their verdicts, the same list on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from engine.data.chat import ChatTokenizer
+from engine.data.prompts import Prompt
+from engine.world import World
+from rollout.choice import SamplingParams
+from rollout.sampler import Request, Rollout, Sampler
+from verifiers import Pool, Verdict
+
+
+class Collector:
+    """Draws responses from a sampler and has a pool of processes judge each as soon as it ends."""
+
+    def __init__(self, sampler: Sampler, pool: Pool, chat: ChatTokenizer, params: SamplingParams, world: World) -> None:
+        self.sampler, self.pool, self.chat, self.params, self.world = sampler, pool, chat, params, world
+
+    def __call__(
+        self, prompts: Sequence[Prompt], chosen: np.ndarray, samples: int, *, seed: int, step: int
+    ) -> tuple[list[Rollout], list[Verdict]]:
+        """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
+
+        Every n-th group of samples is this rank's; verification draws finished responses from the sampler while it goes on.
+        """
+        rank, size = self.world.rank, self.world.size
+        requests = [Request(prompts[e].ids, int(e), sample) for e in chosen[rank::size] for sample in range(samples)]
+        finished: list[Rollout] = []
+
+        def rows() -> Iterator[tuple]:
+            for _, rollout in self.sampler.stream(requests, self.params, seed=seed, step=step):
+                finished.append(rollout)
+                ids = rollout.response_ids[:-1] if rollout.finish_reason == "stop" else rollout.response_ids
+                prompt = prompts[rollout.example]
+                response = self.chat.tokenizer.decode(ids, skip_special_tokens=False)
+                yield response, prompt.ground_truth, prompt.dataset
+
+        verdicts = list(self.pool.imap(rows()))
+        mine = list(zip(finished, verdicts, strict=True))
+        place = {int(e): i for i, e in enumerate(chosen)}
+        everyone = [pair for part in self.world.gather(mine) for pair in part]
+        everyone.sort(key=lambda pair: (place[pair[0].example], pair[0].sample))
+        return [rollout for rollout, _ in everyone], [verdict for _, verdict in everyone]
