@@ -15,7 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.test_verifiers_hostile import FAMILIES, WITH_LANGUAGE, hostile, truths
-from verifiers import Pool, ifeval, language, math_equal, math_prefix, math_value, verify
+from verifiers import Pool, verify
+from verifiers.ifeval import google as ifeval
+from verifiers.ifeval import language
+from verifiers.math import equal as math_equal
+from verifiers.math import value as math_value
+from verifiers.math.open_instruct import prefix as math_prefix
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
 LANGUAGE = set(WITH_LANGUAGE)

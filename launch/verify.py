@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from verifiers import MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
-from verifiers.arguments import nearest
+from verifiers.ifeval.arguments import nearest
 from verifiers.verdict import shown
 
 FEW_ROWS = 200  # are judged here: worker processes would take longer to start

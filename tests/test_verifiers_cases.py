@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from verifiers import GroundTruthError, check, ifeval, verify
-from verifiers.math_equal import equal
-from verifiers.math_prefix import same_prefix
-from verifiers.math_reference import same_string
+from verifiers import GroundTruthError, check, verify
+from verifiers.ifeval import google as ifeval
+from verifiers.math.equal import equal
+from verifiers.math.open_instruct.prefix import same_prefix
+from verifiers.math.open_instruct.reference import same_string
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
 NEEDS_PUNKT = 0.97  # of the rows that the references judge with nltk's trained sentence model

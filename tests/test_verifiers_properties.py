@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from verifiers import Verdict, verify
-from verifiers.math_equal import equal
+from verifiers.math.equal import equal
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 

@@ -7,8 +7,8 @@
 parallel. Each verifier reads alone: gsm8k.py, math.py, ifeval.py, ifeval_old.py.
 """
 
-from .pool import Pool, ScoredBatch
-from .route import MODES, VERIFIERS, check, verify
-from .verdict import GroundTruthError, Verdict
+from verifiers.pool import Pool, ScoredBatch
+from verifiers.route import MODES, VERIFIERS, check, verify
+from verifiers.verdict import GroundTruthError, Verdict
 
 __all__ = ["MODES", "VERIFIERS", "GroundTruthError", "Pool", "ScoredBatch", "Verdict", "check", "verify"]

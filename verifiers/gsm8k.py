@@ -12,7 +12,7 @@ import collections
 import re
 from fractions import Fraction
 
-from .verdict import Verdict, failed, is_blank, passed, shown
+from verifiers.verdict import Verdict, failed, is_blank, passed, shown
 
 MODES = ("default", "reference", "tulu3")
 MAX_DIGITS = 400

@@ -17,7 +17,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import NamedTuple
 
-from .verdict import Verdict, error
+from verifiers.verdict import Verdict, error
 
 MAX_ERROR_RATE = 0.01
 MAX_REASON = 1000

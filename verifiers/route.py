@@ -6,10 +6,12 @@ ground truth: `func_name` is the RLVR form that Tülu 3 carries under that name,
 
 from functools import lru_cache
 
-from . import gsm8k, ifeval, ifeval_old, math
-from .arguments import nearest
-from .math_extract import extract_reference
-from .verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure, shown
+from verifiers import gsm8k, math
+from verifiers.ifeval import google as ifeval
+from verifiers.ifeval import tulu as ifeval_old
+from verifiers.ifeval.arguments import nearest
+from verifiers.math.extract import extract_reference
+from verifiers.verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure, shown
 
 MODES = ("default", "reference", "tulu3")
 VERIFIERS = ("gsm8k", "math", "ifeval", "ifeval_old")

@@ -6,10 +6,10 @@ r"""MATH: does the response settle on the answer of the problem?
 
 from functools import lru_cache
 
-from . import math_reference
-from .math_equal import equal
-from .math_extract import extract, extract_reference
-from .verdict import MAX_CHARACTERS, Verdict, failed, is_blank, passed, shown
+from verifiers.math.open_instruct import reference as math_reference
+from verifiers.math.equal import equal
+from verifiers.math.extract import extract, extract_reference
+from verifiers.verdict import MAX_CHARACTERS, Verdict, failed, is_blank, passed, shown
 
 MODES = ("default", "reference", "tulu3")
 

@@ -11,10 +11,10 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from . import math_value
-from .math_parse import parse
-from .math_tokens import MAX_LENGTH, THOUSANDS, Unparseable, normalise
-from .math_value import NoValue, Undefined, close, same_up_to_factor, same_value, variables
+from verifiers.math import value as math_value
+from verifiers.math.parse import parse
+from verifiers.math.tokens import MAX_LENGTH, THOUSANDS, Unparseable, normalise
+from verifiers.math.value import NoValue, Undefined, close, same_up_to_factor, same_value, variables
 
 MAX_ITEMS = 30
 DECIMAL_COMMA = re.compile(r"-?0,[0-9]+")

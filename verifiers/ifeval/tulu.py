@@ -11,11 +11,11 @@ import inspect
 import re
 from itertools import islice
 
-from . import language
-from .arguments import nearest, typed_arguments
-from .ifeval import count_brackets, has_word, is_json
-from .ifeval import title as has_title
-from .verdict import GroundTruthError, Verdict, error, failed, is_blank, passed, read_structure, shown, without_thinking
+from verifiers.ifeval import language
+from verifiers.ifeval.arguments import nearest, typed_arguments
+from verifiers.ifeval.google import count_brackets, has_word, is_json
+from verifiers.ifeval.google import title as has_title
+from verifiers.verdict import GroundTruthError, Verdict, error, failed, is_blank, passed, read_structure, shown, without_thinking
 
 MODES = ("default", "reference", "tulu3")
 

@@ -8,8 +8,8 @@ Left out: the 5-second alarm, whose verdict depends on the machine's load; where
 
 import re
 
-from .math_prefix import same_prefix
-from .verdict import Verdict, failed, passed, shown
+from verifiers.math.open_instruct.prefix import same_prefix
+from verifiers.verdict import Verdict, failed, passed, shown
 
 MAX_CANDIDATE = 6000  # characters; longer ones are cut, the label being far shorter
 HOPE = re.compile(r"[^\n] I hope it is correct[^\n]")

@@ -11,9 +11,9 @@ import re
 from fractions import Fraction
 from functools import lru_cache
 
-from .math_parse import MAX_DEPTH
-from .math_tokens import MAX_LENGTH, MAX_TOKENS, Unparseable
-from .math_value import ComplexEvaluator, NoValue, Undefined, same_value
+from verifiers.math.parse import MAX_DEPTH
+from verifiers.math.tokens import MAX_LENGTH, MAX_TOKENS, Unparseable
+from verifiers.math.value import ComplexEvaluator, NoValue, Undefined, same_value
 
 TOKEN = re.compile(
     r"(?P<skip>[ \t\r\n]+|\\(?:,|:|;|!|\*|-|\.|/|\"|\(|=)|\\(?:thinspace|medspace|thickspace|quad|qquad|negthinspace|negmedspace"

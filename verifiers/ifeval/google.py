@@ -13,10 +13,10 @@ import unicodedata
 from functools import lru_cache
 from itertools import islice
 
-from . import language
-from .arguments import nearest, typed_arguments
-from .sentences import count_capital_words, count_sentences
-from .verdict import GroundTruthError, Verdict, error, failed, is_blank, read_structure, shown, without_thinking
+from verifiers.ifeval import language
+from verifiers.ifeval.arguments import nearest, typed_arguments
+from verifiers.ifeval.sentences import count_capital_words, count_sentences
+from verifiers.verdict import GroundTruthError, Verdict, error, failed, is_blank, read_structure, shown, without_thinking
 
 MODES = ("default", "reference")
 RELATIONS = {"at least": lambda seen, n: seen >= n, "less than": lambda seen, n: seen < n}

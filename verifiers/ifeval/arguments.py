@@ -2,7 +2,7 @@
 
 import difflib
 
-from .verdict import GroundTruthError, shown
+from verifiers.verdict import GroundTruthError, shown
 
 
 def typed_arguments(name: str, parameters, given: dict) -> dict:

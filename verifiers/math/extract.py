@@ -13,7 +13,7 @@ candidates of each kind are looked at, and none is longer than MAX_LENGTH.
 import itertools
 import re
 
-from .math_tokens import MAX_LENGTH
+from verifiers.math.tokens import MAX_LENGTH
 
 MAX_CANDIDATES = 24
 DECLARATION = re.compile(r"(?i)answer\**\s*(?:is\b|:|\n)\**\s*:?|####")

@@ -12,7 +12,7 @@ Left out: calculus (integrals, sums, limits), logic; such answers are compared a
 
 from fractions import Fraction
 
-from .math_tokens import DECORATIONS, FUNCTIONS, GREEK, Unparseable, number, repeating, tokenize
+from verifiers.math.tokens import DECORATIONS, FUNCTIONS, GREEK, Unparseable, number, repeating, tokenize
 
 MAX_DEPTH = 30
 

@@ -1,0 +1,1 @@
+"""Instructions and constraints that a program can check."""
