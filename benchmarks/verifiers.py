@@ -3,8 +3,8 @@
     python -m benchmarks.verifiers                 # ours
     python -m benchmarks.verifiers --peers         # and math-verify, sympy's LaTeX parser, where they are installed
 
-One process, one core; needs the labelled cases in ../shared/data/verifiers. The peers' agreement with the same labels is printed
-beside their speed. Hostile responses are those of tests/test_verifiers_hostile.py.
+One process, one core; needs the labelled cases in ../shared/data/verifiers. The peers' agreement with the same labels
+is printed beside their speed. Hostile responses are those of tests/test_verifiers_hostile.py.
 """
 
 import argparse
@@ -16,15 +16,14 @@ from pathlib import Path
 
 from tests.test_verifiers_hostile import FAMILIES, WITH_LANGUAGE, hostile, truths
 from verifiers import Pool, verify
-from verifiers.ifeval import google as ifeval
-from verifiers.ifeval import language
-from verifiers.math import equal as math_equal
-from verifiers.math import value as math_value
-from verifiers.math.open_instruct import prefix as math_prefix
+from verifiers.ifeval.google_rules import INSTRUCTIONS
+from verifiers.ifeval.language import log_likelihoods
+from verifiers.math.equal import plain_words, read
+from verifiers.math.open_instruct import prefix
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
 LANGUAGE = set(WITH_LANGUAGE)
-MEMORIES = (math_equal.read, math_equal.plain_words, math_prefix.read, math_value.variables, language._log_likelihoods)
+MEMORIES = (read, plain_words, prefix.read, log_likelihoods)
 
 
 def cases(name: str) -> list[dict]:
@@ -42,7 +41,11 @@ def speed(label: str, rows: list, verdict: Callable, expected: Callable | None =
         results = [verdict(row) for row in rows]
         passes += 1
     rate = passes * len(rows) / (time.perf_counter() - start)
-    known = [(bool(result), expected(row)) for result, row in zip(results, rows, strict=True) if expected and expected(row) is not None]
+    known = [
+        (bool(result), expected(row))
+        for result, row in zip(results, rows, strict=True)
+        if expected and expected(row) is not None
+    ]
     agree = f"   agrees with {sum(a == b for a, b in known)}/{len(known)} labels" if known else ""
     print(f"{label:44} {rate:10,.0f} /s{agree}", flush=True)
 
@@ -67,7 +70,12 @@ def ours() -> None:
     speed("gsm8k, reference", rows, lambda r: verify(r["response"], r["ground_truth"], "gsm8k", "reference").score,
         lambda r: r["labels"]["open_instruct_gsm8k"])  # fmt: skip
     rows = cases("math_equiv")
-    speed("math, equivalence cases", rows, lambda r: verify(r["prediction"], r["answer"], "math").score, lambda r: r["equal"])
+    speed(
+        "math, equivalence cases",
+        rows,
+        lambda r: verify(r["prediction"], r["answer"], "math").score,
+        lambda r: r["equal"],
+    )
     rows = cases("math_extract")
     speed("math, extraction cases", rows, lambda r: verify(r["response"], r["ground_truth"], "math").score,
         lambda r: r["intended_correct"])  # fmt: skip
@@ -77,12 +85,24 @@ def ours() -> None:
         (row["response"], {"instruction_id": [name], "kwargs": [row["kwargs"][i]]}, name)
         for row in cases("ifeval")
         for i, name in enumerate(row["instruction_id_list"])
-        if name in ifeval.INSTRUCTIONS
+        if name in INSTRUCTIONS
     ]
-    speed("ifeval, without language detection", [r for r in rows if r[2] not in LANGUAGE], lambda r: verify(r[0], r[1], "ifeval").score)
-    speed("ifeval, language detection", [r for r in rows if r[2] in LANGUAGE], lambda r: verify(r[0], r[1], "ifeval").score)
+    speed(
+        "ifeval, without language detection",
+        [r for r in rows if r[2] not in LANGUAGE],
+        lambda r: verify(r[0], r[1], "ifeval").score,
+    )
+    speed(
+        "ifeval, language detection",
+        [r for r in rows if r[2] in LANGUAGE],
+        lambda r: verify(r[0], r[1], "ifeval").score,
+    )
     rows = [row for row in cases("rlvr_if_functions") if row["func_name"] != "validate_response_language"]
-    speed("ifeval_old, without language detection", rows, lambda r: verify(r["response"], r["ground_truth"], "ifeval_old").score)
+    speed(
+        "ifeval_old, without language detection",
+        rows,
+        lambda r: verify(r["response"], r["ground_truth"], "ifeval_old").score,
+    )
 
 
 def peers() -> None:
@@ -98,9 +118,12 @@ def peers() -> None:
 
         def math_verify_verdict(row):
             # it reads LaTeX only between delimiters
-            answer, prediction = (text if "$" in text or "boxed" in text else f"${text}$" for text in (row["answer"], row["prediction"]))
+            answer, prediction = (
+                text if "$" in text or "boxed" in text else f"${text}$" for text in (row["answer"], row["prediction"])
+            )
             return math_verify.verify(
-                math_verify.parse(answer), math_verify.parse(prediction if row["kind"] == "answer" else row["prediction"])
+                math_verify.parse(answer),
+                math_verify.parse(prediction if row["kind"] == "answer" else row["prediction"]),
             )
 
         speed("math-verify, all pairs", rows, math_verify_verdict, lambda r: r["equal"])
@@ -140,7 +163,9 @@ def pool(workers: int) -> None:
 
 
 def main() -> None:
-    flags = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
     flags.add_argument("--peers", action="store_true", help="also measure what of the peers is installed")
     flags.add_argument("--workers", type=int, default=2, help="size of the pool")
     options = flags.parse_args()

@@ -3,8 +3,9 @@
     python -m launch.verify responses.jsonl
     python -m launch.verify responses.jsonl --mode reference --failures_only --output verdicts.jsonl
 
-Each line of the file is a JSON object with `response` (the text to judge), `ground_truth` (the label or the constraints)
-and `dataset` (the verifier: gsm8k, math, ifeval, ifeval_old, in any case); --dataset NAME gives the last to all rows.
+Each line of the file is a JSON object with `response` (the text to judge), `ground_truth` (the label or the
+constraints) and `dataset` (the verifier: gsm8k, math, ifeval, ifeval_old, in any case); --dataset NAME gives the last
+to all rows.
 Nothing is trained and nothing leaves the machine.
 """
 
@@ -18,8 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from verifiers import MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
-from verifiers.ifeval.arguments import nearest
-from verifiers.verdict import shown
+from verifiers.strings import nearest, shown
 
 FEW_ROWS = 200  # are judged here: worker processes would take longer to start
 MAX_LISTED = 20
@@ -47,17 +47,34 @@ def parser() -> Parser:
     )
     flags.add_argument("file", type=Path, metavar="FILE.jsonl", help="one JSON object a line")
     flags.add_argument("--dataset", metavar="NAME", help=f"verifier of rows without `dataset`: {', '.join(VERIFIERS)}")
-    flags.add_argument("--mode", choices=MODES, default="default", help="default: what is right; reference: what open-instruct "
-        "rewards; tulu3: what it rewarded when Tülu 3 was trained (docs/verifiers.md)")  # fmt: skip
+    flags.add_argument(
+        "--mode",
+        choices=MODES,
+        default="default",
+        help="default: what is right; reference: what open-instruct rewards; tulu3: what it rewarded when Tülu 3 was "
+        "trained (docs/verifiers.md)",
+    )
     flags.add_argument("--loose", action="store_true", help="IFEval's loose metric")
-    flags.add_argument("--combine", choices=("fraction", "all"), default="fraction", help="several constraints in one row: "
-        "the fraction that is followed, or 1 only for all")  # fmt: skip
+    flags.add_argument(
+        "--combine",
+        choices=("fraction", "all"),
+        default="fraction",
+        help="several constraints in one row: the fraction that is followed, or 1 only for all",
+    )
     flags.add_argument("--failures_only", action="store_true", help="print only rows that do not score 1")
     flags.add_argument("--quiet", action="store_true", help="print only the totals")
-    flags.add_argument("--output", type=Path, metavar="FILE", help="also write {line, dataset, score, reason, status} as JSON lines")
-    flags.add_argument("--on_bad_row", choices=("skip", "error"), default="skip", help="a row that cannot be judged is listed "
-        "and left out, or stops the command")  # fmt: skip
-    flags.add_argument("--workers", type=int, metavar="N", help="processes (default: one a core; files of a few rows use none)")
+    flags.add_argument(
+        "--output", type=Path, metavar="FILE", help="also write {line, dataset, score, reason, status} as JSON lines"
+    )
+    flags.add_argument(
+        "--on_bad_row",
+        choices=("skip", "error"),
+        default="skip",
+        help="a row that cannot be judged is listed and left out, or stops the command",
+    )
+    flags.add_argument(
+        "--workers", type=int, metavar="N", help="processes (default: one a core; files of a few rows use none)"
+    )
     return flags
 
 
@@ -78,7 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
     if len(bad) > MAX_LISTED:
         print(f"... and {len(bad) - MAX_LISTED} more bad rows", file=sys.stderr)
     if (bad and options.on_bad_row == "error") or not rows:
-        print(f"{options.file}: {'no row to judge' if not rows else 'stopped by a bad row (--on_bad_row error)'}", file=sys.stderr)
+        print(
+            f"{options.file}: {'no row to judge' if not rows else 'stopped by a bad row (--on_bad_row error)'}",
+            file=sys.stderr,
+        )
         return 2
     verdicts = list(report(rows, judged(rows, options), options))
     if options.output:

@@ -196,7 +196,8 @@ def test_hostile_ground_truths_are_errors_not_exceptions(family):
 
 
 @pytest.mark.parametrize(
-    "response", ["", " ", "\n\n", "\t", "\u200b", "\ufeff", "<|endoftext|>", "<|im_end|>\n", "</s>", "<think>\n</think>"]
+    "response",
+    ["", " ", "\n\n", "\t", "\u200b", "\ufeff", "<|endoftext|>", "<|im_end|>\n", "</s>", "<think>\n</think>"],
 )
 def test_an_empty_response_is_never_rewarded(response):
     for family in FAMILIES:
@@ -216,17 +217,27 @@ def test_too_long_is_said():
     assert verify("a " * 200_000 + "42", "42", "gsm8k").score == 1  # the last-number rules read the end
 
 
+PACKAGE = Path(verifiers.__file__).parent
 FORBIDDEN = {"eval", "exec", "compile", "sympify", "parse_expr", "parse_latex", "__import__", "system", "popen"}
 
 
-@pytest.mark.parametrize("path", sorted(Path(verifiers.__file__).parent.rglob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_source_cannot_execute_text(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)):
             name = node.id if isinstance(node, ast.Name) else node.attr
             receiver = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
-            assert name not in FORBIDDEN or (name == "compile" and receiver == "re"), f"{path.name}:{node.lineno} {name}"
+            assert name not in FORBIDDEN or (name == "compile" and receiver == "re"), (
+                f"{path.name}:{node.lineno} {name}"
+            )
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "numpy", "engine", "launch", "rollout"}
+            assert not {name.split(".")[0] for name in names} & {
+                "torch",
+                "transformers",
+                "numpy",
+                "engine",
+                "launch",
+                "rollout",
+            }

@@ -1,0 +1,319 @@
+"""The 25 instructions of IFEval (Zhou et al. 2023, arXiv:2311.07911, table 1), a function each.
+
+Rules: google-research's instruction_following_eval, which lm-evaluation-harness 4e7e0d4, IFBench db69a6f and
+open-instruct e6c3044 repeat. They are the meaning of the benchmark, so its oddities are kept, each noted beside its
+rule. Not kept (docs/verifiers.md): keywords used as regular expressions, and a missing argument drawn at random.
+A rule is `name(text, **kwargs) -> (followed, what was seen)`; the annotations of its arguments are what a row must give
+(arguments.py). All are linear in the text.
+"""
+
+import json
+import re
+import unicodedata
+from collections.abc import Callable
+from functools import lru_cache
+from itertools import islice
+
+from verifiers.ifeval import language
+from verifiers.ifeval.sentences import count_capital_words, count_sentences
+from verifiers.strings import shown
+from verifiers.verdict import GroundTruthError
+
+Followed = tuple[bool, str]  # whether the instruction is followed, what was seen
+RELATIONS: dict[str, Callable[[int, int], bool]] = {
+    "at least": lambda seen, n: seen >= n,
+    "less than": lambda seen, n: seen < n,
+}
+
+
+def counted(seen: int, relation: str, n: int, what: str) -> Followed:
+    """Whether `seen` satisfies the relation to `n`; several rules stop counting once that is settled."""
+    return RELATIONS[relation](seen, n), f"{seen} {what}, wanted {relation} {n}"
+
+
+def exactly(seen: int, n: int, what: str) -> Followed:
+    """Whether `seen` is `n`."""
+    return seen == n, f"{seen} {what}, wanted {n}"
+
+
+def occurrences(text: str, keyword: str, limit: int) -> int:
+    """How often the keyword is in the text, in any case, counted up to `limit`."""
+    found = re.finditer(keyword_pattern(keyword), text, re.IGNORECASE) if keyword else ()
+    return sum(1 for _ in islice(found, max(limit, 0)))
+
+
+def keyword_pattern(keyword: str) -> str:
+    """The keyword itself; where it comes as a `Regex` (reference mode), what it means as one."""
+    return str(keyword) if isinstance(keyword, Regex) else re.escape(keyword)
+
+
+class Regex(str):
+    """A keyword to be read as a regular expression, as the references read all of them. Only shapes whose work is
+    linear: no repetition, no backward reference, no look-around, a few optional parts.
+    """
+
+    def __new__(cls, keyword: str) -> "Regex":
+        if re.search(r"[*+{]|\\[0-9]|\(\?", keyword) or keyword.count("?") > 4:
+            raise GroundTruthError(f"keyword {shown(keyword)} as a regular expression has no bound on its work")
+        try:
+            re.compile(keyword)
+        except (re.error, RecursionError, OverflowError) as problem:
+            raise GroundTruthError(f"keyword {shown(keyword)} as a regular expression: {problem}") from None
+        return super().__new__(cls, keyword)
+
+
+# --- keywords -----------------------------------------------------------------------------------------------------
+
+
+def existence(text: str, keywords: list) -> Followed:
+    """Every keyword is in the text, as a substring, in any case."""
+    missing = [word for word in keywords if not re.search(keyword_pattern(word), text, re.IGNORECASE)]
+    return not missing, f"missing {shown(missing)}" if missing else "all keywords found"
+
+
+def frequency(text: str, keyword: str, frequency: int, relation: str) -> Followed:
+    """A substring, in any case, so often."""
+    return counted(occurrences(text, keyword, frequency + 1), relation, frequency, f"times {shown(keyword, 20)}")
+
+
+def forbidden_words(text: str, forbidden_words: list) -> Followed:
+    """None of the words stands in the text as a whole word ('_' counts as a letter)."""
+    found = [word for word in forbidden_words if has_word(text, word)]
+    return not found, f"found {shown(found)}" if found else "no forbidden word"
+
+
+def has_word(text: str, word: str) -> bool:
+    """True if the word stands in the text as a whole word, in any case."""
+    if isinstance(word, Regex):
+        return re.search(rf"\b{word}\b", text, re.IGNORECASE) is not None
+    if text.isascii() and word.lower() not in text.lower():
+        return False  # most responses, and three times as fast
+    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+
+
+def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> Followed:
+    """A letter, in any case, so often. The references draw another letter when it is not one of a-z."""
+    return counted(text.lower().count(letter.strip().lower()), let_relation, let_frequency, f"times {shown(letter, 5)}")
+
+
+# --- language and case ----------------------------------------------------------------------------------------------
+
+
+def response_language(text: str, language: str) -> Followed:
+    """Written in this language; a text whose language cannot be told passes."""
+    return in_language(text, language)
+
+
+def in_language(text: str, code: str) -> Followed:
+    """Whether the text is in the language of that code, or in none that can be told."""
+    same = language.is_language(text, code)
+    found = "unknown" if same is None else code if same else "not " + code
+    return same is not False, f"language {found}"
+
+
+def english_capital(text: str) -> Followed:
+    """All letters upper-case (at least one), in English."""
+    return in_language(text, "en") if text.isupper() else (False, "not all upper-case")
+
+
+def english_lowercase(text: str) -> Followed:
+    """All letters lower-case (at least one), in English."""
+    return in_language(text, "en") if text.islower() else (False, "not all lower-case")
+
+
+def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> Followed:
+    """Words in capitals ('I' and 'A1' are), as the Penn Treebank cuts words."""
+    seen = count_capital_words(text, capital_frequency)
+    return counted(seen, capital_relation, capital_frequency, "words in capitals")
+
+
+# --- lengths --------------------------------------------------------------------------------------------------------
+
+
+def number_sentences(text: str, num_sentences: int, relation: str) -> Followed:
+    """So many sentences (sentences.py)."""
+    return counted(count_sentences(text, num_sentences), relation, num_sentences, "sentences")
+
+
+def number_words(text: str, num_words: int, relation: str) -> Followed:
+    """Maximal runs of letters, marks, digits and '_': "don't" is two."""
+    seen = 0
+    for part in (text[: 64 * (num_words + 1)], text):  # the beginning often settles it
+        if seen <= num_words:
+            words = re.finditer(r"\w+", with_marks_as_letters(part))
+            seen = sum(1 for _ in islice(words, num_words + 1))
+    return counted(seen, relation, num_words, "words")
+
+
+def with_marks_as_letters(text: str) -> str:
+    r"""Combining marks belong to a word (nltk 3.10's \w), or 'हिन्दी' would be three; Python's \w leaves them out."""
+    return text if text.isascii() else text.translate(marks())
+
+
+@lru_cache(maxsize=1)
+def marks() -> dict[int, str]:
+    """For str.translate: every combining mark and joiner as a letter."""
+    characters = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
+    return {c: "a" for c in characters if unicodedata.category(chr(c))[0] == "M" or c in (0x200C, 0x200D)}
+
+
+def number_paragraphs(text: str, num_paragraphs: int) -> Followed:
+    """Paragraphs between '***' dividers; an empty one is allowed only first or last and does not count."""
+    parts = re.split(r"\s?\*\*\*\s?", text)
+    if any(not part.strip() for part in parts[1:-1]):
+        return False, "an empty paragraph between dividers"
+    return exactly(sum(bool(part.strip()) for part in parts), num_paragraphs, "paragraphs")
+
+
+def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int, first_word: str) -> Followed:
+    """So many paragraphs between blank lines, the n-th beginning with the word.
+
+    The n-th is taken from a list with the blank ones still in it, while the count leaves them out: the reference's
+    rule.
+    """
+    paragraphs = text.split("\n\n")
+    count = sum(bool(part.strip()) for part in paragraphs)
+    if not 1 <= nth_paragraph <= count:
+        return False, f"{count} paragraphs, wanted the first word of number {nth_paragraph}"
+    words = paragraphs[nth_paragraph - 1].strip().split(None, 1)
+    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() if words else ""
+    same = count == num_paragraphs and word == first_word.lower()
+    seen = f"{count} paragraphs, wanted {num_paragraphs}; first word {shown(word, 20)}, wanted {shown(first_word)}"
+    return same, seen
+
+
+# --- content and format ---------------------------------------------------------------------------------------------
+
+
+def count_brackets(text: str) -> int:
+    """Non-overlapping [...] within one line."""
+    count = 0
+    for line in text.split("\n") if "[" in text else ():
+        end = -1
+        while (start := line.find("[", end + 1)) >= 0 and (end := line.find("]", start + 1)) >= 0:
+            count += 1
+    return count
+
+
+def number_placeholders(text: str, num_placeholders: int) -> Followed:
+    """At least so many [placeholders]."""
+    return counted(count_brackets(text), "at least", num_placeholders, "placeholders in square brackets")
+
+
+def postscript(text: str, postscript_marker: str) -> Followed:
+    """The marker, in any case, anywhere; white space may stand after the first dot of 'P.S.' and 'P.P.S'."""
+    spaced = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
+    pattern = spaced.get(postscript_marker) or keyword_pattern(postscript_marker)
+    found = re.search(pattern, text, re.IGNORECASE) is not None
+    return found, f"{'found' if found else 'no'} {shown(postscript_marker)}"
+
+
+def number_bullet_lists(text: str, num_bullets: int) -> Followed:
+    """Lines that begin with '*' (but not '**') or with '-', so '---' is one."""
+    stars = re.findall(r"(?m)^[^\S\n]*\*[^*].*$", text)  # [^*] may be the line's end, and the next line its text
+    dashes = re.findall(r"(?m)^[^\S\n]*-.*$", text)
+    return exactly(len(stars) + len(dashes), num_bullets, "bullets")
+
+
+def constrained_response(text: str) -> Followed:
+    """One of 'My answer is yes.', '... no.' and '... maybe.' is in the text, in this case of the letters."""
+    found = any(f"My answer is {word}." in text for word in ("yes", "no", "maybe"))
+    return found, f"{'one' if found else 'none'} of the three answers"
+
+
+def number_highlighted_sections(text: str, num_highlights: int) -> Followed:
+    """*one* and **two** within a line and not blank; '**x**' is found by both patterns only where its inside is."""
+    single = sum(bool(found.strip("*").strip()) for found in re.findall(r"\*[^\n*]*\*", text))
+    double = 0
+    for found in re.findall(r"\*\*[^\n*]*\*\*", text):
+        double += bool(found.removeprefix("**").removesuffix("**").strip())
+    return counted(single + double, "at least", num_highlights, "highlighted parts")
+
+
+def multiple_sections(text: str, section_spliter: str, num_sections: int) -> Followed:
+    """The word followed by a number, case-sensitive, at least so often (a group in a Regex counts again: re.split)."""
+    mark = keyword_pattern(section_spliter)
+    seen = sum(1 for _ in re.finditer(rf"{mark}\s?\d+", text)) * (1 + re.compile(mark).groups)
+    return counted(seen, "at least", num_sections, f"sections marked {shown(section_spliter, 20)}")
+
+
+def json_format(text: str) -> Followed:
+    """JSON, alone or inside one code fence."""
+    text = text.strip()
+    for fence in ("```json", "```Json", "```JSON", "```"):
+        text = text.removeprefix(fence)
+    return is_json(text.removesuffix("```").strip())
+
+
+def is_json(text: str) -> Followed:
+    """Whether the text is JSON."""
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError, MemoryError) as problem:
+        return False, f"not JSON: {shown(problem)}"
+    return True, "JSON"
+
+
+def title(text: str) -> Followed:
+    """<<a title>> within a line, not blank."""
+    for line in text.split("\n") if "<<" in text else ():
+        start, end = line.find("<<"), line.rfind(">>")
+        if 0 <= start < end - 2 and line[start:end].lstrip("<").rstrip(">").strip():
+            return True, "a title"
+    return False, "no title in double angular brackets"
+
+
+def two_responses(text: str) -> Followed:
+    """Two different non-blank texts with '******' between them."""
+    parts = text.split("******")
+    if any(not part.strip() for part in parts[1:-1]):
+        return False, "an empty response between dividers"
+    parts = [part.strip() for part in parts if part.strip()]
+    return len(parts) == 2 and parts[0] != parts[1], f"{len(parts)} responses, {len(set(parts))} different; wanted 2"
+
+
+def repeat_prompt(text: str, prompt_to_repeat: str) -> Followed:
+    """Begins with the prompt, in any case."""
+    same = text.strip().lower().startswith(prompt_to_repeat.strip().lower())
+    return same, f"{'begins' if same else 'does not begin'} with the prompt"
+
+
+def end_checker(text: str, end_phrase: str) -> Followed:
+    """Ends with the phrase, in any case, quotation marks aside."""
+    same = text.strip().strip('"').lower().endswith(end_phrase.strip().lower())
+    return same, f"{'ends' if same else 'does not end'} with {shown(end_phrase)}"
+
+
+def quotation(text: str) -> Followed:
+    """In double quotation marks."""
+    text = text.strip()
+    same = len(text) > 1 and text[0] == text[-1] == '"'
+    return same, f"{'' if same else 'not '}in double quotation marks"
+
+
+def no_comma(text: str) -> Followed:
+    """No comma at all."""
+    return "," not in text, f"{text.count(',')} commas"
+
+
+GROUPS: dict[str, tuple[Callable[..., Followed], ...]] = {
+    "keywords": (existence, frequency, forbidden_words, letter_frequency),
+    "language": (response_language,),
+    "length_constraints": (number_sentences, number_paragraphs, number_words, nth_paragraph_first_word),
+    "detectable_content": (number_placeholders, postscript),
+    "detectable_format": (
+        number_bullet_lists,
+        constrained_response,
+        number_highlighted_sections,
+        multiple_sections,
+        json_format,
+        title,
+    ),
+    "combination": (two_responses, repeat_prompt),
+    "startend": (end_checker, quotation),
+    "change_case": (capital_word_frequency, english_capital, english_lowercase),
+    "punctuation": (no_comma,),
+}
+INSTRUCTIONS: dict[str, Callable[..., Followed]] = {
+    f"{group}:{rule.__name__}": rule for group, rules in GROUPS.items() for rule in rules
+}
