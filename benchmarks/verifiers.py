@@ -27,12 +27,13 @@ MEMORIES = (read, plain_words, prefix.read, log_likelihoods)
 
 
 def cases(name: str) -> list[dict]:
+    """The labelled cases of one file of DATA."""
     return [json.loads(line) for line in (DATA / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def speed(label: str, rows: list, verdict: Callable, expected: Callable | None = None, seconds: float = 2.0) -> None:
-    """Print verdicts/s over passes of all `rows` that take about `seconds`, with nothing remembered from one pass to the
-    next, and the agreement with `expected`."""
+    """Print verdicts/s over passes of all `rows` that take about `seconds`, with nothing remembered from one pass to
+    the next, and the agreement with `expected`."""
     verdict(rows[0])  # compiles patterns, loads profiles
     start, passes = time.perf_counter(), 0
     while not passes or time.perf_counter() - start < seconds:
@@ -51,6 +52,7 @@ def speed(label: str, rows: list, verdict: Callable, expected: Callable | None =
 
 
 def hostile_times(family: str, all_truths: list, responses: list[str]) -> None:
+    """Print the median, the 99th percentile and the maximum of the time of a verdict."""
     times = []
     for response in responses:
         for truth in all_truths:
@@ -59,16 +61,20 @@ def hostile_times(family: str, all_truths: list, responses: list[str]) -> None:
             times.append(time.perf_counter() - start)
     times.sort()
     p50, p99 = times[len(times) // 2], times[int(len(times) * 0.99)]
-    print(
-        f"{len(responses)} hostile responses x {len(all_truths):2}   p50 {p50 * 1e3:.3f}  p99 {p99 * 1e3:.3f}  max {times[-1] * 1e3:.3f} ms"
-    )
+    quantiles = f"p50 {p50 * 1e3:.3f}  p99 {p99 * 1e3:.3f}  max {times[-1] * 1e3:.3f} ms"
+    print(f"{len(responses)} hostile responses x {len(all_truths):2}   {quantiles}")
 
 
 def ours() -> None:
+    """Print the speed of every verifier of ours on the labelled cases."""
     rows = cases("gsm8k")
     speed("gsm8k", rows, lambda r: verify(r["response"], r["ground_truth"], "gsm8k").score, lambda r: r["correct"])
-    speed("gsm8k, reference", rows, lambda r: verify(r["response"], r["ground_truth"], "gsm8k", "reference").score,
-        lambda r: r["labels"]["open_instruct_gsm8k"])  # fmt: skip
+    speed(
+        "gsm8k, reference",
+        rows,
+        lambda r: verify(r["response"], r["ground_truth"], "gsm8k", "reference").score,
+        lambda r: r["labels"]["open_instruct_gsm8k"],
+    )
     rows = cases("math_equiv")
     speed(
         "math, equivalence cases",
@@ -77,10 +83,18 @@ def ours() -> None:
         lambda r: r["equal"],
     )
     rows = cases("math_extract")
-    speed("math, extraction cases", rows, lambda r: verify(r["response"], r["ground_truth"], "math").score,
-        lambda r: r["intended_correct"])  # fmt: skip
-    speed("math, reference", rows, lambda r: verify(r["response"], r["ground_truth"], "math", "reference").score,
-        lambda r: r["verdict"]["open_instruct_math"])  # fmt: skip
+    speed(
+        "math, extraction cases",
+        rows,
+        lambda r: verify(r["response"], r["ground_truth"], "math").score,
+        lambda r: r["intended_correct"],
+    )
+    speed(
+        "math, reference",
+        rows,
+        lambda r: verify(r["response"], r["ground_truth"], "math", "reference").score,
+        lambda r: r["verdict"]["open_instruct_math"],
+    )
     rows = [
         (row["response"], {"instruction_id": [name], "kwargs": [row["kwargs"][i]]}, name)
         for row in cases("ifeval")
@@ -106,6 +120,7 @@ def ours() -> None:
 
 
 def peers() -> None:
+    """Print the speed and the agreement of the peers that are installed, beside ours on the same pairs."""
     rows = cases("math_equiv")
     bare = [row for row in rows if row["kind"] == "answer"]
     ours_bare = lambda r: verify(r["prediction"], r["answer"], "math").score
@@ -150,10 +165,12 @@ def peers() -> None:
 
 
 def timed_out(*_) -> None:
+    """What SIGALRM calls. Raises TimeoutError."""
     raise TimeoutError
 
 
 def pool(workers: int) -> None:
+    """Print the speed of a pool of so many workers."""
     rows = [(row["response"], row["ground_truth"], "gsm8k") for row in cases("gsm8k")] * 10
     with Pool(workers) as running:
         running.score(rows[:1000])
@@ -163,6 +180,7 @@ def pool(workers: int) -> None:
 
 
 def main() -> None:
+    """The command."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )

@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that names the flag that was probably meant."""
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse's; exits with status 2 for a flag that is not known."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
@@ -37,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
+    """The command's flags."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     flags = Parser(
         prog="python -m launch.verify",
@@ -164,6 +166,7 @@ def report(rows: list, verdicts: Iterator[Verdict], options: argparse.Namespace)
 
 
 def label(name: str | list) -> str:
+    """How a row's verifier is printed: 'gsm8k', or 'gsm8k+ifeval' for a list."""
     return name.lower() if isinstance(name, str) else "+".join(map(str.lower, name))
 
 
@@ -183,6 +186,7 @@ def totals(rows: list, verdicts: list[Verdict], skipped: int) -> int:
 
 
 def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
+    """Write {line, dataset, score, reason, status} for every row as JSON lines."""
     with path.open("w", encoding="utf-8") as out:
         for (number, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
             out.write(json.dumps({"line": number, "dataset": name, **verdict._asdict()}) + "\n")

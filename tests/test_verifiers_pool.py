@@ -1,4 +1,4 @@
-"""The pool keeps order, feeds no faster than it is served, and survives its workers; launch.verify through its entry point."""
+"""The pool keeps order, feeds no faster than it is served, survives its workers; launch.verify by its entry point."""
 
 import json
 import os
@@ -111,7 +111,7 @@ def test_the_verdict_does_not_depend_on_load():
     assert batch.scores == [1.0] * 40 and batch.errors == 0
 
 
-# --- python -m launch.verify ----------------------------------------------------------------------------------------------
+# --- python -m launch.verify ------------------------------------------------------------------------------------------
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -127,15 +127,18 @@ def write(path: Path, rows: list) -> str:
 
 def test_launch_verify_prints_verdicts_totals_and_bad_rows(tmp_path):
     commas = {"func_name": "validate_no_commas", "N": None}
-    file = write(tmp_path / "r.jsonl", [
-        {"response": "#### 41", "ground_truth": "42", "dataset": "GSM8K"},
-        "",
-        {"response": "\\boxed{\\frac12}", "ground_truth": "0.5", "dataset": "MATH"},
-        "not json",
-        {"respons": "x", "ground_truth": "42", "dataset": "gsm8k"},
-        {"response": "x", "ground_truth": "42", "dataset": "gsm8"},
-        {"response": "a\ud800", "ground_truth": json.dumps(commas), "dataset": "ifeval"},
-    ])  # fmt: skip
+    file = write(
+        tmp_path / "r.jsonl",
+        [
+            {"response": "#### 41", "ground_truth": "42", "dataset": "GSM8K"},
+            "",
+            {"response": "\\boxed{\\frac12}", "ground_truth": "0.5", "dataset": "MATH"},
+            "not json",
+            {"respons": "x", "ground_truth": "42", "dataset": "gsm8k"},
+            {"response": "x", "ground_truth": "42", "dataset": "gsm8"},
+            {"response": "a\ud800", "ground_truth": json.dumps(commas), "dataset": "ifeval"},
+        ],
+    )
     done = run(file, "--output", str(tmp_path / "out.jsonl"))
     assert done.returncode == 0, done.stderr
     assert f"{file}:1  gsm8k       0.00   extracted 41, expected 42" in done.stdout

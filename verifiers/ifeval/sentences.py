@@ -9,10 +9,10 @@ import re
 
 ABBREVIATIONS = frozenset(
     str.split(
-        "mr mrs ms dr prof rev gen col sgt lt capt sen rep gov st jr sr co corp inc ltd cos bros vs v etc e.g i.e eg "
-        "ie al cf viz u.s u.k u.n u.s.a d.c a.m p.m a.d b.c jan feb mar apr jun jul aug sept sep oct nov dec mt ft no nos "
-        "vol fig ave blvd rd dept est approx ph.d m.d b.a m.a n.y n.j l.a minn calif conn ore pa va tenn mass mich ill "
-        "wis fla ariz p.s s.a w.r n.v c.o"
+        "mr mrs ms dr prof rev gen col sgt lt capt sen rep gov st jr sr co corp inc ltd cos bros vs v etc e.g i.e "
+        "eg ie al cf viz u.s u.k u.n u.s.a d.c a.m p.m a.d b.c jan feb mar apr jun jul aug sept sep oct nov dec mt ft "
+        "no nos vol fig ave blvd rd dept est approx ph.d m.d b.a m.a n.y n.j l.a minn calif conn ore pa va tenn mass "
+        "mich ill wis fla ariz p.s s.a w.r n.v c.o"
     )
 )
 # Words that seldom follow an abbreviation inside a sentence with a capital: after 'etc.' they begin a new one.

@@ -5,6 +5,7 @@ from typing import Any
 
 from verifiers.math.tree import (
     INFINITY,
+    LEAVES,
     Call,
     Div,
     MinusPlus,
@@ -61,8 +62,10 @@ def _sets_of_union(tree: Node) -> tuple[Node, ...]:
 
 def has_sign(tree: object) -> bool:
     """True if a ± or ∓ stands in a tree, or in a tuple of trees; False for any other field of a node."""
+    if isinstance(tree, (PlusMinus, MinusPlus)):
+        return True
     if isinstance(tree, Node):
-        return isinstance(tree, (PlusMinus, MinusPlus)) or any(map(has_sign, tree.fields()))
+        return not isinstance(tree, LEAVES) and any(map(has_sign, tree.fields()))
     return isinstance(tree, tuple) and any(map(has_sign, tree))
 
 

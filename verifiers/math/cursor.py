@@ -3,6 +3,7 @@
 from verifiers.math.tokens import Unparseable
 
 MAX_DEPTH = 30
+END = ("end", "")
 
 
 class Cursor:
@@ -14,19 +15,19 @@ class Cursor:
 
     def peek(self, ahead: int = 0) -> tuple[str, str]:
         """The (kind, value) of the next token, or of the one `ahead` of it; ('end', '') after the last."""
-        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else ("end", "")
+        return self.tokens[self.at + ahead] if self.at + ahead < len(self.tokens) else END
 
     def mark(self) -> str:
         """The next token if it is a mark like '+', else ''."""
-        kind, value = self.peek()
+        kind, value = self.tokens[self.at] if self.at < len(self.tokens) else END
         return value if kind == "mark" else ""
 
     def take(self, *marks: str) -> str:
         """The next mark if it is one of `marks`, consumed; else ''."""
-        found = self.mark()
-        if found and found in marks:
+        kind, value = self.tokens[self.at] if self.at < len(self.tokens) else END
+        if kind == "mark" and value in marks:
             self.at += 1
-            return found
+            return value
         return ""
 
     def expect(self, *marks: str) -> str:

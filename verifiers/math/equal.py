@@ -2,8 +2,9 @@
 
 In this order: the same text; the same words; then both are parsed whole and compared by kind: values as values
 (verifiers.math.value), tuples and intervals place by place, sets, lists and unions in any order but with every element
-once, equations and inequalities up to a factor, 'x = 5' against '5' by its value. A text that does not parse equals only
-itself. There is no tolerance: 0.333 is not 1/3 (but a decimal of 12 or more digits, correctly rounded, is its number).
+once, equations and inequalities up to a factor, 'x = 5' against '5' by its value. A text that does not parse equals
+only itself. There is no tolerance: 0.333 is not 1/3 (but a decimal of 12 or more digits, correctly rounded, is its
+number).
 Conventions (docs/verifiers.md): 50% is 50; a unit on one side only is ignored, two different units differ.
 """
 

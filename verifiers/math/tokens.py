@@ -130,9 +130,9 @@ UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb 
 
 
 def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
-    """(kind, value) pairs; kinds: number, repeating, name, command, mark, text. '2x' is [('number', '2'), ('name', 'x')].
+    """(kind, value) pairs; kinds: number, repeating, name, command, mark, text. Raises Unparseable.
 
-    thousands: read 1,234 as one number."""
+    '2x' is [('number', '2'), ('name', 'x')]. thousands: read 1,234 as one number."""
     if thousands:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     tokens: list[tuple[str, str]] = []

@@ -21,6 +21,8 @@ class Node:
         return [getattr(self, name) for name in self.__slots__]
 
     def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Node) or self.__class__ is not other.__class__:
+            return False
         pairs: list[tuple] = [(self, other)]
         while pairs:
             a, b = pairs.pop()
@@ -29,7 +31,7 @@ class Node:
             if a.__class__ is not b.__class__:
                 return False
             if isinstance(a, Node):
-                pairs.extend(zip(a.fields(), b.fields(), strict=True))
+                pairs.extend((getattr(a, name), getattr(b, name)) for name in a.__slots__)
             elif not isinstance(a, tuple):
                 if a != b:
                     return False
@@ -165,8 +167,8 @@ class Rel(Node):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Seq(Node):
-    """Items in brackets: (1, 2] is Seq('(', ']', (1, 2)), the set {1, 2} is Seq('{', '}', (1, 2)), the bare list 1, 2 is
-    Seq('', '', (1, 2))."""
+    """Items in brackets: (1, 2] is Seq('(', ']', (1, 2)), the set {1, 2} is Seq('{', '}', (1, 2)), the bare list 1, 2
+    is Seq('', '', (1, 2))."""
 
     opening: str
     closing: str
@@ -201,6 +203,7 @@ class Matrix(Node):
     rows: tuple[tuple[Node, ...], ...]
 
 
+LEAVES = (Num, Sym, Const, Text, Based)  # the kinds without trees in their fields
 ONE = Num(Fraction(1), 0)
 MINUS_ONE = Neg(ONE)
 INFINITY = Const("inf")
@@ -216,7 +219,9 @@ def walk(tree: Node) -> Iterator[Node]:
     stack: list = [tree]
     while stack:
         part = stack.pop()
-        if isinstance(part, Node):
+        if isinstance(part, LEAVES):
+            yield part
+        elif isinstance(part, Node):
             yield part
             stack.extend(part.fields())
         elif isinstance(part, tuple):

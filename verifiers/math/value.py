@@ -59,10 +59,16 @@ class Evaluator:
     def value(self, tree: Node) -> Value:
         """A Fraction, an mpmath number, or a tuple of rows of them. Raises Undefined or NoValue."""
         match tree:
-            case Num(number):
-                return number
-            case Sym(name):
-                return self.coordinate(name)
+            case Num():
+                return tree.value
+            case Sym():
+                return self.coordinate(tree.name)
+            case Sum(parts) | Prod(parts):
+                pass
+            case Div(first, second) | Pow(first, second):
+                parts = (first, second)
+            case Neg(inside):
+                parts = (inside,)
             case Call(name, arguments):
                 return self.function(name, arguments)
             case Unit(amount, _):
@@ -73,12 +79,6 @@ class Evaluator:
                 return {"pi": +context.pi, "e": +context.e, "i": context.mpc(0, 1)}[name]
             case Matrix(rows):
                 return tuple(tuple(self.value(entry) for entry in row) for row in rows)
-            case Sum(parts) | Prod(parts):
-                pass
-            case Div(first, second) | Pow(first, second):
-                parts = (first, second)
-            case Neg(inside):
-                parts = (inside,)
             case _:
                 raise NoValue(type(tree).__name__)
         return self.combine(type(tree), [self.value(part) for part in parts])
@@ -203,11 +203,15 @@ def variables(tree: Node) -> frozenset[str]:
     return frozenset(names)
 
 
+def number_of_points(a: Node, b: Node) -> int:
+    """At how many points two expressions are compared: 1 for constants, POINTS for expressions in variables."""
+    return POINTS if variables(a) or variables(b) else 1
+
+
 def values_at_points(
-    a: Node, b: Node, salt: str, evaluator: type[Evaluator] = Evaluator
+    a: Node, b: Node, number: int, salt: str, evaluator: type[Evaluator] = Evaluator
 ) -> Iterator[tuple[Value, Value]]:
-    """(value of a, value of b) at each point where both have one: one point for constants, POINTS for variables."""
-    number = POINTS if variables(a) or variables(b) else 1
+    """(value of a, value of b) at each of `number` points where both have one, and of two more if it is not 1."""
     work = 0
     for point in range(number + 2 * (number > 1)):
         at = evaluator(salt, point)
@@ -219,22 +223,21 @@ def values_at_points(
 
 def same_value(a: Node, b: Node, salt: str = "", evaluator: type[Evaluator] = Evaluator) -> bool:
     """True if the two expressions have the same value wherever both have one. Raises NoValue for other trees."""
-    needed = MIN_POINTS if variables(a) or variables(b) else 1
-    seen = 0
-    for x, y in values_at_points(a, b, salt, evaluator):
+    seen, number = 0, number_of_points(a, b)
+    for x, y in values_at_points(a, b, number, salt, evaluator):
         if not close(x, y):
             return False
         seen += 1
         if seen == POINTS:
             break
-    return seen >= needed
+    return seen >= min(number, MIN_POINTS)
 
 
 def same_up_to_factor(a: Node, b: Node, salt: str = "", positive: bool = False) -> bool:
     """True if a = c b with one constant c ≠ 0 (c > 0 on request): two equations, or two inequalities, that say the
     same. Raises NoValue."""
     ratios = []
-    for x, y in values_at_points(a, b, salt):
+    for x, y in values_at_points(a, b, number_of_points(a, b), salt):
         if isinstance(x, tuple) or isinstance(y, tuple) or x == 0 or y == 0:
             return False
         ratios.append(divide(x, y))
