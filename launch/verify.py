@@ -3,8 +3,9 @@
     python -m launch.verify responses.jsonl
     python -m launch.verify responses.jsonl --mode reference --failures_only --output verdicts.jsonl
 
-Each line of the file is a JSON object with `response` (the text to judge), `ground_truth` (the label or the constraints)
-and `dataset` (the verifier: gsm8k, math, ifeval, ifeval_old, in any case); --dataset NAME gives the last to all rows.
+Each line of the file is a JSON object with `response` (the text to judge), `ground_truth` (the label or the
+constraints) and `dataset` (the verifier: gsm8k, math, ifeval, ifeval_old, in any case); --dataset NAME gives the last
+to all rows.
 Nothing is trained and nothing leaves the machine.
 """
 
@@ -18,8 +19,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from verifiers import MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
-from verifiers.arguments import nearest
-from verifiers.verdict import shown
+from verifiers.strings import nearest, shown
 
 FEW_ROWS = 200  # are judged here: worker processes would take longer to start
 MAX_LISTED = 20
@@ -29,6 +29,7 @@ class Parser(argparse.ArgumentParser):
     """argparse that names the flag that was probably meant."""
 
     def parse_args(self, args=None, namespace=None):
+        """As argparse's; exits with status 2 for a flag that is not known."""
         options, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = [flag for action in self._actions for flag in action.option_strings]
@@ -37,6 +38,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parser() -> Parser:
+    """The command's flags."""
     summary, _, details = (__doc__ or "").partition("\n\n")
     flags = Parser(
         prog="python -m launch.verify",
@@ -47,18 +49,31 @@ def parser() -> Parser:
     )
     flags.add_argument("file", type=Path, metavar="FILE.jsonl", help="one JSON object a line")
     flags.add_argument("--dataset", metavar="NAME", help=f"verifier of rows without `dataset`: {', '.join(VERIFIERS)}")
-    flags.add_argument("--mode", choices=MODES, default="default", help="default: what is right; reference: what open-instruct "
-        "rewards; tulu3: what it rewarded when Tülu 3 was trained (docs/verifiers.md)")  # fmt: skip
+    flags.add_argument(
+        "--mode",
+        choices=MODES,
+        default="default",
+        help="default: what is right; reference: what open-instruct rewards; tulu3: what it rewarded when Tülu 3 was "
+        "trained (docs/verifiers.md)",
+    )
     flags.add_argument("--loose", action="store_true", help="IFEval's loose metric")
-    flags.add_argument("--combine", choices=("fraction", "all"), default="fraction", help="several constraints in one row: "
-        "the fraction that is followed, or 1 only for all")  # fmt: skip
+    flags.add_argument(
+        "--combine",
+        choices=("fraction", "all"),
+        default="fraction",
+        help="several constraints in one row: the fraction that is followed, or 1 only for all",
+    )
     flags.add_argument("--failures_only", action="store_true", help="print only rows that do not score 1")
     flags.add_argument("--quiet", action="store_true", help="print only the totals")
     flags.add_argument(
         "--output", type=Path, metavar="FILE", help="also write {line, dataset, score, reason, status} as JSON lines"
     )
-    flags.add_argument("--on_bad_row", choices=("skip", "error"), default="skip", help="a row that cannot be judged is listed "
-        "and left out, or stops the command")  # fmt: skip
+    flags.add_argument(
+        "--on_bad_row",
+        choices=("skip", "error"),
+        default="skip",
+        help="a row that cannot be judged is listed and left out, or stops the command",
+    )
     flags.add_argument(
         "--workers", type=int, metavar="N", help="processes (default: one a core; files of a few rows use none)"
     )
@@ -151,6 +166,7 @@ def report(rows: list, verdicts: Iterator[Verdict], options: argparse.Namespace)
 
 
 def label(name: str | list) -> str:
+    """How a row's verifier is printed: 'gsm8k', or 'gsm8k+ifeval' for a list."""
     return name.lower() if isinstance(name, str) else "+".join(map(str.lower, name))
 
 
@@ -170,6 +186,7 @@ def totals(rows: list, verdicts: list[Verdict], skipped: int) -> int:
 
 
 def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
+    """Write {line, dataset, score, reason, status} for every row as JSON lines."""
     with path.open("w", encoding="utf-8") as out:
         for (number, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
             out.write(json.dumps({"line": number, "dataset": name, **verdict._asdict()}) + "\n")

@@ -187,7 +187,7 @@ CASES = {
         "--gamma_beta_ratio is not read by --loss_type dpo_norm, which reads",
     ),
     "label smoothing": (("--label_smoothing", 0.5), "--label_smoothing must be in [0, 0.5), got 0.5"),
-    "batch size twice": (("--batch_size", 4, "--per_device_train_batch_size", 2), "--batch_size says the same as"),
+    "batch size twice": (("--batch_size", 4, "--per_device_train_batch_size", 2), "--batch_size and --per_device_train_batch_size are two ways"),
     "batch size 0": (("--batch_size", 0), "--batch_size must be greater than 0, got 0"),
     "float16": (("--dtype", "float16"), "--dtype float16 is refused"),
     "warm-up": (("--warmup_ratio", 1.5), "--warmup_ratio is a share of the steps"),
@@ -210,7 +210,7 @@ CASES = {
     "half a mixture": (("--mixer_list", "{place}/good.jsonl"), "--mixer_list: expected NAME AMOUNT pairs, got 1 words"),
     "mixture and dataset": (
         ("--mixer_list", "a", "1.0", "--dataset_name", "b"),
-        "--mixer_list and --dataset_name are two ways",
+        "--dataset_name and --mixer_list are two ways",
     ),
     "no amount": (
         ("--mixer_list", "{place}/good.jsonl", "some"),

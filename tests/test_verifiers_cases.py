@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests import needs
-from verifiers import GroundTruthError, check, ifeval, verify
-from verifiers.math_equal import equal
-from verifiers.math_prefix import same_prefix
-from verifiers.math_reference import same_string
+from verifiers import GroundTruthError, check, verify
+from verifiers.ifeval import google
+from verifiers.math.equal import equal
+from verifiers.math.open_instruct.prefix import same_prefix
+from verifiers.math.open_instruct.reference import same_string
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
 NEEDS_PUNKT = 0.97  # of the rows that the references judge with nltk's trained sentence model
@@ -31,7 +32,9 @@ def wrong(rows: list, verdict, label) -> list:
 
 
 def test_gsm8k_is_right_on_every_row():
-    assert not wrong(cases("gsm8k"), lambda r: bool(verify(r["response"], r["ground_truth"], "GSM8K").score), lambda r: r["correct"])
+    assert not wrong(
+        cases("gsm8k"), lambda r: bool(verify(r["response"], r["ground_truth"], "GSM8K").score), lambda r: r["correct"]
+    )
 
 
 def test_gsm8k_reference_is_open_instruct_on_every_row():
@@ -60,7 +63,9 @@ def test_math_reference_is_open_instruct_on_every_row():
         return bool(verify(row["response"], row["ground_truth"], "math", "reference").score)
 
     assert not wrong(cases("math_extract"), verdict, lambda row: row["verdict"]["open_instruct_math"])
-    rows = [r for r in cases("math_equiv") + cases("math_equiv_disputed") if "open_instruct_math_verifier" in r["labels"]]
+    rows = [
+        r for r in cases("math_equiv") + cases("math_equiv_disputed") if "open_instruct_math_verifier" in r["labels"]
+    ]
 
     def equivalence(row):
         pair = row.get("prediction_bare", row["prediction"]), row.get("answer_bare", row["answer"])
@@ -76,14 +81,19 @@ def test_math_reference_is_open_instruct_on_every_row():
 def constraints():
     for row in cases("ifeval"):
         for i, name in enumerate(row["instruction_id_list"]):
-            if name in ifeval.INSTRUCTIONS:
+            if name in google.INSTRUCTIONS:
                 yield row, i, name, row["kwargs"][i]
 
 
 def is_listed(row: dict, name: str, arguments: dict) -> bool:
     """Labels that are wrong: a keyword read as a regular expression; a response without a visible character."""
     words = " ".join(str(value) for value in arguments.values())
-    pattern = name in ("keywords:existence", "keywords:frequency", "keywords:forbidden_words", "detectable_format:multiple_sections")
+    pattern = name in (
+        "keywords:existence",
+        "keywords:frequency",
+        "keywords:forbidden_words",
+        "detectable_format:multiple_sections",
+    )
     return (pattern and any(c in words for c in "?$|.[(*+\\^{")) or row["response"] == "\u200b"
 
 
@@ -92,8 +102,8 @@ def test_ifeval_follows_every_row(loose):
     pytest.importorskip("langdetect")
     bad, by_model, sentences = [], 0, 0
     for row, i, name, arguments in constraints():
-        [(_, given)] = ifeval.parse({"instruction_id": [name], "kwargs": [arguments]})
-        same = ifeval.follow(row["response"], name, given, loose)[0] == row["follow_loose" if loose else "follow"][i]
+        [(_, given)] = google.parse({"instruction_id": [name], "kwargs": [arguments]})
+        same = google.follow(row["response"], name, given, loose)[0] == row["follow_loose" if loose else "follow"][i]
         if name == "length_constraints:number_sentences":
             sentences, by_model = sentences + 1, by_model + same
         elif not same and not is_listed(row, name, arguments):
@@ -107,7 +117,7 @@ def test_ifeval_reference_gives_open_instruct_scores():
     bad = []
     for row in cases("ifeval"):
         names = row["instruction_id_list"]
-        if "open_instruct_score" in row and set(names) <= set(ifeval.INSTRUCTIONS):
+        if "open_instruct_score" in row and set(names) <= set(google.INSTRUCTIONS):
             truth = json.dumps({"instruction_id": names, "kwargs": row["kwargs"]})
             score = verify(row["response"], truth, "ifeval", "reference").score
             if abs(score - row["open_instruct_score"]) > 1e-9 and "length_constraints:number_sentences" not in names:

@@ -27,16 +27,20 @@ PAYLOADS = [
     f"{{{{ open('{CANARY}','w') }}}}",
 ]
 BOMBS = [
-    "10**10**10", "10^{10^{10}}", "9^{9^{9^{9}}}", "999999999!", "100000!", "((9!)!)!", "1e999999999", "1" * 5000, "0." + "3" * 5000,
-    "\\binom{10^9}{10^8}", "\\sqrt[1000000]{2}", "2^{0.5^{-100}}", "(x+1)^{10^6}", "e^{e^{e^{e^{10}}}}", "\\sin(10^{400})",
-    "\\gcd(10^{300},7)", "\\lfloor e^{e^{9}} \\rfloor", "\\frac{1}{0}", "0^{-1}", "\\log 0", "\\tan(\\pi/2)", "i^{i^i}", "1/3/0",
-    "+".join(["1"] * 300), "-" * 300 + "1", "x^" * 200 + "2", "x^{" * 200 + "2" + "}" * 200, "x_" * 200 + "1", "!" * 300, "5" + "!" * 50,
-    "\\pm" * 100 + "1", "\\sqrt" * 200 + "2", "\\frac" * 200 + "12", "|" * 300 + "x" + "|" * 300, "\\{" * 200, "(" * 3000 + "1" + ")" * 3000,
-    "[" * 3000, "{" * 3000 + "}" * 3000, "\\begin{pmatrix}" * 100, "\\begin{pmatrix}" + "1&" * 300 + "1\\end{pmatrix}",
-    "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{2}"] * 8)] * 8) + "\\end{pmatrix}", ",".join(map(str, range(400))),
-    "\\{" + ",".join(f"\\sqrt{{{i}}}" for i in range(90)) + "\\}", "\\cup".join(["[0,1)"] * 100), "<".join(["x"] * 300),
-    "\\sin(" * 29 + "x" + ")" * 29, "\\sin" * 100 + "x", "\\sin a(" * 100, "f(" * 100, "x=" * 300 + "1", "a:b" * 200, "1_{" * 100, "\\text{" * 300,
-    "\\log_" * 100 + "2", "\\overline{" * 100, "1,000," * 300, "1 1/2 " * 200, "\\sqrt[" * 100 + "2" + "]" * 100, "^" * 500, "_" * 500, "&" * 500,
+    "10**10**10", "10^{10^{10}}", "9^{9^{9^{9}}}", "999999999!", "100000!", "((9!)!)!", "1e999999999", "1" * 5000,
+    "0." + "3" * 5000, "\\binom{10^9}{10^8}", "\\sqrt[1000000]{2}", "2^{0.5^{-100}}", "(x+1)^{10^6}",
+    "e^{e^{e^{e^{10}}}}", "\\sin(10^{400})", "\\gcd(10^{300},7)", "\\lfloor e^{e^{9}} \\rfloor", "\\frac{1}{0}",
+    "0^{-1}", "\\log 0", "\\tan(\\pi/2)", "i^{i^i}", "1/3/0", "+".join(["1"] * 300), "-" * 300 + "1",
+    "x^" * 200 + "2", "x^{" * 200 + "2" + "}" * 200, "x_" * 200 + "1", "!" * 300, "5" + "!" * 50, "\\pm" * 100 + "1",
+    "\\sqrt" * 200 + "2", "\\frac" * 200 + "12", "|" * 300 + "x" + "|" * 300, "\\{" * 200,
+    "(" * 3000 + "1" + ")" * 3000, "[" * 3000, "{" * 3000 + "}" * 3000, "\\begin{pmatrix}" * 100,
+    "\\begin{pmatrix}" + "1&" * 300 + "1\\end{pmatrix}",
+    "\\begin{pmatrix}" + "\\\\".join(["&".join(["\\sqrt{2}"] * 8)] * 8) + "\\end{pmatrix}",
+    ",".join(map(str, range(400))), "\\{" + ",".join(f"\\sqrt{{{i}}}" for i in range(90)) + "\\}",
+    "\\cup".join(["[0,1)"] * 100), "<".join(["x"] * 300), "\\sin(" * 29 + "x" + ")" * 29, "\\sin" * 100 + "x",
+    "\\sin a(" * 100, "f(" * 100, "x=" * 300 + "1", "a:b" * 200, "1_{" * 100, "\\text{" * 300, "\\log_" * 100 + "2",
+    "\\overline{" * 100, "1,000," * 300, "1 1/2 " * 200, "\\sqrt[" * 100 + "2" + "]" * 100, "^" * 500, "_" * 500,
+    "&" * 500,
 ]  # fmt: skip
 WRAPPERS = [
     "{}",
@@ -47,12 +51,15 @@ WRAPPERS = [
     "\\[{}\\]",
 ]
 REPEATED = [
-    "\\boxed{", "\\boxed ", "\\fbox{", "$", "$$", "\\(", "\\[", "<think>", "</think>", "<|assistant|>\n", "<|im_end|>", "{", "}", "[", "]", "<<", ">>",
-    "*", "**", "***", "* * *", "******", "-", "\n", "\n\n", " \n", "\n*", "\n- ", "\t", " ", "\x0b", "\x00", "\ud800", "\u200b", "\u202e", "e\u0301",
-    "a", "A", "a ", "A. ", "Mr. ", "U.S. ", "a!", "?", ".", ". ", "...", ",", "a,", "1", "1,", "1,1", "1.", "1.1.", "-1", "1/", "1 ", "٣", "４", "²",
-    "#### ", "#### 1\n", "answer is ", "Answer:\n", "Final Answer: The final answer is ", " I hope it is correct.", "A: ", "\nA:", "'", "\"", "n't ",
-    "CAN'T ", "http://a.b/", "a@b.", "@", "a" * 64 + "@", "P.S.", "p.p.s ", "Section 1", "[name] ", "[", "{\"a\":", "[[", "null,", "\\text{", "\\frac", "=",
-    "\\left", "你", "あ", "ह", "👍", "ß", "İ", "ﬁ", "K", "ſ", "\U000e0001", "\u2028", "\\overline{", "\\\\", "\\", "%", "^\\circ", "|", "answer is 1 or ",
+    "\\boxed{", "\\boxed ", "\\fbox{", "$", "$$", "\\(", "\\[", "<think>", "</think>", "<|assistant|>\n",
+    "<|im_end|>", "{", "}", "[", "]", "<<", ">>", "*", "**", "***", "* * *", "******", "-", "\n", "\n\n", " \n",
+    "\n*", "\n- ", "\t", " ", "\x0b", "\x00", "\ud800", "\u200b", "\u202e", "e\u0301", "a", "A", "a ", "A. ", "Mr. ",
+    "U.S. ", "a!", "?", ".", ". ", "...", ",", "a,", "1", "1,", "1,1", "1.", "1.1.", "-1", "1/", "1 ", "٣", "４", "²",
+    "#### ", "#### 1\n", "answer is ", "Answer:\n", "Final Answer: The final answer is ", " I hope it is correct.",
+    "A: ", "\nA:", "'", "\"", "n't ", "CAN'T ", "http://a.b/", "a@b.", "@", "a" * 64 + "@", "P.S.", "p.p.s ",
+    "Section 1", "[name] ", "[", "{\"a\":", "[[", "null,", "\\text{", "\\frac", "=", "\\left", "你", "あ", "ह", "👍",
+    "ß", "İ", "ﬁ", "K", "ſ", "\U000e0001", "\u2028", "\\overline{", "\\\\", "\\", "%", "^\\circ", "|",
+    "answer is 1 or ",
 ]  # fmt: skip
 
 
@@ -196,7 +203,8 @@ def test_hostile_ground_truths_are_errors_not_exceptions(family):
 
 
 @pytest.mark.parametrize(
-    "response", ["", " ", "\n\n", "\t", "\u200b", "\ufeff", "<|endoftext|>", "<|im_end|>\n", "</s>", "<think>\n</think>"]
+    "response",
+    ["", " ", "\n\n", "\t", "\u200b", "\ufeff", "<|endoftext|>", "<|im_end|>\n", "</s>", "<think>\n</think>"],
 )
 def test_an_empty_response_is_never_rewarded(response):
     for family in FAMILIES:
@@ -216,17 +224,27 @@ def test_too_long_is_said():
     assert verify("a " * 200_000 + "42", "42", "gsm8k").score == 1  # the last-number rules read the end
 
 
+PACKAGE = Path(verifiers.__file__).parent
 FORBIDDEN = {"eval", "exec", "compile", "sympify", "parse_expr", "parse_latex", "__import__", "system", "popen"}
 
 
-@pytest.mark.parametrize("path", sorted(Path(verifiers.__file__).parent.glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_source_cannot_execute_text(path):
     tree = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, (ast.Name, ast.Attribute)):
             name = node.id if isinstance(node, ast.Name) else node.attr
             receiver = node.value.id if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) else ""
-            assert name not in FORBIDDEN or (name == "compile" and receiver == "re"), f"{path.name}:{node.lineno} {name}"
+            assert name not in FORBIDDEN or (name == "compile" and receiver == "re"), (
+                f"{path.name}:{node.lineno} {name}"
+            )
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            assert not {name.split(".")[0] for name in names} & {"torch", "transformers", "numpy", "engine", "launch", "rollout"}
+            assert not {name.split(".")[0] for name in names} & {
+                "torch",
+                "transformers",
+                "numpy",
+                "engine",
+                "launch",
+                "rollout",
+            }

@@ -1,4 +1,4 @@
-"""The pool keeps order, feeds no faster than it is served, and survives its workers; launch.verify through its entry point."""
+"""The pool keeps order, feeds no faster than it is served, survives its workers; launch.verify by its entry point."""
 
 import json
 import os
@@ -42,7 +42,11 @@ def test_the_order_and_the_verdicts_are_those_of_one_process():
 
 
 def test_rows_of_any_size_and_shape_pass_through():
-    rows = [("x" * 5_000_000 + " 42", "42", "gsm8k"), ("\ud800 42", "42", "gsm8k"), ("", {"func_name": "validate_no_commas"}, "ifeval")] * 6
+    rows = [
+        ("x" * 5_000_000 + " 42", "42", "gsm8k"),
+        ("\ud800 42", "42", "gsm8k"),
+        ("", {"func_name": "validate_no_commas"}, "ifeval"),
+    ] * 6
     with Pool(2) as pool:
         assert pool.score(rows).scores == [1.0, 1.0, 0.0] * 6
 
@@ -107,7 +111,7 @@ def test_the_verdict_does_not_depend_on_load():
     assert batch.scores == [1.0] * 40 and batch.errors == 0
 
 
-# --- python -m launch.verify ----------------------------------------------------------------------------------------------
+# --- python -m launch.verify ------------------------------------------------------------------------------------------
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
@@ -115,29 +119,41 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
 
 
 def write(path: Path, rows: list) -> str:
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
     return str(path)
 
 
 def test_launch_verify_prints_verdicts_totals_and_bad_rows(tmp_path):
     commas = {"func_name": "validate_no_commas", "N": None}
-    file = write(tmp_path / "r.jsonl", [
-        {"response": "#### 41", "ground_truth": "42", "dataset": "GSM8K"},
-        "",
-        {"response": "\\boxed{\\frac12}", "ground_truth": "0.5", "dataset": "MATH"},
-        "not json",
-        {"respons": "x", "ground_truth": "42", "dataset": "gsm8k"},
-        {"response": "x", "ground_truth": "42", "dataset": "gsm8"},
-        {"response": "a\ud800", "ground_truth": json.dumps(commas), "dataset": "ifeval"},
-    ])  # fmt: skip
+    file = write(
+        tmp_path / "r.jsonl",
+        [
+            {"response": "#### 41", "ground_truth": "42", "dataset": "GSM8K"},
+            "",
+            {"response": "\\boxed{\\frac12}", "ground_truth": "0.5", "dataset": "MATH"},
+            "not json",
+            {"respons": "x", "ground_truth": "42", "dataset": "gsm8k"},
+            {"response": "x", "ground_truth": "42", "dataset": "gsm8"},
+            {"response": "a\ud800", "ground_truth": json.dumps(commas), "dataset": "ifeval"},
+        ],
+    )
     done = run(file, "--output", str(tmp_path / "out.jsonl"))
     assert done.returncode == 0, done.stderr
     assert f"{file}:1  gsm8k       0.00   extracted 41, expected 42" in done.stdout
     assert f"{file}:3  math        1.00" in done.stdout and "3 bad rows left out" in done.stdout
-    assert f"{file}:4: not JSON" in done.stderr and f"{file}:5: field response is missing (nearest: respons)" in done.stderr
+    assert (
+        f"{file}:4: not JSON" in done.stderr
+        and f"{file}:5: field response is missing (nearest: respons)" in done.stderr
+    )
     assert f"{file}:6: field dataset: unknown verifier gsm8 (nearest: gsm8k)" in done.stderr
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-    assert [(row["line"], row["score"], row["status"]) for row in written] == [(1, 0.0, "ok"), (3, 1.0, "ok"), (7, 1.0, "ok")]
+    assert [(row["line"], row["score"], row["status"]) for row in written] == [
+        (1, 0.0, "ok"),
+        (3, 1.0, "ok"),
+        (7, 1.0, "ok"),
+    ]
     assert run(file, "--on_bad_row", "error").returncode == 2
 
 
@@ -156,4 +172,8 @@ def test_launch_verify_helps():
     wrong = run("x.jsonl", "--modee", "reference")
     assert wrong.returncode == 2 and "nearest: --mode" in wrong.stderr
     missing = run("no-such-file.jsonl")
-    assert missing.returncode == 2 and "no-such-file.jsonl: No such file" in missing.stderr and "Traceback" not in missing.stderr
+    assert (
+        missing.returncode == 2
+        and "no-such-file.jsonl: No such file" in missing.stderr
+        and "Traceback" not in missing.stderr
+    )

@@ -6,11 +6,17 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from verifiers import Verdict, verify
-from verifiers.math_equal import equal
+from verifiers.math.equal import equal
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
 
-FRAMES = ["\\boxed{{{}}}", "so ${}$", "Final Answer: The final answer is ${}$. I hope it is correct.", "The answer is \\({}\\).", "{}"]
+FRAMES = [
+    "\\boxed{{{}}}",
+    "so ${}$",
+    "Final Answer: The final answer is ${}$. I hope it is correct.",
+    "The answer is \\({}\\).",
+    "{}",
+]
 integers = st.integers(-(10**9), 10**9)
 fractions = st.builds(Fraction, st.integers(-10_000, 10_000), st.integers(1, 999))
 decimals = st.builds(lambda n, k: Fraction(n, 10**k), st.integers(-(10**8), 10**8), st.integers(0, 6))
@@ -22,7 +28,11 @@ def decimal_text(draw, x: Fraction) -> str:
     while (x * 10**digits).denominator != 1:
         digits += 1
     whole, part = divmod(abs(x.numerator * 10**digits // x.denominator), 10**digits)
-    text = f"{whole:{draw(pick(['d', ',']))}}" + (f".{part:0{digits}d}" if digits else "") + draw(pick(["", ".0" if not digits else "0"]))
+    text = (
+        f"{whole:{draw(pick(['d', ',']))}}"
+        + (f".{part:0{digits}d}" if digits else "")
+        + draw(pick(["", ".0" if not digits else "0"]))
+    )
     return ("-" if x < 0 else "") + text
 
 
@@ -75,7 +85,17 @@ def matrix(draw, rows: list[list[Fraction]]) -> str:
 def test_gsm8k_recognises_its_number(data, x):
     text = decimal_text(data.draw, x)
     frame = data.draw(
-        pick(["#### {}", "The answer is {}.", "it is ${} in all", "**{}**", "\\boxed{{{}}}", "so {} apples", "1 + 1, so {} %"])
+        pick(
+            [
+                "#### {}",
+                "The answer is {}.",
+                "it is ${} in all",
+                "**{}**",
+                "\\boxed{{{}}}",
+                "so {} apples",
+                "1 + 1, so {} %",
+            ]
+        )
     )
     assert verify(frame.format(text), decimal_text(data.draw, x), "gsm8k").score == 1
 
@@ -145,7 +165,9 @@ def test_polynomials_by_value(coefficients, shift):
 @many
 @given(st.integers(2, 200), st.integers(1, 20))
 def test_roots(n, k):
-    assert equal(f"\\sqrt{{{n * k * k}}}", f"{k}\\sqrt{{{n}}}") and equal(f"\\frac{{{n}}}{{\\sqrt{{{n}}}}}", f"\\sqrt{{{n}}}")
+    assert equal(f"\\sqrt{{{n * k * k}}}", f"{k}\\sqrt{{{n}}}") and equal(
+        f"\\frac{{{n}}}{{\\sqrt{{{n}}}}}", f"\\sqrt{{{n}}}"
+    )
     assert not equal(f"\\sqrt{{{n * k * k + 1}}}", f"{k}\\sqrt{{{n}}}")
     assert not equal(f"{(n * k * k) ** 0.5:.6f}1", f"{k}\\sqrt{{{n}}}")
 

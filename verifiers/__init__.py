@@ -1,14 +1,16 @@
 """Verifiable rewards: was the response right? Exact, total and bounded; see docs/verifiers.md.
 
     from verifiers import verify
-    verify("... so the answer is 42.", "42", "gsm8k")   # Verdict(score=1.0, reason='extracted 42, expected 42', status='ok')
+    verify("... so the answer is 42.", "42", "gsm8k")
+    # Verdict(score=1.0, reason='extracted 42, expected 42', status='ok')
 
 `verify` judges one response, `check` tells before training whether a row can be judged, `Pool` judges a batch in
-parallel. Each verifier reads alone: gsm8k.py, math.py, ifeval.py, ifeval_old.py.
+parallel. Each verifier reads alone: gsm8k.py, math/, ifeval/google.py, ifeval/tulu.py; route.py chooses it by the row's
+`dataset`. verdict.py and strings.py are what they share.
 """
 
-from .pool import MAX_ERROR_RATE, Pool, ScoredBatch
-from .route import MODES, VERIFIERS, check, verify
-from .verdict import GroundTruthError, Verdict
+from verifiers.pool import MAX_ERROR_RATE, Pool, ScoredBatch
+from verifiers.route import MODES, VERIFIERS, check, verify
+from verifiers.verdict import GroundTruthError, Verdict
 
 __all__ = ["MAX_ERROR_RATE", "MODES", "VERIFIERS", "GroundTruthError", "Pool", "ScoredBatch", "Verdict", "check", "verify"]

@@ -10,9 +10,11 @@ Left out: numbers in words, thousands in other locales, '1e3'.
 
 import collections
 import re
+from collections.abc import Iterable
 from fractions import Fraction
 
-from .verdict import Verdict, failed, is_blank, passed, shown
+from verifiers.strings import is_blank, shown
+from verifiers.verdict import Verdict, failed, passed
 
 MODES = ("default", "reference", "tulu3")
 MAX_DIGITS = 400
@@ -31,22 +33,31 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     """1 if the response's final number equals `ground_truth`, else 0. Total: never raises; linear in a bounded tail."""
     if mode != "default":
         answer, label = reference_answer(response, mode), str(ground_truth)
-        return (passed if answer.lower() == label.lower() else failed)(f"extracted {shown(answer)}, expected {shown(label)}")
+        text = f"extracted {shown(answer)}, expected {shown(label)}"
+        return passed(text) if answer.lower() == label.lower() else failed(text)
     expected = value(NUMBER.search(plain(str(ground_truth))[:4096]))
-    if expected is None or is_blank(response):
-        return failed("empty response" if expected is not None else f"no number in the label {shown(ground_truth)}")
+    if expected is None:
+        return failed(f"no number in the label {shown(ground_truth)}")
+    if is_blank(response):
+        return failed("empty response")
     tail = plain(tail_with_digit(response.rpartition("</think>")[2]))
     match, hedged = declared(tail)
     found = match or last(NUMBER.finditer(tail))
-    if hedged or found is None:
-        return failed(f"two answers: {shown(hedged)}" if hedged else f"no number found, expected {shown(ground_truth)}")
-    return (passed if value(found) == expected else failed)(f"extracted {shown(found[0])}, expected {shown(ground_truth)}")
+    if hedged:
+        return failed(f"two answers: {shown(hedged)}")
+    if found is None:
+        return failed(f"no number found, expected {shown(ground_truth)}")
+    text = f"extracted {shown(found[0])}, expected {shown(ground_truth)}"
+    return passed(text) if value(found) == expected else failed(text)
 
 
 def tail_with_digit(text: str) -> str:
-    """The 4 Ki characters before the last digit of `text`, if one is among its last 32 Ki, so that 10 MB cost little."""
+    """The 4 Ki characters before the last digit of `text`, if one is among its last 32 Ki: 10 MB cost little."""
     tail = text[-(1 << 15) :]
-    digit = max(map(tail.rfind, "0123456789")) if tail.isascii() else max((m.start() for m in re.finditer(r"\d", tail)), default=-1)
+    if tail.isascii():
+        digit = max(map(tail.rfind, "0123456789"))
+    else:
+        digit = max((match.start() for match in re.finditer(r"\d", tail)), default=-1)
     window = tail[max(0, digit - 4096) : digit + 64]
     whole = len(tail) == len(text) and digit <= 4096
     return window if whole else window.lstrip("0123456789,.+-") or window  # the cut may have gone through a number
@@ -65,8 +76,10 @@ def declared(tail: str) -> tuple[re.Match | None, str | None]:
         return None, None
     line = tail[mark.end() :].lstrip().split("\n", 1)[0][:4096].split("=")[-1]
     numbers = list(NUMBER.finditer(line))
-    if len(numbers) > 1 and HEDGE.fullmatch(line[numbers[0].end() : numbers[1].start()]) and value(numbers[0]) != value(numbers[1]):
-        return None, line.strip()
+    if len(numbers) > 1:
+        between = line[numbers[0].end() : numbers[1].start()]
+        if HEDGE.fullmatch(between) and value(numbers[0]) != value(numbers[1]):
+            return None, line.strip()
     certain = len(numbers) == 1 or mark[0] == "####" or "boxed" in mark[0]
     return (numbers[0] if numbers and certain else None), None
 
@@ -79,7 +92,8 @@ def value(match: re.Match | None) -> Fraction | None:
     return -number if match["sign"] in ("-", "−") else number
 
 
-def last(matches):
+def last(matches: Iterable[re.Match]) -> re.Match | None:
+    """The last of some matches, or None."""
     return next(iter(collections.deque(matches, maxlen=1)), None)
 
 

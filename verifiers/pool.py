@@ -1,8 +1,8 @@
 """Judging a batch of responses in worker processes, in order, and surviving the death of any of them.
 
-One pipe a worker, a few rows in flight on each, results put back in the order of the rows. A worker that dies, or that says
-nothing for `silence` seconds (no verifier can be that slow; the clock never decides a verdict), costs the row that it
-was at the status 'error', and is replaced; the rows that waited behind it are given to others.
+One pipe a worker, a few rows in flight on each, results put back in the order of the rows. A worker that dies, or that
+says nothing for `silence` seconds (no verifier can be that slow; the clock never decides a verdict), costs the row that
+it was at the status 'error', and is replaced; the rows that waited behind it are given to others.
 """
 
 import contextlib
@@ -17,23 +17,25 @@ from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import NamedTuple
 
-from .verdict import Verdict, error
+from verifiers.verdict import Verdict, error
 
 MAX_ERROR_RATE = 0.01
 MAX_REASON = 1000
 PIPE_BYTES = 32 * 1024  # unread by a worker; below what any pipe holds, so that a hung worker cannot block the sender
 MEMORY_GIB = 4  # of a worker, so that a mistake of ours costs a worker and not the host
 Row = tuple  # (response, ground_truth, dataset)
+Job = tuple[int, Row]  # a row and its number
 
 
 class ScoredBatch(NamedTuple):
-    """The verdicts of a batch in the order of its rows, and how many of them are errors (to be masked from training)."""
+    """The verdicts of a batch in the order of its rows, and how many of them are errors, to be masked from training."""
 
     verdicts: list[Verdict]
     errors: int
 
     @property
     def scores(self) -> list[float]:
+        """The scores in the order of the rows; 0 where there is no verdict."""
         return [verdict.score for verdict in self.verdicts]
 
     @property
@@ -52,8 +54,8 @@ class Pool:
 
     workers: processes (default: the cores this process may use). mode, loose, combine: as for `verify`. in_flight: rows
     given to a worker before its answers are awaited (back-pressure: no more than workers x in_flight are ever copied).
-    judge: 'module:function' that takes a row and these options. The workers are fresh interpreters, not forks: a fork of a
-    process with threads or a CUDA context is unsafe, and they inherit neither the main module nor the environment.
+    judge: 'module:function' that takes a row and these options. The workers are fresh interpreters, not forks: a fork
+    of a process with threads or a CUDA context is unsafe, and they inherit neither the main module nor the environment.
     """
 
     def __init__(
@@ -70,13 +72,13 @@ class Pool:
         self.options = {"mode": mode, "loose": loose, "combine": combine}
         self.in_flight, self.silence, self.judge = in_flight, silence, judge
         self.killed = 0  # workers that died or were killed since the pool began
-        count = workers or max(1, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+        count = workers or _cores()
         self._workers = [self._start() for _ in range(count)]
 
     def __enter__(self) -> "Pool":
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -92,28 +94,35 @@ class Pool:
 
     def imap(self, rows: Iterable[Row]) -> Iterator[Verdict]:
         """The verdicts one by one in the order of the rows, which are drawn only as workers become free."""
-        rows, done, again = enumerate(rows), {}, deque()
+        jobs = enumerate(rows)
+        done: dict[int, Verdict] = {}
+        again: deque[Job] = deque()
         wanted, drawn = 0, False
         while True:
             while wanted in done:
                 yield done.pop(wanted)
                 wanted += 1
-            for worker in self._workers:
-                while len(worker.waiting) < self.in_flight and len(done) < 64 * self.in_flight * len(self._workers):
-                    job = again.popleft() if again else next(rows, None)
-                    if job is None:
-                        drawn = True
-                        break
-                    if not worker.send(job):
-                        again.appendleft(job)
-                        break
-            if not any(worker.waiting for worker in self._workers):
-                if drawn and not again and wanted not in done:
-                    return
-                continue
-            self._collect(done, again)
+            drawn |= self._feed(jobs, done, again)
+            if any(worker.waiting for worker in self._workers):
+                self._collect(done, again)
+            elif drawn and not again and wanted not in done:
+                return
 
-    def _collect(self, done: dict, again: deque) -> None:
+    def _feed(self, jobs: Iterator[Job], done: dict[int, Verdict], again: deque[Job]) -> bool:
+        """Give every worker what it may hold, of the rows in `again` first; True when all rows are drawn."""
+        drawn = False
+        for worker in self._workers:
+            while len(worker.waiting) < self.in_flight and len(done) < 64 * self.in_flight * len(self._workers):
+                job = again.popleft() if again else next(jobs, None)
+                if job is None:
+                    drawn = True
+                    break
+                if not worker.send(job):
+                    again.appendleft(job)
+                    break
+        return drawn
+
+    def _collect(self, done: dict[int, Verdict], again: deque[Job]) -> None:
         """Wait for answers; put them into `done`, and the rows of a dead worker but its first into `again`."""
         busy = {worker.pipe: worker for worker in self._workers if worker.waiting}
         ready = wait(list(busy), timeout=1.0)
@@ -133,10 +142,13 @@ class Pool:
 
 
 class _Worker:
+    """A process that judges, its pipe, and the rows that it has been given."""
+
     def __init__(self, judge: str, options: dict):
         self.pipe, theirs = Pipe()
         command = f"from verifiers.pool import serve; serve({theirs.fileno()}, {judge!r}, {options!r})"
-        environment = {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path), "PYTHONHASHSEED": "0"}
+        python_path = os.pathsep.join(path or os.getcwd() for path in sys.path)
+        environment = {"PYTHONPATH": python_path, "PYTHONHASHSEED": "0"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", command],
             pass_fds=(theirs.fileno(),),
@@ -150,11 +162,13 @@ class _Worker:
         self.heard = time.monotonic()
         self.dead = False
 
-    def send(self, job: tuple[int, Row]) -> bool:
-        """Give the worker a row, as JSON; False if its pipe might be full. An idle worker reads, so it takes a row of any size."""
+    def send(self, job: Job) -> bool:
+        """Give the worker a row, as JSON; False if its pipe might be full. An idle worker reads, so it takes a row of
+        any size."""
         try:
             blob = json.dumps(job).encode()
-        except (TypeError, ValueError, RecursionError):  # a ground truth that no file could hold: the worker calls it an error
+        except (TypeError, ValueError, RecursionError):
+            # a ground truth that no file could hold: the worker calls it an error
             blob = json.dumps((job[0], ("", None, None))).encode()
         if self.waiting and sum(self.unread.values()) + len(blob) > PIPE_BYTES:
             return False
@@ -165,7 +179,8 @@ class _Worker:
             self.pipe.send_bytes(blob)
         return True
 
-    def receive(self, done: dict) -> None:
+    def receive(self, done: dict[int, Verdict]) -> None:
+        """Put the next answer into `done`, or note that the worker is dead."""
         try:
             number, verdict = json.loads(self.pipe.recv_bytes())
         except (EOFError, OSError):
@@ -176,6 +191,7 @@ class _Worker:
         self.heard = time.monotonic()
 
     def end(self) -> None:
+        """Kill the process."""
         self.pipe.close()
         self.process.kill()
         self.process.wait()
@@ -197,9 +213,17 @@ def serve(fileno: int, judge: str, options: dict) -> None:
 
 
 def limit_memory() -> None:
+    """Let this process have no more than MEMORY_GIB of address space, where the system knows such a limit."""
     try:
         import resource
 
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_GIB << 30, MEMORY_GIB << 30))
     except (ImportError, ValueError, OSError):
         pass
+
+
+def _cores() -> int:
+    """How many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1

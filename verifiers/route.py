@@ -6,10 +6,12 @@ ground truth: `func_name` is the RLVR form that Tülu 3 carries under that name,
 
 from functools import lru_cache
 
-from . import gsm8k, ifeval, ifeval_old, math
-from .arguments import nearest
-from .math_extract import extract_reference
-from .verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure, shown
+from verifiers import gsm8k
+from verifiers.ifeval import google, tulu
+from verifiers.math import extract_reference
+from verifiers.math import verify as verify_math
+from verifiers.strings import nearest, shown
+from verifiers.verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure
 
 MODES = ("default", "reference", "tulu3")
 VERIFIERS = ("gsm8k", "math", "ifeval", "ifeval_old")
@@ -44,21 +46,26 @@ def verify(
         if len(response) > MAX_CHARACTERS:
             return failed(f"too long: {len(response)} characters")
         if name == "math":
-            return math.verify(response, math_label(ground_truth), mode)
+            return verify_math(response, math_label(ground_truth), mode)
         if name == "ifeval_old":
-            return ifeval_old.verify(response, ground_truth, mode)
-        return ifeval.verify(response, ground_truth, "default" if mode == "default" else "reference", loose, combine)
+            return tulu.verify(response, ground_truth, mode)
+        return google.verify(response, ground_truth, "default" if mode == "default" else "reference", loose, combine)
     except GroundTruthError as problem:
         return error(str(problem))
     except Exception as problem:  # the promise above outranks our own mistakes; counted and masked like any error
         return error(f"{type(problem).__name__}: {shown(problem)}")
 
 
-def verify_all(response: str, ground_truths: object, datasets: list, mode: str, **options) -> Verdict:
+def verify_all(
+    response: str, ground_truths: object, datasets: list | tuple, mode: str, *, loose: bool, combine: str
+) -> Verdict:
     """The sum over a row's verifiers; an error in one is an error of the row."""
     if not isinstance(ground_truths, (list, tuple)) or len(ground_truths) != len(datasets) or not datasets:
         return error(f"ground_truth: expected a list of {len(datasets)}, one for each of dataset")
-    verdicts = [verify(response, truth, name, mode, **options) for truth, name in zip(ground_truths, datasets, strict=False)]
+    verdicts = [
+        verify(response, truth, name, mode, loose=loose, combine=combine)
+        for truth, name in zip(ground_truths, datasets, strict=False)
+    ]
     status = "error" if any(verdict.status == "error" for verdict in verdicts) else "ok"
     reasons = "; ".join(f"{name}: {verdict.reason}" for name, verdict in zip(datasets, verdicts, strict=False))
     return Verdict(sum(verdict.score for verdict in verdicts) if status == "ok" else 0.0, reasons, status)
@@ -81,9 +88,9 @@ def check(dataset: str | list[str], ground_truth: object, mode: str = "default")
         if not extract_reference(math_label(ground_truth)).strip():
             raise GroundTruthError("ground_truth: the boxed answer is empty")
     elif name == "ifeval_old":
-        ifeval_old.parse(ground_truth, mode)
+        tulu.parse(ground_truth, mode)
     else:
-        ifeval.parse(ground_truth, "default" if mode == "default" else "reference")
+        google.parse(ground_truth, "default" if mode == "default" else "reference")
 
 
 def verifier_name(dataset: object, ground_truth: object) -> str:
@@ -101,11 +108,13 @@ def verifier_name(dataset: object, ground_truth: object) -> str:
 
 
 def check_mode(mode: str) -> None:
+    """Raises GroundTruthError for a mode that is not one of MODES, naming the nearest."""
     if mode not in MODES:
         raise GroundTruthError(f"mode: unknown {shown(mode)}{nearest(mode, MODES)}; one of {', '.join(MODES)}")
 
 
 def gsm8k_label(ground_truth: object) -> str:
+    """A label as text, which must have a number in it. Raises GroundTruthError."""
     label = math_label(ground_truth)
     if not has_number(label):
         raise GroundTruthError(f"ground_truth: no number in {shown(label)}")
@@ -114,13 +123,15 @@ def gsm8k_label(ground_truth: object) -> str:
 
 @lru_cache(maxsize=65536)
 def has_number(label: str) -> bool:
+    """True if the verifier of GSM8K finds a number in the label."""
     return gsm8k.value(gsm8k.NUMBER.search(gsm8k.plain(label)[:4096])) is not None
 
 
 def math_label(ground_truth: object) -> str:
-    """A label as text; a list of one is that one, as some published rows have it."""
+    """A label as text; a list of one is that one, as some published rows have it. Raises GroundTruthError."""
     if isinstance(ground_truth, list) and len(ground_truth) == 1:
         ground_truth = ground_truth[0]
-    if isinstance(ground_truth, bool) or not isinstance(ground_truth, (str, int, float)) or not str(ground_truth).strip():
+    is_text = isinstance(ground_truth, (str, int, float)) and not isinstance(ground_truth, bool)
+    if not is_text or not str(ground_truth).strip():
         raise GroundTruthError(f"ground_truth: expected a text, found {shown(ground_truth)}")
     return str(ground_truth)

@@ -6,6 +6,8 @@ Work is bounded: by the length of the text here, by the number of tokens for all
 import re
 from fractions import Fraction
 
+from verifiers.math.tree import Num
+
 MAX_LENGTH = 2000
 MAX_TOKENS = 700
 MAX_DIGITS = 400
@@ -23,7 +25,15 @@ UNICODE = str.maketrans(
         **{c: str(i) for i, c in enumerate("０１２３４５６７８９")},
         **{c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
         **{c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-        **{"×": r"\times ", "·": r"\cdot ", "⋅": r"\cdot ", "÷": r"\div ", "π": r"\pi ", "√": r"\sqrt ", "∞": r"\infty "},
+        **{
+            "×": r"\times ",
+            "·": r"\cdot ",
+            "⋅": r"\cdot ",
+            "÷": r"\div ",
+            "π": r"\pi ",
+            "√": r"\sqrt ",
+            "∞": r"\infty ",
+        },
         **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "},
         **{"±": r"\pm ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "％": "%", "θ": r"\theta "},
         **{"∅": r"\emptyset ", "’": "'", "′": "'", "“": '"', "”": '"', "，": ","},
@@ -32,7 +42,8 @@ UNICODE = str.maketrans(
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # backslashes escaped once too often
 JOINED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!\s?|\\!,|\\,|\\!|\\ |\\;|\\:)(?=[0-9]{3}(?![0-9]))")
 SPACING = re.compile(
-    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?|(?<!\\)\\[!$\x22]|\$|`|\*\*|\\mathstrut"
+    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?"
+    r"|(?<!\\)\\[!$\x22]|\$|`|\*\*|\\mathstrut"
 )
 SPACE = re.compile(r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|enspace|[,;:> ()\[\]])|~|\\quad(?=[a-z]_)|\s")
 DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree(?![a-z])")
@@ -50,9 +61,16 @@ def normalise(text: str) -> str:
         text = text.replace("\\\\", "\\cr ") if "\\begin" in text else DOUBLED.sub(r"\\", text)
         text = JOINED_THOUSANDS.sub("", text)
         text = DEGREE.sub("°", SPACING.sub("", text))
-    text = PERCENT.sub(r"\\%", SPACE.sub(" ", text)) if "%" in text or re.search("(?i)perc|pct", text) else SPACE.sub(" ", text)
-    text = text.strip()
-    while (text and text[-1] in ".,;:") or (text.startswith(('"', ".", ":")) and not text[1:2].isdigit()) or text.endswith('"'):
+    has_percent = "%" in text or re.search("(?i)perc|pct", text)
+    text = SPACE.sub(" ", text)
+    if has_percent:
+        text = PERCENT.sub(r"\\%", text)
+    return without_final_punctuation(text.strip())
+
+
+def without_final_punctuation(text: str) -> str:
+    """`text` without the full stops, commas, colons and quotation marks around it; '.5' keeps its point."""
+    while text.endswith((".", ",", ";", ":", '"')) or (text.startswith(('"', ".", ":")) and not text[1:2].isdigit()):
         text = text[:-1].rstrip() if text[-1] in '.,;:"' else text[1:].lstrip()
     return text
 
@@ -65,32 +83,56 @@ TOKEN = re.compile(
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?!\.[0-9]+,)")
 REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline\s*\{?(?P<period>[0-9]+)\}?")
-TEXT_COMMANDS = frozenset(str.split("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it"))
-SYNONYMS = {"dfrac": "frac", "tfrac": "frac", "cfrac": "frac", "dbinom": "binom", "tbinom": "binom", "leq": "le",
-    "leqslant": "le", "geq": "ge", "geqslant": "ge", "neq": "ne", "lt": "<", "gt": ">", "infinity": "infty",
-    "ast": "times", "varnothing": "emptyset", "lbrace": "{", "rbrace": "}", "lvert": "vert", "rvert": "vert", "mid": "vert",
-    "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")", "tg": "tan", "ctg": "cot", "asin": "arcsin",
-    "acos": "arccos", "atan": "arctan", "setminus": "backslash", "simeq": "approx", "dots": "ldots",
-    "cdots": "ldots", "divides": "vert", "colon": ":", "bmod": "mod", "imath": "i", "varphi": "phi", "sim": "approx"}  # fmt: skip
-MARKS = {"le": "<=", "ge": ">=", "ne": "!=", "times": "*", "cdot": "*", "div": "/", "vert": "|", "{": "\\{", "}": "\\}",
-    "==": "=", "<": "<", ">": ">", "[": "[", "]": "]", "(": "(", ")": ")", "in": "in", "approx": "=", ":": ":", "|": "|"}  # fmt: skip
+TEXT_COMMANDS = frozenset(
+    str.split("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it")
+)
+SYNONYMS = {
+    **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
+    **dict.fromkeys(("dbinom", "tbinom"), "binom"),
+    **dict.fromkeys(("leq", "leqslant"), "le"),
+    **dict.fromkeys(("geq", "geqslant"), "ge"),
+    **dict.fromkeys(("lvert", "rvert", "mid", "divides"), "vert"),
+    **dict.fromkeys(("dots", "cdots"), "ldots"),
+    **dict.fromkeys(("simeq", "sim"), "approx"),
+    **{"lt": "<", "gt": ">", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]", "langle": "(", "rangle": ")"},
+    **{"tg": "tan", "ctg": "cot", "asin": "arcsin", "acos": "arccos", "atan": "arctan", "bmod": "mod", "colon": ":"},
+    **{"neq": "ne", "infinity": "infty", "ast": "times", "varnothing": "emptyset", "setminus": "backslash"},
+    **{"imath": "i", "varphi": "phi"},
+}
+MARKS = {
+    **{"le": "<=", "ge": ">=", "ne": "!=", "<": "<", ">": ">", "==": "=", "approx": "=", "in": "in"},
+    **{"times": "*", "cdot": "*", "div": "/", "vert": "|", "|": "|", ":": ":"},
+    **{"{": "\\{", "}": "\\}", "[": "[", "]": "]", "(": "(", ")": ")"},
+}
 FUNCTIONS = frozenset(
-    str.split("sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom")
+    str.split(
+        "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom"
+    )
 )
 DECORATIONS = frozenset(str.split("overline vec hat bar tilde overrightarrow underline widehat overleftrightarrow"))
 GREEK = frozenset(
     str.split(
         "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
-        "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell angle triangle measuredangle hbar "
-        "Re Im emptyset perp parallel ldots mod mathbb mathcal"
+        "chi psi omega Gamma Delta Theta Lambda Xi Pi Sigma Upsilon Phi Psi Omega ell angle triangle measuredangle "
+        "hbar Re Im emptyset perp parallel ldots mod mathbb mathcal"
     )
 )
-PLAIN_WORDS = {"pi": "pi", "infty": "infty", "infinity": "infty", "inf": "infty", "theta": "theta", "or": ",", "and": ","}
+PLAIN_WORDS = {
+    "pi": "pi",
+    "infty": "infty",
+    "infinity": "infty",
+    "inf": "infty",
+    "theta": "theta",
+    "or": ",",
+    "and": ",",
+}
 UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb lbs mph am pm"))
 
 
 def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
-    """(kind, value) pairs; kinds: number, repeating, name, command, mark, text. `thousands`: read 1,234 as one number."""
+    """(kind, value) pairs; kinds: number, repeating, name, command, mark, text. Raises Unparseable.
+
+    '2x' is [('number', '2'), ('name', 'x')]. thousands: read 1,234 as one number."""
     if thousands:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     tokens: list[tuple[str, str]] = []
@@ -104,7 +146,7 @@ def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
         if match is None or len(tokens) > MAX_TOKENS:
             raise Unparseable(f"{text[at : at + 1]!r}" if match is None else "too many tokens")
         at = match.end()
-        kind, value = match.lastgroup, match[0]
+        kind, value = str(match.lastgroup), match[0]
         if kind == "command":
             at = command_token(text, at, value[1:], tokens)
         elif kind == "word":
@@ -114,7 +156,7 @@ def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
     return tokens
 
 
-def command_token(text: str, at: int, name: str, tokens: list) -> int:
+def command_token(text: str, at: int, name: str, tokens: list[tuple[str, str]]) -> int:
     """Append the token of the command `name`, whose argument, if it is a text, begins at `at`; return where it ends."""
     if name in TEXT_COMMANDS or name == "operatorname":
         end = closing_brace(text, at)
@@ -152,7 +194,7 @@ def closing_brace(text: str, at: int) -> int:
     raise Unparseable("a brace is not closed")
 
 
-def word_token(word: str, tokens: list) -> None:
+def word_token(word: str, tokens: list[tuple[str, str]]) -> None:
     """A run of letters: a function, a separator, a unit after a number, a product of variables, or a word of text."""
     if word in PLAIN_WORDS or word.lower() in ("or", "and"):
         word = PLAIN_WORDS.get(word, ",")
@@ -167,20 +209,21 @@ def word_token(word: str, tokens: list) -> None:
         tokens.append(("text", word))
 
 
-def number(spelling: str) -> tuple:
+def number(spelling: str) -> Num:
     """The exact value of a decimal, and how many decimals it was written with."""
     mantissa, _, exponent = spelling.lower().partition("e")
     if len(mantissa) > MAX_DIGITS or len(exponent) > 4 or abs(int(exponent or 0)) > MAX_DIGITS:
         raise Unparseable("a number of too many digits")
     decimals = len(mantissa.partition(".")[2])
-    return ("num", Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0), decimals)
+    value = Fraction(mantissa.rstrip(".") or "0") * Fraction(10) ** int(exponent or 0)
+    return Num(value, decimals)
 
 
-def repeating(spelling: str) -> tuple:
+def repeating(spelling: str) -> Num:
     """0.1~6 is 0.1666...: (digits with one period - digits without) / 99..900..0."""
     head, _, period = spelling.partition("~")
     whole, _, fixed = head.partition(".")
     if len(spelling) > MAX_DIGITS:
         raise Unparseable("a number of too many digits")
     top = int((whole + fixed + period) or 0) - int((whole + fixed) or 0)
-    return ("num", Fraction(top, (10 ** len(period) - 1) * 10 ** len(fixed)), 0)
+    return Num(Fraction(top, (10 ** len(period) - 1) * 10 ** len(fixed)), 0)

@@ -1,7 +1,8 @@
 r"""Where in a response is the answer? In this order:
 
 1. the last declaration: \boxed{...} (also \boxed 42, \fbox{...}) or a sentence 'Final Answer: The final answer is ...',
-   'The answer is ...', 'Answer: ...', whichever comes last; boxes joined only by 'and', commas and the like are one list;
+   'The answer is ...', 'Answer: ...', whichever comes last; boxes joined only by 'and', commas and the like are one
+   list;
 2. the whole response, if it is nothing but an answer;
 3. the last formula: $...$, $$...$$, \(...\) or \[...\];
 4. the last number, unless an 'or' stands before it.
@@ -13,9 +14,10 @@ candidates of each kind are looked at, and none is longer than MAX_LENGTH.
 import itertools
 import re
 
-from .math_tokens import MAX_LENGTH
+from verifiers.math.tokens import MAX_LENGTH
 
 MAX_CANDIDATES = 24
+Box = tuple[int, int, str]  # start, end, content
 DECLARATION = re.compile(r"(?i)answer\**\s*(?:is\b|:|\n)\**\s*:?|####")
 SENTENCE_END = re.compile(r"(?i)i hope|<\||\n\s*\n|(?<=\S)\n|(?<![0-9])\.\s+(?=[A-Z])|(?<=[0-9$])\.\s+(?=[A-Z])")
 BETWEEN_BOXES = re.compile(
@@ -37,12 +39,15 @@ def extract(response: str) -> str | None:
     bare = text.strip()
     if len(bare) <= MAX_LENGTH and not is_prose(bare):
         return bare
-    last = re.split(r"[.!?]\$*\s", text[-MAX_LENGTH:].strip())[-1]  # a number said after all formulas: 'it grows by 100%.'
-    return (None if "$" in last or "\\" in last.replace("\\%", "") else last_number(last)) or last_formula(text) or last_number(text)
+    # a number said after all formulas: 'it grows by 100%.'
+    last = re.split(r"[.!?]\$*\s", text[-MAX_LENGTH:].strip())[-1]
+    has_formula = "$" in last or "\\" in last.replace("\\%", "")
+    return (None if has_formula else last_number(last)) or last_formula(text) or last_number(text)
 
 
 def extract_reference(answer: str) -> str:
-    """The answer in a ground truth, which may be a whole solution: all the boxes of its last boxed sentence, else as is."""
+    """The answer in a ground truth, which may be a whole solution: all the boxes of its last boxed sentence, else all
+    of it."""
     boxes = boxes_from_end(answer)
     if not boxes:
         return answer
@@ -58,9 +63,10 @@ def extract_reference(answer: str) -> str:
 # --- boxes ------------------------------------------------------------------------------------------------------------
 
 
-def boxes_from_end(text: str) -> list[tuple[int, int, str]]:
+def boxes_from_end(text: str) -> list[Box]:
     """(start, end, content) of the last MAX_CANDIDATES boxes, last first, none inside another."""
-    boxes, before = [], len(text)
+    boxes: list[Box] = []
+    before = len(text)
     for _ in range(MAX_CANDIDATES):
         start = max(text.rfind("\\boxed", 0, before), text.rfind("\\fbox", 0, before))
         if start < 0:
@@ -72,12 +78,13 @@ def boxes_from_end(text: str) -> list[tuple[int, int, str]]:
     return boxes
 
 
-def last_box(text: str) -> tuple[int, int, str] | None:
+def last_box(text: str) -> Box | None:
+    """The last box of `text`, or None."""
     boxes = boxes_from_end(text)
     return boxes[0] if boxes else None
 
 
-def read_box(text: str, start: int) -> tuple[int, int, str] | None:
+def read_box(text: str, start: int) -> Box | None:
     """The box whose command begins at `start`; None if its brace is not closed within MAX_LENGTH."""
     begin = start + (6 if text.startswith("\\boxed", start) else 5)
     head = text[begin : begin + MAX_LENGTH]
@@ -95,7 +102,7 @@ def read_box(text: str, start: int) -> tuple[int, int, str] | None:
     return None
 
 
-def joined_boxes(text: str, last: tuple[int, int, str]) -> str:
+def joined_boxes(text: str, last: Box) -> str:
     """The content of the last box, with those of the boxes just before it that are joined to it as a list."""
     contents = [last[2]]
     boxes = boxes_from_end(text)
@@ -107,7 +114,7 @@ def joined_boxes(text: str, last: tuple[int, int, str]) -> str:
     return " , ".join(contents)
 
 
-# --- sentences, formulas, numbers ---------------------------------------------------------------------------------------
+# --- sentences, formulas, numbers -------------------------------------------------------------------------------------
 
 
 def last_sentence(text: str) -> tuple[int, str] | None:
@@ -144,16 +151,15 @@ def is_prose(text: str) -> bool:
     bare = re.sub(r"\\text[a-z]*\s*\{[^{}]*\}|\\mbox\s*\{[^{}]*\}|\\[A-Za-z]+|\$\$?[^$]*\$\$?", " ", text)
     words = re.findall(r"[^\W\d_]{2,}", bare)
     starts = re.match(r"\s*[^\W\d_]{2,}[\s:]", bare) is not None
-    return (
-        len([word for word in words if word.lower() not in ("or", "and")]) > (1 if not starts else 0)
-        and (starts or len(words) > 3)
-        and ("$" in text or "\\" in text or any(c.isdigit() for c in text))
-    )
+    spoken = [word for word in words if word.lower() not in ("or", "and")]
+    if len(spoken) <= (0 if starts else 1) or not (starts or len(words) > 3):
+        return False
+    return "$" in text or "\\" in text or any(c.isdigit() for c in text)
 
 
 def last_formula(text: str) -> str | None:
     """The content of the last pair of $ (single or double), \\(...\\) or \\[...\\]."""
-    found = (-1, None)
+    found: tuple[int, str | None] = (-1, None)
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$")):
         end = text.rfind(closing)
         start = text.rfind(opening, 0, max(end, 0))
@@ -169,6 +175,8 @@ def last_number(text: str) -> str | None:
     if not numbers:
         return None
     tail = text[-MAX_LENGTH:]
-    if len(numbers) > 1 and re.fullmatch(r"\s*(?:,|or|and|/)\s*(?:or\s+)?", tail[numbers[-2].end() : numbers[-1].start()]):
+    if len(numbers) > 1 and re.fullmatch(
+        r"\s*(?:,|or|and|/)\s*(?:or\s+)?", tail[numbers[-2].end() : numbers[-1].start()]
+    ):
         return None
     return numbers[-1][0].strip("$\\ ,")

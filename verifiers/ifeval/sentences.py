@@ -9,10 +9,10 @@ import re
 
 ABBREVIATIONS = frozenset(
     str.split(
-        "mr mrs ms dr prof rev gen col sgt lt capt sen rep gov st jr sr co corp inc ltd cos bros vs v etc e.g i.e eg ie "
-        "al cf viz u.s u.k u.n u.s.a d.c a.m p.m a.d b.c jan feb mar apr jun jul aug sept sep oct nov dec mt ft no nos "
-        "vol fig ave blvd rd dept est approx ph.d m.d b.a m.a n.y n.j l.a minn calif conn ore pa va tenn mass mich ill "
-        "wis fla ariz p.s s.a w.r n.v c.o"
+        "mr mrs ms dr prof rev gen col sgt lt capt sen rep gov st jr sr co corp inc ltd cos bros vs v etc e.g i.e "
+        "eg ie al cf viz u.s u.k u.n u.s.a d.c a.m p.m a.d b.c jan feb mar apr jun jul aug sept sep oct nov dec mt ft "
+        "no nos vol fig ave blvd rd dept est approx ph.d m.d b.a m.a n.y n.j l.a minn calif conn ore pa va tenn mass "
+        "mich ill wis fla ariz p.s s.a w.r n.v c.o"
     )
 )
 # Words that seldom follow an abbreviation inside a sentence with a capital: after 'etc.' they begin a new one.
@@ -28,8 +28,10 @@ NEXT_WORD = re.compile(r"""[\s"'(\[{*_«“‘]*([^\s.,;:?!"')\]}*]*)""")
 
 
 def count_sentences(text: str, limit: int) -> int:
-    """The number of sentences of `text`, counted up to `limit`. Source: the rules of Punkt (Kiss and Strunk 2006) as nltk applies them to
-    English: '?' and '!' always end one, a full stop does unless an abbreviation, an initial or an ellipsis carries it.
+    """The number of sentences of `text`, counted up to `limit`.
+
+    Source: the rules of Punkt (Kiss and Strunk 2006) as nltk applies them to English: '?' and '!' always end one, a
+    full stop does unless an abbreviation, an initial or an ellipsis carries it.
     """
     text = text.strip()
     count, start = 0, 0
@@ -46,7 +48,8 @@ def _ends_sentence(match: re.Match, text: str) -> bool:
     stop = match["stop"]
     if stop[-1] in "?!":
         return True
-    after = NEXT_WORD.match(text, match.end())[1][:40]
+    following = NEXT_WORD.match(text, match.end())
+    after = following[1][:40] if following else ""
     if len(stop) > 1:
         return after[:1].isupper() and after.lower() in STARTERS
     before = text[max(0, match.start() - MAX_WORD) : match.start()]

@@ -1,26 +1,33 @@
 r"""Tülu 3's MATH verifier as it is, defects included, so that its rewards can be reproduced.
 
 Source: open-instruct e6c3044, ground_truth_utils.MathVerifier and math_utils: any of several candidates, any of two
-equalities, hendrycks/math's string rule or sympy's LaTeX parser on the longest readable prefix (math_prefix). The label is
-never normalised. Known consequences: '1,3' is accepted for '1,2', '5 or 6' for '5', 'Evelny' for 'Evelyn'.
+equalities, hendrycks/math's string rule or sympy's LaTeX parser on the longest readable prefix (prefix.py). The label
+is never normalised. Known consequences: '1,3' is accepted for '1,2', '5 or 6' for '5', 'Evelny' for 'Evelyn'.
 Left out: the 5-second alarm, whose verdict depends on the machine's load; where sympy would need the time, False.
 """
 
 import re
 
-from .math_prefix import same_prefix
-from .verdict import Verdict, failed, passed, shown
+from verifiers.math.open_instruct.prefix import same_prefix
+from verifiers.strings import shown
+from verifiers.verdict import Verdict, failed, passed
 
 MAX_CANDIDATE = 6000  # characters; longer ones are cut, the label being far shorter
 HOPE = re.compile(r"[^\n] I hope it is correct[^\n]")
 SENTENCE = "Final Answer: The final answer is"
 INVALID = "[invalidanswer]"
-SUBSTITUTIONS = (("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text"),
-    (",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}"))  # fmt: skip
-REMOVED = ("square", "ways", "integers", "dollars", "mph", "inches", "ft", "hours", "km", "units", "\\ldots", "sue", "points",
-    "feet", "minutes", "digits", "cents", "degrees", "cm", "gm", "pounds", "meters", "meals", "edges", "students",
-    "childrentickets", "multiples", "\\text{s}", "\\text{.}", "\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}",
-    "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}", "\\;", ",\\!", "{,}", '"', "\\dots")  # fmt: skip
+SUBSTITUTIONS = (
+    *(("an ", ""), ("a ", ""), (".$", "$"), ("\\$", ""), ("\\ ", ""), (" ", ""), ("mbox", "text")),
+    *((",\\text{and}", ","), ("\\text{and}", ","), ("\\text{m}", "\\text{}")),
+)
+REMOVED = (
+    *str.split(
+        "square ways integers dollars mph inches ft hours km units \\ldots sue points feet minutes digits cents"
+    ),
+    *str.split("degrees cm gm pounds meters meals edges students childrentickets multiples \\text{s} \\text{.}"),
+    *("\\text{\ns}", "\\text{}^2", "\\text{}^3", "\\text{\n}", "\\text{}", "\\mathrm{th}", "^\\circ", "^{\\circ}"),
+    *("\\;", ",\\!", "{,}", '"', "\\dots"),
+)
 
 
 def verify(response: str, ground_truth: str) -> Verdict:
@@ -96,6 +103,7 @@ def normalised(answer: str) -> str:
 
 
 def first_formula(line: str) -> str:
+    """What stands between the first two dollars, with them; a line without two as it is."""
     parts = line.split("$", 2)
     return f"${parts[1]}$" if len(parts) == 3 else line
 
@@ -119,11 +127,12 @@ def unwrapped(text: str, opening: str) -> str:
 
 
 def unboxed(line: str) -> str:
+    """A line without the frame of its first \\\\boxed{...}, which ends at the last brace."""
     start, end = line.find("\\boxed{"), line.rfind("}")
     return line[:start] + line[start + 7 : end] + line[end + 1 :] if start >= 0 and start + 7 <= end else line
 
 
-# --- hendrycks' string equality -------------------------------------------------------------------------------------------
+# --- hendrycks' string equality ---------------------------------------------------------------------------------------
 
 
 def same_string(a: str, b: str) -> bool:
@@ -137,6 +146,7 @@ def same_string(a: str, b: str) -> bool:
 
 
 def stripped(text: str) -> str:
+    """hendrycks/math's strip_string: what may be written differently, in one way. Raises ValueError or IndexError."""
     text = text.replace("\n", "").replace("\\!", "").replace("\\\\", "\\")
     text = text.replace("tfrac", "frac").replace("dfrac", "frac").replace("\\left", "").replace("\\right", "")
     text = text.replace("^{\\circ}", "").replace("^\\circ", "").replace("\\$", "")
@@ -155,11 +165,13 @@ def stripped(text: str) -> str:
 
 
 def braced_roots(text: str) -> str:
+    r"""\sqrt2 as \sqrt{2}. Raises IndexError for a \sqrt at the end."""
     first, *rest = text.split("\\sqrt")
     return first + "".join("\\sqrt" + (part if part[0] == "{" else "{" + part[0] + "}" + part[1:]) for part in rest)
 
 
 def braced_fractions(text: str) -> str:
+    r"""\frac12 as \frac{1}{2}; the text as it is where that fails. Raises IndexError for a \frac at the end."""
     first, *rest = text.split("\\frac")
     pieces = [first]
     for part in rest:
@@ -174,6 +186,7 @@ def braced_fractions(text: str) -> str:
 
 
 def slash_as_fraction(text: str) -> str:
+    r"""1/2 as \frac{1}{2}. Raises ValueError for a slash between what are no whole numbers."""
     sides = text.split("/")
     if len(sides) != 2:
         return text

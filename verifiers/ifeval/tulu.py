@@ -9,13 +9,15 @@ A rule is `name(text, **arguments) -> bool`; all are linear in the text.
 
 import inspect
 import re
+from collections.abc import Callable
 from itertools import islice
 
-from . import language
-from .arguments import nearest, typed_arguments
-from .ifeval import count_brackets, has_word, is_json
-from .ifeval import title as has_title
-from .verdict import GroundTruthError, Verdict, error, failed, is_blank, passed, read_structure, shown, without_thinking
+from verifiers.ifeval import language
+from verifiers.ifeval.arguments import typed_arguments
+from verifiers.ifeval.google_rules import count_brackets, has_word, is_json
+from verifiers.ifeval.google_rules import title as has_title
+from verifiers.strings import is_blank, nearest, shown, without_thinking
+from verifiers.verdict import GroundTruthError, Verdict, error, failed, passed, read_structure
 
 MODES = ("default", "reference", "tulu3")
 
@@ -33,134 +35,151 @@ def count(pattern: str | re.Pattern, text: str, limit: int) -> int:
 
 
 def tenth(n: int) -> int:
+    """A tenth of `n`, at least 1: how far 'around' reaches."""
     return max(round(n * 0.1), 1)  # Python rounds halves to even: 25 -> 2, 35 -> 4
 
 
-def verify_keywords(text, keyword_list: list):
+def verify_keywords(text: str, keyword_list: list) -> bool:
+    """Every keyword is in the text, as a substring, in any case."""
     return all(word.lower() in text.lower() for word in keyword_list)
 
 
-def verify_keyword_frequency(text, word: str, N: int):
+def verify_keyword_frequency(text: str, word: str, N: int) -> bool:
     """Exactly N of the runs of word characters are the word, in any case: "don't" never is."""
     found = count(rf"(?<!\w){word.lower()}(?!\w)", text.lower(), N + 1) if re.fullmatch(r"\w+", word) else 0
     return found == N
 
 
-def validate_forbidden_words(text, forbidden_words: list):
+def validate_forbidden_words(text: str, forbidden_words: list) -> bool:
+    """None of the words is in the text, as a substring, in any case."""
     return not any(word.lower() in text.lower() for word in forbidden_words)
 
 
-def verify_letter_frequency(text, letter: str, N: int):
+def verify_letter_frequency(text: str, letter: str, N: int) -> bool:
     """Exactly N, and in this case of the letter."""
     return text.count(letter) == N
 
 
-def validate_response_language(text, language: str):
+def validate_response_language(text: str, language: str) -> bool:
+    """Written in the language of this code."""
     return detected(text) == language
 
 
 def detected(text: str) -> str | None:
+    """The code of the language of a text, or None."""
     return language.detect(text)
 
 
-def verify_paragraph_count(text, N: int):
+def verify_paragraph_count(text: str, N: int) -> bool:
     """Paragraphs between '* * *' ('***' is no divider); an empty one fails."""
     parts = text.split("* * *")
     return all(part.strip() for part in parts) and len(parts) == N
 
 
-def validate_word_constraint(text, N: int, quantifier: str):
+def validate_word_constraint(text: str, N: int, quantifier: str) -> bool:
+    """So many words between white space, 'around' being ±10 %."""
     return compare(len(text.split()), quantifier, N, tenth(N))
 
 
 SENTENCE_END = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?!])\s")
 
 
-def verify_sentence_constraint(text, N: int, quantifier: str):
+def verify_sentence_constraint(text: str, N: int, quantifier: str) -> bool:
+    """So many sentences, each ended by . ? or ! and white space, 'around' being ±1."""
     return compare(1 + count(SENTENCE_END, text, N + 2), quantifier, N, 1)
 
 
-def validate_paragraphs(text, N: int, first_word: str, i: int):
+def validate_paragraphs(text: str, N: int, first_word: str, i: int) -> bool:
     """N pieces between blank lines, the i-th beginning with the word (a prefix; i = 0 is the last piece)."""
     parts = text.split("\n\n")
     return len(parts) == N and -N < i <= N and parts[i - 1].strip().startswith(first_word)
 
 
-def verify_postscript(text, postscript_marker: str):
+def verify_postscript(text: str, postscript_marker: str) -> bool:
     """The marker, and something after its first place."""
     place = text.find(postscript_marker)
     return place >= 0 and bool(text[place + len(postscript_marker) :].strip())
 
 
-def validate_placeholders(text, N: int):
+def validate_placeholders(text: str, N: int) -> bool:
+    """At least N [placeholders]."""
     return count_brackets(text) >= N
 
 
-def verify_bullet_points(text, N: int):
+def verify_bullet_points(text: str, N: int) -> bool:
+    """Exactly N lines that begin with '*' or '-'."""
     return sum(line.strip().startswith(("*", "-")) for line in text.split("\n")) == N
 
 
-def validate_title(text):
+def validate_title(text: str) -> bool:
     """<<...>> within a line; nothing need be between."""
     lines = text.split("\n") if "<<" in text else ()
     return any((start := line.find("<<")) >= 0 and line.find(">>", start + 2) >= 0 for line in lines)
 
 
-def validate_choice(text, options: list | str):
+def validate_choice(text: str, options: list | str) -> bool:
     """One of the options is in the text (a text of options is its characters: whatever is not disjoint passes)."""
     return any(option in text for option in options)
 
 
-def validate_highlighted_sections(text, N: int):
+def validate_highlighted_sections(text: str, N: int) -> bool:
     """*...* within a line, from any asterisk to the next: **bold** is two, '****' is two."""
     return sum(line.count("*") // 2 for line in text.split("\n") if "*" in line) >= N
 
 
-def validate_sections(text, N: int, section_splitter: str):
+def validate_sections(text: str, N: int, section_splitter: str) -> bool:
     """N pieces between the splitters; the first is dropped only if nothing at all is before the first splitter."""
     parts = text.split(section_splitter)
     return len(parts) - (parts[0] == "") == N
 
 
-def validate_json_format(text):
+def validate_json_format(text: str) -> bool:
+    """The text is JSON."""
     return is_json(text)[0]
 
 
-def validate_repeat_prompt(text, original_prompt: str):
+def validate_repeat_prompt(text: str, original_prompt: str) -> bool:
+    """Begins with the prompt, to the letter."""
     return text.startswith(original_prompt)
 
 
-def validate_two_responses(text):
+def validate_two_responses(text: str) -> bool:
     """Exactly one '******', with two different sides (one may be empty)."""
     parts = text.split("******")
     return len(parts) == 2 and parts[0].strip() != parts[1].strip()
 
 
-def validate_uppercase(text):
+def validate_uppercase(text: str) -> bool:
+    """No letter is lower-case; '123' is upper-case."""
     return text == text.upper()
 
 
-def validate_lowercase(text):
+def validate_lowercase(text: str) -> bool:
+    """No letter is upper-case; '123' is lower-case."""
     return text == text.lower()
 
 
-def validate_frequency_capital_words(text, N: int, quantifier: str):
+def validate_frequency_capital_words(text: str, N: int, quantifier: str) -> bool:
+    """So many words of A-Z alone, 'around' being ±10 %."""
     return compare(count(r"\b[A-Z]+\b", text, N + tenth(N) + 1), quantifier, N, tenth(N))
 
 
-def validate_end(text, end_phrase: str):
+def validate_end(text: str, end_phrase: str) -> bool:
+    """Ends with the phrase, to the letter."""
     return text.endswith(end_phrase)
 
 
-def validate_quotation(text):
+def validate_quotation(text: str) -> bool:
+    """Begins and ends with a double quotation mark, which may be the same one."""
     return text.startswith('"') and text.endswith('"')
 
 
-def validate_no_commas(text):
+def validate_no_commas(text: str) -> bool:
+    """No comma at all."""
     return "," not in text
 
 
-FUNCTIONS = {
+FUNCTIONS: dict[str, Callable[..., bool]] = {
     rule.__name__: rule
     for rule in (
         *(verify_keywords, verify_keyword_frequency, validate_forbidden_words, verify_letter_frequency),
@@ -173,34 +192,39 @@ FUNCTIONS = {
 }
 
 
-def whole_word_frequency(text, word: str, N: int):
+def whole_word_frequency(text: str, word: str, N: int) -> bool:
+    """Exactly N times the word or phrase as a whole, in any case."""
     return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)) == N
 
 
-def any_option(text, options: list | str):
+def any_option(text: str, options: list | str) -> bool:
+    """One of the options stands in the text as a whole; a text of options is split at , / ; | and 'or'."""
     options = re.split(r"\s*[,/;|]\s*|\s+or\s+", options) if isinstance(options, str) else options
     options = [option for option in options if option.strip() and option in text]
     return any(re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text) for option in options)
 
 
-def marked_sections(text, N: int, section_splitter: str):
+def marked_sections(text: str, N: int, section_splitter: str) -> bool:
     """An introduction before the first splitter is no section."""
     return text.count(section_splitter) == N
 
 
-def filled_highlights(text, N: int):
+def filled_highlights(text: str, N: int) -> bool:
+    """At least N parts between asterisks that are not blank; **bold** is one."""
     return sum(bool(part.strip()) for part in re.findall(r"\*{1,3}([^\n*]+)\*{1,3}", text)) >= N
 
 
-def filled_quotation(text):
+def filled_quotation(text: str) -> bool:
+    """In double quotation marks, with something between them."""
     return len(text.strip('"').strip()) > 0 and validate_quotation(text)
 
 
-def filled_responses(text):
+def filled_responses(text: str) -> bool:
+    """Two different responses, neither of them blank."""
     return validate_two_responses(text) and all(part.strip() for part in text.split("******"))
 
 
-DEFAULT = {
+DEFAULT: dict[str, Callable[..., bool]] = {
     "verify_keyword_frequency": whole_word_frequency,
     "validate_forbidden_words": lambda text, forbidden_words: not any(has_word(text, w) for w in forbidden_words),
     "validate_title": lambda text: has_title(text)[0],
@@ -214,19 +238,27 @@ DEFAULT = {
 }
 
 
-def choice_reversed(text, options):
+def choice_reversed(text: str, options: list | str) -> bool:
+    """The text is a part of one of the options."""
     return any(text in option for option in options)
 
 
-def sentences_without_exclamation(text, N, quantifier):
-    return compare(1 + len(re.findall(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?])\s", text)), quantifier, N, 1)
+def sentences_without_exclamation(text: str, N: int, quantifier: str) -> bool:
+    """As verify_sentence_constraint, but '!' ends no sentence."""
+    ends = re.findall(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?])\s", text)
+    return compare(1 + len(ends), quantifier, N, 1)
 
 
-TULU3 = {
+def capital_words_exactly(text: str, N: int, quantifier: str) -> bool:
+    """As validate_frequency_capital_words, but 'around' is exact."""
+    return compare(len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, 0)
+
+
+TULU3: dict[str, Callable[..., bool]] = {
     "validate_placeholders": lambda text, N: True,  # it returned a tuple, which is true
     "validate_choice": choice_reversed,
     "verify_sentence_constraint": sentences_without_exclamation,
-    "validate_frequency_capital_words": lambda text, N, quantifier: compare(len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, 0),
+    "validate_frequency_capital_words": capital_words_exactly,
 }
 
 

@@ -2,38 +2,42 @@ r"""The equality that sympy's LaTeX parser gives Tülu 3's MATH verifier: the lo
 
 Source: sympy 1.14's grammar sympy/parsing/latex/LaTeX.g4 and its conversion, which open-instruct e6c3044 calls as
 simplify(parse_latex(a) - parse_latex(b)) == 0. Here the same language is read by hand, without antlr or sympy, into the
-trees of math_parse, and the difference is decided by math_value. Kept: '1,2' is 1, '204_5' is 204, 'cat' is c·a·t, '1 2' is 12,
-\pi and e are variables, an equation is equal to nothing. Left out, and so never equal: integrals, sums, limits, derivatives,
-bras and kets.
+trees of verifiers.math.tree, and the difference is decided by verifiers.math.value.
+Kept: '1,2' is 1, '204_5' is 204, 'cat' is c·a·t, '1 2' is 12, \pi and e are variables, an equation is equal to nothing.
+Left out, and so never equal: integrals, sums, limits, derivatives, bras and kets.
 """
 
 import re
 from fractions import Fraction
 from functools import lru_cache
 
-from .math_parse import MAX_DEPTH
-from .math_tokens import MAX_LENGTH, MAX_TOKENS, Unparseable
-from .math_value import ComplexEvaluator, NoValue, Undefined, same_value
+from verifiers.math.arithmetic import Undefined
+from verifiers.math.cursor import MAX_DEPTH
+from verifiers.math.open_instruct.scan import Scanner
+from verifiers.math.tokens import MAX_LENGTH, Unparseable
+from verifiers.math.tree import MINUS_ONE, ONE, Call, Const, Div, Neg, Node, Num, Pow, Prod, Rel, Sum, Sym
+from verifiers.math.value import ComplexEvaluator, NoValue, same_value
 
-TOKEN = re.compile(
-    r"(?P<skip>[ \t\r\n]+|\\(?:,|:|;|!|\*|-|\.|/|\"|\(|=)|\\(?:thinspace|medspace|thickspace|quad|qquad|negthinspace|negmedspace"
-    r"|negthickspace|left(?!\|)|right(?!\|)|vrule|vcenter|vbox|vskip|vspace|hfil)(?![A-Za-z]))"
-    r"|(?P<differential>d[ \t\r\n]*(?:[A-Za-z]|\\[A-Za-z]+))|(?P<letter>[A-Za-z])|(?P<digit>[0-9])|(?P<bars>\\(?:left|right)\|)"
-    r"|(?P<equal>&[ \t\r\n]*=|=(?:[ \t\r\n]*&)?)|(?P<command>\\[A-Za-z]+)|(?P<quotes>'+)|(?P<mark>\\[{}]|[-+*/(){}\[\]|_^:<>!.,])"
-)
 FUNCTIONS = frozenset(
-    str.split("exp log lg ln sin cos tan csc sec cot arcsin arccos arctan arccsc arcsec arccot sinh cosh tanh arsinh arcosh artanh")
+    str.split(
+        "exp log lg ln sin cos tan csc sec cot arcsin arccos arctan arccsc arcsec arccot sinh cosh tanh arsinh arcosh "
+        "artanh"
+    )
 )
-RELATIONS = frozenset(("equal", "\\neq", "<", ">", "\\leq", "\\le", "\\leqq", "\\leqslant", "\\geq", "\\ge", "\\geqq", "\\geqslant"))
+RELATIONS = frozenset(str.split(r"equal \neq < > \leq \le \leqq \leqslant \geq \ge \geqq \geqslant"))
 LEFT_OUT = frozenset(["\\lim", "\\int", "\\sum", "\\prod", "\\langle"])
-STOPS = frozenset(str.split(r"\to \rightarrow \Rightarrow \longrightarrow \Longrightarrow \rangle \rfloor \rceil \times \cdot \div"))
+STOPS = frozenset(
+    str.split(r"\to \rightarrow \Rightarrow \longrightarrow \Longrightarrow \rangle \rfloor \rceil \times \cdot \div")
+)
+TIMES = ("*", "\\times", "\\cdot")
+DIVIDED = ("/", "\\div", ":")
 GROUPS = {"(": ")", "[": "]", "{": "}", "\\{": "\\}"}
 
 
 def same_prefix(a: str, b: str) -> bool:
     """True if the expressions that the two texts begin with are equal. Total."""
     x, y = read(a[:MAX_LENGTH]), read(b[:MAX_LENGTH])
-    if x is None or y is None or x[0] == "rel" or y[0] == "rel":
+    if x is None or y is None or isinstance(x, Rel) or isinstance(y, Rel):
         return False
     try:
         return same_value(x, y, a[:MAX_LENGTH] + "|" + b[:MAX_LENGTH], ComplexEvaluator)
@@ -42,7 +46,7 @@ def same_prefix(a: str, b: str) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def read(text: str) -> tuple | None:
+def read(text: str) -> Node | None:
     """The tree of the prefix of `text`, or None where sympy raises (or its calculus is needed)."""
     try:
         return PrefixParser(text.strip()).relation()
@@ -50,74 +54,20 @@ def read(text: str) -> tuple | None:
         return None
 
 
-class Unlexable(Unparseable):
-    """A character that sympy's lexer does not know."""
+class PrefixParser(Scanner):
+    """Recursive descent as antlr does it: what cannot be read ends the expression before it."""
 
-
-class PrefixParser:
-    """antlr looks ahead before it goes on: where what follows an operator or a bracket cannot be read, the expression ends
-    before it ('5+\\\\sqrt2' is 5), unless an unknown character is met, which is an error wherever it stands."""
-
-    def __init__(self, text: str):
-        self.text, self.tokens, self.end = text, [], 0
-        self.at = self.depth = self.bars = 0
-        self.dead: set[tuple[int, bool]] = set()  # where a factor could not be read: never tried twice
-
-    def peek(self, ahead: int = 0) -> tuple[str, str]:
-        while len(self.tokens) <= self.at + ahead:
-            self.tokens.append(self.scan())
-        return self.tokens[self.at + ahead]
-
-    def scan(self) -> tuple[str, str]:
-        while self.end < len(self.text):
-            match = TOKEN.match(self.text, self.end)
-            if match is None or len(self.tokens) > MAX_TOKENS:
-                raise Unlexable(f"at {self.end}")
-            self.end = match.end()
-            if match.lastgroup != "skip":
-                kind = match.lastgroup
-                return (kind, "equal") if kind == "equal" else (kind, match[0])
-        return ("end", "")
-
-    def next(self) -> tuple[str, str]:
-        token = self.peek()
-        self.at += 1
-        return token
-
-    def take(self, *values: str) -> str:
-        kind, value = self.peek()
-        if kind != "letter" and value in values:
-            self.at += 1
-            return value
-        return ""
-
-    def expect(self, value: str) -> None:
-        if not self.take(value):
-            raise Unparseable(f"expected {value}")
-
-    def relation(self) -> tuple:
+    def relation(self) -> Node:
+        """sum ('=' sum)*, the relation itself being equal to nothing."""
         left = self.sum()
         if self.peek()[1] not in RELATIONS:
             return left
         while self.take(*RELATIONS):
             self.sum()
-        return ("rel",)  # equal to nothing, whatever it says
+        return Rel((), ())  # equal to nothing, whatever it says
 
-    def attempt(self, read, start: int | None = None):
-        """What `read` reads, or None with the place (`start`, before the operator) restored where it cannot."""
-        start = self.at if start is None else start
-        depth, bars, key = self.depth, self.bars, (start, self.bars > 0)
-        try:
-            if key not in self.dead:
-                return read()
-        except Unlexable:
-            raise
-        except Unparseable:
-            self.dead.add(key)
-        self.at, self.depth, self.bars = start, depth, bars
-        return None
-
-    def sum(self) -> tuple:
+    def sum(self) -> Node:
+        """product (('+' | '-') product)*."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             raise Unparseable("nested too deep")
@@ -126,20 +76,22 @@ class PrefixParser:
             term = self.attempt(self.product, self.at - 1)
             if term is None:
                 break
-            terms.append(term if sign == "+" else ("neg", term))
+            terms.append(term if sign == "+" else Neg(term))
         self.depth -= 1
-        return terms[0] if len(terms) == 1 else ("sum", tuple(terms))
+        return terms[0] if len(terms) == 1 else Sum(tuple(terms))
 
-    def product(self, functions: bool = True) -> tuple:
+    def product(self, functions: bool = True) -> Node:
+        r"""unary (('*' | '/' | \times ...) unary)*; without `functions` it ends before a function."""
         left = self.unary(functions)
-        while operator := self.take("*", "\\times", "\\cdot", "/", "\\div", ":"):
+        while operator := self.take(*TIMES, *DIVIDED):
             right = self.attempt(lambda: self.unary(functions), self.at - 1)
             if right is None:
                 break
-            left = ("prod", (left, right)) if operator in ("*", "\\times", "\\cdot") else ("div", left, right)
+            left = Prod((left, right)) if operator in TIMES else Div(left, right)
         return left
 
-    def unary(self, functions: bool) -> tuple:
+    def unary(self, functions: bool) -> Node:
+        """sign* postfix*: factors side by side."""
         signs = 0
         while sign := self.take("+", "-"):
             signs += sign == "-"
@@ -147,10 +99,11 @@ class PrefixParser:
         while self.begins(functions) and (factor := self.attempt(self.postfix)) is not None:
             factors.append(factor)
         factors = without_times_x(factors)
-        tree = factors[0] if len(factors) == 1 else ("prod", tuple(factors))
-        return ("neg", tree) if signs % 2 else tree
+        tree = factors[0] if len(factors) == 1 else Prod(tuple(factors))
+        return Neg(tree) if signs % 2 else tree
 
     def begins(self, functions: bool) -> bool:
+        """True if the next token can begin a factor; without `functions` a function cannot."""
         kind, value = self.peek()
         if kind == "command":
             function = value[1:] in FUNCTIONS or value in ("\\sqrt", "\\overline", "\\int", "\\sum", "\\prod", "\\lim")
@@ -159,41 +112,46 @@ class PrefixParser:
             return value in GROUPS or (value == "|" and not self.bars)
         return kind in ("letter", "digit", "differential") or (kind == "bars" and value == "\\left|")
 
-    def postfix(self) -> tuple:
+    def postfix(self) -> Node:
+        """atom ('^' exponent | '!')*."""
         base = self.atom()
         while True:
             if self.take("^"):
                 exponent = self.attempt(self.exponent, self.at - 1)
                 if exponent is None:
                     return base
-                base = ("pow", base, exponent)
+                base = Pow(base, exponent)
             elif self.take("!"):
-                base = ("fn", "factorial", (base,))
+                base = Call("factorial", (base,))
                 while self.take("!"):
-                    base = ("fn", "factorial", (base,))
+                    base = Call("factorial", (base,))
                 return base
             else:
                 return base
 
-    def exponent(self) -> tuple:
+    def exponent(self) -> Node:
+        """A group or a single atom; a subscript after it is dropped."""
         tree = self.braced() if self.peek()[1] == "{" else self.simple()
         if self.peek()[1] == "_":
             self.subscript()
         return tree
 
-    def braced(self) -> tuple:
+    def braced(self) -> Node:
+        """'{' sum '}'."""
         self.expect("{")
         tree = self.sum()
         self.expect("}")
         return tree
 
     def subscript(self) -> str:
+        """'_' and a group or an atom, as it is spelled: '_12' for _{12}."""
         self.expect("_")
         start = self.at
         self.braced() if self.peek()[1] == "{" else self.simple()
         return "_" + "".join(value for _, value in self.tokens[start : self.at] if value not in "{}")
 
-    def atom(self) -> tuple:
+    def atom(self) -> Node:
+        """What stands in brackets or bars, a function with its arguments, or something simple."""
         kind, value = self.peek()
         if kind == "mark" and value in GROUPS:
             self.at += 1
@@ -208,7 +166,7 @@ class PrefixParser:
             tree = self.sum()
             self.bars -= 1
             self.expect("|")
-            return ("fn", "abs", (tree,))
+            return Call("abs", (tree,))
         if kind == "command" and value[1:] in FUNCTIONS | {"sqrt", "overline", "lfloor", "lceil"}:
             self.at += 1
             self.depth += 1
@@ -219,47 +177,49 @@ class PrefixParser:
             return tree
         return self.simple(applied=True)
 
-    def simple(self, applied: bool = False) -> tuple:
-        """An atom: a letter or command with its subscript and primes (applied to arguments in brackets, if it may be), a
-        number, a fraction, a binomial."""
+    def simple(self, applied: bool = False) -> Node:
+        """An atom: a letter or command with its subscript and primes (applied to arguments in brackets, if it may be),
+        a number, a fraction, a binomial."""
         kind, value = self.next()
         if kind == "digit":
             return self.number(value)
         if kind == "differential":
-            return ("sym", "d" + re.sub(r"^d\s*\\?", "", value))
+            return Sym("d" + re.sub(r"^d\s*\\?", "", value))
         if kind == "command" and value in ("\\frac", "\\dfrac", "\\tfrac"):
             top = self.upper_or_lower()
             if self.peek(1)[0] == "differential" and self.peek(2)[1] == "}":
                 raise Unparseable("a derivative")
-            return ("div", top, self.upper_or_lower())
+            return Div(top, self.upper_or_lower())
         if kind == "command" and value in ("\\binom", "\\dbinom", "\\tbinom"):
             top = self.braced()
-            return ("fn", "binom", (top, self.braced()))
+            return Call("binom", (top, self.braced()))
         if kind == "command" and value == "\\mathit":
             self.expect("{")
             letters = ""
             while self.peek()[0] == "letter":
                 letters += self.next()[1]
             self.expect("}")
-            return ("sym", letters)
+            return Sym(letters)
         if kind not in ("letter", "command") or value in LEFT_OUT | RELATIONS | STOPS:
             raise Unparseable(f"at {value!r}")
         if value == "\\infty" and self.peek()[1] != "(":
-            return ("const", "inf")
+            return Const("inf")
         return self.symbol(value.lstrip("\\"), applied)
 
-    def symbol(self, name: str, applied: bool) -> tuple:
+    def symbol(self, name: str, applied: bool) -> Node:
+        """A variable with its subscript and primes, or its application to arguments: x_1, f'(x)."""
         for _ in range(2):
             if self.peek()[1] == "_":
                 name += self.subscript()
             elif self.peek()[0] == "quotes":
                 name += self.next()[1]
         if not applied or self.peek()[1] != "(" or self.peek()[0] != "mark":
-            return ("sym", name)
+            return Sym(name)
         arguments = self.attempt(self.arguments)
-        return ("sym", name) if arguments is None else ("fn", "apply " + name, arguments)
+        return Sym(name) if arguments is None else Call("apply " + name, arguments)
 
-    def arguments(self) -> tuple:
+    def arguments(self) -> tuple[Node, ...]:
+        """'(' sum (',' sum)* ')'."""
         self.expect("(")
         arguments = [self.sum()]
         while self.take(","):
@@ -267,7 +227,7 @@ class PrefixParser:
         self.expect(")")
         return tuple(arguments)
 
-    def number(self, digits: str) -> tuple:
+    def number(self, digits: str) -> Node:
         """DIGIT+ (',' DIGIT DIGIT DIGIT)* ('.' DIGIT+)?, white space between any two of them. Before a point without
         decimals the look-ahead takes the number apart: '142.' is 1 times 4, '12,345.' is 12, '5.' is nothing."""
         start = self.at
@@ -282,7 +242,7 @@ class PrefixParser:
                 if len(digits) == 1:
                     raise Unparseable("a point without decimals")
                 length, self.at = comma if comma[0] < len(digits) else (1, start)
-                return ("num", Fraction(digits[:length]), 0)
+                return Num(Fraction(digits[:length]), 0)
             self.at += 1
             digits += "."
             while self.peek()[0] == "digit":
@@ -290,28 +250,31 @@ class PrefixParser:
         leading_zero = "." not in digits and digits.startswith("0") and digits.strip("0")
         if len(digits) > 400 or leading_zero:
             raise Unparseable("a number of too many digits" if len(digits) > 400 else "a leading zero")
-        return ("num", Fraction(digits), 0)
+        return Num(Fraction(digits), 0)
 
-    def upper_or_lower(self) -> tuple:
+    def upper_or_lower(self) -> Node:
+        """The numerator or denominator of a fraction: a digit or a group."""
         if self.peek()[0] == "digit":
-            return ("num", Fraction(self.next()[1]), 0)
+            return Num(Fraction(self.next()[1]), 0)
         return self.braced()
 
-    def function(self, name: str) -> tuple:
+    def function(self, name: str) -> Node:
+        r"""A function after its name: \sqrt[3]{x}, \lfloor x \rfloor, \sin^2 x, \log_2(8)."""
         if name == "sqrt":
             index = None
             if self.take("["):
                 index = self.sum()
                 self.expect("]")
             inside = self.braced()
-            return ("fn", "sqrt", (inside,)) if index is None else ("pow", inside, ("div", ("num", Fraction(1), 0), index))
+            return Call("sqrt", (inside,)) if index is None else Pow(inside, Div(ONE, index))
         if name == "overline":
-            return ("fn", "apply overline", (self.braced(),))
+            return Call("apply overline", (self.braced(),))
         if name in ("lfloor", "lceil"):
             tree = self.sum()
             self.expect("\\r" + name[1:])
-            return ("fn", name[1:], (tree,))
-        power = base = None
+            return Call(name[1:], (tree,))
+        power: Node | None = None
+        base: Node | None = None
         for _ in range(2):
             if self.peek()[1] == "^" and power is None:
                 self.at += 1
@@ -328,24 +291,33 @@ class PrefixParser:
         else:
             inside = self.product(functions=False)
         arguments = (inside, base) if name == "log" and base is not None else (inside,)
-        inverse = power == ("neg", ("num", Fraction(1), 0)) and "arc" + name in FUNCTIONS
-        tree = ("fn", "arc" + name if inverse else name, arguments)
-        return tree if power is None or inverse else ("pow", tree, power)
+        if power == MINUS_ONE and "arc" + name in FUNCTIONS:
+            return Call("arc" + name, arguments)
+        return Call(name, arguments) if power is None else Pow(Call(name, arguments), power)
 
-    def without_last_digit(self, base: tuple) -> tuple:
-        """\\log_28 with nothing after it is log of 8 to the base 2: antlr gives the argument what the base can spare."""
-        if base[0] != "num" or base[1] < 10 or self.begins(False) or self.peek()[1] in ("+", "-", "^"):
+    def without_last_digit(self, base: Node) -> Node:
+        r"""\log_28 with nothing after it is log of 8 to the base 2: the argument gets what the base can spare."""
+        if not isinstance(base, Num) or base.value < 10 or self.begins(False) or self.peek()[1] in ("+", "-", "^"):
             return base
         self.at -= 1
-        return ("num", Fraction(str(base[1])[:-1]), 0)
+        return Num(Fraction(str(base.value)[:-1]), 0)
 
 
-def without_times_x(factors: list[tuple]) -> list[tuple]:
+def without_times_x(factors: list[Node]) -> list[Node]:
     """An 'x' between two factors without variables is a multiplication sign: 3x4 is 12."""
-
-    def constant(tree):
-        return isinstance(tree, tuple) and tree[:1] != ("sym",) and all(constant(p) for p in tree if isinstance(p, tuple))
-
     inner = range(1, len(factors) - 1)
-    drop = {i for i in inner if factors[i] == ("sym", "x") and constant(factors[i - 1]) and constant(factors[i + 1])}
+    drop = {
+        i
+        for i in inner
+        if factors[i] == Sym("x") and without_symbols(factors[i - 1]) and without_symbols(factors[i + 1])
+    }
     return [factor for i, factor in enumerate(factors) if i not in drop]
+
+
+def without_symbols(tree: object) -> bool:
+    """True for a tree (or a field of a node) in which no variable stands: for 3 and 2/5, not for x."""
+    if isinstance(tree, tuple):
+        return all(without_symbols(part) for part in tree)
+    if isinstance(tree, Node):
+        return not isinstance(tree, Sym) and all(without_symbols(value) for value in tree.fields())
+    return True

@@ -1,15 +1,16 @@
 r"""MATH: does the response settle on the answer of the problem?
 
-`default`: math_extract finds the answer, math_equal compares it. `reference`: open-instruct e6c3044's MathVerifier
-(math_reference). Both are total, and bounded by the length of what they read.
+`default`: extract finds the answer, equal compares it. `reference`: open-instruct e6c3044's MathVerifier
+(open_instruct.reference). Both are total, and bounded by the length of what they read.
 """
 
 from functools import lru_cache
 
-from . import math_reference
-from .math_equal import equal
-from .math_extract import extract, extract_reference
-from .verdict import MAX_CHARACTERS, Verdict, failed, is_blank, passed, shown
+from verifiers.math.equal import equal
+from verifiers.math.extract import extract, extract_reference
+from verifiers.math.open_instruct import reference
+from verifiers.strings import is_blank, shown
+from verifiers.verdict import MAX_CHARACTERS, Verdict, failed, passed
 
 MODES = ("default", "reference", "tulu3")
 
@@ -22,14 +23,14 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     if len(response) > MAX_CHARACTERS:
         return failed(f"too long: {len(response)} characters")
     if mode != "default":
-        return math_reference.verify(response, str(ground_truth))
+        return reference.verify(response, str(ground_truth))
     if is_blank(response):
         return failed("empty response")
-    expected, found = answer_of(str(ground_truth)), extract(response)
+    expected, found = _answer_of(str(ground_truth)), extract(response)
     if found is None:
         return failed(f"no answer found, expected {shown(expected)}")
     text = f"extracted {shown(found)}, expected {shown(expected)}"
     return passed(text) if equal(found, expected) else failed(text)
 
 
-answer_of = lru_cache(maxsize=4096)(extract_reference)
+_answer_of = lru_cache(maxsize=4096)(extract_reference)

@@ -9,6 +9,7 @@ from collections import Counter
 from functools import lru_cache
 from importlib.util import find_spec
 from math import log
+from typing import Any
 
 MAX_TEXT = 2000  # characters of the text that are looked at; langdetect stops at 10,000
 SMOOTHING = 0.5 / 10_000  # langdetect's alpha over its base frequency
@@ -20,7 +21,7 @@ def is_available() -> bool:
 
 
 @lru_cache(maxsize=1)
-def _factory():
+def _factory() -> Any:  # a DetectorFactory, whose package has no types
     from langdetect.detector_factory import PROFILES_DIRECTORY, DetectorFactory
 
     factory = DetectorFactory()
@@ -34,7 +35,8 @@ def languages() -> tuple[str, ...]:
 
 
 @lru_cache(maxsize=20_000)
-def _log_likelihoods(ngram: str) -> tuple[float, ...]:
+def log_likelihoods(ngram: str) -> tuple[float, ...]:
+    """log(α + p(ngram | l)) for each l of `languages`."""
     return tuple(log(SMOOTHING + p) for p in _factory().word_lang_prob_map[ngram])
 
 
@@ -51,7 +53,7 @@ def detect(text: str) -> str | None:
     totals = [0.0] * len(languages())
     ngrams = Counter(detector._extract_ngrams())
     for ngram, times in ngrams.items():
-        totals = [total + times * value for total, value in zip(totals, _log_likelihoods(ngram), strict=False)]
+        totals = [total + times * value for total, value in zip(totals, log_likelihoods(ngram), strict=False)]
     return languages()[totals.index(max(totals))] if ngrams else None
 
 

@@ -1,0 +1,132 @@
+"""One form for what can be written in several: the trees that verifiers.math.equal compares."""
+
+from itertools import chain
+from typing import Any
+
+from verifiers.math.tree import (
+    INFINITY,
+    LEAVES,
+    Call,
+    Div,
+    MinusPlus,
+    Neg,
+    Node,
+    Num,
+    PlusMinus,
+    Pow,
+    Prod,
+    Ratio,
+    Rel,
+    Seq,
+    Sum,
+    Sym,
+    Text,
+    Union,
+    Unit,
+    bare_list,
+)
+from verifiers.math.value import variables
+
+FLIPPED = {">": "<", ">=": "<="}
+
+
+def canonical(tree: Node) -> Node:
+    """± as the list of its two values, lists in lists flattened, 'x in S' as S, > as <, nested unions as one, percent
+    and degree signs dropped: x = ±2 is the list x = 2, x = -2."""
+    match tree:
+        case Seq("", "", items):
+            return bare_list(tuple(chain.from_iterable(map(_items_of_list, map(canonical, items)))))
+        case Seq(opening, closing, items):
+            return Seq(opening, closing, tuple(map(canonical, items)))
+        case Rel(operators, sides):
+            return canonical_relation(operators, sides)
+        case Union(sets):
+            return Union(tuple(chain.from_iterable(map(_sets_of_union, map(canonical, sets)))))
+        case Unit(amount, "%" | "°"):
+            return canonical(amount)
+        case Sum() | Prod() | Neg() | Div() | PlusMinus() | MinusPlus() | Pow() | Unit() if has_sign(tree):
+            return bare_list((with_sign(tree, False), with_sign(tree, True)))
+    return tree
+
+
+def _items_of_list(tree: Node) -> tuple[Node, ...]:
+    match tree:
+        case Seq("", "", items):
+            return items
+    return (tree,)
+
+
+def _sets_of_union(tree: Node) -> tuple[Node, ...]:
+    return tree.sets if isinstance(tree, Union) else (tree,)
+
+
+def has_sign(tree: object) -> bool:
+    """True if a ± or ∓ stands in a tree, or in a tuple of trees; False for any other field of a node."""
+    if isinstance(tree, (PlusMinus, MinusPlus)):
+        return True
+    if isinstance(tree, Node):
+        return not isinstance(tree, LEAVES) and any(map(has_sign, tree.fields()))
+    return isinstance(tree, tuple) and any(map(has_sign, tree))
+
+
+def with_sign(tree: Any, minus: bool) -> Any:
+    """`tree` with every ± read as one sign, and every ∓ as the other: 1 ± x as 1 + x, or with `minus` as 1 - x."""
+    if isinstance(tree, tuple):
+        return tuple(with_sign(part, minus) for part in tree)
+    match tree:
+        case PlusMinus(part) | MinusPlus(part):
+            inside = with_sign(part, minus)
+            return Neg(inside) if minus == isinstance(tree, PlusMinus) else inside
+        case Node():
+            return type(tree)(*(with_sign(value, minus) for value in tree.fields()))
+    return tree
+
+
+def canonical_relation(operators: tuple[str, ...], sides: tuple[Node, ...]) -> Node:
+    """The canonical form of a relation: 2 > x as x < 2, x in S as S, x = ±2 as a list of two equations."""
+    if set(operators) <= {">", ">="}:
+        operators, sides = tuple(FLIPPED[o] for o in reversed(operators)), tuple(reversed(sides))
+    if operators == ("in",) and is_name(sides[0]):
+        return canonical(sides[1])
+    if has_sign(sides) and operators == ("=",) and not has_sign(sides[0]):
+        pair = (with_sign(sides[1], False), with_sign(sides[1], True))
+        return bare_list(tuple(Rel(("=",), (sides[0], side)) for side in pair))
+    return Rel(operators, tuple(map(canonical, sides)))
+
+
+def as_interval(tree: Node) -> Node:
+    """a < x <= b and x <= b (one variable, constant bounds) as an interval; any other tree as it is."""
+    if not isinstance(tree, Rel) or not set(tree.operators) <= {"<", "<="}:
+        return tree
+    low = "[" if tree.operators[0] == "<=" else "("
+    high = "]" if tree.operators[-1] == "<=" else ")"
+    match tree.sides:
+        case (left, Sym(), right) if not variables(left) | variables(right):
+            return Seq(low, high, (left, right))
+        case (Sym(), right) if not variables(right):
+            return Seq("(", high, (Neg(INFINITY), right))
+        case (left, Sym()) if not variables(left):
+            return Seq(low, ")", (left, INFINITY))
+    return tree
+
+
+def is_name(tree: Node) -> bool:
+    """What can stand before '=' as the name of a quantity: x, a_1, AB, |AB|, f(2), P(A), A:B, NO/BO, (p, q), a text."""
+    match tree:
+        case Sym() | Text():
+            return True
+        case Unit(amount, _):  # \angle ABC
+            return isinstance(amount, Sym)
+        case Pow(Sym(name), exponent):  # f^{-1}(x)
+            return name in "fgh" and isinstance(exponent, Neg)
+        case Call(name, arguments):
+            return name.startswith("apply ") or (name in ("abs", "sin", "cos", "tan") and all(map(is_name, arguments)))
+        case Prod(factors):
+            return is_name(factors[0]) and all(is_name(part) or isinstance(part, Num) for part in factors[1:])
+        case Div(top, bottom):
+            return is_name(top) and is_name(bottom)
+        case Ratio(parts):
+            return all(map(is_name, parts))
+        case Seq("(", _, items):
+            return bool(items) and all(map(is_name, items))
+    return False
