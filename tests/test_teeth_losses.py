@@ -1,4 +1,4 @@
-"""What the losses report and leave alone, against their formulas in float64: rewards, ties, temperature, the added term, rows without loss."""
+"""What losses report and leave alone, by their formulas in float64: rewards, ties, temperature, rows without loss."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from launch import dpo
 from losses.logprobs import LogitTransform, linear_logprobs, linear_loss
 from tests import oracles
 
-# policy (chosen, rejected), reference (chosen, rejected), tokens (chosen, rejected); of the last pair the policy likes the rejected answer
+# policy (chosen, rejected), reference (chosen, rejected), tokens (chosen, rejected)
 PAIRS = [(-12.5, -40.0, -15.0, -31.0, 9, 30), (-3.0, -2.5, -2.0, -4.0, 2, 4), (-90.0, -10.0, -95.0, -12.5, 45, 10)]
 
 
@@ -23,8 +23,15 @@ def columns() -> list[torch.Tensor]:
     return [*values[:, :4].unbind(1), *values[:, 4:].long().unbind(1)]
 
 
-def preference_step(chosen: list[float], rejected: list[float], ref_chosen: list[float], ref_rejected: list[float], lengths: list[int], **flags):
-    """(loss, its derivatives by the sums of the answers (P, 2), metrics) of launch.dpo for P pairs whose answers have these mean log-probs.
+def preference_step(
+    chosen: list[float],
+    rejected: list[float],
+    ref_chosen: list[float],
+    ref_rejected: list[float],
+    lengths: list[int],
+    **flags,
+):
+    """(loss, its derivatives by every answer's first log-prob (P, 2), metrics) of launch.dpo, given mean log-probs.
 
     The policy's log-probs are given in place of a model's; all that is launch.dpo's is its own.
     """
@@ -44,7 +51,7 @@ def preference_step(chosen: list[float], rejected: list[float], ref_chosen: list
     return loss.item(), logprobs.grad[first].view(-1, 2), sums
 
 
-# --- the reported rewards ---------------------------------------------------------------------------------------------------------
+# --- the reported rewards -------------------------------------------------------------------------------------------
 
 REWARDS = {  # of (policy's sum, reference's sum, tokens)
     "dpo": lambda beta, policy, reference, n: beta * (policy - reference),
@@ -73,21 +80,31 @@ def test_simpos_margin_is_in_its_loss_and_in_no_reward(ratio):
         assert (chosen[i].item(), rejected[i].item()) == pytest.approx((2.0 * cw / nw, 2.0 * cl / nl), rel=1e-12)
 
 
-# --- launch.dpo's step ------------------------------------------------------------------------------------------------------------
+# --- launch.dpo's step ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["dpo_norm", "simpo"])
 @pytest.mark.parametrize("alpha", [0.0, 0.25, 2.0])
 def test_rpo_alpha_adds_the_chosen_answers_nll(alpha, loss_type):
-    """To the loss, to its gradient by the chosen answer alone, and to the metric; the nll itself is reported without it."""
-    chosen, rejected, ref_chosen, ref_rejected, lengths = [-1.0, -0.5], [-1.5, -2.0], [-1.25, -0.75], [-1.0, -2.0], [4, 2, 3, 5]
-    loss, gradient, metrics = preference_step(chosen, rejected, ref_chosen, ref_rejected, lengths, loss_type=loss_type, rpo_alpha=alpha)
+    """To the loss, to its gradient by the chosen answer alone, and to the metric; the nll is reported without it."""
+    chosen, rejected, ref_chosen, ref_rejected, lengths = (
+        [-1.0, -0.5],
+        [-1.5, -2.0],
+        [-1.25, -0.75],
+        [-1.0, -2.0],
+        [4, 2, 3, 5],
+    )
+    loss, gradient, metrics = preference_step(
+        chosen, rejected, ref_chosen, ref_rejected, lengths, loss_type=loss_type, rpo_alpha=alpha
+    )
     nll = sum(-m for m in chosen) / 2
     if loss_type == "simpo":
         margins = [2.5 * (c - r) - 0.3 * 2.5 for c, r in zip(chosen, rejected, strict=True)]
         beta = 2.5
     else:
-        margins = [5 * ((c - rc) - (r - rr)) for c, r, rc, rr in zip(chosen, rejected, ref_chosen, ref_rejected, strict=True)]
+        margins = [
+            5 * ((c - rc) - (r - rr)) for c, r, rc, rr in zip(chosen, rejected, ref_chosen, ref_rejected, strict=True)
+        ]
         beta = 5.0
     expected = sum(-oracles.log_sigmoid(m) for m in margins) / 2 + alpha * nll
     assert loss == pytest.approx(expected, rel=1e-6) and metrics["loss"] == pytest.approx(expected, rel=1e-6)
@@ -100,7 +117,9 @@ def test_rpo_alpha_adds_the_chosen_answers_nll(alpha, loss_type):
 
 def test_a_tie_is_not_counted_as_right():
     """Of three pairs one wins, one ties, one loses: a third is right, by log-prob per token as by reward."""
-    *_, metrics = preference_step([-1.0, -2.0, -3.0], [-2.0, -2.0, -1.0], [-1.5, -2.5, -1.0], [-1.5, -2.5, -1.0], [4, 2, 2, 4, 3, 5])
+    *_, metrics = preference_step(
+        [-1.0, -2.0, -3.0], [-2.0, -2.0, -1.0], [-1.5, -2.5, -1.0], [-1.5, -2.5, -1.0], [4, 2, 2, 4, 3, 5]
+    )
     assert metrics["logps/accuracies"] == pytest.approx(1 / 3) and metrics["rewards/accuracies"] == pytest.approx(1 / 3)
 
 
@@ -112,15 +131,21 @@ def test_a_policy_equal_to_its_reference_is_never_right():
 
 def test_the_two_accuracies_are_of_two_numbers():
     """Log-probs are compared per token and without a reference, rewards with it."""
-    *_, metrics = preference_step([-2.0, -2.0, -1.0], [-1.0, -1.0, -2.0], [-4.0, -4.0, -0.5], [-1.0, -1.0, -3.0], [2, 9, 2, 9, 9, 2])
+    *_, metrics = preference_step(
+        [-2.0, -2.0, -1.0], [-1.0, -1.0, -2.0], [-4.0, -4.0, -0.5], [-1.0, -1.0, -3.0], [2, 9, 2, 9, 9, 2]
+    )
     assert metrics["logps/accuracies"] == pytest.approx(1 / 3) and metrics["rewards/accuracies"] == pytest.approx(2 / 3)
 
 
-# --- the head ---------------------------------------------------------------------------------------------------------------------
+# --- the head -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("transform", [LogitTransform(softcap=2.0), LogitTransform(scale=0.25, softcap=1.5), LogitTransform(scale=3.0)], ids=str)
+@pytest.mark.parametrize(
+    "transform",
+    [LogitTransform(softcap=2.0), LogitTransform(scale=0.25, softcap=1.5), LogitTransform(scale=3.0)],
+    ids=str,
+)
 def test_the_temperature_divides_what_the_softcap_leaves(transform, temperature):
     """log softmax of c tanh(s z / c) / T, by scalar loops."""
     generator = torch.Generator().manual_seed(3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -32,22 +33,28 @@ class Said(list):
         self.extend(lines)
 
 
-# --- the checks' bounds -----------------------------------------------------------------------------------------------------------
+# --- the checks' bounds ---------------------------------------------------------------------------------------------
 
 
-def check_identity(margin: float, loss: float, nll: float, tokens: float, pairs: int, dtype: torch.dtype, **flags) -> list[str]:
+def check_identity(
+    margin: float, loss: float, nll: float, tokens: float, pairs: int, dtype: torch.dtype, **flags
+) -> list[str]:
     row = {"rewards/margins": margin, "loss": loss, "nll": nll}
     said = Said()
     dpo.check_identity(row, tokens, pairs, dpo.resolve_loss(dpo.Config(**flags)), SimpleNamespace(dtype=dtype), said)
     return said
 
 
-def check_sampler(sampled: list[float], evaluated: list[float], dtype: torch.dtype = torch.float32, **flags) -> list[str]:
+def check_sampler(
+    sampled: list[float], evaluated: list[float], dtype: torch.dtype = torch.float32, **flags
+) -> list[str]:
     """Of one response whose tokens have these log-probs."""
     n = len(sampled)
     rollout = Rollout(0, 0, np.array([5, 6]), np.arange(n), np.array(sampled), np.array(sampled), "length")
     batch, said = Experience([rollout], [1.0], slot_after_end=False, response_length=n), Said()
-    ppo.check_sampler(batch, torch.tensor(evaluated, dtype=torch.float64), ppo.Config(**flags), SimpleNamespace(dtype=dtype), said)
+    ppo.check_sampler(
+        batch, torch.tensor(evaluated, dtype=torch.float64), ppo.Config(**flags), SimpleNamespace(dtype=dtype), said
+    )
     return said
 
 
@@ -58,11 +65,16 @@ def check_ratio(ratio: float, tokens: float = 1000, dtype: torch.dtype = torch.f
     return said
 
 
-LOSSES = {"dpo_norm": (5.0, -0.5), "ipo": (0.1, -0.5), "dpo": (0.1, 0.5), "wpo": (0.1, 0.5)}  # beta, the power of the number of tokens
+LOSSES = {
+    "dpo_norm": (5.0, -0.5),
+    "ipo": (0.1, -0.5),
+    "dpo": (0.1, 0.5),
+    "wpo": (0.1, 0.5),
+}  # beta, the power of the number of tokens
 
 
 def identity_bound(loss_type: str, nll: float, tokens: float, pairs: int, dtype: torch.dtype) -> float:
-    """Of docs and docstring: 32 roundings of a log-prob's size, of means or sums of so many tokens, of two answers, of so many pairs."""
+    """32 roundings of a log-prob's size, in means or sums of so many tokens, of two answers, of so many pairs."""
     beta, power = LOSSES[loss_type]
     return 2 * beta * 32 * EPS[dtype] * max(1.0, nll) * tokens**power / math.sqrt(pairs)
 
@@ -139,7 +151,7 @@ def test_without_a_policy_update_there_is_no_ratio():
     assert check_ratio(0.0) == []
 
 
-# --- whole runs -------------------------------------------------------------------------------------------------------------------
+# --- whole runs -----------------------------------------------------------------------------------------------------
 
 
 def first_lines(source, target, n: int):
@@ -152,10 +164,15 @@ def preferences(tmp_path_factory, embedded_dir):
     """(runs of two steps, the output of one that saved after the first)."""
     root = tmp_path_factory.mktemp("dpo")
     flags = {
-        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05), "cache_dir": root / "cache",
-        "dataset_name": first_lines(embedded_dir.train_pairs, root / "pairs.jsonl", 12), "batch_size": 6, "max_steps": 2, "learning_rate": 5e-3,
-        "warmup_ratio": 0, "micro_batch_tokens": 500,
-    }  # fmt: skip
+        "model_name_or_path": save_family("llama", root / "model", embedded_dir.model, initializer_range=0.05),
+        "cache_dir": root / "cache",
+        "dataset_name": first_lines(embedded_dir.train_pairs, root / "pairs.jsonl", 12),
+        "batch_size": 6,
+        "max_steps": 2,
+        "learning_rate": 5e-3,
+        "warmup_ratio": 0,
+        "micro_batch_tokens": 500,
+    }
     runs = Runs("dpo", root, flags)
     return runs, runs.run("whole", save_steps=1)
 
@@ -171,7 +188,9 @@ def test_a_resumed_run_has_the_reference_of_the_model_as_it_was_loaded(preferenc
     first = load_file(segment_of(runs))
     shutil.rmtree(runs.root / "cache" / "reference")
     result = runs.launch("resumed", resume=whole / "checkpoints" / "step-000001")
-    assert result.ok and "resuming after step 1" in result.output and "no model was cached here yet" in result.output, result.output
+    assert result.ok and "resuming after step 1" in result.output and "no model was cached here yet" in result.output, (
+        result.output
+    )
     again = load_file(segment_of(runs))
     assert first.keys() == again.keys() and all(np.array_equal(first[name], again[name]) for name in first)
     expected, found = rows(whole)[-1], rows(whole.parent / "resumed")[-1]
@@ -186,7 +205,9 @@ def test_a_wrong_reference_ends_the_run_before_it_trains(preferences):
     shutil.copytree(runs.root / "cache", runs.root / "wrong_cache")
     segment = segment_of(runs, "wrong_cache")
     arrays = load_file(segment)
-    arrays["logprobs"] = arrays["logprobs"] + np.where(np.arange(len(arrays["logprobs"])) % 2, 0.5, -0.5).astype(np.float32)
+    arrays["logprobs"] = arrays["logprobs"] + np.where(np.arange(len(arrays["logprobs"])) % 2, 0.5, -0.5).astype(
+        np.float32
+    )
     save_file(arrays, segment, metadata={"sha256": refcache._checksum(arrays)})
     result = runs.launch("wrong", cache_dir=runs.root / "wrong_cache")
     assert result.codes == [2] and "step 0: the policy is not its reference" in result.output, result.output
@@ -194,14 +215,25 @@ def test_a_wrong_reference_ends_the_run_before_it_trains(preferences):
 
 
 def test_the_last_evaluation_is_of_the_model_that_is_exported(tmp_path, embedded_dir):
-    """On two ranks that keep gathered weights, evaluated and saved after every step, against transformers' loss of final/ in float64."""
+    """On two ranks that keep gathered weights, saved after every step, against transformers' loss in float64."""
     source = save_family("llama", tmp_path / "model", embedded_dir.model, initializer_range=0.05)
     held_out = first_lines(embedded_dir.held_out_conversations, tmp_path / "held_out.jsonl", 6)
     flags = {
-        "model_name_or_path": source, "cache_dir": tmp_path / "cache", "batch_size": 6, "max_steps": 2, "learning_rate": 5e-3, "warmup_ratio": 0,
-        "dataset_name": first_lines(embedded_dir.train_conversations, tmp_path / "train.jsonl", 12), "eval_dataset_name": held_out, "eval_steps": 1,
-        "save_steps": 1, "sample_tokens": 0, "gradient_sync": "keep", "micro_batch_tokens": 200, "lr_scheduler_type": "constant",
-    }  # fmt: skip
+        "model_name_or_path": source,
+        "cache_dir": tmp_path / "cache",
+        "batch_size": 6,
+        "max_steps": 2,
+        "learning_rate": 5e-3,
+        "warmup_ratio": 0,
+        "dataset_name": first_lines(embedded_dir.train_conversations, tmp_path / "train.jsonl", 12),
+        "eval_dataset_name": held_out,
+        "eval_steps": 1,
+        "save_steps": 1,
+        "sample_tokens": 0,
+        "gradient_sync": "keep",
+        "micro_batch_tokens": 200,
+        "lr_scheduler_type": "constant",
+    }
     out = Runs("sft", tmp_path, flags).run("out", 2)
     evaluated = {row["step"]: row["eval/loss"] for row in rows(out) if "eval/loss" in row}
     assert evaluated.keys() == {0, 1, 2} and evaluated[0] > evaluated[1] + 0.01 > evaluated[2] + 0.02
@@ -211,8 +243,6 @@ def test_the_last_evaluation_is_of_the_model_that_is_exported(tmp_path, embedded
 
 def loss_of(directory, conversations) -> float:
     """Per trained token, by transformers, one conversation at a time."""
-    import json
-
     lm = AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager", dtype=torch.float64)
     encode = ConversationEncoder(load_tokenizer(directory, 512), 4096, "messages")
     total, tokens = 0.0, 0
