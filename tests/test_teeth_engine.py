@@ -114,7 +114,7 @@ def test_the_export_of_two_ranks_is_merged_with_the_groups_of_each_row(tmp_path,
 
 
 def test_compiled_layers_have_reference_numbers_of_their_own():
-    """They are other numbers in the last bits, though all else in the cache's key is the same; each part of it counts."""
+    """They are other numbers in the last bits, all else in the cache's key being the same; each part counts."""
     config = Phi3Config(hidden_size=32)
     same = ("0123", config, torch.float32, "sdpa")
     eager, compiled = (refcache.model_identity(*same, compiled) for compiled in (False, True))
