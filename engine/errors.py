@@ -31,3 +31,9 @@ def require(package: str, for_what: str) -> None:
             else f"which cannot be imported ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
         )
         raise UserError(f"{for_what} needs the package {package}, {why}: pip install {package}") from None
+
+
+def on_one_line(text: str) -> str:
+    """For a terminal: what files and models say may hold line breaks and control sequences, and have any length."""
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tqdm import tqdm
 
-from engine.errors import UserError
+from engine.errors import UserError, on_one_line
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 POLL = timedelta(seconds=30)
@@ -227,16 +227,10 @@ def main(command: Callable[[], None]) -> None:
             f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})"
         )
     if line:
-        print(_on_one_line(line), file=sys.stderr, flush=True)
+        print(on_one_line(line), file=sys.stderr, flush=True)
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
-
-
-def _on_one_line(text: str) -> str:
-    """For a terminal: what files and models say may hold line breaks and control sequences, and have any length."""
-    text = "".join(c if c.isprintable() else " " for c in text)
-    return text if len(text) <= 1000 else f"{text[:700]} ... {text[-200:]}"
 
 
 def _speaks(rank: int, message: str) -> bool:

@@ -9,104 +9,79 @@ to all rows.
 Nothing is trained and nothing leaves the machine.
 """
 
-import argparse
 import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
-from verifiers import MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
-from verifiers.strings import nearest, shown
+from engine.config import parse
+from engine.errors import UserError, nearest, on_one_line
+from engine.flags import flag, require_positive
+from verifiers import MAX_ERROR_RATE, MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
+from verifiers.strings import nearest as nearest_field
+from verifiers.strings import shown
 
 FEW_ROWS = 200  # are judged here: worker processes would take longer to start
 MAX_LISTED = 20
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse that names the flag that was probably meant."""
-
-    def parse_args(self, args=None, namespace=None):
-        """As argparse's; exits with status 2 for a flag that is not known."""
-        options, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [flag for action in self._actions for flag in action.option_strings]
-            self.error(f"unknown argument {unknown[0]}{nearest(unknown[0].partition('=')[0], known)}")
-        return options
-
-
-def parser() -> Parser:
-    """The command's flags."""
-    summary, _, details = (__doc__ or "").partition("\n\n")
-    flags = Parser(
-        prog="python -m launch.verify",
-        description=summary,
-        epilog=details,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flags.add_argument("file", type=Path, metavar="FILE.jsonl", help="one JSON object a line")
-    flags.add_argument("--dataset", metavar="NAME", help=f"verifier of rows without `dataset`: {', '.join(VERIFIERS)}")
-    flags.add_argument(
-        "--mode",
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    __doc__ = __doc__
+    file: str = flag(None, "one JSON object a line", positional=True)
+    dataset: str | None = flag(None, f"verifier of rows without `dataset`: {', '.join(VERIFIERS)}")
+    mode: str = flag(
+        "default",
+        "default: what is right; reference: what open-instruct rewards; tulu3: what it rewarded when Tülu 3 was trained"
+        " (docs/verifiers.md)",
         choices=MODES,
-        default="default",
-        help="default: what is right; reference: what open-instruct rewards; tulu3: what it rewarded when Tülu 3 was "
-        "trained (docs/verifiers.md)",
     )
-    flags.add_argument("--loose", action="store_true", help="IFEval's loose metric")
-    flags.add_argument(
-        "--combine",
+    loose: bool = flag(False, "IFEval's loose metric")
+    combine: str = flag(
+        "fraction",
+        "several constraints in one row: the fraction that is followed, or 1 only for all",
         choices=("fraction", "all"),
-        default="fraction",
-        help="several constraints in one row: the fraction that is followed, or 1 only for all",
     )
-    flags.add_argument("--failures_only", action="store_true", help="print only rows that do not score 1")
-    flags.add_argument("--quiet", action="store_true", help="print only the totals")
-    flags.add_argument(
-        "--output", type=Path, metavar="FILE", help="also write {line, dataset, score, reason, status} as JSON lines"
+    failures_only: bool = flag(False, "print only rows that do not score 1")
+    quiet: bool = flag(False, "print only the totals")
+    output: str | None = flag(None, "also write {line, dataset, score, reason, status} as JSON lines")
+    on_bad_row: str = flag(
+        "skip", "a row that cannot be judged is listed and left out, or stops the command", choices=("skip", "error")
     )
-    flags.add_argument(
-        "--on_bad_row",
-        choices=("skip", "error"),
-        default="skip",
-        help="a row that cannot be judged is listed and left out, or stops the command",
-    )
-    flags.add_argument(
-        "--workers", type=int, metavar="N", help="processes (default: one a core; files of a few rows use none)"
-    )
-    return flags
+    workers: int | None = flag(None, "processes (without it one a core; files of a few rows use none)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command. Returns the exit status: 0, 1 if more than 1 % of the rows could not be judged, 2 for bad input."""
-    flags = parser()
-    options = flags.parse_args(arguments)
-    if options.dataset is not None and options.dataset.lower() not in VERIFIERS:
-        flags.error(f"--dataset: unknown verifier {options.dataset}{nearest(options.dataset.lower(), VERIFIERS)}")
-    if options.workers is not None and options.workers < 1:
-        flags.error(f"--workers must be 1 or more, found {options.workers}")
+def judge(config: Config) -> int:
+    """The command. Returns the exit status: 0, 1 if more than 1 % of the rows could not be judged, 2 for bad rows. Raises
+    UserError.
+    """
+    if config.file is None:
+        raise UserError("command line: FILE is missing, one JSON object a line (--help says which fields)")
+    if config.dataset is not None and config.dataset.lower() not in VERIFIERS:
+        close = nearest(config.dataset.lower(), VERIFIERS)
+        raise UserError(f"--dataset: unknown verifier {config.dataset}{close}")
+    require_positive(config, "workers")
     try:
-        rows, bad = read(options.file, options.dataset, options.mode)
+        rows, bad = read(Path(config.file), config.dataset, config.mode)
     except OSError as problem:
-        flags.error(f"{options.file}: {problem.strerror}")
+        raise UserError(f"{config.file}: {problem.strerror}") from None
     for problem in bad[:MAX_LISTED]:
         print(problem, file=sys.stderr)
     if len(bad) > MAX_LISTED:
         print(f"... and {len(bad) - MAX_LISTED} more bad rows", file=sys.stderr)
-    if (bad and options.on_bad_row == "error") or not rows:
-        print(
-            f"{options.file}: {'no row to judge' if not rows else 'stopped by a bad row (--on_bad_row error)'}",
-            file=sys.stderr,
-        )
+    if (bad and config.on_bad_row == "error") or not rows:
+        why = "no row to judge" if not rows else "stopped by a bad row (--on_bad_row error)"
+        print(f"{config.file}: {why}", file=sys.stderr)
         return 2
-    verdicts = list(report(rows, judged(rows, options), options))
-    if options.output:
-        write(options.output, rows, verdicts)
+    verdicts = list(report(rows, judged(rows, config), config))
+    if config.output:
+        write(Path(config.output), rows, verdicts)
     errors = totals(rows, verdicts, len(bad))
-    return 1 if errors > 0.01 * len(rows) else 0
+    return 1 if errors > MAX_ERROR_RATE * len(rows) else 0
 
 
 def read(path: Path, dataset: str | None, mode: str) -> tuple[list[tuple[int, tuple]], list[str]]:
@@ -133,7 +108,7 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
         raise GroundTruthError(f"expected a JSON object, found {shown(row)}")
     for field in ("response", "ground_truth", *(() if dataset else ("dataset",))):
         if field not in row:
-            raise GroundTruthError(f"field {field} is missing{nearest(field, row)}")
+            raise GroundTruthError(f"field {field} is missing{nearest_field(field, row)}")
     if not isinstance(row["response"], str):
         raise GroundTruthError(f"field response: expected a text, found {shown(row['response'])}")
     name = row.get("dataset", dataset)
@@ -144,23 +119,23 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
     return row["response"], row["ground_truth"], name
 
 
-def judged(rows: list, options: argparse.Namespace) -> Iterator[Verdict]:
+def judged(rows: list, config: Config) -> Iterator[Verdict]:
     """The verdicts in the order of the rows, here or by worker processes."""
-    how = {"mode": options.mode, "loose": options.loose, "combine": options.combine}
-    if (options.workers is None and len(rows) <= FEW_ROWS) or options.workers == 1:
+    how = {"mode": config.mode, "loose": config.loose, "combine": config.combine}
+    if (config.workers is None and len(rows) <= FEW_ROWS) or config.workers == 1:
         yield from (verify(*row, **how) for _, row in rows)
         return
-    with Pool(options.workers, **how) as pool:
+    with Pool(config.workers, **how) as pool:
         yield from pool.imap(row for _, row in rows)
 
 
-def report(rows: list, verdicts: Iterator[Verdict], options: argparse.Namespace) -> Iterator[Verdict]:
+def report(rows: list, verdicts: Iterator[Verdict], config: Config) -> Iterator[Verdict]:
     """Print a line for each verdict as it comes, with a progress bar where there is a terminal."""
     with tqdm(total=len(rows), unit="row", disable=None) as bar:
         for (number, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
-            if not options.quiet and not (options.failures_only and verdict.status == "ok" and verdict.score >= 1):
+            if not config.quiet and not (config.failures_only and verdict.status == "ok" and verdict.score >= 1):
                 mark = "error" if verdict.status == "error" else f"{verdict.score:.2f}"
-                bar.write(f"{options.file}:{number}  {label(name):10}  {mark:5}  {verdict.reason}", file=sys.stdout)
+                bar.write(f"{config.file}:{number}  {label(name):10}  {mark:5}  {verdict.reason}", file=sys.stdout)
             bar.update()
             yield verdict
 
@@ -193,4 +168,8 @@ def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(judge(parse(Config)))
+    except UserError as error:
+        print(on_one_line(f"error: {error}"), file=sys.stderr)
+        sys.exit(2)

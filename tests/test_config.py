@@ -320,7 +320,10 @@ def test_saved_and_fed_back_is_the_same(tmp_path_factory, values):
     flags = flags_of(DpoConfig).values()
     assert all(f.default is None for f in flags if f.optional)
     said_in_another_way = {other for f in flags if values[f.name] is not None for other in f.excludes}
-    config, path = DpoConfig(**values | dict.fromkeys(said_in_another_way)), tmp_path_factory.getbasetemp() / "saved.yaml"
+    config, path = (
+        DpoConfig(**values | dict.fromkeys(said_in_another_way)),
+        tmp_path_factory.getbasetemp() / "saved.yaml",
+    )
     save(as_dict(config), path, {"model_revision": "abc\nseed: 666"})
     assert parse(DpoConfig, ["--config", str(path)]) == config
 

@@ -187,7 +187,10 @@ CASES = {
         "--gamma_beta_ratio is not read by --loss_type dpo_norm, which reads",
     ),
     "label smoothing": (("--label_smoothing", 0.5), "--label_smoothing must be in [0, 0.5), got 0.5"),
-    "batch size twice": (("--batch_size", 4, "--per_device_train_batch_size", 2), "--batch_size and --per_device_train_batch_size are two ways"),
+    "batch size twice": (
+        ("--batch_size", 4, "--per_device_train_batch_size", 2),
+        "--batch_size and --per_device_train_batch_size are two ways",
+    ),
     "batch size 0": (("--batch_size", 0), "--batch_size must be greater than 0, got 0"),
     "float16": (("--dtype", "float16"), "--dtype float16 is refused"),
     "warm-up": (("--warmup_ratio", 1.5), "--warmup_ratio is a share of the steps"),

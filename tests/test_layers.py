@@ -216,7 +216,8 @@ def test_with_full_recomputation_the_inputs_of_layers_are_all_that_moves(wide, h
 
 def test_neither_weights_nor_shared_tables_move_and_nothing_moves_twice(wide, here, loads):
     policy = load(wide, here, activation_offload=True)
-    loss = policy.loss(batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum()
+    loss = policy.loss(
+        batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum()
     )  # 130 tokens, which is no width of the model
     weights = {tuple(p.shape) for p in policy.parameters()} | {tuple(p.shape)[::-1] for p in policy.parameters()}
     for load_ in (ref() for ref in loads):
@@ -355,7 +356,4 @@ def test_one_rank_keeps_its_cast_weights_on_a_gpu_where_they_fit(wide, here, mon
     dense.gathered_dtype = torch.bfloat16
     assert chosen_on(dense, 2 * fits, ranks=alone) == "every"
     monkeypatch.setattr(sync, "local", lambda p: SimpleNamespace(is_cuda=True))
-    assert (
-        chosen_on(dense, fits + 8, ranks=alone) == "keep"
-        and chosen_on(dense, fits - 8, ranks=alone) == "every"
-    )
+    assert chosen_on(dense, fits + 8, ranks=alone) == "keep" and chosen_on(dense, fits - 8, ranks=alone) == "every"

@@ -35,8 +35,6 @@ def family_dirs(tmp_path_factory, embedded_dir):
     return {name: save_family(name, root / name, embedded_dir[0]) for name in FAMILIES}
 
 
-
-
 def sequences(vocab=512, lengths=(3, 21, 12)):
     g = np.random.Generator(np.random.Philox(key=3))
     return [(g.integers(0, vocab, n + 1), g.random(n + 1) < 0.7) for n in lengths]

@@ -5,27 +5,33 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from benchmarks.plan import COMMON, made, measured, words
+from engine.config import parse
 from engine.errors import UserError
 from engine.hardware import DEVICES, device
-from launch import plan
+from launch.plan import plan
+from launch.planner import foreign, plans, search
 from launch.planner.fakes import flash_attention, visible_pairs
 from launch.planner.ledger import HOST, Ledger
 from tests.ranks import launch
 
 H100 = DEVICES["h100-80gb"]
+FOREIGN = [(FakeTensor, "is_cuda"), (torch.UntypedStorage, "resize_"), (FSDPParamGroup, "unshard")]
 
 
 @pytest.fixture
 def ledger():
-    with FakeTensorMode(), Ledger(H100, block=1) as ledger:
+    ledger = Ledger(H100, block=1)
+    with foreign.followed(ledger, cuda=False), FakeTensorMode(), ledger:
         yield ledger
 
 
@@ -139,11 +145,11 @@ TINY = {
 }
 
 
-def planned(stage: str, config: Path, *flags, **named) -> plan.Plan:
+def planned(stage: str, config: Path, *flags, **named) -> plans.Plan:
     """A plan in this process, which must not have a process group yet."""
     argv = [*map(str, flags), *words({"architecture": config, "gpus": 1} | named)]
-    resolved, lm_config, value_config = plan.resolve(stage, plan.parse(plan.config_class(stage), argv))
-    return plan.make(stage, resolved, lm_config, value_config, device(resolved.gpu, resolved.gpus))
+    resolved, lm_config, value_config = plans.resolve(stage, parse(plans.STAGES[stage][1], argv))
+    return plans.make(stage, resolved, lm_config, value_config, device(resolved.gpu, resolved.gpus))
 
 
 @pytest.fixture(scope="module")
@@ -206,10 +212,10 @@ def test_ppo_counts_every_model_and_the_cache(tiny):
 
 
 def test_a_known_model_of_the_table():
-    lm_config = plan.load_architecture(None, "allenai/Llama-3.1-Tulu-3-8B-SFT", "")
+    lm_config = plans.load_architecture(None, "allenai/Llama-3.1-Tulu-3-8B-SFT", "")
     assert (lm_config.vocab_size, lm_config.num_hidden_layers) == (128264, 32)
-    known = json.loads((plan.ARCHITECTURES / "names.json").read_text())
-    assert all(plan.load_architecture(None, name, "").num_hidden_layers for name in known)
+    known = json.loads((plans.ARCHITECTURES / "names.json").read_text())
+    assert all(plans.load_architecture(None, name, "").num_hidden_layers for name in known)
 
 
 @pytest.mark.parametrize(
@@ -227,15 +233,42 @@ def test_a_known_model_of_the_table():
 )
 def test_what_cannot_be_planned_is_one_line(argv, message, tmp_path):
     with pytest.raises(UserError, match=message) as raised:
-        plan.main([*argv, "--cache_dir", str(tmp_path)] if len(argv) > 1 else argv)
+        plan([*argv, "--cache_dir", str(tmp_path)] if len(argv) > 1 else argv)
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        ("torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup", "unshard"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup", "post_backward"),
+        ("torch.distributed.fsdp._fully_shard._fsdp_param_group", "FSDPParamGroup"),
+        ("torch.distributed.tensor._sharding_prop.ShardingPropagator", "_propagate_tensor_meta_non_cached"),
+        ("torch.distributed.tensor._sharding_prop", "ShardingPropagator"),
+    ],
+)
+def test_a_torch_that_is_not_known_is_named_and_nothing_is_planned(owner, name, tiny, monkeypatch, capsys):
+    """A plan without what hangs on a foreign name would be wrong by gigabytes, in silence."""
+    monkeypatch.delattr(f"{owner}.{name}")
+    with pytest.raises(
+        UserError, match=rf"^launch\.plan does not know torch {re.escape(torch.__version__)}: .*{name}$"
+    ):
+        plan(["sft", *words({"architecture": tiny, "gpus": 1, "batch_size": 8, "max_seq_length": 128})])
+    assert not capsys.readouterr().out
+
+
+def test_foreign_names_are_as_they_were_afterwards(tiny):
+    """Also one that a class inherits: what was planned leaves no trace in this process."""
+    before = {name: vars(owner).get(name) for owner, name in FOREIGN}
+    planned("sft", tiny, batch_size=8, max_seq_length=128)
+    assert {name: vars(owner).get(name) for owner, name in FOREIGN} == before
 
 
 def test_a_misfit_gets_a_change_that_fits(tiny, monkeypatch, tmp_path, capsys):
     flags = {"batch_size": 16, "max_seq_length": 256, "micro_batch_tokens": 1024, "gradient_checkpointing": "selective"}
     peak = planned("sft", tiny, **flags).seen.peak.total
     monkeypatch.setitem(DEVICES, "h100-80gb", dataclasses.replace(H100, memory=round(0.9 * peak), reserved=0))
-    plan.main(["sft", *words({"architecture": tiny, "json": tmp_path / "plan.json", "gpus": 1} | flags)])
+    plan(["sft", *words({"architecture": tiny, "json": tmp_path / "plan.json", "gpus": 1} | flags)])
     found = json.loads((tmp_path / "plan.json").read_text())
     assert not found["fits"] and found["then"]["fits"] and found["then"]["needed"] <= 0.9 * peak
     assert f"it fits with --{next(iter(found['fits_with']))}" in capsys.readouterr().out
@@ -276,7 +309,7 @@ SIZES = {
 )
 def test_the_search_takes_the_cheapest(memory, expected, monkeypatch):
     """Over sizes that are made up: what each flag leaves of the memory, times one another."""
-    base = plan.parse(plan.config_class("sft"), words({"batch_size": 64, "gpus": 8, "nodes": 64}))
+    base = parse(plans.SftPlan, words({"batch_size": 64, "gpus": 8, "nodes": 64}))
 
     def invented(stage, config, lm_config, value_config, device):
         changed = [name for name in SIZES if getattr(config, name) != getattr(base, name)]
@@ -294,10 +327,10 @@ def test_the_search_takes_the_cheapest(memory, expected, monkeypatch):
             seen=SimpleNamespace(gradient_sync=("every", ""), peaks={"all": SimpleNamespace(total=size)}),
         )
 
-    monkeypatch.setattr(plan, "make", invented)
+    monkeypatch.setattr(search, "make", invented)
     small = dataclasses.replace(H100, memory=memory, reserved=0)
     lm_config = SimpleNamespace(num_hidden_layers=4)
-    change, other = plan.suggest(invented("sft", base, None, None, small), lm_config, None)
+    change, other = search.suggest(invented("sft", base, None, None, small), lm_config, None)
     if expected is None:
         assert change is None and other is None
     else:

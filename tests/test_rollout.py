@@ -170,7 +170,11 @@ def trainers_logprobs(policy, rollouts: list[Rollout]) -> list[np.ndarray]:
         mask[len(r.prompt_ids) :] = True
         sequences.append((np.concatenate([r.prompt_ids, r.response_ids]), mask))
     with torch.no_grad():
-        flat = policy.logprobs(micro_batch(sequences, range(len(sequences)), next(policy.parameters()).device)).cpu().numpy()
+        flat = (
+            policy.logprobs(micro_batch(sequences, range(len(sequences)), next(policy.parameters()).device))
+            .cpu()
+            .numpy()
+        )
     policy.release()
     return np.split(flat, np.cumsum([len(r.response_ids) for r in rollouts])[:-1])
 
@@ -327,15 +331,10 @@ def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch)
     sampler = make_sampler(families, here, slots=3)
     seen = []
     inner = sampler.prefill
-    monkeypatch.setattr(
-        sampler, "prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot))
-    )
+    monkeypatch.setattr(sampler, "prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot)))
     sampler.generate(requests_of(samples=5), SamplingParams(max_new_tokens=6), seed=0, step=0)
     assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts())
-    for cache in (
-        *sampler.cache.keys.values(),
-        *sampler.cache.values.values(),
-    ):  # memory: slots x max_length, no more
+    for cache in (*sampler.cache.keys.values(), *sampler.cache.values.values()):  # memory: slots x max_length, no more
         assert cache.shape == (3, 2, 64, 8)
 
 

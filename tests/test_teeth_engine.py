@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,17 +13,19 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Phi3Config
 
-from engine import log, lora, model, nf4, refcache, world
-from engine.batch import micro_batch
-from engine.bnb import bitsandbytes
-from engine.lora import AdaptedLinear, Adapters
-from engine.rows import BadRow, Source
-from engine.store import open_or_build, summary
+from engine import world
+from engine.data.batch import micro_batch
+from engine.data.rows import BadRow, Source
+from engine.data.store import open_or_build, summary
+from engine.flags import MemoryFlags
+from engine.model import Base, build
+from engine.model.adapters import lora, nf4
+from engine.model.adapters.lora import AdaptedLinear, Adapters
+from engine.model.bnb import bitsandbytes
+from engine.train import refcache, throughput
 from tests import needs
-from tests.families import save_family
+from tests.families import load, save_family
 from tests.test_equivalence import Runs
-
-HOW = {"dtype": torch.float32, "backend": "sdpa", "head": "fused"}
 
 
 @pytest.fixture(scope="module")
@@ -115,18 +118,17 @@ def test_the_export_of_two_ranks_is_merged_with_the_groups_of_each_row(tmp_path,
 
 def test_compiled_layers_have_reference_numbers_of_their_own():
     """They are other numbers in the last bits, all else in the cache's key being the same; each part counts."""
-    config = Phi3Config(hidden_size=32)
-    same = ("0123", config, torch.float32, "sdpa")
-    eager, compiled = (refcache.model_identity(*same, compiled) for compiled in (False, True))
-    assert eager == refcache.model_identity(*same) != compiled
+
+    def identity(weights="0123", hidden=32, dtype=torch.float32, backend="sdpa", compiled=False) -> dict[str, str]:
+        how, memory = build.How(dtype, backend), MemoryFlags(compile=compiled)
+        base = Base("x", Path(), "local", Phi3Config(hidden_size=hidden), None, how, "", memory)
+        return refcache.model_identity(weights, base)
+
+    eager, compiled = identity(), identity(compiled=True)
+    assert eager == identity(compiled=False) != compiled
     assert [key for key in eager if eager[key] != compiled[key]] == ["compiled"] and eager.keys() == compiled.keys()
-    others = [
-        ("0124", *same[1:]),
-        ("0123", Phi3Config(hidden_size=64), *same[2:]),
-        (*same[:2], torch.bfloat16, "sdpa"),
-        (*same[:3], "eager"),
-    ]
-    assert all(refcache.model_identity(*other) not in (eager, compiled) for other in others)
+    others = [identity("0124"), identity(hidden=64), identity(dtype=torch.bfloat16), identity(backend="eager")]
+    assert all(other not in (eager, compiled) for other in others)
 
 
 def test_a_cached_sum_of_another_number_of_tokens_is_not_found(tmp_path):
@@ -183,18 +185,18 @@ def llama(here, tmp_path_factory, embedded_dir):
 
 
 def policy_of(source, here, adapters=None):
-    return model.load(source, model.load_config(source), here, adapters=adapters, **HOW)[0]
+    return load(source, here, adapters=adapters)
 
 
 @pytest.mark.parametrize("ranks", [1, 8])
 def test_throughput_is_of_one_gpu(ranks, llama, here, monkeypatch):
     """Tokens and FLOPs of all ranks in 4 seconds, by a clock of our own."""
-    throughput = log.Throughput(
+    counted = throughput.Throughput(
         dataclasses.replace(here, size=ranks), policy_of(llama, here), torch.float32, num_tokens=7
     )
-    throughput.peak = 1e9
-    monkeypatch.setattr(log, "time", SimpleNamespace(perf_counter=lambda: throughput._since + 4.0))
-    row = throughput.row({"perf/tokens": 96_000.0, "perf/flops": 3.2e9})
+    counted.peak = 1e9
+    monkeypatch.setattr(throughput, "time", SimpleNamespace(perf_counter=lambda: counted._since + 4.0))
+    row = counted.row({"perf/tokens": 96_000.0, "perf/flops": 3.2e9})
     assert row["num_tokens"] == 7 + 96_000
     assert row["perf/tokens_per_second_per_gpu"] == pytest.approx(96_000 / 4 / ranks)
     assert row["perf/mfu"] == pytest.approx(3.2e9 / 4 / ranks / 1e9)
@@ -215,12 +217,12 @@ def test_model_flops_are_those_of_forward_and_backward(adapted, llama, here):
     adapters = None
     if adapted:
         with torch.device("meta"):
-            names = tuple(lora.linears(AutoModelForCausalLM.from_config(model.load_config(llama))))
+            names = tuple(lora.linears(AutoModelForCausalLM.from_config(build.load_config(llama))))
         adapters = Adapters(rank=4, alpha=4.0, rslora=False, modules=names, seed=1)
     policy = policy_of(llama, here, adapters)
     lengths, counted, layers, heads, head_size, vocabulary = (50, 20), 40, 2, 4, 16, 512
     sequences = [(np.arange(n + 1), np.arange(n + 1) > n - counted // 2) for n in lengths]
-    found = log.Throughput(here, policy, torch.float32).flops(micro_batch(sequences, (0, 1), here.device))
+    found = throughput.Throughput(here, policy, torch.float32).flops(micro_batch(sequences, (0, 1), here.device))
     passes = 2 if adapted else 3
     norms = (2 * layers + 1) * 64
     expected = passes * 2 * (layers * sum(linears.values()) + norms) * sum(lengths)
@@ -241,7 +243,7 @@ def test_model_flops_are_those_of_forward_and_backward(adapted, llama, here):
     )  # pairs of tokens, of which each head takes two products of its size, and four in the backward pass
     expected += 3 * 2 * 2 * layers * heads * head_size * causal
     assert found == pytest.approx(expected, rel=1e-12)
-    assert log.Throughput(here, policy, torch.float32).flops(micro_batch([], (), here.device)) == 0
+    assert throughput.Throughput(here, policy, torch.float32).flops(micro_batch([], (), here.device)) == 0
 
 
 # --- dropout --------------------------------------------------------------------------------------------------------
@@ -275,7 +277,7 @@ def test_a_models_dropout_is_off_in_training(here, tmp_path, embedded_dir):
     )
     truth = torch.autograd.grad(-logprobs.sum(), lm.lm_head.weight)[0]
     for _ in range(2):
-        loss = policy(batch, lambda logprobs, rows: -logprobs.sum())
+        loss = policy.loss(batch, lambda logprobs, rows: -logprobs.sum())
         loss.backward()
         (gradient,) = (p.grad.full_tensor() for name, p in policy.lm.named_parameters() if name == "lm_head.weight")
         assert loss.item() == pytest.approx(-logprobs.sum().item(), rel=1e-5)

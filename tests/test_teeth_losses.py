@@ -35,16 +35,16 @@ def preference_step(
 
     The policy's log-probs are given in place of a model's; all that is launch.dpo's is its own.
     """
-    config = dpo.resolve_loss(dpo.Config(**flags))
-    hyper = {name: getattr(config, name) for name in dpo.HYPER if getattr(config, name) is not None}
+    _, objective = dpo.resolve_loss(dpo.Config(**flags))
     counts = torch.tensor(lengths)
     interleave = lambda a, b: torch.tensor([x for pair in zip(a, b, strict=True) for x in pair], dtype=torch.float32)
     logprobs = interleave(chosen, rejected).repeat_interleave(counts).requires_grad_()
     batch = SimpleNamespace(counts_S=counts, ids_T=torch.zeros(1), examples=tuple(range(len(chosen))))
     reference = interleave(ref_chosen, ref_rejected) * counts
     totals = log.Totals(world.start())
-    policy = lambda batch, loss_of_logprobs, sequences_per_group: loss_of_logprobs(logprobs, slice(0, len(chosen)))
-    loss = dpo.preference_loss(policy, batch, lambda batch: reference, config, hyper, len(chosen), totals)
+    whole = lambda batch, loss_of_logprobs, sequences_per_group: loss_of_logprobs(logprobs, slice(0, len(chosen)))
+    policy = SimpleNamespace(loss=whole)
+    loss = dpo.preference_loss(policy, batch, lambda batch: reference, objective, len(chosen), totals)
     loss.backward()
     first = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)[:-1]])
     sums = {name: total / len(chosen) for name, total in totals.reduce(dpo.METRICS).items()}

@@ -9,18 +9,20 @@ import pytest
 import torch
 
 from benchmarks.plan import words
-from engine.batch import pack
+from engine.config import parse
+from engine.data.packing import pack
 from engine.hardware import DEVICES
-from engine.ledger import Cost, Peak
-from launch import plan
-from launch.rehearse import Rehearsed, Work
+from launch.planner import plans, search
+from launch.planner.ledger import Cost, Peak
+from launch.planner.stages import Rehearsed, Work
 
 H100 = DEVICES["h100-80gb"]
 GIB = 2**30
 
 
 def flags(stage: str, **named):
-    return plan.parse(plan.config_class(stage), words(plan.DEFAULTS[stage] | named))
+    module, config_class = plans.STAGES[stage]
+    return parse(config_class, words(module.DEFAULTS | named))
 
 
 def seconds(x: float) -> Cost:
@@ -38,7 +40,7 @@ def planned(
     slots: int = 0,
     device=H100,
     **named,
-) -> plan.Plan:
+) -> plans.Plan:
     """A plan of made-up measurements: every part takes a number of seconds that is a power of ten of its own."""
     rollout = (
         {"hand-over": seconds(1e-1), "prefill": seconds(1e-2), "decode": seconds(1e-3), "evaluate": seconds(1e-4)}
@@ -46,22 +48,22 @@ def planned(
         else {}
     )
     seen = Rehearsed(
-        parameters,
-        trained,
-        Peak(peak),
-        {"update": Peak(peak)},
-        seconds(10.0),
-        seconds(100.0),
-        seconds(1000.0),
-        500,
-        1e12,
-        ("every", ""),
-        torch.bfloat16,
-        torch.bfloat16,
-        rollout,
-        slots,
+        parameters=parameters,
+        trained=trained,
+        peak=Peak(peak),
+        peaks={"update": Peak(peak)},
+        micro_batch=seconds(10.0),
+        last=seconds(100.0),
+        optimizer=seconds(1000.0),
+        tokens=500,
+        model_flops=1e12,
+        gradient_sync=("every", ""),
+        dtype=torch.bfloat16,
+        compute=torch.bfloat16,
+        rollout=rollout,
+        slots=slots,
     )
-    return plan.Plan(stage, flags(stage, **named), device, 1, Work((100,), (100,), micro_batches, units), seen)
+    return plans.Plan(stage, flags(stage, **named), device, 1, Work((100,), (100,), micro_batches, units), seen)
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
@@ -88,9 +90,9 @@ def test_an_estimate_counts_what_is_reserved(monkeypatch):
         seconds=float(lm_config.num_hidden_layers),
         tokens=2,
     )
-    monkeypatch.setattr(plan, "make", made)
+    monkeypatch.setattr(search, "make", made)
     p = planned(device=dataclasses.replace(H100, reserved=1000))
-    needed, time = plan.estimate(p, p.config, SimpleNamespace(num_hidden_layers=12), None)
+    needed, time = search.estimate(p, p.config, SimpleNamespace(num_hidden_layers=12), None)
     assert needed == 100 + 10 * 60 + 1000 and time == pytest.approx(12 / 2)
 
 

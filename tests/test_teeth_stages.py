@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,10 +12,10 @@ import torch
 from safetensors.numpy import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from engine import refcache
-from engine.chat import load_tokenizer
-from engine.conversations import ConversationEncoder
+from engine.data.chat import load_tokenizer
+from engine.data.conversations import ConversationEncoder
 from engine.errors import UserError
+from engine.train import refcache
 from launch import dpo, ppo
 from rollout import Experience, Rollout
 from tests.families import save_family
@@ -41,7 +40,8 @@ def check_identity(
 ) -> list[str]:
     row = {"rewards/margins": margin, "loss": loss, "nll": nll}
     said = Said()
-    dpo.check_identity(row, tokens, pairs, dpo.resolve_loss(dpo.Config(**flags)), SimpleNamespace(dtype=dtype), said)
+    _, objective = dpo.resolve_loss(dpo.Config(**flags))
+    dpo.check_identity(row, tokens, pairs, objective, dtype, said, "cache")
     return said
 
 
@@ -52,16 +52,14 @@ def check_sampler(
     n = len(sampled)
     rollout = Rollout(0, 0, np.array([5, 6]), np.arange(n), np.array(sampled), np.array(sampled), "length")
     batch, said = Experience([rollout], [1.0], slot_after_end=False, response_length=n), Said()
-    ppo.check_sampler(
-        batch, torch.tensor(evaluated, dtype=torch.float64), ppo.Config(**flags), SimpleNamespace(dtype=dtype), said
-    )
+    ppo.check_sampler(batch, torch.tensor(evaluated, dtype=torch.float64), ppo.Config(**flags), dtype, said)
     return said
 
 
 def check_ratio(ratio: float, tokens: float = 1000, dtype: torch.dtype = torch.float32) -> list[str]:
     """Of a mean ratio; the sums are what is handed over."""
     said = Said()
-    ppo.check_ratio({"val/ratio": ratio * tokens, "tokens": tokens}, ppo.Config(), SimpleNamespace(dtype=dtype), said)
+    ppo.check_ratio({"val/ratio": ratio * tokens, "tokens": tokens}, dtype, said)
     return said
 
 

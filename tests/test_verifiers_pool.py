@@ -170,7 +170,7 @@ def test_launch_verify_helps():
     done = run("--help")
     assert done.returncode == 0 and "ground_truth" in done.stdout and "--mode" in done.stdout
     wrong = run("x.jsonl", "--modee", "reference")
-    assert wrong.returncode == 2 and "nearest: --mode" in wrong.stderr
+    assert wrong.returncode == 2 and "unknown flag --modee (did you mean mode?)" in wrong.stderr
     missing = run("no-such-file.jsonl")
     assert (
         missing.returncode == 2

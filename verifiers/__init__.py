@@ -13,4 +13,14 @@ from verifiers.pool import MAX_ERROR_RATE, Pool, ScoredBatch
 from verifiers.route import MODES, VERIFIERS, check, verify
 from verifiers.verdict import GroundTruthError, Verdict
 
-__all__ = ["MAX_ERROR_RATE", "MODES", "VERIFIERS", "GroundTruthError", "Pool", "ScoredBatch", "Verdict", "check", "verify"]
+__all__ = [
+    "MAX_ERROR_RATE",
+    "MODES",
+    "VERIFIERS",
+    "GroundTruthError",
+    "Pool",
+    "ScoredBatch",
+    "Verdict",
+    "check",
+    "verify",
+]

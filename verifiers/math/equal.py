@@ -16,23 +16,7 @@ from verifiers.math.arithmetic import Undefined, context, inexact
 from verifiers.math.canonical import as_interval, canonical, is_name
 from verifiers.math.parse import parse
 from verifiers.math.tokens import MAX_LENGTH, THOUSANDS, Unparseable, normalise
-from verifiers.math.tree import (
-    Based,
-    Const,
-    Inter,
-    Minus,
-    Neg,
-    Node,
-    Num,
-    Ratio,
-    Rel,
-    Seq,
-    Sum,
-    Sym,
-    Text,
-    Union,
-    Unit,
-)
+from verifiers.math.tree import Based, Const, Inter, Minus, Neg, Node, Num, Ratio, Rel, Seq, Sum, Sym, Text, Union, Unit
 from verifiers.math.units import same_units, without_unit
 from verifiers.math.value import Evaluator, NoValue, close, same_up_to_factor, same_value, variables
 
