@@ -1,4 +1,4 @@
-"""What each denominator does to the weight of a token: one screen.                     python -m benchmarks.accumulation
+"""What each denominator does to the weight of a token: one screen.            python -m benchmarks.accumulation
 
 Eight conversations of very different lengths make one optimizer step, laid out as 1 micro-batch of 8, 8 of 1, and
 packed by token budget. The table gives the weight of a token of the shortest and of the longest conversation in dL/dCE,
@@ -72,10 +72,8 @@ def main() -> None:
             g = gradient(policy, sequences, layout, reduce)
             first = g if first is None else first
             short, long = weight(0, layout, reduce), weight(len(LENGTHS) - 1, layout, reduce)
-            label = reduce if first is g else ""
-            print(
-                f"{label:<22}{name:<14}{short:>12.3f}{long:>12.3f}{short / long:>10.2f}{(g - first).norm() / first.norm():>18.1e}"
-            )
+            label, off = reduce if first is g else "", (g - first).norm() / first.norm()
+            print(f"{label:<22}{name:<14}{short:>12.3f}{long:>12.3f}{short / long:>10.2f}{off:>18.1e}")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,13 @@
                                                                                           python -m benchmarks.attention
                                                                                           --help
 
-    sdpa padded         scaled_dot_product_attention on the sequences padded to the longest (inputs padded beforehand, untimed)
-    sdpa block mask     one call over the whole stream with a (T, T) mask, as `transformers` packs without a varlen kernel
-    flex                torch's flex_attention, compiled, with a block mask of the same (CUDA only: it has no CPU backward)
+    sdpa padded         scaled_dot_product_attention on the sequences padded to the longest (inputs beforehand, untimed)
+    sdpa block mask     one call over the whole stream with a (T, T) mask, as `transformers` packs without such a kernel
+    flex                torch's flex_attention, compiled, with a block mask of the same (CUDA only: no CPU backward)
 
 Rates count what the model needs: pairs = sum over sequences of sum_t min(t, W) visible (query, key) pairs, t = 1 .. L,
 
-    FLOPs forward = 4 N H pairs      (two products)         backward = 10 N H pairs      (five: one of them recomputes the scores)
+    FLOPs forward = 4 N H pairs   (two products)   backward = 10 N H pairs   (five: one of them recomputes the scores)
     bytes forward = q + k + v + out                         backward = twice that + out
 
 whatever the backend computes; and stand beside a matrix product and a copy measured in the same run. The stream is in

@@ -62,7 +62,7 @@ def tokenise(path: str, root: str, workers: int, results: multiprocessing.Queue)
         start = time.perf_counter()
         source = open_source(path, "train", None)
         encode = ConversationEncoder(chat, 4096, first_form(source))
-        store = open_or_build(Path(root) / "tokens", source, encode, {"max_seq_length": 4096}, 1, "skip", workers)
+        store = open_or_build(Path(root) / "tokens", source, encode, {"max_seq_length": 4096}, workers=workers)
         times.append(time.perf_counter() - start)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     results.put(

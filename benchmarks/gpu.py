@@ -6,7 +6,7 @@ line of JSON each.
 Needs torch, transformers, triton and pytest; nothing is installed or fetched. $OUT, or benchmarks/out, gets three
 files:
 
-    gpu.jsonl   a line of machine facts, then a line as each section ends: {"section", "ok", "seconds", "note", "figures"}
+    gpu.jsonl   a line of machine facts, then a line as each section ends: section, ok, seconds, note, figures
     gpu.log     all that the sections printed, under headings
     gpu.txt     the summary, which is also printed at the end, and when the run is interrupted
 
@@ -204,8 +204,7 @@ def temporary_directory() -> Iterator[Path]:
         yield Path(name)
 
 
-# --- a section's process
-# ------------------------------------------------------------------------------------------------------------
+# --- a section's process ----------------------------------------------------------------------------------------------
 
 
 def run(
@@ -300,8 +299,7 @@ def _end_with(held: Any) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-# --- the machine
-# ----------------------------------------------------------------------------------------------------------------------
+# --- the machine ------------------------------------------------------------------------------------------------------
 
 
 def _asked(context: Any, question: Callable[[], Any]) -> Any:

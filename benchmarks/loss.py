@@ -1,11 +1,11 @@
-"""Loss heads side by side: hidden states and output weights in, a loss and its gradients out.        python -m benchmarks.loss --help
+"""Loss heads side by side: hidden states and output weights in, a loss and its gradients out. python -m benchmarks.loss
 
 Every variant computes a loss of log p(target) of the R rows that count of T tokens, and its gradients for hidden and
 weight:
 
     token sum   - (1/R) sum log p                          SFT's
     entropy     - (1/R) sum (log p + 0.01 H)               a policy gradient's
-    pairs       - (1/P) sum log sigma(5 [mean log p(w) - mean log p(l)])        length-normalised DPO's, without reference
+    pairs       - (1/P) sum log sigma(5 [mean log p(w) - mean log p(l)])   length-normalised DPO's, without reference
 
 A rate counts what the loss needs, 2 R D V forward and 4 R D V backward, whatever the variant computes (a recomputing
 backward does 6); 'of products' is the time of those bare matrix products, measured in the same run, over the variant's.

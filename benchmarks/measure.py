@@ -1,10 +1,10 @@
 """Time, memory and error, measured the same way by every benchmark, and the table and JSON that show them.
 
-time     every case is warmed up, then cases take turns (A B C A B C ...), so that a busy moment of the machine hits all of them;
-         median and spread, spread = half of the interquartile range over the median. CUDA: events on the stream, caches
-         flushed between runs; CPU: wall clock.
-memory   peak during one forward and backward, over what was there before, gradients included. CUDA: the allocator's; CPU: the
-         resident set's high-water mark in a fresh process, so that no case sees another's peak.
+time     every case is warmed up, then cases take turns (A B C A B C ...), so that a busy moment of the machine hits all
+         of them; median and spread, spread = half of the interquartile range over the median. CUDA: events on the
+         stream, caches flushed between runs; CPU: wall clock.
+memory   peak during one forward and backward, over what was there before, gradients included. CUDA: the allocator's;
+         CPU: the resident set's high-water mark in a fresh process, so that no case sees another's peak.
 error    ||x - reference|| / ||reference|| against float64.
 """
 

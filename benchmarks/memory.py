@@ -2,8 +2,9 @@
 claims beside ours.
 
     python -m benchmarks.memory [--steps 60 --hidden 256 --layers 6 --vocab 16384] [--rungs fp32 bf16 ...]
-    python -m benchmarks.memory --shape 8b     one rung after another of the real step on a random model of this shape, without
-                                               a checkpoint: memory and tokens/s (8b, 70b: on a GPU; tiny: a rehearsal)
+    python -m benchmarks.memory --shape 8b     one rung after another of the real step on a random model of this shape,
+                                               without a checkpoint: memory and tokens/s (8b, 70b: on a GPU; tiny: a
+                                               rehearsal)
 
 Every rung fine-tunes the same small model, which was trained on curt answers first, on courteous ones, over the same
 steps. The first three rungs are a plain loop over transformers (padded batches, whole logits); from `packing` on it is
@@ -126,8 +127,7 @@ def options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# --- one rung, in a process of its own
-# ----------------------------------------------------------------------------------------------
+# --- one rung, in a process of its own --------------------------------------------------------------------------------
 
 
 def flags_of(rung: str, args: argparse.Namespace, root: Path) -> dict[str, Any]:
@@ -327,8 +327,7 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
     }
 
 
-# --- all rungs
-# ------------------------------------------------------------------------------------------------------------------------
+# --- all rungs --------------------------------------------------------------------------------------------------------
 
 
 def make_inputs(args: argparse.Namespace, root: Path) -> None:

@@ -1,4 +1,4 @@
-"""Is the plan true: the memory that `launch.plan` says against what the run takes.                    python -m benchmarks.plan
+"""Is the plan true: the memory that `launch.plan` says against what the run takes.            python -m benchmarks.plan
 
 A model of some 40 M random weights and made-up data whose sequences all have --max_seq_length tokens; every case is
 planned, then run for two steps as `python -m launch.STAGE` would (2 ranks: one process each), and measured from before

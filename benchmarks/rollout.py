@@ -109,8 +109,7 @@ def make_requests(args: argparse.Namespace, mixed: bool) -> list[Request]:
     ]
 
 
-# --- candidates: requests -> tokens made
-# ------------------------------------------------------------------------------------------
+# --- candidates: requests -> tokens made ------------------------------------------------------------------------------
 
 
 def ours(lm: nn.Module, args: argparse.Namespace, here: World) -> Callable[[list[Request]], int]:

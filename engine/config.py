@@ -2,7 +2,8 @@
 
 Precedence: command line, then `--config recipe.yaml`, then the dataclass default. An unknown key is an error that names
 the nearest one; prefixes are not matched; nothing is coerced that a reader of the file would not expect (`no` is not
-the text 'False'); the resolved configuration is saved and can be fed back. Flags are declared in flags.py and by the stages.
+the text 'False'); the resolved configuration is saved and can be fed back. Flags are declared in flags.py and by the
+stages.
 """
 
 from __future__ import annotations
@@ -225,7 +226,7 @@ def _convert(f: Flag, value: Any, where: str) -> Any:
         raise UserError(f"{where}: expected {expected}, got {reprlib.repr(value)}") from None
     if f.choices and converted not in f.choices:
         raise UserError(
-            f"{where}: {_shown(converted)} is not one of {', '.join(f.choices)}{nearest(converted, f.choices)}"
+            f"{where}: {_shown(converted)} is not one of {', '.join(f.choices)}{nearest(str(converted), f.choices)}"
         )
     return converted
 

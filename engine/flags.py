@@ -1,7 +1,8 @@
 """The command line's flags in groups, each declared once, with the checks that need nothing but the group.
 
-A stage's configuration is a composition of groups and its own flags; whoever reads flags takes the group that they are in.
-A flag whose default is None and whose type is not optional is filled before anything is opened (`fill`): 'decided at the start'.
+A stage's configuration is a composition of groups and its own flags; whoever reads flags takes the group that they are
+in. A flag whose default is None and whose type is not optional is filled before anything is opened (`fill`): 'decided
+at the start'.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ def flag(
 ) -> Any:
     """A dataclass field that is a command-line flag, under a `heading` of --help.
 
-    `aliases` are other names that people know it by; `excludes` names flags that say the same in another way, of which only
-    one may be given; `many` takes several words; `positional` is given without its name.
+    `aliases` are other names that people know it by; `excludes` names flags that say the same in another way, of which
+    only one may be given; `many` takes several words; `positional` is given without its name.
     """
     metadata = {"help": help, "heading": heading, "choices": tuple(choices), "aliases": tuple(aliases)}
     return field(
@@ -109,7 +110,8 @@ class MixtureFlags(DataFlags):
 
     mixer_list: tuple[str, ...] | None = flag(
         None,
-        "a mixture instead of --dataset_name: NAME AMOUNT NAME AMOUNT ..., AMOUNT a fraction (1.0) or a number of rows (2000)",
+        "a mixture instead of --dataset_name: NAME AMOUNT NAME AMOUNT ..., AMOUNT a fraction (1.0) or a number of rows"
+        " (2000)",
         DATA,
         many=True,
     )
@@ -131,7 +133,8 @@ class AdapterFlags(ModelFlags):
     lora_alpha: float | None = flag(None, "alpha; 32", ADAPTERS)
     lora_target_modules: tuple[str, ...] | None = flag(
         None,
-        "linear layers by the last part of their name (q_proj k_proj v_proj); without it, or with all-linear, every one",
+        "linear layers by the last part of their name (q_proj k_proj v_proj); without it, or with all-linear,"
+        " every one",
         ADAPTERS,
         many=True,
     )
@@ -245,15 +248,15 @@ class MemoryFlags:
     )
     gradient_sync: str = flag(
         "auto",
-        "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce after "
-        "its last, which holds whole fp32 gradients",
+        "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce"
+        " after its last, which holds whole fp32 gradients",
         MEMORY,
         choices=("auto", "every", "keep", "last"),
     )
     gradient_checkpointing: str = flag(
         "none",
-        "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third more "
-        "work for a fraction of the activations",
+        "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third"
+        " more work for a fraction of the activations",
         MEMORY,
         choices=("none", "selective", "full"),
     )
@@ -283,7 +286,8 @@ class RunFlags:
     save_total_limit: int = flag(2, "checkpoints kept", RUN, aliases=("keep_last_n_checkpoints",))
     resume: str = flag(
         "auto",
-        "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's path",
+        "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's"
+        " path",
         RUN,
     )
     eval_steps: int = flag(0, "evaluate every N steps (0: before the first and after the last)", RUN)
@@ -292,8 +296,8 @@ class RunFlags:
     )
     dry_run: bool = flag(
         False,
-        "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before the "
-        "weights are loaded",
+        "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before"
+        " the weights are loaded",
         RUN,
     )
     profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto", RUN)
@@ -334,8 +338,8 @@ class StageFlags(AdapterFlags, MixtureFlags, OptimizerFlags, MemoryFlags, RunFla
         self.check_adapters()
         if self.export_adapter and self.export_dtype not in (None, self.master_dtype):
             raise UserError(
-                f"--export_dtype {self.export_dtype} is not read with --export_adapter: adapters are written as they are "
-                "trained, in --master_dtype"
+                f"--export_dtype {self.export_dtype} is not read with --export_adapter: adapters are written as they"
+                " are trained, in --master_dtype"
             )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -75,7 +76,9 @@ DEVICES = {
 
 
 def device(name: str, ranks_per_node: int) -> Device:
-    """The device of that name; 'cpu' is this machine, measured now, its memory shared by the ranks. Raises UserError."""
+    """The device of that name; 'cpu' is this machine, measured now, its memory shared by the ranks. Raises
+    UserError.
+    """
     name = name.lower()
     if name == "cpu":
         return _this_machine(ranks_per_node)
@@ -86,7 +89,9 @@ def device(name: str, ranks_per_node: int) -> Device:
 
 
 def of_gpu(device: torch.device) -> Device | None:
-    """The data sheet of this CUDA device: of the cards of its name, that of the nearest memory; None: not in the table."""
+    """The data sheet of this CUDA device: of the cards of its name, that of the nearest memory; None: not in the
+    table.
+    """
     name = torch.cuda.get_device_name(device).lower().replace(" ", "").replace("geforce", "")
     memory = torch.cuda.get_device_properties(device).total_memory
     alike = [known for known in DEVICES.values() if known.name.partition("-")[0] in name]
@@ -101,7 +106,7 @@ def _this_machine(ranks: int) -> Device:
     bf16 = 2 * n**3 / _best(lambda: a16 @ a16)
     x, y = torch.ones(2**23), torch.empty(2**23)
     bandwidth = 2 * x.nbytes / _best(lambda: y.copy_(x))
-    share = {
+    share: dict[str, Any] = {
         "reserved": 0,
         "launch": 5e-6,
         "attention": 0.3,

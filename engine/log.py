@@ -65,8 +65,7 @@ class Metrics:
     """metrics.jsonl and the progress bar, on rank 0; on resume the file is cut back to the resumed step."""
 
     def __init__(self, output_dir: Path, world: World, *, start: int, total: int, report_to: str = "none") -> None:
-        self.world = world
-        self._file = self._bar = self._elsewhere = None
+        self.is_main = world.is_main
         if world.is_main:
             self._file = JsonLines(output_dir / "metrics.jsonl", start)
             self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5)
@@ -76,7 +75,7 @@ class Metrics:
         """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then
         moves.
         """
-        if self.world.is_main:
+        if self.is_main:
             self._file.write({"step": step, **row})
             if postfix:
                 self._bar.set_postfix_str(postfix, refresh=False)
@@ -86,11 +85,11 @@ class Metrics:
 
     def say(self, line: str) -> None:
         """A line above the bar."""
-        if self.world.is_main:
+        if self.is_main:
             self._bar.write(line)
 
     def close(self) -> None:
-        if self.world.is_main:
+        if self.is_main:
             self._file.close()
             self._bar.close()
 
@@ -112,7 +111,13 @@ def _reporter(report_to: str, output_dir: Path) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
         writer = SummaryWriter(str(output_dir / "tensorboard"))
-        return lambda step, row: [writer.add_scalar(k, v, step) for k, v in row.items() if isinstance(v, int | float)]
+
+        def write(step: int, row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if isinstance(value, int | float):
+                    writer.add_scalar(name, value, step)
+
+        return write
     if report_to == "wandb":
         import wandb
 

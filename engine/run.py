@@ -43,8 +43,8 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
     """Locks --output_dir, checks that it is this configuration's, writes config.yaml; yields True if the run is already
     finished.
 
-    `values` are all flags of the run. Raises UserError if another process is in it, if it holds a run of another configuration (the first differing flag
-    is named), or if it is not empty under --resume never.
+    `values` are all flags of the run. Raises UserError if another process is in it, if it holds a run of another
+    configuration (the first differing flag is named), or if it is not empty under --resume never.
     """
     output_dir = Path(flags.output_dir)
     lock = None

@@ -28,7 +28,9 @@ _calls = itertools.count()  # names the keys of the store: every rank makes the 
 
 @dataclass(frozen=True)
 class World:
-    """Who takes part: `rank` of `size` ranks on `device`, a one-dimensional mesh over all, and the store they met at."""
+    """Who takes part: `rank` of `size` ranks on `device`, a one-dimensional mesh over all, and the store they met
+    at.
+    """
 
     rank: int
     size: int

@@ -60,8 +60,8 @@ class Config(StageFlags):
     learning_rate: float = override(None, "peak; 5e-7 (Tülu 3 8B), with adapters 5e-6, for the embedded model 1e-3")
     reference: str = flag(
         "auto",
-        "log pi_ref from the cache (auto), or in every step from the frozen base or adapter under the trained one, or from a "
-        "copy",
+        "log pi_ref from the cache (auto), or in every step from the frozen base or adapter under the trained one, or"
+        " from a copy",
         choices=reference.CHOICES,
     )
     cache_logprobs_only: bool = flag(False, "fill the reference cache and stop")
@@ -109,7 +109,8 @@ def train(config: Config) -> None:
         if run.is_finished:
             return
 
-        # log pi_ref(y) for every pair of the run: of the policy as it was loaded, also when a checkpoint is resumed below
+        # log pi_ref(y) for every pair of the run: of the policy as it was loaded, also when a checkpoint is resumed
+        # below
         policy = load_policy(base, world)
         references = reference_sums(config, policy, base, (pairs, held_out), steps, world)
         if config.cache_logprobs_only:
@@ -176,7 +177,12 @@ def preference_loss(
 
         loss_of_pairs, lengths = LOSSES[objective.loss_type], (chosen_len_P, rejected_len_P)
         loss_P, chosen_rewards_P, rejected_rewards_P = loss_of_pairs(
-            chosen_P, rejected_P, ref_chosen_P, ref_rejected_P, *lengths, **objective.hyper
+            chosen_P,
+            rejected_P,
+            ref_chosen_P,
+            ref_rejected_P,
+            *lengths,
+            **objective.hyper,  # type: ignore[arg-type]
         )
         nll_P = losses.chosen_nll(chosen_P, chosen_len_P)
         loss_P = loss_P + objective.rpo_alpha * nll_P
@@ -211,7 +217,10 @@ def evaluate(
         preference_loss(policy, batch, reference, objective, len(held_out), totals)
     policy.release()
     row = {name: total / len(held_out) for name, total in totals.reduce(METRICS).items()}
-    line = f"held out, after step {done}: loss {row['loss']:.4f}, chosen likelier per token in {row['logps/accuracies']:.1%}"
+    line = (
+        f"held out, after step {done}: loss {row['loss']:.4f}, chosen likelier per token in"
+        f" {row['logps/accuracies']:.1%}"
+    )
     run.write_evaluation(done, row, f"{line}, reward accuracy {row['rewards/accuracies']:.1%}")
 
 
@@ -224,11 +233,12 @@ def check_identity(
     world: World,
     reference: str,
 ) -> None:
-    """Before the first update the policy is the reference: every log-ratio is 0, so margins are 0 and dpo's loss is log 2.
+    """Before the first update the policy is the reference: every log-ratio is 0, so margins are 0 and dpo's loss is log
+    2.
 
     Allowed is what rounding can do: log-probs of tokens off by 32 roundings of their size under the compute dtype,
-    independently, so by 1 / sqrt(n) in a mean over n `tokens` of an answer (sqrt(n) in a sum) and by 1 / sqrt(P) in a mean
-    over P `pairs`, times beta, for both answers. Raises UserError beyond: cache and policy disagree.
+    independently, so by 1 / sqrt(n) in a mean over n `tokens` of an answer (sqrt(n) in a sum) and by 1 / sqrt(P) in a
+    mean over P `pairs`, times beta, for both answers. Raises UserError beyond: cache and policy disagree.
     """
     normalised = objective.loss_type in ("dpo_norm", "ipo")
     per_answer = 32 * torch.finfo(dtype).eps * max(1.0, row["nll"]) * tokens ** (-0.5 if normalised else 0.5)

@@ -1,6 +1,6 @@
-"""Accuracy of a model on problems with verifiable answers.            torchrun --nproc_per_node 8 -m launch.evaluate --help
+"""Accuracy of a model on problems with verifiable answers.      torchrun --nproc_per_node 8 -m launch.evaluate --help
 
-    p = mean over prompts i and seeds j of score_ij        95 % interval: Wilson's, for n k / (1 + (k - 1) rho) responses
+    p = mean over prompts i and seeds j of score_ij    95 % interval: Wilson's, for n k / (1 + (k - 1) rho) responses
 
 n prompts are answered under k seeds each. Answers to one prompt resemble each other (rho, their intraclass
 correlation), so n k of them say less than as many prompts would: the interval is that of the effective number. Rows are
@@ -23,7 +23,7 @@ from engine.flags import DataFlags, ModelFlags, SamplingFlags, fill, flag, overr
 from engine.model import load_untrained, open_model
 from engine.train import interval
 from engine.world import World, main, start
-from rollout import Collector, Rollout, Sampler, SamplingParams
+from rollout import Collector, Rollout, Sampler
 from verifiers import Pool, Verdict, check
 
 SHOWN = 4  # responses on the screen
@@ -70,20 +70,21 @@ def evaluate(config: Config) -> None:
         )
     judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
     room = longest - config.response_length
-    prompts = prompts_of(config.dataset_name, config.dataset_split, config, base.chat, room, judged, world)
+    prompts = prompts_of(
+        config.dataset_name, config.dataset_split, config, base.chat, world, longest=room, check=judged
+    )
     prompts = prompts[: config.num_prompts]
     policy = load_untrained(base, world)
     window = max(len(prompt.ids) for prompt in prompts) + config.response_length
     sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=config.rollout_slots)
     sampler.load(policy)
     del policy
-    params = SamplingParams.of(config, base.chat.end_of_turn_id)
     scores_KN: list[list[float]] = []
     answers: list[Answer] = []
     with Pool(world.cores, config.verifier_mode) as pool:
-        collect = Collector(sampler, pool, base.chat, params, world)
+        collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         for seed in range(config.seed, config.seed + config.num_seeds):
-            rollouts, verdicts = collect(prompts, np.arange(len(prompts)), 1, seed=seed, step=0)
+            rollouts, verdicts = collect(prompts, np.arange(len(prompts)), 1, 0, seed=seed)
             scores_KN.append([verdict.score if verdict.status == "ok" else np.nan for verdict in verdicts])
             answers += [(seed, rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
             world.say(f"seed {seed}: {np.nanmean(scores_KN[-1]):.2%}")

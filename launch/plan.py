@@ -1,4 +1,4 @@
-"""Will it fit, and how fast can it be: before GPUs are booked.     python -m launch.plan dpo --config RECIPE --gpus 8 --gpu h100-80gb
+"""Will it fit, and how fast can it be: before GPUs are booked.    python -m launch.plan dpo --gpus 8 --gpu h100-80gb
 
 The stage's own step runs here on tensors that have shapes and no numbers, as rank 0 of the planned number of ranks: its
 model, cut by FSDP; its loss, backward pass and optimizer; PPO's sampler and cache. A ledger keeps what is live and what
@@ -34,7 +34,8 @@ def plan(argv: list[str]) -> None:
     if not argv or argv[0] in ("-h", "--help"):
         stages = ",".join(STAGES)
         print(
-            f"{__doc__}\nusage: python -m launch.plan {{{stages}}} [--gpu NAME] [--gpus N] [--nodes N] [the stage's flags]"
+            f"{__doc__}\nusage: python -m launch.plan {{{stages}}} [--gpu NAME] [--gpus N] [--nodes N] [the stage's"
+            " flags]"
         )
         return
     stage = argv[0]

@@ -4,7 +4,7 @@ An iteration samples responses y to prompts x from the policy pi, has a program 
 clipped policy and value updates on them. With d_t = log pi(y_t) - log pi_ref(y_t) estimating the KL divergence:
 
     r_t = - kl_coef d_t  + verification_reward * verdict in the last slot
-    A_t = sum_k (gamma lam)^k ( r_{t+k} + gamma V_{t+k+1} - V_{t+k} ),   G_t = A_t + V_t,   A whitened over the whole batch
+    A_t = sum_k (gamma lam)^k ( r_{t+k} + gamma V_{t+k+1} - V_{t+k} ),   G_t = A_t + V_t,   A whitened over the batch
     L_policy = (1/N) sum_t max( - A_t rho_t, - A_t clip(rho_t, 1 - eps, 1 + eps) ),   rho_t = pi(y_t) / pi_old(y_t)
     L_value  = (1/N) sum_t (V_t - G_t)^2 / 2
 
@@ -37,15 +37,15 @@ from engine.flags import (
     require_positive,
 )
 from engine.log import Totals
-from engine.model import Base, Policy, ValueModel, check_value_model, load_policy, load_value_model, open_model
+from engine.model import Base, Policy, ValueModel, check_value_model, load_policy, load_value_model, open_model, release
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
 from launch.resolve import resolve, show_plan, with_tuned_model
-from rollout import Collector, Experience, Rollout, Sampler, SamplingParams, evaluate
+from rollout import Collector, Experience, Rollout, Sampler, evaluate
 from verifiers import MAX_ERROR_RATE, Pool, Verdict, check
 
 DEFAULTS = {"batch_size": 224, "num_samples_per_prompt": 1, "num_train_epochs": 1, "response_length": 1024}
-SAMPLED = "of sampling, and of all log-probs"
+Columns = list[torch.Tensor]  # two numbers of every token, or of every slot
 EVALUATION = 1_000_003  # added to the seed: held-out responses are other draws than the training's
 METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/approxkl", "tokens", "slots")
 
@@ -62,7 +62,7 @@ class Config(StageFlags, SamplingFlags):
     value_learning_rate: float | None = flag(None, "peak, of the value model; without it the policy's")
     num_train_epochs: int = override(None, "passes over the data; 1, embedded: 30 iterations")
     warmup_ratio: float = override(0.0)
-    temperature: float = override(1.0, SAMPLED)
+    temperature: float = override(1.0, "of sampling, and of all log-probs")
     kl_coef: float = flag(0.05, "weight of the KL penalty in the reward (0: no reference is loaded)")
     reference: str = flag(
         "auto",
@@ -123,15 +123,14 @@ def train(config: Config) -> None:
     with run, Pool(world.cores, config.verifier_mode) as pool:
         if run.is_finished:
             return
-        policy = load_policy(base, world, models=2)
-        policy.temperature = config.temperature or 1.0
+        policy = load_policy(base, world, models=2, temperature=config.temperature or 1.0)
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         value_model = load_value_model(base, world, config.value_model_name_or_path, policy)
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
         sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=config.rollout_slots)
-        collect = Collector(sampler, pool, base.chat, SamplingParams.of(config, base.chat.end_of_turn_id), world)
-        trained = {"policy": (policy, optim.adamw(policy, config, world))}
-        trained["value"] = (value_model, optim.adamw(value_model, config, world))
+        collect = Collector(sampler, pool, base.chat, config, config.seed, world)
+        roots = {"policy": policy, "value": value_model}
+        trained = {of: (root, optim.adamw(root, config, world)) for of, root in roots.items()}
 
         for step in run.steps(**trained):
             if step == 0:
@@ -141,18 +140,16 @@ def train(config: Config) -> None:
             # 1. sample responses from the policy, and 2. verify each as soon as it ends
             sampler.load(policy)
             examples = steps.examples(step)
-            rollouts, verdicts = collect(prompts, examples, config.num_samples_per_prompt, seed=config.seed, step=step)
+            rollouts, verdicts = collect(prompts, examples, config.num_samples_per_prompt, step)
             experience = experience_of(rollouts, verdicts, config)
             sampler.release()  # its cache makes room for activations
             times = {"time/rollout": clock.lap()}
 
             # 3. evaluate them: pi_old, pi_ref and V, before any update
-            budget = config.micro_batch_tokens
-            old_R, entropy_R = evaluate(policy.logprobs_and_entropy, experience.tokens, budget, world)
-            ref_R = evaluate(ref.logprobs, experience.tokens, budget, world) if ref else old_R
-            values_R = evaluate(value_model, experience.slots, budget, world)
-            for root in filter(None, (policy, ref, value_model)):
-                root.release()
+            old_R, entropy_R = evaluate(policy.logprobs_and_entropy, experience.tokens, config, world)
+            ref_R = evaluate(ref.logprobs, experience.tokens, config, world) if ref else old_R
+            values_R = evaluate(value_model, experience.slots, config, world)
+            release(policy, ref, value_model)
             if step == 0:
                 check_sampler(experience, old_R, config, base.dtype, world)
 
@@ -165,39 +162,29 @@ def train(config: Config) -> None:
             times["time/evaluate"] = clock.lap()
 
             # 5. several passes of clipped updates
-            value_lr = optim.learning_rate(config, step, steps.total, peak=config.value_learning_rate)
-            lr = {"policy": optim.learning_rate(config, step, steps.total), "value": value_lr}
-            totals = Totals(world)
+            lr, totals = learning_rates(config, step, steps.total), Totals(world)
             for number, minibatch in enumerate(minibatches(len(experience), config, step)):
                 n_tokens, n_slots = experience.counts(minibatch)
                 totals.add({"tokens": n_tokens / world.size, "slots": n_slots / world.size})
                 if step >= config.value_warmup_steps:
                     for batch in run.micro_batches(policy, experience.tokens, minibatch, totals):
                         old = experience.tokens.of(batch, old_R, advantages_R)
-                        policy_loss(policy, batch, *old, n_tokens, cliprange=config.cliprange, totals=totals).backward()
+                        policy_loss(policy, batch, old, n_tokens, config.cliprange, totals).backward()
                 for batch in run.micro_batches(value_model, experience.slots, minibatch):
                     old = experience.slots.of(batch, values_R, returns_R)
-                    loss = value_loss(
-                        value_model, batch, *old, n_slots, cliprange=config.cliprange_value, totals=totals
-                    )
+                    loss = value_loss(value_model, batch, old, n_slots, config.cliprange_value, totals)
                     (config.vf_coef * loss).backward()
-                norms = {
-                    name: optim.step(optimizer, world, lr=lr[name], max_norm=config.max_grad_norm)
-                    for name, (_, optimizer) in trained.items()
-                }
-                named = {"grad_norm": norms["policy"], "grad_norm/value": norms["value"]}
-                run.stop_unless_finite(step, named, "prompts", examples)
+                norms = {of: optim.step(o, world, lr[of], config.max_grad_norm) for of, (_, o) in trained.items()}
+                run.stop_unless_finite(step, norms, "prompts", examples)
                 if step == number == 0:
                     check_ratio(totals.reduce(METRICS), base.dtype, world)
             times["time/update"] = clock.lap()
 
             # 6. the new weights reach the sampler at the top of the loop
             sums = totals.reduce((*METRICS, *run.throughput.COUNTED))
-            row = (
-                summary(sums, experience, rollouts, verdicts, prompts) | times | {"learning_rate": lr["policy"]} | named
-            )
-            row["objective/kl"] = (kl_R.sum() / len(experience)).item()
-            row["objective/entropy"] = entropy_R.mean().item()
+            row = summary(sums, experience, rollouts, verdicts, prompts) | times | {"learning_rate": lr["policy"]}
+            row |= {"grad_norm": norms["policy"], "grad_norm/value": norms["value"]}
+            row |= {"objective/kl": (kl_R.sum() / len(experience)).item(), "objective/entropy": entropy_R.mean().item()}
             row["val/explained_variance"] = losses.explained_variance(values_R, returns_R).item()
             run.write(step, row, sums, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}")
             if run.evaluates(step + 1):
@@ -205,7 +192,7 @@ def train(config: Config) -> None:
         run.export(policy, value=value_model)
 
 
-# --- the steps of an iteration ------------------------------------------------------------------------------------------
+# --- the steps of an iteration ----------------------------------------------------------------------------------------
 
 
 def experience_of(rollouts: list[Rollout], verdicts: list[Verdict], config: Config) -> Experience:
@@ -230,17 +217,17 @@ def minibatches(n: int, config: Config, step: int) -> list[np.ndarray]:
     return [minibatch for order in orders for minibatch in np.array_split(order, count)]
 
 
+def learning_rates(config: Config, step: int, total: int) -> dict[str, float]:
+    """Of the policy and of the value model."""
+    peaks = {"policy": config.learning_rate, "value": config.value_learning_rate or config.learning_rate}
+    return {of: optim.learning_rate(config, step, total, peak) for of, peak in peaks.items()}
+
+
 def policy_loss(
-    policy: Policy,
-    batch: MicroBatch,
-    old_logprobs_R: torch.Tensor,
-    advantages_R: torch.Tensor,
-    n_tokens: int,
-    *,
-    cliprange: float,
-    totals: Totals,
+    policy: Policy, batch: MicroBatch, old: Columns, n_tokens: int, cliprange: float, totals: Totals
 ) -> torch.Tensor:
-    """This micro-batch's part of L_policy; adds its sums to `totals`."""
+    """This micro-batch's part of L_policy, against `old` log-probs and advantages; adds its sums to `totals`."""
+    old_logprobs_R, advantages_R = old
 
     def loss_of_logprobs(logprobs_R: torch.Tensor, rows: slice) -> torch.Tensor:
         loss_R = losses.ppo_policy(logprobs_R, old_logprobs_R[rows], advantages_R[rows], cliprange)
@@ -253,16 +240,10 @@ def policy_loss(
 
 
 def value_loss(
-    value_model: ValueModel,
-    batch: MicroBatch,
-    old_values_R: torch.Tensor,
-    returns_R: torch.Tensor,
-    n_slots: int,
-    *,
-    cliprange: float | None,
-    totals: Totals,
+    value_model: ValueModel, batch: MicroBatch, old: Columns, n_slots: int, cliprange: float | None, totals: Totals
 ) -> torch.Tensor:
-    """This micro-batch's part of L_value; adds its sum to `totals`."""
+    """This micro-batch's part of L_value, against `old` values and returns; adds its sum to `totals`."""
+    old_values_R, returns_R = old
     loss_R = losses.ppo_value(value_model(batch), old_values_R, returns_R, cliprange)
     totals.add({"loss/value": loss_R})
     return loss_R.sum() / n_slots
@@ -294,14 +275,14 @@ def summary(
 def held_out_accuracy(
     collect: Collector, policy: Policy, held_out: list[Prompt], config: Config, run: Run, done: int
 ) -> None:
-    """Verified accuracy on the held-out prompts with a 95 % interval (engine/train/interval.py), and a few responses with
-    their verdicts.
+    """Verified accuracy on the held-out prompts with a 95 % interval (engine/train/interval.py), and a few responses
+    with their verdicts.
     """
     if not held_out:
         return
     collect.sampler.load(policy)
-    everyone, samples, seed = np.arange(len(held_out)), config.eval_samples, config.seed + EVALUATION
-    rollouts, verdicts = collect(held_out, everyone, samples, seed=seed, step=done)
+    everyone, samples = np.arange(len(held_out)), config.eval_samples
+    rollouts, verdicts = collect(held_out, everyone, samples, done, seed=config.seed + EVALUATION)
     scores_NK = np.array([v.score if v.status == "ok" else np.nan for v in verdicts]).reshape(-1, samples)
     accuracy, low, high = interval.accuracy(scores_NK)
     if np.isnan(accuracy):
@@ -318,7 +299,7 @@ def held_out_accuracy(
     run.write_samples(done, shown)
 
 
-# --- identities of a fresh run ------------------------------------------------------------------------------------------
+# --- identities of a fresh run ----------------------------------------------------------------------------------------
 
 
 def rounding(dtype: torch.dtype) -> float:
@@ -343,8 +324,8 @@ def check_sampler(
     mean, most = difference_R.mean().item(), difference_R.max().item()
     bound = rounding(dtype) * max(1.0, old_R.abs().mean().item())
     world.say(
-        f"step 0: sampler's and trainer's log-probs differ by {mean:.1e} on average, {most:.1e} at most; rounding allows"
-        f" {bound:.1e} on average"
+        f"step 0: sampler's and trainer's log-probs differ by {mean:.1e} on average, {most:.1e} at most; rounding"
+        f" allows {bound:.1e} on average"
     )
     if not mean <= bound:
         found = f"log-probs differ by {mean:.1e}, allowed {bound:.1e}"
@@ -361,7 +342,7 @@ def check_ratio(sums: dict[str, float], dtype: torch.dtype, world: World) -> Non
         raise UserError(f"step 0: the first update's ratio is off 1 by {off:.1e}, allowed {bound:.1e}")
 
 
-# --- before the algorithm begins ----------------------------------------------------------------------------------------
+# --- before the algorithm begins --------------------------------------------------------------------------------------
 
 
 def resolve_ppo(config: Config, world: World) -> Config:
@@ -378,8 +359,8 @@ def resolve_ppo(config: Config, world: World) -> Config:
 
 
 def check_lengths(config: Config, base: Base) -> int:
-    """Tokens that a prompt and its response may have together. Raises UserError where they leave no room for a prompt, or
-    the value model does not fit.
+    """Tokens that a prompt and its response may have together. Raises UserError where they leave no room for a prompt,
+    or the value model does not fit.
     """
     if config.value_model_name_or_path:
         check_value_model(base, config.value_model_name_or_path)
@@ -402,10 +383,15 @@ def describe(config: Config, prompts: list[Prompt], steps: Steps) -> list[str]:
     return [
         f"value model from {config.value_model_name_or_path or 'the policy, with a head of zeros'}",
         f"data: {len(prompts):,} prompts ({kinds})",
-        f"iteration: {of_prompts} of at most {config.response_length} tokens, {config.num_ppo_epochs} x"
-        f" {config.num_mini_batches} updates; {steps.total} iterations",
-        f"loss: kl_coef {config.kl_coef:g} ({config.kl_estimator}), gamma {config.gamma:g}, lambda {config.lam:g}, cliprange"
-        f" {config.cliprange:g}, value clipping {config.cliprange_value or 'off'}, learning rate {config.learning_rate:g}",
+        (
+            f"iteration: {of_prompts} of at most {config.response_length} tokens, {config.num_ppo_epochs} x"
+            f" {config.num_mini_batches} updates; {steps.total} iterations"
+        ),
+        (
+            f"loss: kl_coef {config.kl_coef:g} ({config.kl_estimator}), gamma {config.gamma:g}, lambda {config.lam:g},"
+            f" cliprange {config.cliprange:g}, value clipping {config.cliprange_value or 'off'}, learning rate"
+            f" {config.learning_rate:g}"
+        ),
     ]
 
 

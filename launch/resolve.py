@@ -1,4 +1,6 @@
-"""What a stage's flags mean on this machine: batch sizes by ranks, the embedded model and data, defaults that depend on others."""
+"""What a stage's flags mean on this machine: batch sizes by ranks, the embedded model and data, defaults that depend on
+others.
+"""
 
 from __future__ import annotations
 
@@ -24,16 +26,16 @@ def resolve(
 ) -> Config:
     """Fills what was left open, and refuses what cannot be. Raises UserError.
 
-    `defaults` are for flags left at None, `embedded_defaults` for them without a model, when the embedded one is trained, on
-    the embedded `data` ('pairs', 'conversations') if none is named.
+    `defaults` are for flags left at None, `embedded_defaults` for them without a model, when the embedded one is
+    trained, on the embedded `data` ('pairs', 'conversations') if none is named.
     """
     world.agree("configuration", repr(config))
     config.check()
     check_memory(config, world)
     if config.master_dtype == "bfloat16" and config.optimizer == "adamw":
         world.say(
-            "warning: under --master_dtype bfloat16 AdamW's second moment is in bfloat16 too, where it stalls; --optimizer"
-            " adamw_8bit keeps it better in fewer bytes"
+            "warning: under --master_dtype bfloat16 AdamW's second moment is in bfloat16 too, where it stalls;"
+            " --optimizer adamw_8bit keeps it better in fewer bytes"
         )
     batch_size, line = batch_size_of(config, world.size)
     if line:
@@ -42,8 +44,9 @@ def resolve(
             config, batch_size=batch_size, per_device_train_batch_size=None, gradient_accumulation_steps=None
         )
     # a shell expands ~, a YAML file does not
-    given = {name: value for name in PATHS if str(value := vars(config).get(name)).startswith("~/")}
-    config = dataclasses.replace(config, **{name: str(Path(path).expanduser()) for name, path in given.items()})
+    given = {name: str(vars(config).get(name)) for name in PATHS}
+    paths: dict[str, Any] = {name: str(Path(p).expanduser()) for name, p in given.items() if p.startswith("~/")}
+    config = dataclasses.replace(config, **paths)
     if config.model_name_or_path is None:
         world.say("no --model_name_or_path: training the embedded tiny Llama (a demonstration, not a useful model)")
         config = with_embedded(config, world, data)
@@ -84,8 +87,9 @@ def batch_size_of(flags: OptimizerFlags, ranks: int) -> tuple[int, str]:
 
 
 def with_tuned_model(config: Config, world: World) -> Config:
-    """For `launch.ppo` without a model: the embedded one, fine-tuned by `launch.sft` on sums half of which are wrong, and
-    problems whose right answers can be verified. Made once in --cache_dir; runs that start together wait. Collective.
+    """For `launch.ppo` without a model: the embedded one, fine-tuned by `launch.sft` on sums half of which are wrong,
+    and problems whose right answers can be verified. Made once in --cache_dir; runs that start together wait.
+    Collective.
     """
     made = world.once("embedded", lambda: embedded(Path(config.cache_dir).expanduser()))
     tuned = made.model.parent / "tuned_on_sums"

@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -56,8 +57,8 @@ class Config:
 
 
 def judge(config: Config) -> int:
-    """The command. Returns the exit status: 0, 1 if more than 1 % of the rows could not be judged, 2 for bad rows. Raises
-    UserError.
+    """The command. Returns the exit status: 0, 1 if more than 1 % of the rows could not be judged, 2 for bad rows.
+    Raises UserError.
     """
     if config.file is None:
         raise UserError("command line: FILE is missing, one JSON object a line (--help says which fields)")
@@ -69,8 +70,8 @@ def judge(config: Config) -> int:
         rows, bad = read(Path(config.file), config.dataset, config.mode)
     except OSError as problem:
         raise UserError(f"{config.file}: {problem.strerror}") from None
-    for problem in bad[:MAX_LISTED]:
-        print(problem, file=sys.stderr)
+    for line in bad[:MAX_LISTED]:
+        print(line, file=sys.stderr)
     if len(bad) > MAX_LISTED:
         print(f"... and {len(bad) - MAX_LISTED} more bad rows", file=sys.stderr)
     if (bad and config.on_bad_row == "error") or not rows:
@@ -111,7 +112,7 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
             raise GroundTruthError(f"field {field} is missing{nearest_field(field, row)}")
     if not isinstance(row["response"], str):
         raise GroundTruthError(f"field response: expected a text, found {shown(row['response'])}")
-    name = row.get("dataset", dataset)
+    name: Any = row.get("dataset", dataset)
     try:
         check(name, row["ground_truth"], mode)
     except GroundTruthError as problem:
@@ -121,7 +122,7 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
 
 def judged(rows: list, config: Config) -> Iterator[Verdict]:
     """The verdicts in the order of the rows, here or by worker processes."""
-    how = {"mode": config.mode, "loose": config.loose, "combine": config.combine}
+    how: dict[str, Any] = {"mode": config.mode, "loose": config.loose, "combine": config.combine}
     if (config.workers is None and len(rows) <= FEW_ROWS) or config.workers == 1:
         yield from (verify(*row, **how) for _, row in rows)
         return

@@ -40,7 +40,9 @@ class LogitTransform:
     softcap: float | None = None
 
     def at(self, temperature: float) -> LogitTransform:
-        """The same followed by a division by the temperature: (c / T) tanh((s / T) z / (c / T)) = c tanh(s z / c) / T."""
+        """The same followed by a division by the temperature: (c / T) tanh((s / T) z / (c / T)) = c tanh(s z / c)
+        / T.
+        """
         return LogitTransform(self.scale / temperature, None if self.softcap is None else self.softcap / temperature)
 
     def __call__(self, logits_RV: Tensor) -> Tensor:
@@ -109,6 +111,7 @@ def linear_loss(
     loss_of_logprobs: LossOfLogprobs,
     cuts: Sequence[int] | None = None,
     transform: LogitTransform = IDENTITY,
+    *,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """sum over chunks of `loss_of_logprobs(logprobs_C, groups)`, its gradient taken as the chunk passes.

@@ -3,8 +3,9 @@
     token   L = sum_s sum_t CE_st / sum_s |y_s|         every trained token weighs the same
     sum     L = sum_s sum_t CE_st / S                   the same direction, larger by the mean length: Tülu 3's, whose
                                                         per-device batch was 1 (arXiv 2411.15124, section 4.3.2)
-    mean    L = sum_s (1/|y_s|) sum_t CE_st / S         every sequence weighs the same, so a token of a short answer weighs
-                                                        more: what the mean of micro-batch means does at batch size 1
+    mean    L = sum_s (1/|y_s|) sum_t CE_st / S         every sequence weighs the same, so a token of a short answer
+                                                        weighs more: what the mean of micro-batch means does at batch
+                                                        size 1
 
 CE = - log p(y_t). Denominators count the whole step, over all ranks and micro-batches, so none depends on the layout.
 

@@ -1,7 +1,7 @@
 """The KV cache, and the attention function that owns it: transformers' own decoders run on it, none is written twice.
 
     prefill    the new prompts as one packed stream: attention within the stream, keys and values written to their slots
-    decode     one token a slot:  out_a = sum_{s in window(p_a)} softmax_s( cap(scale q_a . k_as) ) v_as,   p_a its position
+    decode     one token a slot:  out_a = sum_{s in window(p_a)} softmax_s( cap(scale q_a . k_as) ) v_as,  p_a its place
 
 Registered with transformers' AttentionInterface under the name NAME; the `Pass` that says which slot each token of the
 stream belongs to arrives as a keyword argument that decoders pass through. Nothing is registered with
@@ -68,7 +68,7 @@ class Pass:
     @cached_property
     def packing(self) -> Packing:
         """The boundaries of the packed prompts, the same for all layers."""
-        return Packing.of(self.lengths, self.positions_T.device)
+        return Packing.of(self.lengths or (), self.positions_T.device)
 
     def visible(self, window: int | None) -> Tensor:
         """True where the token of slot a may see cached position s, (A, L) bool."""
@@ -113,7 +113,8 @@ def register(packed: Callable) -> str:
             return packed(module, query_1NTH, key_1KTH, value_1KTH, None, **options)
         q_ANH = query_1NTH[0].transpose(0, 1)
         scale = scaling if scaling is not None else q_ANH.shape[-1] ** -0.5
-        out_ANH = _decode(q_ANH, rollout, module.layer_idx, scale, sliding_window, softcap, s_aux)
+        how = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks_N": s_aux}
+        out_ANH = _decode(q_ANH, rollout, module.layer_idx, **how)
         return out_ANH[None], None
 
     AttentionInterface.register(NAME, attention)
@@ -124,6 +125,7 @@ def _decode(
     q_ANH: Tensor,
     rollout: Pass,
     layer: int,
+    *,
     scale: float,
     window: int | None,
     softcap: float | None,

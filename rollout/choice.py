@@ -44,8 +44,7 @@ class SamplingParams:
     @classmethod
     def of(cls, flags: SamplingFlags, *stop_ids: int) -> SamplingParams:
         """As the command line says; responses end with one of `stop_ids`."""
-        how = {"temperature": flags.temperature, "top_k": flags.top_k, "top_p": flags.top_p}
-        return cls(max_new_tokens=flags.response_length, stop_ids=stop_ids, **how)
+        return cls(flags.response_length, flags.temperature, flags.top_k, flags.top_p, stop_ids)
 
     def __post_init__(self) -> None:
         if (

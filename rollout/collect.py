@@ -8,6 +8,7 @@ import numpy as np
 
 from engine.data.chat import ChatTokenizer
 from engine.data.prompts import Prompt
+from engine.flags import SamplingFlags
 from engine.world import World
 from rollout.choice import SamplingParams
 from rollout.sampler import Request, Rollout, Sampler
@@ -17,17 +18,23 @@ from verifiers import Pool, Verdict
 class Collector:
     """Draws responses from a sampler and has a pool of processes judge each as soon as it ends."""
 
-    def __init__(self, sampler: Sampler, pool: Pool, chat: ChatTokenizer, params: SamplingParams, world: World) -> None:
-        self.sampler, self.pool, self.chat, self.params, self.world = sampler, pool, chat, params, world
+    def __init__(
+        self, sampler: Sampler, pool: Pool, chat: ChatTokenizer, flags: SamplingFlags, seed: int, world: World
+    ) -> None:
+        self.sampler, self.pool, self.chat, self.seed, self.world = sampler, pool, chat, seed, world
+        self.params = SamplingParams.of(flags, chat.end_of_turn_id)
 
     def __call__(
-        self, prompts: Sequence[Prompt], chosen: np.ndarray, samples: int, *, seed: int, step: int
+        self, prompts: Sequence[Prompt], chosen: np.ndarray, samples: int, step: int, seed: int | None = None
     ) -> tuple[list[Rollout], list[Verdict]]:
-        """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
+        """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective. `seed`:
+        in place of the run\'s.
 
-        Every n-th group of samples is this rank's; verification draws finished responses from the sampler while it goes on.
+        Every n-th group of samples is this rank's; verification draws finished responses from the sampler while it goes
+        on.
         """
         rank, size = self.world.rank, self.world.size
+        seed = self.seed if seed is None else seed
         requests = [Request(prompts[e].ids, int(e), sample) for e in chosen[rank::size] for sample in range(samples)]
         finished: list[Rollout] = []
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from engine.data.batch import MicroBatch, step_batches
+from engine.flags import MemoryFlags
 from engine.world import World, on_device
 from rollout.sampler import Rollout
 
@@ -81,13 +82,13 @@ class Experience:
 
 
 @torch.no_grad()
-def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, budget: int, world: World) -> Tensor:
+def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, flags: MemoryFlags, world: World) -> Tensor:
     """`forward(batch)`, (..., R), over all responses, shared among the ranks, in float64 on every rank's host.
     Collective.
     """
     order: list[int] = []
     outs: list[Tensor] = []
-    for batch, _ in step_batches(sequences, np.arange(len(sequences.ids)), budget, world):
+    for batch, _ in step_batches(sequences, np.arange(len(sequences.ids)), flags.micro_batch_tokens, world):
         out = forward(batch)  # collective, also where the batch is a placeholder
         if batch.examples:
             order += batch.examples

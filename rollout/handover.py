@@ -38,7 +38,7 @@ def skeleton(config: Any, attention_name: str, dtype: torch.dtype, device: torch
 
 
 @torch.no_grad()
-def load(target: nn.Module, source: nn.Module, world: World) -> None:
+def load(target: Any, source: Any, world: World) -> None:
     """Copies every parameter and buffer of `source` (shards or whole) into `target`'s. Collective.
 
     Raises ValueError where the two are not the same model.

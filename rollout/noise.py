@@ -1,8 +1,8 @@
 """Gumbel noise that is a function of its name, so that a token does not depend on the batch it was sampled in.
 
     key      = blake2b(seed, 'rollout', step, example, sample)                     one per response, on the host
-    h_t      = mix(key + (t + 1) phi)                                              one per token, t counts response tokens
-    u_ti     = (mix(h_t + (i + 1) phi) >> 11 + 1/2) / 2^53                         i: the index that the noise belongs to
+    h_t      = mix(key + (t + 1) phi)                                    one per token, t counts response tokens
+    u_ti     = (mix(h_t + (i + 1) phi) >> 11 + 1/2) / 2^53               i: the index that the noise belongs to
     gumbel   = -log(-log u)
 
 mix is the finaliser of SplitMix64 and phi its increment: position i of the stream seeded with h_t. All arithmetic is
@@ -24,7 +24,9 @@ MULTIPLIER_1, MULTIPLIER_2 = 0xBF58476D1CE4E5B9 - 2**64, 0x94D049BB133111EB - 2*
 
 
 def response_key(seed: int, step: int, example: int, sample: int) -> int:
-    """The signed 64-bit name of one response's noise. Example: response_key(0, 0, 0, 0) is the same on every machine."""
+    """The signed 64-bit name of one response's noise. Example: response_key(0, 0, 0, 0) is the same on every
+    machine.
+    """
     name = f"{seed}/rollout/{step}/{example}/{sample}".encode()
     return int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little", signed=True)
 

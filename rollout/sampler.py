@@ -89,9 +89,15 @@ class _Sequence:
         return len(self.prompt) + len(self.response) - 1
 
     def rollout(self, reason: str) -> Rollout:
-        numbers = (np.asarray(x, np.float32) for x in (self.logprobs, self.logprobs_t1))
-        ids = (np.asarray(x, np.int64) for x in (self.prompt, self.response))
-        return Rollout(self.request.example, self.request.sample, *ids, *numbers, reason)
+        return Rollout(
+            self.request.example,
+            self.request.sample,
+            prompt_ids=np.asarray(self.prompt, np.int64),
+            response_ids=np.asarray(self.response, np.int64),
+            logprobs=np.asarray(self.logprobs, np.float32),
+            logprobs_t1=np.asarray(self.logprobs_t1, np.float32),
+            finish_reason=reason,
+        )
 
 
 class Sampler:
@@ -120,10 +126,11 @@ class Sampler:
             raise ValueError(f"slots >= 1 and max_length >= 2, not {slots} and {max_length}")
         if backend == "auto":
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
-        self.lm = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device)
+        self.lm: Any = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device)
         self.transform, self.make_cache = policy.transform, make_cache
         self.world, self.decode = world, decode
         self.slots, self.max_length = slots, max_length
+        self._holds: list[bytes | None] = []  # the prompt whose keys and values a slot's beginning holds
         self.release()
 
     def load(self, policy: Policy) -> None:
@@ -134,8 +141,7 @@ class Sampler:
     def release(self) -> None:
         """Frees the cache; the next `generate` makes it again."""
         self.cache = self.make_cache(self.slots, self.max_length)
-        # the prompt whose keys and values a slot's beginning holds
-        self._holds: list[bytes | None] = [None] * self.slots
+        self._holds = [None] * self.slots
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> list[Rollout]:
         """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream`
@@ -160,8 +166,8 @@ class Sampler:
         active: list[_Sequence | None] = []  # by slot; None: a gap
         while waiting or active:
             self._fill(active, waiting)
-            for slot, reason in self._advance(active, params):
-                sequence, active[slot] = active[slot], None
+            for slot, sequence, reason in self._advance(active, params):
+                active[slot] = None
                 yield sequence.index, sequence.rollout(reason)
             if len(waiting) < self.slots:  # too few to fill every gap, perhaps
                 self._close_gaps(active)
@@ -189,8 +195,7 @@ class Sampler:
         key = response_key(seed, step, request.example, request.sample)
         return _Sequence(index, request, ids.tolist(), ids.tobytes(), key, _limit(request, params))
 
-    # --- slots
-    # --------------------------------------------------------------------------------------------------------------
+    # --- slots --------------------------------------------------------------------------------------------------------
 
     def _fill(self, active: list[_Sequence | None], waiting: deque[_Sequence]) -> None:
         """Free slots take the next requests, each preferably one that holds its prompt already; prompts nowhere held
@@ -209,7 +214,7 @@ class Sampler:
                 joined.append((slot, sequence))
         if not joined:
             return
-        source = {name: slot for slot, name in enumerate(self._holds) if name is not None}
+        source: dict[bytes, int] = {name: slot for slot, name in enumerate(self._holds) if name is not None}
         prefill = {}
         for slot, sequence in joined:
             if sequence.prompt_name not in source:
@@ -231,8 +236,7 @@ class Sampler:
                 self.cache.copy(len(active), slot, last.position)
                 active[slot], self._holds[slot] = last, self._holds[len(active)]
 
-    # --- forwards
-    # -----------------------------------------------------------------------------------------------------------
+    # --- forwards -----------------------------------------------------------------------------------------------------
 
     def prefill(self, prompts: dict[int, list[int]]) -> None:
         """Runs prompts (by slot) as packed streams of at most PREFILL_TOKENS, or of one prompt."""
@@ -259,33 +263,32 @@ class Sampler:
             input_ids=ids_T[None], position_ids=rollout.positions_T[None], use_cache=False, rollout=rollout
         ).last_hidden_state[0]
 
-    def _advance(self, active: list[_Sequence], params: SamplingParams) -> list[tuple[int, str]]:
-        """One token for every active slot. Returns the slots that are finished, and why."""
+    def _advance(self, active: list[_Sequence | None], params: SamplingParams) -> list[tuple[int, _Sequence, str]]:
+        """One token for every active slot. Returns the slots that are finished, with what they hold, and why."""
+        sequences = [sequence for sequence in active if sequence is not None]  # no gap is left by now
         rows = [
-            ((s.response or s.prompt)[-1], slot, s.position, len(s.response), s.key) for slot, s in enumerate(active)
+            ((s.response or s.prompt)[-1], slot, s.position, len(s.response), s.key) for slot, s in enumerate(sequences)
         ]
         ids_A, slots_A, positions_A, taken_A, keys_A = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
-        longest = 1 + max(s.position for s in active)
+        longest = 1 + max(s.position for s in sequences)
         hidden_AD = self.forward(ids_A, caching.Pass(self.cache, slots_A, positions_A, longest))
         chosen = choose(self.logits(hidden_AD), params, keys_A, taken_A)
-        tokens, logprobs, logprobs_t1 = torch.stack(
-            [x.double() for x in chosen]
-        ).tolist()  # the one synchronisation of a token
+        together = torch.stack([x.double() for x in chosen])
+        tokens, logprobs, logprobs_t1 = together.tolist()  # the one synchronisation of a token
         finished = []
-        for slot, sequence in enumerate(active):
+        for slot, sequence in enumerate(sequences):
             sequence.response.append(int(tokens[slot]))
             sequence.logprobs.append(logprobs[slot])
             sequence.logprobs_t1.append(logprobs_t1[slot])
             if reason := self._reason_to_stop(sequence, params):
-                finished.append((slot, reason))
+                finished.append((slot, sequence, reason))
         return finished
 
     def logits(self, hidden_AD: Tensor) -> Tensor:
         """(A, V) fp32, by the products that the trainer's head takes."""
         weight_VD = self.lm.get_output_embeddings().weight
-        if (
-            hidden_AD.is_cuda and hidden_AD.dtype != torch.float32
-        ):  # the tensor cores' own accumulator, not rounded to bf16
+        if hidden_AD.is_cuda and hidden_AD.dtype != torch.float32:
+            # the tensor cores' own accumulator, not rounded to bf16
             return self.transform(torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32))
         return self.transform((hidden_AD @ weight_VD.T).float())
 
@@ -293,6 +296,7 @@ class Sampler:
         if sequence.response[-1] in params.stop_ids:
             return "stop"
         if params.stop_strings:
+            assert self.decode is not None, "_check has seen it"
             tail = self.decode(sequence.response[-(max(map(len, params.stop_strings)) + TAIL) :])
             if any(string in tail for string in params.stop_strings):
                 return "stop"

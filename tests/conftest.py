@@ -21,7 +21,9 @@ def shared_data() -> Path:
 
 @pytest.fixture(scope="session")
 def tuned(tmp_path_factory) -> Path:
-    """A cache directory that holds the embedded model fine-tuned on sums, made as a first run of launch.ppo makes it."""
+    """A cache directory that holds the embedded model fine-tuned on sums, made as a first run of launch.ppo makes
+    it.
+    """
     from tests.test_equivalence import Runs
 
     cache = tmp_path_factory.mktemp("cache")

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from engine import world
-from engine.config import flag
+from engine.flags import flag
 from rollout import Request, Sampler, SamplingParams
 from tests.families import load
 

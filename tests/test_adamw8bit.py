@@ -57,8 +57,7 @@ def numbers(state: dict, key: str) -> list[float]:
     return [values[c] * scales[i // 256] for i, c in enumerate(state[key].flatten().tolist())]
 
 
-# --- numbers
-# --------------------------------------------------------------------------------------------------------------------
+# --- numbers ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_a_float64_loop_over_the_moments_as_they_are_held():
@@ -88,7 +87,9 @@ def test_a_step_is_a_float64_loop_over_the_moments_as_they_are_held():
 
 
 def test_many_steps_stay_in_the_band_of_the_quantiser():
-    """Errors of one rounding are at most half a gap of the block's scale; intervals carry them through the recurrences."""
+    """Errors of one rounding are at most half a gap of the block's scale; intervals carry them through the
+    recurrences.
+    """
     steps, lr = 30, 0.01
     p, optimizer = one(16, 257)
     generator = torch.Generator().manual_seed(5)
@@ -200,8 +201,7 @@ def test_what_is_held_in_8_bits_and_what_it_costs(capsys):
     assert "fp32 for 2 with under 4096 numbers a rank, the first 1.weight" in said
 
 
-# --- on several ranks, and through checkpoints
-# --------------------------------------------------------------------------------
+# --- on several ranks, and through checkpoints ------------------------------------------------------------------------
 
 # by 1, 2, 3 ranks: blocks of the whole tensor (the last rank may be short or empty); blocks of a shard; the moments'
 # type changes
@@ -341,7 +341,9 @@ def test_resumed_by_as_many_ranks_to_the_bit(sharded):
 
 
 def whole_moments(root: Path, ranks: int, resumed: int) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """name → moment → (numbers, scale of each one's block or 0 in fp32) from the ranks' own codes, by indexing alone."""
+    """name → moment → (numbers, scale of each one's block or 0 in fp32) from the ranks' own codes, by indexing
+    alone.
+    """
     parts = [torch.load(root / f"held-{resumed}-{ranks}-{rank}.pt") for rank in range(ranks)]
     found: dict = {}
     for name in SHAPES:
@@ -391,8 +393,7 @@ def test_bfloat16_weights_through_a_checkpoint(kind, now, tmp_path):
     assert all(torch.equal(resumed[name], final[name]) and final[name].dtype == torch.bfloat16 for name in final)
 
 
-# --- through the entry points
-# ---------------------------------------------------------------------------------------------------
+# --- through the entry points -----------------------------------------------------------------------------------------
 
 
 def runs_of(stage: str, root: Path, embedded_dir) -> Runs:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from engine.data.packing import Packing
-from engine.model import attention
+from engine.model import attention, attention_backends, attention_operator
 from tests import oracles
 
 LENGTHS = (1, 13, 4, 9)
@@ -24,7 +24,7 @@ def stream(heads=4, kv_heads=2, size=8, dtype=torch.float32):
 
 
 def packed(backend, q, k, v, **options):
-    function = attention._packed({"sdpa": attention._sdpa, "eager": attention._eager}[backend])
+    function = attention._packed({"sdpa": attention_backends.sdpa, "eager": attention_backends.eager}[backend])
     out, _ = function(None, q, k, v, None, packing=Packing.of(LENGTHS, q.device), **options)
     return out[0]
 
@@ -101,9 +101,13 @@ def test_the_operator_of_compiled_layers_is_the_same_function_with_the_same_grad
         packing = Packing.of(LENGTHS, q.device)
         if operator:
             bounds = torch.cat([packing.bounds, packing.bounds[-1:].expand(3)])
-            out, _ = attention._operator(q, k, v, sinks_N, bounds, bounds.clone(), backend, scaling, window, softcap)
+            out, _ = attention_operator.packed_attention(
+                q, k, v, sinks_N, bounds, bounds.clone(), backend, scaling, window, softcap
+            )
         else:
-            out = attention._eager(q, k, v, packing, scale=scaling, window=window, softcap=softcap, sinks_N=sinks_N)
+            out = attention_backends.eager(
+                q, k, v, packing, scale=scaling, window=window, softcap=softcap, sinks_N=sinks_N
+            )
         found.append([out, *torch.autograd.grad(out.sin().sum(), [x for x in (q, k, v, sinks_N) if x is not None])])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
@@ -117,7 +121,9 @@ def test_the_operator_keeps_the_contract_of_operators():
         packing = Packing.of(LENGTHS, q.device)
         arguments = (q, k, v, sinks_N, packing.cu_seqlens, packing.bounds, "sdpa", 0.3, 8, None)
         torch.library.opcheck(
-            attention._operator, arguments, test_utils=("test_schema", "test_autograd_registration", "test_faketensor")
+            attention_operator.packed_attention,
+            arguments,
+            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
         )
 
 
@@ -126,7 +132,7 @@ def test_a_mask_or_dropout_is_refused():
     with pytest.raises(ValueError, match="no mask and no dropout"):
         packed("sdpa", q, k, v, scaling=0.3, dropout=0.1)
     with pytest.raises(ValueError, match="a packing"):
-        attention._packed(attention._sdpa)(None, q, k, v, None)
+        attention._packed(attention_backends.sdpa)(None, q, k, v, None)
 
 
 def test_choice_of_backend():
@@ -153,7 +159,7 @@ def hopper(monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
         del sys.modules[name]
     attention._cannot_import.cache_clear()
-    attention.flash4_kernels.cache_clear()
+    attention_backends.flash4_kernels.cache_clear()
 
 
 def install(directory, interface: str) -> None:
@@ -165,7 +171,7 @@ def install(directory, interface: str) -> None:
 
 
 SIGNATURES = "".join(
-    f"def {name}({', '.join(sorted(parameters))}): ...\n" for name, parameters in attention.FLASH4.items()
+    f"def {name}({', '.join(sorted(parameters))}): ...\n" for name, parameters in attention_backends.FLASH4.items()
 )
 
 
@@ -216,7 +222,7 @@ def test_varlen_is_told_of_grouped_heads_and_gets_them_unrepeated(monkeypatch):
         return q
 
     for with_argument in (False, True):
-        attention._varlen_options.cache_clear()
+        attention_backends._varlen_options.cache_clear()
         stand_in = (
             recorded
             if not with_argument
@@ -236,4 +242,4 @@ def test_varlen_is_told_of_grouped_heads_and_gets_them_unrepeated(monkeypatch):
             and kept_v.data_ptr() == v.data_ptr()
         )
         assert window == (7, 0) and options == ({"enable_gqa": True} if with_argument else {})
-    attention._varlen_options.cache_clear()
+    attention_backends._varlen_options.cache_clear()

@@ -141,8 +141,7 @@ def make(style: str, kind: str = "bytes", vocab_size: int = 10_000) -> ChatToken
         return load_tokenizer(Path(directory), vocab_size)
 
 
-# --- random conversations
-# -----------------------------------------------------------------------------------------------------
+# --- random conversations ---------------------------------------------------------------------------------------------
 
 snippets = st.sampled_from(
     [
@@ -335,8 +334,7 @@ def test_an_end_of_turn_that_eats_what_follows(tmp_path):
     ]
 
 
-# --- conversations that are refused
-# -------------------------------------------------------------------------------------------
+# --- conversations that are refused -----------------------------------------------------------------------------------
 
 USER, BOT = {"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": "It is one."}
 
@@ -461,8 +459,7 @@ def test_ids_beyond_the_embedding():
         make("chatml", vocab_size=1)
 
 
-# --- tokenizers that are refused
-# ----------------------------------------------------------------------------------------------
+# --- tokenizers that are refused --------------------------------------------------------------------------------------
 
 
 def save(tmp_path: Path, **options) -> Path:

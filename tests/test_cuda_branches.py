@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import losses.kernels
 from engine import log
-from engine.model import attention
+from engine.model import attention_backends, attention_operator
 from losses import logprobs
 from losses.kernels import eager
 from rollout import cache as caching
@@ -59,8 +59,7 @@ def is_like(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> bool
     return x.device == CUDA and tuple(x.shape) == shape and x.dtype == dtype
 
 
-# --- the head
-# -----------------------------------------------------------------------------------------------------------------
+# --- the head ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [BF16, torch.float32])
@@ -103,8 +102,7 @@ def test_the_head_of_a_whole_vocabulary_takes_its_gpu_chunk():
     assert is_like(logprobs.linear_argmax(cuda(5, 16), cuda(96, 16)), (5,), torch.int64)
 
 
-# --- attention
-# ----------------------------------------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 STREAM = SimpleNamespace(lengths=(5, 9, 1), max_seqlen=9)
 
@@ -127,7 +125,9 @@ def test_varlen_takes_grouped_heads_as_they_are_forward_and_backward(window):
 
     q_TNH, k_TKH, v_TKH = stream()
     with Watching():
-        out_TNH = attention._varlen(q_TNH, k_TKH, v_TKH, STREAM, scale=0.1, window=window, softcap=None, sinks_N=None)
+        out_TNH = attention_backends.varlen(
+            q_TNH, k_TKH, v_TKH, STREAM, scale=0.1, window=window, softcap=None, sinks_N=None
+        )
     assert seen == [[(15, 8, 64), (15, 2, 64), (15, 2, 64)]] and is_like(out_TNH, (15, 8, 64), BF16)
     operator = torch.ops.torch_attn._varlen_attn
     edges, lse_NT = [-1 if window is None else window - 1, 0], cuda(8, 15, dtype=torch.float32)
@@ -144,13 +144,13 @@ def test_the_operator_and_its_backward_have_the_shapes_of_their_inputs(backend):
     q_TNH, k_TKH, v_TKH = stream()
     bounds = torch.empty(4, dtype=torch.int32)
     for sinks_N in (None, cuda(8)):
-        out_TNH, lse = attention._operator(
+        out_TNH, lse = attention_operator.packed_attention(
             q_TNH, k_TKH, v_TKH, sinks_N, STREAM.cu_seqlens, bounds, backend, 0.1, 8, None
         )
         assert is_like(out_TNH, (15, 8, 64), BF16) and is_like(
             lse, (8, 15) if backend == "flash4" else (0,), torch.float32
         )
-        grads = attention._operator_backward(
+        grads = attention_operator.packed_attention_backward(
             out_TNH, q_TNH, k_TKH, v_TKH, out_TNH, lse, sinks_N, STREAM.cu_seqlens, bounds, backend, 0.1, 8, None
         )
         assert [tuple(x.shape) for x in grads] == [
@@ -161,8 +161,7 @@ def test_the_operator_and_its_backward_have_the_shapes_of_their_inputs(backend):
         ]
 
 
-# --- sampling
-# -----------------------------------------------------------------------------------------------------------------
+# --- sampling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -191,8 +190,7 @@ def test_decoding_reads_the_cache_in_grouped_heads():
         assert is_like(caching._decode(cuda(3, 8, 64), one, 0, 0.1, 8, softcap, sinks_N), (3, 8, 64), BF16)
 
 
-# --- what a step sums
-# -----------------------------------------------------------------------------------------------------------
+# --- what a step sums -------------------------------------------------------------------------------------------------
 
 
 def test_totals_hold_pythons_numbers_on_the_host():

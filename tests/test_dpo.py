@@ -185,8 +185,7 @@ def test_export_keeps_the_inputs_dtype_and_a_sampling_config(runs, embedded_dir,
     )
 
 
-# --- the default, and real input
-# -----------------------------------------------------------------------------------------------
+# --- the default, and real input --------------------------------------------------------------------------------------
 
 
 def test_no_argument_at_all(tmp_path):

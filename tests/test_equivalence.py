@@ -1,4 +1,6 @@
-"""One baseline for each stage, one change at a time, through the real `train`; then kills and resumptions, to the bit."""
+"""One baseline for each stage, one change at a time, through the real `train`; then kills and resumptions, to the
+bit.
+"""
 
 from __future__ import annotations
 
@@ -218,8 +220,7 @@ def _float64_gradients(runs: Runs) -> dict[str, torch.Tensor]:
     return {name: p.grad for name, p in lm.named_parameters()}
 
 
-# --- resume
-# -------------------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -104,8 +104,7 @@ def adapters_of(directory, **options):
     return Adapters(rank=4, alpha=8.0, rslora=False, modules=names, seed=1, **options)
 
 
-# --- recomputation
-# --------------------------------------------------------------------------------------------------------------
+# --- recomputation ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("frozen", ["trained", "lora", pytest.param("nf4", marks=needs.bitsandbytes)])
@@ -172,8 +171,7 @@ def test_products_of_few_terms_and_dequantisation_run_again(wide, here):
     assert calls["selective"]["aten::mm"] < calls["full"]["aten::mm"]
 
 
-# --- offloading
-# -----------------------------------------------------------------------------------------------------------------
+# --- offloading -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -243,8 +241,7 @@ def test_a_graph_that_is_kept_comes_back_twice(loads):
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], once) and once.abs().sum() > 0
 
 
-# --- compile
-# --------------------------------------------------------------------------------------------------------------------
+# --- compile ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -307,8 +304,7 @@ def test_without_a_compiler_nothing_is_loaded(embedded_dir, tmp_path):
     assert "Traceback" not in result.output and "policy:" not in result.output and not (tmp_path / "run").exists()
 
 
-# --- which synchronisation fits
-# -------------------------------------------------------------------------------------------------
+# --- which synchronisation fits ---------------------------------------------------------------------------------------
 
 
 RANKS = SimpleNamespace(size=4, device=CPU, gather=lambda x: [x, 2 * x])

@@ -55,7 +55,9 @@ def test_values_against_scalar_loops(shape, transform, dtype):
 @pytest.mark.parametrize("transform", TRANSFORMS)
 @pytest.mark.parametrize("chunk_rows", [1, 3, 64])
 def test_gradients_against_autograd_in_float64(transform, chunk_rows):
-    """dL/dh and dL/dW of a loss in log-probs and entropies, through the formula written out under autograd in float64."""
+    """dL/dh and dL/dW of a loss in log-probs and entropies, through the formula written out under autograd in
+    float64.
+    """
     h, w, targets = case(7, 5, 11, torch.float64)
     coef = torch.linspace(-1, 2, 7, dtype=torch.float64)
 
@@ -90,7 +92,7 @@ def test_linear_loss_equals_the_naive_loss(chunk_rows, transform):
     """Also where a group (6 rows) is longer than a chunk, and so goes in two passes."""
     h, w, targets = case(12, 5, 11, torch.float64)
     cuts = [0, 3, 4, 10, 12]
-    ours = linear_loss(h, w, targets, pair_loss, cuts, transform, chunk_rows)
+    ours = linear_loss(h, w, targets, pair_loss, cuts, transform, chunk_rows=chunk_rows)
     naive = naive_loss(h, w, targets, pair_loss, cuts, transform)
     torch.testing.assert_close(ours, naive, rtol=1e-13, atol=0)
     for a, b in zip(torch.autograd.grad(3 * ours, (h, w)), torch.autograd.grad(3 * naive, (h, w)), strict=True):

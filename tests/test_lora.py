@@ -34,8 +34,7 @@ def here():
     return world.start()
 
 
-# --- the layer
-# ------------------------------------------------------------------------------------------------------------------
+# --- the layer --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("rslora", [False, True])
@@ -93,8 +92,7 @@ def test_adapters_start_at_the_model_and_depend_on_seed_and_name_alone(here, tmp
     assert policy.num_parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(source).parameters())
 
 
-# --- PEFT's format
-# --------------------------------------------------------------------------------------------------------------
+# --- PEFT's format ----------------------------------------------------------------------------------------------------
 
 
 def peft_adapter(source, directory, **options):
@@ -156,8 +154,7 @@ def test_an_adapter_of_pefts_gives_pefts_numbers_and_comes_back(name, here, tmp_
         assert torch.equal(again(torch.as_tensor(ids[:-1])[None]).logits[0].float(), logits)
 
 
-# --- through the real train
-# -----------------------------------------------------------------------------------------------------
+# --- through the real train -------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -463,8 +460,7 @@ def test_hand_over_gathers_what_export_writes(here, tmp_path, embedded_dir):
     assert all(isinstance(read(), DTensor) for _, read in lora.dense(policy.lm).values())
 
 
-# --- what a user can get wrong
-# ---------------------------------------------------------------------------------------------------
+# --- what a user can get wrong ----------------------------------------------------------------------------------------
 
 
 def refusal(runs: Runs, n: int, **changes) -> str:

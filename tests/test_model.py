@@ -16,7 +16,7 @@ from engine import world
 from engine.data.batch import micro_batch
 from engine.data.packing import Packing
 from engine.errors import UserError
-from engine.model import attention, build, export, layers, weights
+from engine.model import attention, attention_backends, build, export, layers, weights
 from engine.model import policy as policies
 from losses.logprobs import LogitTransform
 from tests.families import FAMILIES, load, save_family
@@ -183,8 +183,7 @@ def test_gradient_sync_gathers_and_reduces_as_often_as_it_says_to_the_same_sum(f
         torch.testing.assert_close(every, last, rtol=1e-5, atol=1e-6)
 
 
-# --- refusals
-# -----------------------------------------------------------------------------------------------------------------
+# --- refusals ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):
@@ -198,10 +197,10 @@ def test_a_state_space_model_is_refused_by_name(embedded_dir, here, tmp_path):
 def test_a_decoder_that_leaks_across_sequences_is_refused(dtype, family_dirs, here, monkeypatch):
     """The probe itself: attention that forgets the boundaries must be caught."""
     one = lambda packing: Packing.of([sum(packing.lengths)], CPU)
-    whole = lambda q, k, v, packing, **options: attention._eager(q, k, v, one(packing), **options)
-    monkeypatch.setattr(attention, "_sdpa", whole)
+    whole = lambda q, k, v, packing, **options: attention_backends.eager(q, k, v, one(packing), **options)
+    monkeypatch.setitem(attention.ADDED, "leaking", lambda: whole)
     with pytest.raises(UserError, match="LlamaForCausalLM cannot be packed: log-probs of packed sequences differ"):
-        load(family_dirs["llama"], here, dtype=dtype)
+        load(family_dirs["llama"], here, dtype=dtype, backend="leaking")
 
 
 def test_a_logit_scale_that_is_not_known_is_refused(family_dirs, here, monkeypatch):

@@ -110,8 +110,7 @@ def test_rows_that_are_not_whole_blocks_stay_dense():
         nf4.shapes(4, 72, False)
 
 
-# --- two ranks, through the real train
-# ----------------------------------------------------------------------------------------
+# --- two ranks, through the real train --------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -185,8 +184,7 @@ def test_two_ranks_hold_half_each_and_compute_the_same(size, double, dtype, requ
     ].norm() > 0
 
 
-# --- small: kills, resumption, export
-# -------------------------------------------------------------------------------------------
+# --- small: kills, resumption, export ---------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

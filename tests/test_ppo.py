@@ -42,8 +42,7 @@ def timeless(output_dir: Path) -> list[dict]:
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in trajectory(output_dir)]
 
 
-# --- it learns
-# ------------------------------------------------------------------------------------------------------------------
+# --- it learns --------------------------------------------------------------------------------------------------------
 
 
 SEEDS = (1, 2, 3)
@@ -72,8 +71,7 @@ def test_the_value_model_learns(learnt):
     assert found[:, 8:].mean() > found[:, :8].mean() + 0.015 and (found[:, 0] == 0).all()
 
 
-# --- layouts
-# ---------------------------------------------------------------------------------------------------------------------
+# --- layouts ----------------------------------------------------------------------------------------------------------
 
 CHANGES = {
     "two_ranks": (2, {}),
@@ -140,8 +138,7 @@ def test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_t
         experience_of(rollouts, [error] * 3 + [ok] * 197, config)
 
 
-# --- resume
-# ----------------------------------------------------------------------------------------------------------------------
+# --- resume -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_killed_run_ends_in_the_same_bits(runs):
@@ -165,8 +162,7 @@ def test_what_is_exported_loads(baseline):
     assert policy.generation_config.eos_token_id
 
 
-# --- variants and real input
-# --------------------------------------------------------------------------------------------------------
+# --- variants and real input ------------------------------------------------------------------------------------------
 
 
 def test_the_originals_settings(runs):
@@ -243,8 +239,7 @@ def real_prompts(shared_data: Path, tmp_path: Path, source: Path) -> None:
     )
 
 
-# --- bad input
-# --------------------------------------------------------------------------------------------------------------------
+# --- bad input --------------------------------------------------------------------------------------------------------
 
 
 def problem(**changes) -> str:

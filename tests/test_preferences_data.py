@@ -208,8 +208,7 @@ def test_any_row_is_a_pair_or_a_bad_row(row):
     assert chosen[0] == rejected[0] or row["prompt"] is not None
 
 
-# --- pairs of tokens
-# ----------------------------------------------------------------------------------------------------------
+# --- pairs of tokens --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -75,8 +75,7 @@ def same(a: Rollout, b: Rollout) -> bool:
     )
 
 
-# --- against transformers and the trainer
-# ---------------------------------------------------------------------------------------
+# --- against transformers and the trainer -----------------------------------------------------------------------------
 
 
 def generated(lm, stops: set[int]) -> list[list[int]]:
@@ -256,8 +255,7 @@ def test_load_hands_over_new_weights_at_the_same_addresses(families, here, tmp_p
         np.testing.assert_allclose(r.logprobs_t1, expected, atol=1e-5)
 
 
-# --- the same text whatever the layout
-# --------------------------------------------------------------------------------------------
+# --- the same text whatever the layout --------------------------------------------------------------------------------
 
 
 def test_text_does_not_depend_on_slots_or_order(families, here):
@@ -295,7 +293,9 @@ def test_a_slot_that_is_taken_is_no_source_of_its_old_prompt(families, here):
 
 
 def test_text_does_not_depend_on_the_world_size(tmp_path, embedded_dir):
-    """Two ranks that share the requests, from shards of tensors that do not divide evenly (511 rows), against one rank."""
+    """Two ranks that share the requests, from shards of tensors that do not divide evenly (511 rows), against one
+    rank.
+    """
     directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0], vocab_size=511, intermediate_size=57)
     for count in (1, 2):
         argv = ["--directory", directory, "--output", tmp_path / f"{count}.json"]
@@ -338,8 +338,7 @@ def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch)
         assert cache.shape == (3, 2, 64, 8)
 
 
-# --- stops and errors
-# -------------------------------------------------------------------------------------------------------------
+# --- stops and errors -------------------------------------------------------------------------------------------------
 
 
 def test_stop_strings_end_with_the_token_that_completes_them(families, here):

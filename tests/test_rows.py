@@ -171,8 +171,7 @@ def test_lines_longer_than_the_limit(tmp_path, monkeypatch):
     assert read(path) == [f"{path}:1: ok"]
 
 
-# --- other containers
-# ---------------------------------------------------------------------------------------------------------
+# --- other containers -------------------------------------------------------------------------------------------------
 
 
 def test_json_is_a_list_or_lines(tmp_path):
@@ -334,8 +333,7 @@ def test_the_fingerprint_is_of_the_rows(tmp_path):
     assert open_source(str(tmp_path / "d"), "train", None).fingerprint != before
 
 
-# --- properties
-# ---------------------------------------------------------------------------------------------------------------
+# --- properties -------------------------------------------------------------------------------------------------------
 
 json_values = st.recursive(
     st.none()

@@ -57,8 +57,8 @@ def build(root: Path, path: Path, encode=None, determinants=None, on_bad_row="sk
         open_source(str(path), "train", None),
         encode or Encoder(),
         determinants or {"length": 9},
-        2,
-        on_bad_row,
+        per_example=2,
+        on_bad_row=on_bad_row,
     )
 
 
@@ -74,8 +74,7 @@ def path(tmp_path) -> Path:
     return write(tmp_path / "x.jsonl", ROWS)
 
 
-# --- built once, of these rows
-# ------------------------------------------------------------------------------------------------
+# --- built once, of these rows ----------------------------------------------------------------------------------------
 
 
 def test_what_was_encoded_is_what_is_read(tmp_path, path):
@@ -117,7 +116,9 @@ def test_whatever_determines_it_makes_another(change, tmp_path, path, monkeypatc
     else:
         determinants = {"length": 10} if change == "length" else {"length": 9, "template": "x"}
     encode = Encoder()
-    open_or_build(tmp_path / "store", open_source(str(path), "train", None), encode, determinants, per_example, "skip")
+    open_or_build(
+        tmp_path / "store", open_source(str(path), "train", None), encode, determinants, per_example=per_example
+    )
     assert encode.calls == (4 if change == "one more" else 3)
     assert len([d for d in (tmp_path / "store").iterdir() if d.is_dir()]) == 2
 
@@ -131,8 +132,7 @@ def test_an_empty_dataset(tmp_path, path):
     assert len(build(tmp_path, path)) == 0
 
 
-# --- whole or not at all
-# ------------------------------------------------------------------------------------------------------
+# --- whole or not at all ----------------------------------------------------------------------------------------------
 
 
 def in_child(work) -> int:
@@ -275,8 +275,7 @@ def test_every_flipped_bit_is_noticed(name, tmp_path, path):
     assert contents(TokenStore(directory)) == WANT
 
 
-# --- bad and dropped rows
-# -----------------------------------------------------------------------------------------------------
+# --- bad and dropped rows ---------------------------------------------------------------------------------------------
 
 
 def test_rows_are_counted_and_listed(tmp_path, path, monkeypatch):
@@ -325,8 +324,7 @@ def test_why_nothing_is_left(rows, expected, tmp_path, path):
     assert data._why_empty([tokens], MixtureFlags()) == expected.format(path=path)
 
 
-# --- mixtures
-# -----------------------------------------------------------------------------------------------------------------
+# --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
 @settings(deadline=None, max_examples=100)
@@ -395,8 +393,7 @@ def test_names_of_a_mixture(values, expected):
         assert data.mixture(MixtureFlags(**values)) == expected
 
 
-# --- which examples, in which order
-# -------------------------------------------------------------------------------------------
+# --- which examples, in which order -----------------------------------------------------------------------------------
 
 
 def philox(key: int, n: int) -> list[int]:
@@ -462,8 +459,7 @@ def test_epochs_and_seeds_differ():
     assert len(orders) == 6
 
 
-# --- workers
-# --------------------------------------------------------------------------------------------------------------------
+# --- workers ----------------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)

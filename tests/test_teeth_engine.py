@@ -33,7 +33,7 @@ def here():
     return world.start()
 
 
-# --- NF4 ------------------------------------------------------------------------------------------------------------
+# --- NF4 --------------------------------------------------------------------------------------------------------------
 
 
 def weights_in_float64(layer: AdaptedLinear) -> torch.Tensor:
@@ -113,7 +113,7 @@ def test_the_export_of_two_ranks_is_merged_with_the_groups_of_each_row(tmp_path,
     assert len(groups) == 7 and max(groups) == 3
 
 
-# --- the reference cache --------------------------------------------------------------------------------------------
+# --- the reference cache ----------------------------------------------------------------------------------------------
 
 
 def test_compiled_layers_have_reference_numbers_of_their_own():
@@ -139,7 +139,7 @@ def test_a_cached_sum_of_another_number_of_tokens_is_not_found(tmp_path):
     np.testing.assert_array_equal(found, np.array([[-1, np.nan], [np.nan, -4]], np.float32))
 
 
-# --- rows -----------------------------------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 def every_seventh_and_every_tenth(row: dict):
@@ -159,7 +159,7 @@ def every_seventh_and_every_tenth(row: dict):
 def test_rows_dropped_anywhere_are_counted_by_reason(tmp_path):
     """Over several chunks, the first and the last among them: what is kept, dropped and bad adds up to all rows."""
     source = Source("x", "1", lambda: ((f":{n}", {"n": n}) for n in range(1000)))
-    store = open_or_build(tmp_path, source, every_seventh_and_every_tenth, {}, 1, "skip")
+    store = open_or_build(tmp_path, source, every_seventh_and_every_tenth, {})
     too_long = sum(n % 7 == 0 for n in range(1000))
     too_short = sum(n % 10 == 0 and n % 7 > 0 and n != 500 for n in range(1000))
     assert store.header["dropped"] == {"too long": too_long, "too short": too_short}
@@ -169,7 +169,7 @@ def test_rows_dropped_anywhere_are_counted_by_reason(tmp_path):
     assert next(summary([store])) == line
 
 
-# --- throughput -----------------------------------------------------------------------------------------------------
+# --- throughput -------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_model_flops_are_those_of_forward_and_backward(adapted, llama, here):
     assert throughput.Throughput(here, policy, torch.float32).flops(micro_batch([], (), here.device)) == 0
 
 
-# --- dropout --------------------------------------------------------------------------------------------------------
+# --- dropout ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_models_dropout_is_off_in_training(here, tmp_path, embedded_dir):

@@ -51,7 +51,7 @@ def preference_step(
     return loss.item(), logprobs.grad[first].view(-1, 2), sums
 
 
-# --- the reported rewards -------------------------------------------------------------------------------------------
+# --- the reported rewards ---------------------------------------------------------------------------------------------
 
 REWARDS = {  # of (policy's sum, reference's sum, tokens)
     "dpo": lambda beta, policy, reference, n: beta * (policy - reference),
@@ -80,7 +80,7 @@ def test_simpos_margin_is_in_its_loss_and_in_no_reward(ratio):
         assert (chosen[i].item(), rejected[i].item()) == pytest.approx((2.0 * cw / nw, 2.0 * cl / nl), rel=1e-12)
 
 
-# --- launch.dpo's step ----------------------------------------------------------------------------------------------
+# --- launch.dpo's step ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("loss_type", ["dpo_norm", "simpo"])
@@ -137,7 +137,7 @@ def test_the_two_accuracies_are_of_two_numbers():
     assert metrics["logps/accuracies"] == pytest.approx(1 / 3) and metrics["rewards/accuracies"] == pytest.approx(2 / 3)
 
 
-# --- the head -------------------------------------------------------------------------------------------------------
+# --- the head ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])

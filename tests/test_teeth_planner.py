@@ -66,7 +66,7 @@ def planned(
     return plans.Plan(stage, flags(stage, **named), device, 1, Work((100,), (100,), micro_batches, units), seen)
 
 
-# --- memory ---------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reserved", [0, GIB, 3 * GIB])
@@ -96,7 +96,7 @@ def test_an_estimate_counts_what_is_reserved(monkeypatch):
     assert needed == 100 + 10 * 60 + 1000 and time == pytest.approx(12 / 2)
 
 
-# --- disk -----------------------------------------------------------------------------------------------------------
+# --- disk -------------------------------------------------------------------------------------------------------------
 
 BYTES = {  # of a trained number: its master and both of its moments
     ("float32", "adamw"): 4 + 4 + 4,
@@ -127,7 +127,7 @@ def test_only_what_is_trained_is_in_a_checkpoint_and_everything_in_the_export():
     assert planned(parameters=1000, export_dtype="float32").disk["final/"] == 4 * 1000
 
 
-# --- time -----------------------------------------------------------------------------------------------------------
+# --- time -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("n", [1, 2, 7])
@@ -155,7 +155,7 @@ def test_responses_beyond_the_slots_are_decoded_in_further_waves(units, slots, w
     )
 
 
-# --- a rank's work --------------------------------------------------------------------------------------------------
+# --- a rank's work ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])

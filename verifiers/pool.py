@@ -125,9 +125,10 @@ class Pool:
     def _collect(self, done: dict[int, Verdict], again: deque[Job]) -> None:
         """Wait for answers; put them into `done`, and the rows of a dead worker but its first into `again`."""
         busy = {worker.pipe: worker for worker in self._workers if worker.waiting}
-        ready = wait(list(busy), timeout=1.0)
-        for pipe in ready:
-            busy[pipe].receive(done)
+        ready = set(wait(list(busy), timeout=1.0))
+        for pipe, worker in busy.items():
+            if pipe in ready:
+                worker.receive(done)
         for i, worker in enumerate(self._workers):
             if worker.waiting and (worker.dead or time.monotonic() - worker.heard > self.silence):
                 lost = list(worker.waiting.items())

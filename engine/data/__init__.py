@@ -10,14 +10,14 @@ from engine.data.store import Examples
 
 __all__ = [
     "ChatTokenizer",
-    "embedded",
-    "prompts_of",
     "Examples",
     "MicroBatch",
     "Prompt",
     "Steps",
+    "embedded",
     "fingerprint_of",
     "permutation",
+    "prompts_of",
     "read_conversations",
     "read_pairs",
     "read_prompts",

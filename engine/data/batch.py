@@ -123,7 +123,9 @@ def micro_batch(
 
 
 class Batchable(Protocol):
-    """What micro-batches are made of: numbered examples of one or more sequences, `engine.data.store.Examples` or rollouts."""
+    """What micro-batches are made of: numbered examples of one or more sequences, `engine.data.store.Examples` or
+    rollouts.
+    """
 
     @property
     def tokens(self) -> np.ndarray:
@@ -142,7 +144,7 @@ class MicroBatches:
         """`ahead` (default: on CUDA): build on a thread. Where the device is the host, that would take its cores."""
         self.examples, self.budget, self.world = examples, budget, world
         cuda = world.device.type == "cuda"
-        ready = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if cuda else {}
+        ready: dict[str, Any] = {"initializer": torch.cuda.set_device, "initargs": (world.device,)} if cuda else {}
         self._thread = ThreadPoolExecutor(1, "micro-batches", **ready) if (cuda if ahead is None else ahead) else None
         self._begun: tuple[bytes, Callable[[], Any]] | None = None
 

@@ -44,7 +44,9 @@ FIXED_DATE = (
 
 @dataclass(frozen=True, eq=False)
 class ChatTokenizer:
-    """A tokenizer with a chat template whose end-of-turn token is known. `template_origin` says whose template it is."""
+    """A tokenizer with a chat template whose end-of-turn token is known. `template_origin` says whose template it
+    is.
+    """
 
     tokenizer: Any
     template: str
@@ -107,7 +109,9 @@ class ChatTokenizer:
     def encode(
         self, messages: list[dict[str, str]], max_length: int, last_turn_only: bool
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(ids int32, mask bool), cut to `max_length` tokens; mask is True where the token is trained. Raises BadRow."""
+        """(ids int32, mask bool), cut to `max_length` tokens; mask is True where the token is trained. Raises
+        BadRow.
+        """
         whole, spans = self.spans(messages)
         counted = (
             spans[-1:] if last_turn_only and messages[-1]["role"] == "assistant" else [] if last_turn_only else spans
@@ -188,7 +192,7 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
             )
         tokenizer.chat_template, origin = TULU_TEMPLATE, "Tülu's, since the tokenizer has none"
     end_of_turn = _end_of_turn(tokenizer, directory)
-    end_of_turn_id = tokenizer.convert_tokens_to_ids(end_of_turn)
+    end_of_turn_id: Any = tokenizer.convert_tokens_to_ids(end_of_turn)
     if end_of_turn_id >= vocab_size:
         raise UserError(
             f"{directory}: the end-of-turn token {end_of_turn!r} has id {end_of_turn_id}, beyond the model's"
@@ -208,7 +212,9 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
 
 
 def _end_of_turn(tokenizer: Any, directory: Path) -> str:
-    """The first special token after an assistant's content. A probe conversation also shows templates that drop a role."""
+    """The first special token after an assistant's content. A probe conversation also shows templates that drop a
+    role.
+    """
     question, answer = "What is one and one?", "It is two."
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     try:

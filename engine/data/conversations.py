@@ -100,10 +100,8 @@ class ConversationEncoder:
     def __call__(self, row: dict) -> Encoded | str:
         form = form_of(row)
         if form != self.form:
-            raise BadRow(
-                f"columns: the file begins with {', '.join(FORMS.get(self.form, ('nothing usable',)))}, this row has"
-                f" {', '.join(FORMS[form])}"
-            )
+            first = ", ".join(FORMS[self.form]) if self.form else "nothing usable"
+            raise BadRow(f"columns: the file begins with {first}, this row has {', '.join(FORMS[form])}")
         ids, mask = self.chat.encode(conversation(row, form), self.max_length, last_turn_only=False)
         if not mask[1:].any():
             return f"no trained token within {self.max_length} tokens"

@@ -74,8 +74,8 @@ def embedded(root: Path) -> Embedded:
     def build(partial: Path) -> None:
         pairs = list(_pairs(TRAIN_PAIRS + HELD_OUT_PAIRS))
         for kind, rows in (("pairs", pairs), ("conversations", list(_conversations(pairs)))):
-            held_out = len(rows) * HELD_OUT_PAIRS // len(pairs)
-            for split, part in (("train", rows[:-held_out]), ("held_out", rows[-held_out:])):
+            aside = len(rows) * HELD_OUT_PAIRS // len(pairs)
+            for split, part in (("train", rows[:-aside]), ("held_out", rows[-aside:])):
                 (partial / f"{split}_{kind}.jsonl").write_text(
                     "".join(json.dumps(row) + "\n" for row in part), encoding="utf-8"
                 )
@@ -100,7 +100,9 @@ def embedded(root: Path) -> Embedded:
 
 
 def _conversations(pairs: list[dict]) -> Iterator[dict]:
-    """Courteous conversations in the columns of the Tülu 3 SFT mixture: of one turn or two, some with a system message."""
+    """Courteous conversations in the columns of the Tülu 3 SFT mixture: of one turn or two, some with a system
+    message.
+    """
     generator = np.random.Generator(np.random.Philox(key=VERSION + 1))
     turns = iter(pairs)
     for i, pair in enumerate(turns):
@@ -114,7 +116,8 @@ def _conversations(pairs: list[dict]) -> Iterator[dict]:
 def _pairs(count: int) -> Iterator[dict]:
     """Rows in the columns of the Tülu 3 preference mixtures, no (name, thing, number) twice."""
     generator = np.random.Generator(np.random.Philox(key=VERSION))
-    things, seen = list(THINGS), set()
+    things = list(THINGS)
+    seen: set[tuple[str, str, int]] = set()
     while len(seen) < count:
         name, thing, n = (
             NAMES[generator.integers(len(NAMES))],

@@ -45,10 +45,8 @@ def load_examples(
     def build() -> list:
         opened = [open_source(name, split, flags.dataset_revision) for name, _ in names]
         workers = flags.dataset_num_proc or available_cores()
-        return [
-            open_or_build(root, source, encoder_of(source), determinants, per_example, flags.on_bad_row, workers)
-            for source in opened
-        ]
+        how: dict[str, Any] = {"per_example": per_example, "on_bad_row": flags.on_bad_row, "workers": workers}
+        return [open_or_build(root, source, encoder_of(source), determinants, **how) for source in opened]
 
     stores = world.once(f"tokens/{split}/{names}", build)
     world.say(*summary(stores))
@@ -97,7 +95,7 @@ def _both_splits(
 
 
 def prompts_of(
-    name: str, split: str, flags: DataFlags, chat: ChatTokenizer, longest: int, check: Check, world: World
+    name: str, split: str, flags: DataFlags, chat: ChatTokenizer, world: World, *, longest: int, check: Check
 ) -> list[Prompt]:
     """The prompts of one dataset of at most `longest` tokens; says what was kept, dropped and bad. Raises UserError.
 
@@ -112,10 +110,12 @@ def prompts_of(
 def read_prompts(
     flags: MixtureFlags, chat: ChatTokenizer, longest: int, check: Check, world: World
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(training prompts, held-out prompts), of a mixture as `prompts_of` gives those of one dataset. Raises UserError."""
+    """(training prompts, held-out prompts), of a mixture as `prompts_of` gives those of one dataset. Raises
+    UserError.
+    """
 
     def load(name: str, amount: str, split: str) -> list[Prompt]:
-        found = prompts_of(name, split, flags, chat, longest, check, world)
+        found = prompts_of(name, split, flags, chat, world, longest=longest, check=check)
         return [found[i] for i in mixture_index(len(found), amount, flags.seed, name)] if amount else found
 
     prompts = [prompt for name, amount in mixture(flags) for prompt in load(name, amount, flags.dataset_split)]

@@ -148,8 +148,9 @@ def open_or_build(
     source: Source,
     encode: Encoder,
     determinants: dict[str, Any],
-    per_example: int,
-    on_bad_row: str,
+    *,
+    per_example: int = 1,
+    on_bad_row: str = "skip",
     workers: int = 1,
 ) -> TokenStore:
     """The store of `source` under `root`, built if it is not there. Raises UserError.
@@ -197,5 +198,4 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
             yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
 
 
-# --- which examples, in which order
-# -------------------------------------------------------------------------------------------
+# --- which examples, in which order -----------------------------------------------------------------------------------

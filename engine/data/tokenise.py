@@ -115,6 +115,7 @@ def _start_worker(encode: Encoder) -> None:
 
 
 def _work(rows: Rows) -> Chunk:
+    assert _encode is not None, "_start_worker has set it"
     return encode_rows(_encode, rows)
 
 

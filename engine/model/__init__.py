@@ -1,7 +1,7 @@
 """Decoders of transformers, packed, sharded, adapted, loaded and exported. Start reading at open.py and policy.py."""
 
 from engine.model.open import Base, check_value_model, load_policy, load_untrained, load_value_model, open_model
-from engine.model.policy import Policy, ValueModel
+from engine.model.policy import Policy, ValueModel, release
 
 __all__ = [
     "Base",
@@ -12,4 +12,5 @@ __all__ = [
     "load_untrained",
     "load_value_model",
     "open_model",
+    "release",
 ]

@@ -7,6 +7,7 @@ import logging
 import sys
 from functools import lru_cache
 from types import ModuleType
+from typing import Any
 
 
 def installed() -> bool:
@@ -23,7 +24,8 @@ def bitsandbytes() -> ModuleType:
     """
     missing = object()
     hidden = sys.modules.get("kernels", missing)
-    sys.modules["kernels"] = None  # type: ignore[assignment] - the import system's own way to say: not here
+    modules: dict[str, Any] = sys.modules
+    modules["kernels"] = None  # the import system's own way to say: not here
     logger = logging.getLogger("bitsandbytes")
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would warn that the kernel is missing
@@ -35,5 +37,5 @@ def bitsandbytes() -> ModuleType:
         if hidden is missing:
             del sys.modules["kernels"]
         else:
-            sys.modules["kernels"] = hidden  # type: ignore[assignment]
+            modules["kernels"] = hidden
     return package

@@ -27,7 +27,9 @@ MIXING = {"full_attention", "sliding_attention"}  # layer types that mix tokens 
 
 @dataclass(frozen=True)
 class How:
-    """How a root is held and computed: compute dtype, attention backend, head, dtype of the masters, and what is adapted."""
+    """How a root is held and computed: compute dtype, attention backend, head, dtype of the masters, and what is
+    adapted.
+    """
 
     dtype: torch.dtype
     backend: str
@@ -64,9 +66,9 @@ def load_config(directory: Path) -> Any:
 def build_policy(config: Any, world: World, how: How) -> Policy:
     """The sharded policy on the world's device, with room for its weights and none read. Raises UserError.
 
-    Masters in shards of 1 / world size, gradients reduced in fp32 as plain sums (FSDP's averaging is off: the launch file
-    owns the denominator). With adapters, only these are trained and the model itself is held in the compute dtype or in 4
-    bits.
+    Masters in shards of 1 / world size, gradients reduced in fp32 as plain sums (FSDP's averaging is off: the launch
+    file owns the denominator). With adapters, only these are trained and the model itself is held in the compute dtype
+    or in 4 bits.
     """
     return _cut(Policy(_on_meta(AutoModelForCausalLM, config, how), how.head), world, how)
 
@@ -74,8 +76,8 @@ def build_policy(config: Any, world: World, how: How) -> Policy:
 def load_policy(directory: Path, config: Any, world: World, how: How) -> Policy:
     """`build_policy` with the checkpoint's weights, the adapters new or from the directory `how.start`. Collective.
 
-    Its `identity` names its numbers: the weights' fingerprint, the form of 4 bits, the adapter's digest. No rank ever holds
-    the whole model. Raises UserError.
+    Its `identity` names its numbers: the weights' fingerprint, the form of 4 bits, the adapter's digest. No rank ever
+    holds the whole model. Raises UserError.
     """
     policy = build_policy(config, world, how)
     _fill(policy, directory, world, how)
@@ -128,11 +130,11 @@ def _cut(root: AnyRoot, world: World, how: How) -> AnyRoot:
         left = lora.adapt(lm, adapters, frozen=how.dtype, master=how.master)
         if left:
             world.say(
-                f"not in 4 bits: {len(left)} matrices whose rows are not whole blocks of 64, or that are stacked, the first"
-                f" {left[0]}"
+                f"not in 4 bits: {len(left)} matrices whose rows are not whole blocks of 64, or that are stacked, the"
+                f" first {left[0]}"
             )
-    # adapters cast themselves and the frozen weights are in the compute dtype already: FSDP gathers each tensor as it is
-    # held
+    # adapters cast themselves and the frozen weights are in the compute dtype already: FSDP gathers each tensor as it
+    # is held
     root.gathered_dtype = None if adapters else how.dtype
     shard(root, lm.base_model.layers, world, root.gathered_dtype)
     root.to_empty(device=world.device)

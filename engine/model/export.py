@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import nn
 from transformers import GenerationConfig
 
 from engine.model.adapters import files, lora
@@ -38,11 +37,11 @@ def export(
 ) -> str:
     """Writes `final` in Hugging Face's format, in `dtype` or the input checkpoint's, adapters merged. Collective.
 
-    A policy's adapter goes to final/adapter as well; where it is wanted alone, it is `final` itself. `inside` are finished
-    directories to be moved into it, under new names. Returns what reads it.
+    A policy's adapter goes to final/adapter as well; where it is wanted alone, it is `final` itself. `inside` are
+    finished directories to be moved into it, under new names. Returns what reads it.
     """
     if isinstance(root, Policy) and root.adapters is not None:
-        facts = {"base_name": base.name, "revision": base.revision, "base_weights": root.base_weights}
+        facts: dict[str, Any] = {"base_name": base.name, "revision": base.revision, "base_weights": root.base_weights}
         forms = {"": "", "nf4": " held in NF4", "nf4-double": " held in NF4 with double quantisation"}
         if adapter_only:
             files.save(root.lm, root.adapters, final, world, inside=inside, **facts)
@@ -66,7 +65,7 @@ def export(
 
 @torch.no_grad()
 def save_model(
-    lm: nn.Module,
+    lm: Any,
     tokenizer: Any,
     source: Path,
     final: Path,
@@ -124,7 +123,7 @@ def _plan_files(sizes: list[tuple[str, int]]) -> list[list[str]]:
 
 
 def _save_configs(
-    lm: nn.Module, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_of_turn_id: int
+    lm: Any, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_of_turn_id: int
 ) -> None:
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.dtype = dtype

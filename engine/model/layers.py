@@ -1,9 +1,10 @@
 """What a decoder layer keeps for the backward pass, where that waits, and how the layer runs.
 
-    --gradient_checkpointing   of a layer is kept                                           and in the backward pass is run again
-      none                     all that autograd saves                                      nothing
-      selective                its input, the results of matrix products and of attention   norms, rotary embeddings, activations, dequantisation
-      full                     its input                                                    the layer
+    --gradient_checkpointing   of a layer is kept                          and is run again in the backward pass
+      none                     all that autograd saves                     nothing
+      selective                its input, the results of matrix products   norms, rotary embeddings, activations,
+                               and of attention                            dequantisation
+      full                     its input                                   the layer
     --activation_offload       what is kept waits in host memory (pinned, over a stream of its own)
     --compile                  one graph without breaks, for any number of tokens and sequences
 
@@ -75,8 +76,7 @@ def _what_to_keep(context: Any, op: Any, *args: Any, **kwargs: Any) -> Checkpoin
     return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-# --- torch.compile
-# ------------------------------------------------------------------------------------------------------------
+# --- torch.compile ----------------------------------------------------------------------------------------------------
 
 
 def compile_layers(root: Root) -> None:
@@ -103,18 +103,19 @@ def why_not_compile(device: torch.device) -> str:
     if device.type == "cuda":
         return "" if compiler("$CC", "gcc", "clang") else "there is no C compiler (gcc, clang or $CC)"
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch._inductor.cpp_builder import get_cpp_compiler as find
     except ImportError:  # another torch: by its documentation
-        get_cpp_compiler = partial(compiler, "$CXX", "g++")
+        find = partial(compiler, "$CXX", "g++")  # type: ignore[assignment]
     try:
-        found = get_cpp_compiler()
+        found: str | None = find()
     except RuntimeError:  # torch._inductor.exc.InvalidCxxCompiler
         found = None
     return "" if found else "there is no C++ compiler (g++ or $CXX)"
 
 
 def transform_layers(root: Root, memory: MemoryFlags, stream: CopyStream | None = None) -> None:
-    """--gradient_checkpointing, --compile, --activation_offload, from within: what is compiled includes the recomputation.
+    """--gradient_checkpointing, --compile, --activation_offload, from within: what is compiled includes the
+    recomputation.
 
     `stream` carries what is offloaded; None: one of the root's device.
     """

@@ -74,7 +74,8 @@ class CopyStream:
 
 
 class SavedTensors:
-    """What one layer saved in one forward pass, by number: on the host, and from its backward pass on again on the device.
+    """What one layer saved in one forward pass, by number: on the host, and from its backward pass on again on the
+    device.
 
     Autograd's hooks hold this and nothing in it holds them, so it is freed with the graph, without the collector.
     """
@@ -132,16 +133,17 @@ class SavedTensors:
         self.before = None
         self.uses[packed] -= 1
         x = self.device[packed]
+        assert x is not None, "fetched above"
         if self.uses[packed] == 0:
             self.device[packed] = None
         return x
 
     def fetch(self) -> None:
         """Begins to bring back what is not here."""
+        device = self.stream.device
         for i, host in enumerate(self.host):
             if self.device[i] is None and self.uses[i]:
-                self.device[i] = torch.empty_strided(
-                    host.shape, host.stride(), dtype=host.dtype, device=self.stream.device
-                )
-                self.stream.copy(self.device[i], host)
+                here = torch.empty_strided(host.shape, host.stride(), dtype=host.dtype, device=device)
+                self.stream.copy(here, host)
+                self.device[i] = here
         self.arrival = self.stream.mark()

@@ -60,8 +60,8 @@ def open_model(
 ) -> Base:
     """Opens configuration and tokenizer, picks dtype and attention backend. Raises UserError.
 
-    `adapters` says what is trained, `memory` how (None: nothing is; an adapter is taken as it is); `keep_initial`: the adapter
-    that training starts from stays beside the trained one, as the reference.
+    `adapters` says what is trained, `memory` how (None: nothing is; an adapter is taken as it is); `keep_initial`: the
+    adapter that training starts from stays beside the trained one, as the reference.
     """
     directory, revision = world.once("model", lambda: weights.resolve(flags.model_name_or_path, flags.model_revision))
     lm_config = build.load_config(directory)
@@ -72,12 +72,12 @@ def open_model(
     start = _directory_of_adapter(flags.adapter_name_or_path, world)
     if flags.load_in_4bit:
         require("bitsandbytes", "--load_in_4bit")
+    chosen = None
     if adapters is not None:
         chosen = choose.choose(adapters, lm_config, start, keep_initial)
-    else:
-        chosen = start and choose.of_directory(start, lm_config)
-        form = {"four_bit": flags.load_in_4bit, "double_quant": flags.double_quant}
-        chosen = chosen and replace(chosen, **form)
+    elif start is not None:
+        as_it_is = choose.of_directory(start, lm_config)
+        chosen = replace(as_it_is, four_bit=flags.load_in_4bit, double_quant=flags.double_quant)
     memory = memory or MemoryFlags()
     how = How(dtype, backend, memory.head, getattr(torch, memory.master_dtype), chosen, start)
     return Base(flags.model_name_or_path, directory, revision, lm_config, chat, how, why, memory)
@@ -107,15 +107,19 @@ def build_policy(base: Base, world: World, stream: CopyStream | None = None) -> 
     return policy
 
 
-def load_policy(base: Base, world: World, models: int = 1) -> Policy:
-    """The sharded policy with its weights; prints what was loaded. Collective. `models` like it are trained at once."""
+def load_policy(base: Base, world: World, models: int = 1, temperature: float = 1.0) -> Policy:
+    """The sharded policy with its weights; prints what was loaded. Collective.
+
+    `models` like it are trained at once; its log-probs are taken at `temperature`.
+    """
     policy = build.load_policy(base.directory, base.config, world, base.how)
+    policy.temperature = temperature
     transform_layers(policy, base.memory)
     policy.gradient_sync, why = gradient_sync(base, policy, world, models)
     world.say(
         f"policy: {policy.num_parameters:,} parameters, {policy.num_trained:,} trained,"
-        f" {policy.bytes_held / 2**20:,.0f} MiB held by each rank, weights {policy.identity}, two packed sequences equal each"
-        " alone",
+        f" {policy.bytes_held / 2**20:,.0f} MiB held by each rank, weights {policy.identity}, two packed sequences"
+        " equal each alone",
         f"gradient sync: {policy.gradient_sync} ({why})",
     )
     return policy
@@ -137,7 +141,9 @@ def gradient_sync(base: Base, policy: Policy, world: World, models: int = 1) -> 
 
 
 def value_how(base: Base, name: str | None) -> How:
-    """How the value model is held: as the policy, its adapters on its own layers. `name` is the flag's. Raises UserError."""
+    """How the value model is held: as the policy, its adapters on its own layers. `name` is the flag's. Raises
+    UserError.
+    """
     if base.adapters is None or name is None:
         return replace(base.how, adapters=base.adapters and replace(base.adapters, keep_initial=False))
     config = build.load_value_config(_directory_of_value_model(name), base.config.vocab_size)
@@ -152,7 +158,9 @@ def check_value_model(base: Base, name: str) -> None:
 
 
 def load_value_model(base: Base, world: World, name: str | None, like: Policy) -> ValueModel:
-    """The value model of the flag `name`, or one of the policy's body with a head of zeros; prints what was loaded. Collective."""
+    """The value model of the flag `name`, or one of the policy's body with a head of zeros; prints what was loaded.
+    Collective.
+    """
     directory = _directory_of_value_model(name) if name else base.directory
     value_model = build.load_value_model(directory, world, value_how(base, name), base.config.vocab_size)
     transform_layers(value_model, base.memory)

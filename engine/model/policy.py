@@ -14,7 +14,7 @@ T tokens of the stream · R rows that count · D hidden · V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -64,13 +64,16 @@ class Root(nn.Module):
         """
         if self.gradient_sync == "every":
             return
-        self.set_reshard_after_forward(False)
-        self.set_reshard_after_backward(last)
+        cut: Any = self  # fully_shard has made it an FSDPModule
+        cut.set_reshard_after_forward(False)
+        cut.set_reshard_after_backward(last)
         if self.gradient_sync == "last":
-            self.set_requires_gradient_sync(last)
+            cut.set_requires_gradient_sync(last)
 
     def release(self) -> None:
-        """Frees gathered weights after forwards without a backward, so that the next forward gathers the current ones."""
+        """Frees gathered weights after forwards without a backward, so that the next forward gathers the current
+        ones.
+        """
         for module in self.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -90,6 +93,20 @@ class Root(nn.Module):
         return lora.count(self.lm)[0]
 
 
+class Released(Protocol):
+    """What holds gathered weights after a forward pass without a backward pass."""
+
+    def release(self) -> None:
+        """Frees them."""
+
+
+def release(*roots: Released | None) -> None:
+    """Frees what these have gathered."""
+    for root in roots:
+        if root is not None:
+            root.release()
+
+
 class Policy(Root):
     """A causal language model whose forward ends in log-probs or in a loss, never in logits."""
 
@@ -100,7 +117,9 @@ class Policy(Root):
         self.temperature = 1.0  # at which log-probs are taken: in RLVR, the one at which responses are sampled
 
     def forward(self, batch: MicroBatch, verb: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        """What a verb below computes, inside FSDP's hooks: weights are gathered around it. Collective, also without work."""
+        """What a verb below computes, inside FSDP's hooks: weights are gathered around it. Collective, also without
+        work.
+        """
         return verb(batch, *arguments)
 
     def logprobs(self, batch: MicroBatch) -> Tensor:
@@ -126,10 +145,12 @@ class Policy(Root):
         return self(batch, self._argmax)
 
     def own_logits(self, batch: MicroBatch) -> Tensor:
-        """The model's own logits of all tokens, (T, V), by the library's unpacked path: what packing must agree with."""
+        """The model's own logits of all tokens, (T, V), by the library's unpacked path: what packing must agree
+        with.
+        """
         return self(batch, self._own_logits)
 
-    # --- inside forward ---------------------------------------------------------------------------------------------------
+    # --- inside forward -----------------------------------------------------------------------------------------------
 
     def _head(self, batch: MicroBatch) -> tuple[Tensor, Tensor, Tensor, LogitTransform]:
         """(hidden states of the counted positions, the head's weight, targets, what the family does to its logits)."""
@@ -140,7 +161,8 @@ class Policy(Root):
     def _logprobs(self, batch: MicroBatch) -> Tensor:
         hidden_RD, weight_VD, targets_R, transform = self._head(batch)
         logprobs = linear_logprobs if self.head == "fused" else naive_logprobs
-        return logprobs(hidden_RD, weight_VD, targets_R, transform=transform)
+        out_R: Any = logprobs(hidden_RD, weight_VD, targets_R, transform=transform)
+        return out_R
 
     def _loss(self, batch: MicroBatch, loss_of_logprobs: LossOfLogprobs, sequences_per_group: int | None) -> Tensor:
         hidden_RD, weight_VD, targets_R, transform = self._head(batch)
@@ -152,7 +174,8 @@ class Policy(Root):
 
     def _logprobs_and_entropy(self, batch: MicroBatch) -> Tensor:
         hidden_RD, weight_VD, targets_R, transform = self._head(batch)
-        return torch.stack(linear_logprobs(hidden_RD, weight_VD, targets_R, entropy=True, transform=transform))
+        both = linear_logprobs(hidden_RD, weight_VD, targets_R, entropy=True, transform=transform)
+        return torch.stack(list(both))
 
     def _argmax(self, batch: MicroBatch) -> Tensor:
         hidden_RD, weight_VD, _, _ = self._head(batch)
@@ -177,7 +200,9 @@ class ValueModel(Root):
 
 
 def _logit_transform(config: Any) -> LogitTransform:
-    """What the family does to its logits; the load-time probe refuses a family for which this is not the whole truth."""
+    """What the family does to its logits; the load-time probe refuses a family for which this is not the whole
+    truth.
+    """
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
         scale = 1.0 / config.logits_scaling

@@ -4,17 +4,19 @@ nothing.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 
-def local(p: Tensor) -> Tensor:
+def local(p: Any) -> Tensor:
     """This rank's shard; a whole tensor as it is."""
     return p.to_local() if isinstance(p, DTensor) else p
 
 
-def local_rows(p: Tensor) -> slice:
+def local_rows(p: Any) -> slice:
     """The rows of the whole tensor that this rank holds."""
     if not isinstance(p, DTensor):
         return slice(0, p.shape[0] if p.dim() else None)
@@ -25,7 +27,7 @@ def local_rows(p: Tensor) -> slice:
     return slice(start, stop)
 
 
-def whole(p: Tensor) -> Tensor:
+def whole(p: Any) -> Tensor:
     """All rows, on every rank. Collective."""
     if not isinstance(p, DTensor):
         return p
@@ -36,7 +38,7 @@ def whole(p: Tensor) -> Tensor:
     )  # gloo knows bytes, and no float of one
 
 
-def sharded_like(rows: Tensor, p: Tensor) -> Tensor:
+def sharded_like(rows: Tensor, p: Any) -> Any:
     """This rank's rows as the shard of a tensor that is cut as `p` is, with p's number of rows."""
     if not isinstance(p, DTensor):
         return rows

@@ -40,12 +40,12 @@ def choose_gradient_sync(
 
 
 def working_memory(flags: MemoryFlags, policy: Policy) -> int:
-    """About what a full micro-batch takes, in bytes: an upper estimate, since what it decides (`--gradient_sync auto`) must
-    not run out of memory.
+    """About what a full micro-batch takes, in bytes: an upper estimate, since what it decides (`--gradient_sync auto`)
+    must not run out of memory.
 
-    An eager layer keeps some 5.5 (D + F) numbers of a token (launch.plan, Llama 8B), 6 here; selective recomputation keeps
-    0.55 of that, full D numbers and one whole layer. The head takes its chunk of logits 3.5 times. D hidden, F intermediate
-    size.
+    An eager layer keeps some 5.5 (D + F) numbers of a token (launch.plan, Llama 8B), 6 here; selective recomputation
+    keeps 0.55 of that, full D numbers and one whole layer. The head takes its chunk of logits 3.5 times. D hidden, F
+    intermediate size.
     """
     shape = policy.lm.config
     hidden, inner = shape.hidden_size, getattr(shape, "intermediate_size", None) or 4 * shape.hidden_size

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
@@ -47,8 +47,7 @@ def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_o
     return Path(directory), Path(directory).name
 
 
-# --- in
-# -----------------------------------------------------------------------------------------------------------------------
+# --- in ---------------------------------------------------------------------------------------------------------------
 
 
 def files_by_name(directory: Path) -> dict[str, Path]:
@@ -77,8 +76,10 @@ def _open(path: Path):
         raise UserError(f"{path}: not a readable safetensors file ({error})") from None
 
 
-def initialise_buffers(lm: nn.Module, directory: Path) -> None:
-    """Fills buffers that no checkpoint holds (rotary frequencies, embedding scales), by the family's own initialiser."""
+def initialise_buffers(lm: Any, directory: Path) -> None:
+    """Fills buffers that no checkpoint holds (rotary frequencies, embedding scales), by the family's own
+    initialiser.
+    """
     for name, module in lm.named_modules():
         transient = [b for b in module._non_persistent_buffers_set if module._buffers[b] is not None]
         for b in transient:
@@ -92,7 +93,7 @@ def initialise_buffers(lm: nn.Module, directory: Path) -> None:
 
 
 @torch.no_grad()
-def stream(directory: Path, lm: nn.Module, world: World) -> int:
+def stream(directory: Path, lm: Any, world: World) -> int:
     """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice; 4-bit layers quantise theirs
     as it comes.
 
@@ -103,7 +104,7 @@ def stream(directory: Path, lm: nn.Module, world: World) -> int:
     instead, which holds the model in host memory once a rank.
     """
     files = files_by_name(directory)
-    own: dict[str, Tensor | lora.AdaptedLinear] = {}
+    own: dict[str, Any] = {}  # tensors, and 4-bit layers, which take their matrix
     for name, p in lm.named_parameters():
         layer = lm.get_submodule(name.rpartition(".")[0])
         four_bit = isinstance(layer, lora.AdaptedLinear) and layer.four_bit
@@ -144,7 +145,7 @@ def stream(directory: Path, lm: nn.Module, world: World) -> int:
     return int(world.sum(parts).item()) % 2**64
 
 
-def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple[str, Any]]:
+def _by_slices(files: dict[str, Path], own: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     by_file: dict[Path, list[str]] = {}
     for name in own:
         by_file.setdefault(files[name], []).append(name)
@@ -162,7 +163,7 @@ def _by_slices(files: dict[str, Path], own: dict[str, Tensor]) -> Iterator[tuple
 
 
 def _through_transformers(
-    directory: Path, lm: nn.Module, wanted: list[str], missing: list[str], unexpected: list[str]
+    directory: Path, lm: Any, wanted: list[str], missing: list[str], unexpected: list[str]
 ) -> Iterator[tuple[str, Any]]:
     config = type(lm.config).from_pretrained(directory)
     try:
@@ -189,7 +190,9 @@ def _through_transformers(
 
 
 def _mix(name: str, piece: Tensor, offset: int) -> int:
-    """sum over elements of a 64-bit hash of (name, index, bits in float32), modulo 2^64: the same for every sharding."""
+    """sum over elements of a 64-bit hash of (name, index, bits in float32), modulo 2^64: the same for every
+    sharding.
+    """
     salt = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
     flat = piece.reshape(-1)
     total = 0
@@ -204,5 +207,4 @@ def _mix(name: str, piece: Tensor, offset: int) -> int:
     return total % 2**64
 
 
-# --- out
-# ----------------------------------------------------------------------------------------------------------------------
+# --- out --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""The verbs of a run: steps, optimizers, checkpoints, references, what is said and measured. Start reading at stage.py."""
+"""The verbs of a run: steps, optimizers, checkpoints, references, what is said and measured. Start reading at
+stage.py.
+"""
 
 from engine.train.stage import Run
 from engine.train.throughput import Clock

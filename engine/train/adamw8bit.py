@@ -5,7 +5,7 @@
 in fp32, with m^ = m / (1 - b1^t), v^ = v / (1 - b2^t) and decay d. Between steps x = m or v is a byte c a number and an
 fp32 scale s a block:
 
-    x_i ~ s_b q_c(i)        s_b = max |x| in block b,   q: 256 fixed values in (-1, 1] (for v in [0, 1]), denser towards 0
+    x_i ~ s_b q_c(i)    s_b = max |x| in block b,   q: 256 fixed values in (-1, 1] (for v in [0, 1]), denser towards 0
 
 Blocks are counted from the first number of a shard, as a kernel sees it, so they depend on the number of ranks. A
 tensor whose full shard, ceil(rows / ranks) * columns, is under 4096 numbers keeps fp32 moments: it would gain nothing.
@@ -95,7 +95,7 @@ class AdamW8bit(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": 0.0})
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         """One update of every parameter with a gradient; the gradients stay."""
         kernels = bitsandbytes().functional
         for group in self.param_groups:

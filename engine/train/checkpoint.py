@@ -34,7 +34,9 @@ Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
 class Checkpoints:
-    """The checkpoints of one run. `identity` is what a checkpoint must share with the run to be resumed (model, data)."""
+    """The checkpoints of one run. `identity` is what a checkpoint must share with the run to be resumed (model,
+    data).
+    """
 
     def __init__(
         self,
@@ -58,8 +60,7 @@ class Checkpoints:
             for leftover in self.root.glob("tmp-*"):
                 shutil.rmtree(leftover)
 
-    # --- writing
-    # ------------------------------------------------------------------------------------------------------------
+    # --- writing ------------------------------------------------------------------------------------------------------
 
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way."""
@@ -139,8 +140,7 @@ class Checkpoints:
         if kind is None or issubclass(kind, UserError):
             self.wait()
 
-    # --- reading
-    # ------------------------------------------------------------------------------------------------------------
+    # --- reading ------------------------------------------------------------------------------------------------------
 
     def _named(self) -> list[Path]:
         """step-* directories, oldest first, by number."""
@@ -200,7 +200,7 @@ class Checkpoints:
                 )
         reader = HuggingFaceStorageReader(str(path))
         tensors = self._tensors(state["world_size"])
-        stored = reader.read_metadata().state_dict_metadata
+        stored: Any = reader.read_metadata().state_dict_metadata
         wrong = [n for n in stored.keys() ^ tensors.keys()] or [
             n for n, t in tensors.items() if stored[n].size != t.shape or stored[n].properties.dtype != t.dtype
         ]
@@ -212,10 +212,9 @@ class Checkpoints:
             read = {m: tensors.pop(key) for m in optim.MOMENTS if (key := f"{part}.{m}.{name}") in tensors}
             rounded += optim.adopt(optimizer, p, read, state["world_size"])
             optimizer.state[p]["step"].fill_(state["optimizer_steps"][part])
-        if (
-            self.world.is_main
-        ):  # what came after the resumed step belongs to another branch now: kept, but out of the way
-            for later in (p for p in self._named() if int(STEP.fullmatch(p.name).group(1)) > state["step"]):
+        if self.world.is_main:
+            # what came after the resumed step belongs to another branch now: kept, but out of the way
+            for later in (p for p in self._named() if int(p.name.removeprefix("step-")) > state["step"]):
                 shutil.rmtree(later.with_name(f"abandoned-{later.name}"), ignore_errors=True)
                 later.rename(later.with_name(f"abandoned-{later.name}"))
         if state["world_size"] != self.world.size:

@@ -17,8 +17,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
 
 
 def adamw(root: nn.Module, flags: OptimizerFlags, world: World) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set per
-    step.
+    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set
+    per step.
 
     --optimizer adamw: moments in the masters' dtype (in bfloat16, v stalls: its changes of 1 / 1000 are less than a
     rounding); adamw_8bit: in 8 bits, in fp32 for small tensors; it says which.
@@ -51,7 +51,9 @@ def moments(optimizer: torch.optim.Optimizer, p: nn.Parameter, ranks: int | None
 
 
 def adopt(optimizer: torch.optim.Optimizer, p: nn.Parameter, read: dict[str, Tensor], ranks: int) -> bool:
-    """Takes over what was read into `moments(optimizer, p, ranks)`; returns whether 8-bit moments were rounded again."""
+    """Takes over what was read into `moments(optimizer, p, ranks)`; returns whether 8-bit moments were rounded
+    again.
+    """
     return isinstance(optimizer, AdamW8bit) and optimizer.adopt(p, read, ranks)
 
 
@@ -73,7 +75,7 @@ def learning_rate(flags: OptimizerFlags, step: int, steps: int, peak: float | No
 
 
 @torch.no_grad()
-def step(optimizer: torch.optim.Optimizer, world: World, *, lr: float, max_norm: float) -> float:
+def step(optimizer: torch.optim.Optimizer, world: World, lr: float, max_norm: float) -> float:
     """Clips the global gradient norm to `max_norm` (0: off), steps, clears the gradients. Returns the norm before
     clipping.
 

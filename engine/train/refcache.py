@@ -67,11 +67,11 @@ def reference_logprobs(
     cache_dir: str,
     name: str = "reference",
 ) -> Reference:
-    """The reference log-probs of the examples numbered `used` under `policy` as it is now, from the cache where they are
-    there.
+    """The reference log-probs of the examples numbered `used` under `policy` as it is now, from the cache where they
+    are there.
 
-    Collective. Prints hit, partial hit (n of m) or miss with the reason. The pass writes a segment every 65,536 sequences, so
-    a killed one goes on where it was.
+    Collective. Prints hit, partial hit (n of m) or miss with the reason. The pass writes a segment every 65,536
+    sequences, so a killed one goes on where it was.
     """
     identity, budget = model_identity(policy.identity, base), base.memory.micro_batch_tokens
     used = np.unique(used)
@@ -102,7 +102,7 @@ def reference_logprobs(
         leave=False,
     ):
         block = todo[start : start + SEQUENCES_PER_SEGMENT]
-        found.reshape(-1)[block] = _compute(policy, examples, used, block, keys.shape[1], world, budget)
+        found.reshape(-1)[block] = _compute(policy, examples, used, block, world, budget)
         if world.is_main:
             rows = [array.reshape(-1)[block] for array in (keys, found, counts)]
             _append(directory, *rows)
@@ -117,11 +117,12 @@ def reference_logprobs(
 
 @torch.no_grad()
 def _compute(
-    policy: Policy, examples: Examples, used: np.ndarray, block: np.ndarray, per_example: int, world: World, budget: int
+    policy: Policy, examples: Examples, used: np.ndarray, block: np.ndarray, world: World, budget: int
 ) -> np.ndarray:
     """fp32 sums of the sequences numbered `block` (example-major over `used`), on every rank. Raises on numbers that
     are not finite.
     """
+    per_example = len(examples.sequences(int(used[0])))
     sequences = [examples.sequences(int(used[i // per_example]))[i % per_example] for i in block]
     bins = pack([len(ids) - 1 for ids, _ in sequences], budget, world.size)[world.rank]
     order: list[int] = []
@@ -142,8 +143,7 @@ def _compute(
     return sums
 
 
-# --- the files
-# ----------------------------------------------------------------------------------------------------------------
+# --- the files --------------------------------------------------------------------------------------------------------
 
 
 def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -> None:

@@ -56,8 +56,8 @@ def _describe_adapters(base: Base) -> list[str]:
     forms = {"": _plain(base.how.dtype), "nf4": "NF4", "nf4-double": "NF4 with double quantisation"}
     start = f"from {base.how.start}" if base.how.start else "new"
     return [
-        f"adapters: {start}, rank {a.rank}, alpha {a.alpha:g}{' (rsLoRA)' if a.rslora else ''}, on {len(a.modules)} layers"
-        f" ({names}); the model is frozen in {forms[a.form]}"
+        f"adapters: {start}, rank {a.rank}, alpha {a.alpha:g}{' (rsLoRA)' if a.rslora else ''}, on {len(a.modules)}"
+        f" layers ({names}); the model is frozen in {forms[a.form]}"
     ]
 
 

@@ -1,4 +1,5 @@
-"""A run of a stage: its directory, its steps, its micro-batches and what it writes. It owns no loop: a stage iterates it.
+"""A run of a stage: its directory, its steps, its micro-batches and what it writes. It owns no loop: a stage iterates
+it.
 
 with Run(flags, base, steps, world, values=..., data=...) as run:
     if run.is_finished: return
@@ -80,8 +81,8 @@ class Run:
     def steps(self, **trained: tuple[Root, torch.optim.Optimizer]) -> Iterator[int]:
         """The steps to take, after a checkpoint where there is one; the first of a fresh run is 0.
 
-        `trained`: name (policy, value) → (root, its optimizer), all that a step updates. Between two steps a checkpoint is
-        saved where --save_steps asks for one. Collective. Raises UserError.
+        `trained`: name (policy, value) → (root, its optimizer), all that a step updates. Between two steps a checkpoint
+        is saved where --save_steps asks for one. Collective. Raises UserError.
         """
         flags, world = self.flags, self.world
         identity = {IDENTITIES[name]: root.identity for name, (root, _) in trained.items()} | {"dataset": self.data}
@@ -95,7 +96,8 @@ class Run:
         self.metrics = Metrics(self.output_dir, world, start=start, total=total, report_to=flags.report_to)
         if self._keeps_samples:
             self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
-        self.throughput = Throughput(world, trained["policy"][0], self.base.dtype, state["num_tokens"])
+        policy: Any = trained["policy"][0]
+        self.throughput = Throughput(world, policy, self.base.dtype, state["num_tokens"])
         profile = self._stack.enter_context(directories.profiler(flags.profile, self.output_dir, world))
         self._stack.enter_context(checkpoints)
         for step in range(start, total):
@@ -121,8 +123,8 @@ class Run:
     ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the examples `chosen`, each to be followed by a backward pass of `root`.
 
-        Sets when weights are gathered and gradients reduced; counts tokens and FLOPs into `totals`. `then` is what is taken
-        next, which is prepared meanwhile. Every rank gets the same number.
+        Sets when weights are gathered and gradients reduced; counts tokens and FLOPs into `totals`. `then` is what is
+        taken next, which is prepared meanwhile. Every rank gets the same number.
         """
         if self._batches is None or self._batches.examples is not examples:
             self._batches = MicroBatches(examples, self.base.memory.micro_batch_tokens, self.world)
@@ -139,7 +141,9 @@ class Run:
             yield batch
 
     def stop_unless_finite(self, step: int, numbers: dict[str, float], unit: str, examples: np.ndarray) -> None:
-        """Raises UserError on a loss or gradient norm that is not finite; the optimizers have applied none that is not."""
+        """Raises UserError on a loss or gradient norm that is not finite; the optimizers have applied none that
+        is not.
+        """
         if all(math.isfinite(number) for number in numbers.values()):
             return
         found = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {number}" for name, number in numbers.items())
@@ -158,8 +162,9 @@ class Run:
 
     def write_samples(self, done: int, rows: list[dict[str, Any]]) -> None:
         """Responses with what was thought of them, into samples.jsonl."""
-        for row in rows if self._samples else ():
-            self._samples.write({"step": done, **row})
+        if self._samples is not None:
+            for row in rows:
+                self._samples.write({"step": done, **row})
 
     def say(self, *lines: str) -> None:
         """Lines above the bar."""

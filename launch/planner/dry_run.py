@@ -19,10 +19,11 @@ PATIENCE = 600  # seconds
 
 
 def show_plan(stage: str, config: object, world: World, tokens: np.ndarray, trained_share: float = 1.0) -> None:
-    """Prints what `python -m launch.plan` says of this configuration on this world; one line where it has nothing to say.
+    """Prints what `python -m launch.plan` says of this configuration on this world; one line where it has nothing to
+    say.
 
-    `tokens` are those of a sequence of every example (of a pair: of its mean one). The planner makes a process group of its
-    own, so rank 0 starts it as a process; the other ranks wait.
+    `tokens` are those of a sequence of every example (of a pair: of its mean one). The planner makes a process group of
+    its own, so rank 0 starts it as a process; the other ranks wait.
     """
     values = configuration.as_dict(config)
     world.on_main("plan", lambda: world.say("", *_plan(stage, values, world, tokens, trained_share)))

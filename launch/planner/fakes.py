@@ -1,14 +1,15 @@
 """A run without its machine: a world of any size in one process, on tensors that have shapes and no numbers.
 
-Within `rehearsal` the engine's own code runs as it is, under a ledger. What stands in for the GPU, when one is planned for:
+Within `rehearsal` the engine's own code runs as it is, under a ledger. What stands in for the GPU, when one is planned
+for:
 
     attention      an operator that keeps what a flash kernel keeps (its output and an fp32 log-sum-exp per head and
                    token) and takes its workspace (fp32 query gradients, one key and value gradient a query head);
                    registered as the backend PLANNED
     offloading     a stream whose copies cost the link's time, to memory that is not the device's
 
-The head's passes are operators already, which have a shape without numbers. Collectives are torch's fake process group's: they
-move nothing, and what is allocated around them is real FSDP's doing.
+The head's passes are operators already, which have a shape without numbers. Collectives are torch's fake process
+group's: they move nothing, and what is allocated around them is real FSDP's doing.
 """
 
 from __future__ import annotations
@@ -117,7 +118,7 @@ def follow(root: Root, ledger: Ledger) -> None:
     root.register_forward_hook(leaves, prepend=True)
 
 
-# --- attention ----------------------------------------------------------------------------------------------------------
+# --- attention --------------------------------------------------------------------------------------------------------
 
 
 def visible_pairs(lengths: tuple[int, ...], window: int | None = None) -> float:

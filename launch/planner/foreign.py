@@ -1,7 +1,8 @@
 """What the planner must know of code that is not ours: torch's FSDP and DTensor, its storages, bitsandbytes.
 
-Nothing here has a seam, so it is replaced while a plan is made. Every name is asserted to exist: of a torch that has another,
-`launch.plan` says so in one line and makes no plan, since a plan without what hangs on that name would be wrong.
+Nothing here has a seam, so it is replaced while a plan is made. Every name is asserted to exist: of a torch that has
+another, `launch.plan` says so in one line and makes no plan, since a plan without what hangs on that name would be
+wrong.
 """
 
 from __future__ import annotations

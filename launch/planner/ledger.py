@@ -1,7 +1,7 @@
 """The ledger: what a program's tensors take and what its operations cost, kept while it runs on fake tensors.
 
-    live     bytes of every storage between its allocation and the moment that its last tensor dies (a view adds nothing;
-             UntypedStorage.resize_, by which FSDP frees and refills gathered weights, is followed)
+    live     bytes of every storage between its allocation and the moment that its last tensor dies; a view adds
+             nothing, and what is resized (so FSDP frees and refills gathered weights) is followed
     peak     the largest sum of live bytes, what it is made of, and the phase in which it occurs
     cost     per phase: FLOPs and bytes of every operation, and the sum of their times on a device (engine/hardware.py);
              collectives are counted apart
@@ -99,8 +99,7 @@ class Ledger(TorchDispatchMode):
         self._entries: dict[int, list] = {}  # storage → [bytes, kind, weak reference]
         self._plans: dict[Any, str] = {}  # operator → how it is counted
 
-    # --- kinds and phases
-    # ---------------------------------------------------------------------------------------------------
+    # --- kinds and phases ---------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def allocating(self, kind: str) -> Iterator[None]:
@@ -135,8 +134,7 @@ class Ledger(TorchDispatchMode):
         entry = self._entries.get(_storage(t)._cdata)
         return entry[1] if entry else ""
 
-    # --- memory
-    # ---------------------------------------------------------------------------------------------------------------
+    # --- memory -------------------------------------------------------------------------------------------------------
 
     def note(self, t: Tensor) -> None:
         """Counts a tensor's storage, unless it is counted already."""
@@ -146,7 +144,7 @@ class Ledger(TorchDispatchMode):
         key, size = storage._cdata, -(-storage.nbytes() // self.block) * self.block
         entry = self._entries.get(key)
         if entry is None:
-            reference = weakref.ref(storage, lambda _, key=key: self._freed(key))
+            reference = weakref.ref(storage, lambda _: self._freed(key))
             self._entries[key] = [size, self.kind, reference]
             self._add(self.kind, size)
         elif entry[0] != size:
@@ -184,8 +182,7 @@ class Ledger(TorchDispatchMode):
             self._add(entry[1], rounded - entry[0])
             entry[0] = rounded
 
-    # --- operations
-    # -------------------------------------------------------------------------------------------------------------
+    # --- operations ---------------------------------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -223,19 +220,20 @@ class Ledger(TorchDispatchMode):
 
     def _count(self, plan: str, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
         cost = self.costs[self.phase_name]
+        moved, flops, kind = 0.0, 0.0, ""
         if plan == "collective":
             moved = max(_bytes(t) for t in _tensors(args, []))
             factor = 2 if "allreduce" in str(func) else 1
             cost.communicating += factor * self.device.collective(moved, self.ranks, self.per_node)
             return
         if plan == "lookup":
-            moved, flops, kind = 2 * sum(map(_bytes, outputs)), 0, ""
+            moved = 2 * sum(map(_bytes, outputs))
         elif plan == "statistics":  # one read of the logits, three numbers a row
-            moved, flops, kind = _bytes(args[0]) + 3 * _bytes(outputs[0]), 0, ""
+            moved = _bytes(args[0]) + 3 * _bytes(outputs[0])
         elif plan == "gradient":  # one read of the logits, one write
-            moved, flops, kind = 2 * _bytes(args[0]), 0, ""
+            moved = 2 * _bytes(args[0])
         elif plan == "put":  # into a few places: the values are read and written
-            moved, flops, kind = 2 * _bytes(args[2]), 0, ""
+            moved = 2 * _bytes(args[2])
         else:
             moved = sum(map(_bytes, _tensors(args, _tensors(list(kwargs.values()), [])))) + sum(map(_bytes, outputs))
             flops, kind = self._flops(plan, args, outputs)

@@ -34,8 +34,9 @@ def table(plan: Plan, lm_config: Any) -> list[str]:
     for kind in sorted(seen.peak.kinds.keys() - {HOST}, key=lambda kind: (-seen.peak.kinds[kind], kind)):
         if max(seen.peak.kinds[kind], seen.steady.get(kind, 0)) >= scale / 200:
             lines.append(f"  {kind:<42}{seen.peak.kinds[kind] / scale:>12.2f}{seen.steady.get(kind, 0) / scale:>15.2f}")
+    steady = sum(size for kind, size in seen.steady.items() if kind != HOST)
     lines.append(
-        f"  {'allocator, peak in: ' + seen.peak.phase:<42}{seen.peak.total / scale:>12.2f}{sum(size for kind, size in seen.steady.items() if kind != HOST) / scale:>15.2f}"
+        f"  {'allocator, peak in: ' + seen.peak.phase:<42}{seen.peak.total / scale:>12.2f}{steady / scale:>15.2f}"
     )
     if outside := plan.needed - seen.peak.total:
         lines.append(f"  {'context, libraries, fragmentation':<42}{outside / scale:>12.2f}")
@@ -85,7 +86,7 @@ def disk(plan: Plan) -> list[str]:
 
 
 def suggestion(plan: Plan, change: dict[str, Any] | None, other: Plan | None) -> list[str]:
-    if other is None:
+    if other is None or change is None:
         return [
             "no change of these flags makes it fit: "
             + ", ".join(dict.fromkeys(name for kind in changes(plan) for flags in kind for name in flags))

@@ -12,6 +12,7 @@ from engine.errors import UserError
 from launch.planner.plans import Plan, make
 
 MOST_GPUS = 1024
+Flags = dict[str, Any]
 
 
 def changes(plan: Plan) -> list[list[dict[str, Any]]]:
@@ -19,7 +20,10 @@ def changes(plan: Plan) -> list[list[dict[str, Any]]]:
     nodes.
     """
     config, budget = plan.config, plan.config.micro_batch_tokens
-    speed, precision, trained, nodes = [], [], [], []
+    speed: list[Flags] = []
+    precision: list[Flags] = []
+    trained: list[Flags] = []
+    nodes: list[Flags] = []
     if plan.ranks > 1:
         modes = ("last", "keep", "every")
         speed += [{"gradient_sync": mode} for mode in modes[modes.index(plan.seen.gradient_sync[0]) + 1 :]]
@@ -63,7 +67,8 @@ def suggest(plan: Plan, lm_config: Any, value_config: Any) -> tuple[dict[str, An
         return other if other.fits else None
 
     *kinds, nodes = changes(plan)
-    every, together = [flags for kind in kinds for flags in kind], {}
+    every = [flags for kind in kinds for flags in kind]
+    together: Flags = {}
     for kind in kinds:
         for flags in sorted(kind, key=lambda flags: estimated(flags)[1]):
             if other := attempt(flags):

@@ -29,7 +29,7 @@ from engine.model import build, open
 from engine.model.adapters import choose, lora
 from engine.model.build import How
 from engine.model.layers import transform_layers
-from engine.model.policy import Root, ValueModel
+from engine.model.policy import Root, ValueModel, release
 from engine.train import optim
 from engine.train.reference import FrozenPolicy
 from engine.train.throughput import Throughput
@@ -136,7 +136,8 @@ def planned_base(case: Case, config: Any) -> open.Base:
     keep_initial = case.stage != "sft" and config.reference == "adapter"
     adapters = choose.choose(config, case.lm_config, start if start and start.is_dir() else None, keep_initial)
     how = How(dtype, "sdpa" if cpu else PLANNED, config.head, getattr(torch, config.master_dtype), adapters)
-    return open.Base("", Path("."), "planned", case.lm_config, None, how, "planned", config)
+    chat: Any = None  # no text is read
+    return open.Base("", Path("."), "planned", case.lm_config, chat, how, "planned", config)
 
 
 class _Stage:
@@ -155,7 +156,9 @@ class _Stage:
         self.throughput = Throughput(world, self.policy, self.base.dtype)
 
     def batch(self, lengths: tuple[int, ...], counted: int | None = None) -> MicroBatch:
-        """Sequences of these lengths on the device, whose last tokens count (`counted` of each, or the trained share)."""
+        """Sequences of these lengths on the device, whose last tokens count (`counted` of each, or the trained
+        share).
+        """
 
         def sequence(n: int) -> tuple[np.ndarray, np.ndarray]:
             rows = min(n, counted or max(1, round(n * self.trained_share)))
@@ -172,7 +175,8 @@ class _Stage:
         with self.ledger.allocating(BATCH):
             for fake in fakes.values():
                 self.ledger.note(fake)
-        return dataclasses.replace(real, **fakes)
+        exchanged: dict[str, Any] = dict(fakes)
+        return dataclasses.replace(real, **exchanged)
 
     def cost(self, *phases: str) -> Cost:
         return sum((self.ledger.costs.get(name, Cost()) for name in phases), Cost())
@@ -293,7 +297,7 @@ class _Ppo(_Stage):
         rollout["evaluate"] = self._evaluate(frozen, value_model)
         totals = Totals(world)
         costs = self._update(value_model, optimizers, totals)
-        flops = totals.sums["perf/flops"] / min(2, self.work.micro_batches)
+        flops = float(totals.sums["perf/flops"]) / min(2, self.work.micro_batches)
         slots = min(config.rollout_slots, self.work.units)
         result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=slots)
         return dataclasses.replace(result, trained=result.trained + value_model.num_trained)
@@ -332,8 +336,7 @@ class _Ppo(_Stage):
             if frozen:
                 frozen.logprobs(batch)
             value_model(batch)
-        for root in filter(None, (self.policy, frozen, value_model)):
-            root.release()
+        release(self.policy, frozen, value_model)
         return self.cost("evaluate") - before
 
     def _update(self, value_model: ValueModel, optimizers: list, totals: Totals) -> tuple[Cost, Cost, Cost]:
@@ -351,13 +354,12 @@ class _Ppo(_Stage):
         with self.ledger.phase("update", ACTIVATIONS):
             for batch in self._micro_batches(self.policy, experience.tokens):
                 old = experience.tokens.of(batch, of_tokens_R, of_tokens_R)
-                how = {"cliprange": config.cliprange, "totals": totals}
-                ppo.policy_loss(self.policy, batch, *old, n_tokens, **how).backward()
+                ppo.policy_loss(self.policy, batch, old, n_tokens, config.cliprange, totals).backward()
                 self.throughput.count(batch, totals)
             for batch in self._micro_batches(value_model, experience.slots):
                 old = experience.slots.of(batch, of_slots_R, of_slots_R)
-                how = {"cliprange": config.cliprange_value, "totals": totals}
-                (config.vf_coef * ppo.value_loss(value_model, batch, *old, n_slots, **how)).backward()
+                loss = ppo.value_loss(value_model, batch, old, n_slots, config.cliprange_value, totals)
+                (config.vf_coef * loss).backward()
         update = (self.cost("update") - before) * (1 / n)
         before = self.cost("optimizer")
         for optimizer, kind in zip(optimizers, (OPTIMIZER, VALUE), strict=True):

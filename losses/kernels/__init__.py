@@ -44,8 +44,8 @@ def logits_gradient_(
 
     dL/dz_v = scale [dL/dlogp (1[v = y] - p_v) - dL/dH p_v (log p_v + H)]
 
-    times 1 - (z_v / softcap)^2 where there is a soft-cap. Given `into_CV`, the gradient goes there, in its dtype, and the
-    logits may hold anything afterwards.
+    times 1 - (z_v / softcap)^2 where there is a soft-cap. Given `into_CV`, the gradient goes there, in its dtype, and
+    the logits may hold anything afterwards.
     """
     entropies = entropy_C, entropy_grad_C
     _gradient_(logits_CV, lse_C, targets_C, logprob_grad_C, *entropies, softcap, scale, into_CV)

@@ -15,14 +15,14 @@ def _blocks(logits_CV: Tensor) -> list[slice]:
 
 def logits_statistics(logits_CV: Tensor, targets_C: Tensor, entropy: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     lse_C = torch.empty_like(logits_CV[:, 0])
-    entropy_C = torch.empty_like(lse_C) if entropy else None
+    entropy_C = torch.empty_like(lse_C)
     for block in _blocks(logits_CV):
         z_BV = logits_CV[block]
         lse_C[block] = lse_B = z_BV.logsumexp(1)
         if entropy:
             logp_BV = z_BV - lse_B[:, None]
             entropy_C[block] = -torch.linalg.vecdot(logp_BV.exp(), logp_BV)
-    return lse_C, logits_CV.gather(1, targets_C[:, None]).squeeze(1) - lse_C, entropy_C
+    return lse_C, logits_CV.gather(1, targets_C[:, None]).squeeze(1) - lse_C, entropy_C if entropy else None
 
 
 def logits_gradient_(

@@ -62,7 +62,7 @@ class Regex(str):
         return super().__new__(cls, keyword)
 
 
-# --- keywords -----------------------------------------------------------------------------------------------------
+# --- keywords ---------------------------------------------------------------------------------------------------------
 
 
 def existence(text: str, keywords: list) -> Followed:
@@ -96,7 +96,7 @@ def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: s
     return counted(text.lower().count(letter.strip().lower()), let_relation, let_frequency, f"times {shown(letter, 5)}")
 
 
-# --- language and case ----------------------------------------------------------------------------------------------
+# --- language and case ------------------------------------------------------------------------------------------------
 
 
 def response_language(text: str, language: str) -> Followed:
@@ -127,7 +127,7 @@ def capital_word_frequency(text: str, capital_frequency: int, capital_relation: 
     return counted(seen, capital_relation, capital_frequency, "words in capitals")
 
 
-# --- lengths --------------------------------------------------------------------------------------------------------
+# --- lengths ----------------------------------------------------------------------------------------------------------
 
 
 def number_sentences(text: str, num_sentences: int, relation: str) -> Followed:
@@ -182,7 +182,7 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
     return same, seen
 
 
-# --- content and format ---------------------------------------------------------------------------------------------
+# --- content and format -----------------------------------------------------------------------------------------------
 
 
 def count_brackets(text: str) -> int:

@@ -14,7 +14,7 @@ from fractions import Fraction
 class Node:
     """What all kinds of node share: their fields in order, equality, a hash."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     def fields(self) -> list:
         """The values of the fields, in order: those of Div(a, b) are [a, b]."""

@@ -1,1 +1,3 @@
-"""Low-rank adapters on frozen linear layers, dense or in NF4: lora.py is the layer, choose.py and files.py where it comes from."""
+"""Low-rank adapters on frozen linear layers, dense or in NF4: lora.py is the layer, choose.py and files.py where it
+comes from.
+"""

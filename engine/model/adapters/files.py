@@ -177,7 +177,7 @@ def read(directory: Path, base_weights: str | None) -> tuple[Callable[[str, slic
 
 @torch.no_grad()
 def save(
-    lm: nn.Module,
+    lm: Any,
     adapters: Adapters,
     directory: Path,
     world: World,
@@ -223,7 +223,7 @@ def save(
     world.barrier()
 
 
-def _targets(lm: nn.Module, adapters: Adapters) -> list[str]:
+def _targets(lm: Any, adapters: Adapters) -> list[str]:
     """The adapted layers as PEFT matches them: by last name where that means these layers and no other, else by full
     name.
     """

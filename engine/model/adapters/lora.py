@@ -22,6 +22,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -64,6 +65,16 @@ class Adapters:
 class AdaptedLinear(nn.Module):
     """A frozen linear layer with an adapter, dense or in NF4; of rank 0, a frozen layer in NF4 alone."""
 
+    weight: Any  # dense, else None; Any: which of these are there depends on the form
+    bias: Any
+    codes: Any
+    scales: Any
+    groups: Any
+    lora_A: Any
+    lora_B: Any
+    initial_A: Any
+    initial_B: Any
+
     def __init__(self, source: nn.Linear, adapters: Adapters, rank: int, master: torch.dtype) -> None:
         """Raises ValueError where the rows are not whole NF4 blocks."""
         super().__init__()
@@ -93,8 +104,7 @@ class AdaptedLinear(nn.Module):
         h_Tr = linear(x.reshape(-1, self.in_features), a.to(x.dtype))
         return torch.addmm(y.reshape(-1, self.out_features), h_Tr, b.to(x.dtype).T, alpha=self.scaling).view(y.shape)
 
-    # --- shard by shard, outside forward
-    # ----------------------------------------------------------------------------------
+    # --- shard by shard, outside forward ------------------------------------------------------------------------------
 
     @property
     def matrix(self) -> Tensor:
@@ -129,13 +139,13 @@ class AdaptedLinear(nn.Module):
         return sharded_like(rows, self.matrix)
 
 
-def linears(lm: nn.Module) -> dict[str, nn.Linear]:
+def linears(lm: Any) -> dict[str, nn.Linear]:
     """The linear layers of the decoder's blocks by full name; the head is not one of them."""
     body = {id(module) for module in lm.base_model.layers.modules()}
     return {name: module for name, module in lm.named_modules() if id(module) in body and isinstance(module, nn.Linear)}
 
 
-def adapt(lm: nn.Module, adapters: Adapters, *, frozen: torch.dtype, master: torch.dtype) -> list[str]:
+def adapt(lm: Any, adapters: Adapters, *, frozen: torch.dtype, master: torch.dtype) -> list[str]:
     """Freezes a model on the meta device, in the compute dtype, and puts adapters on the named layers.
 
     Under 4 bits every linear layer of the blocks is quantised, adapted or not; returns the names of the matrices that
@@ -163,12 +173,12 @@ def adapt(lm: nn.Module, adapters: Adapters, *, frozen: torch.dtype, master: tor
     return left
 
 
-def adapted(lm: nn.Module) -> dict[str, AdaptedLinear]:
+def adapted(lm: Any) -> dict[str, AdaptedLinear]:
     return {name: module for name, module in lm.named_modules() if isinstance(module, AdaptedLinear)}
 
 
 @torch.no_grad()
-def initialise(lm: nn.Module, seed: int, start: Callable[[str, slice], Tensor] | None = None) -> None:
+def initialise(lm: Any, seed: int, start: Callable[[str, slice], Tensor] | None = None) -> None:
     """Fills the adapters, and their initial copies, from `start` (of 'NAME.lora_A' some rows), or at random (A) and
     with 0 (B).
     """
@@ -205,7 +215,7 @@ def using(root: nn.Module, which: str) -> Iterator[None]:
             module.use = TRAINED
 
 
-def dense(lm: nn.Module) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
+def dense(lm: Any) -> dict[str, tuple[torch.Size, Any]]:
     """The model as a checkpoint has it, without adapters: tensor name → (shape, a function that gives it, cut as it is
     held).
 
@@ -213,7 +223,7 @@ def dense(lm: nn.Module) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
     buffers that a checkpoint holds, as they are.
     """
     layers = adapted(lm)
-    found: dict[str, tuple[torch.Size, Callable[[], Tensor]]] = {}
+    found: dict[str, tuple[torch.Size, Any]] = {}
     for name, p in lm.named_parameters():
         path, _, leaf = name.rpartition(".")
         if path in layers and leaf != "bias":
@@ -225,7 +235,7 @@ def dense(lm: nn.Module) -> dict[str, tuple[torch.Size, Callable[[], Tensor]]]:
     return found | {name: (b.shape, lambda b=b: b) for name, b in lm.named_buffers() if name in persistent}
 
 
-def count(lm: nn.Module) -> tuple[int, int]:
+def count(lm: Any) -> tuple[int, int]:
     """(trained numbers, numbers of the model without adapters), over all ranks."""
     trained = sum(p.numel() for p in lm.parameters() if p.requires_grad)
     return trained, sum(shape.numel() for shape, _ in dense(lm).values())

@@ -1,6 +1,6 @@
 """NF4: frozen weights in 4 bits, as bytes that can be cut by rows, so that every rank holds 1 / N of them.
 
-    w = s_b q_c       c: one of 16 fixed values q in [-1, 1] (4 bits, two to a byte),   s_b = max |w| of its block of 64 (fp32)
+    w = s_b q_c  c: one of 16 fixed values q in [-1, 1] (4 bits, two a byte),  s_b = max |w| of its block of 64 (fp32)
 
 Double quantisation holds the scales in 8 bits as well: s_b = o + u_g d_c, d one of 256 fixed values, u_g the largest |s
 - o| of a group of 256 blocks, o the mean of all of a matrix's scales.
@@ -94,8 +94,8 @@ def dequantise(codes: Tensor, scales: Tensor, groups: Tensor | None, dtype: torc
     """The rows of a matrix that start at `first_row`, (O, I), from what is held. `groups` are the whole matrix's; None:
     the scales are fp32.
     """
-    codes, scales, groups = (x if x is None else x.view(torch.uint8) for x in (codes, scales, groups))
-    return _dequantise(codes, scales, groups, dtype, first_row)
+    groups = None if groups is None else groups.view(torch.uint8)
+    return _dequantise(codes.view(torch.uint8), scales.view(torch.uint8), groups, dtype, first_row)
 
 
 class Linear(torch.autograd.Function):
@@ -110,4 +110,5 @@ class Linear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return grad @ dequantise(*ctx.saved_tensors, grad.dtype), None, None, None
+        codes, scales, groups = ctx.saved_tensors
+        return grad @ dequantise(codes, scales, groups, grad.dtype), None, None, None
