@@ -18,7 +18,8 @@ from engine import world
 from engine.data.batch import micro_batch
 from engine.data.embedded import embedded
 from engine.data.packing import pack
-from engine.model import build as model
+from engine.model import build
+from engine.model.build import How
 from losses.sft import REDUCTIONS, denominator, sft, token_weights
 
 NAIVE = "naive mean of means"
@@ -37,10 +38,10 @@ def gradient(policy, sequences, layout, reduce: str) -> torch.Tensor:
         batch = micro_batch([sequences[i] for i in members], members, torch.device("cpu"))
         tokens = sum(LENGTHS[i] for i in members)
         if reduce == NAIVE:
-            policy(batch, lambda lp, _, tokens=tokens: -lp.sum() / tokens / len(layout)).backward()
+            policy.loss(batch, lambda lp, _, tokens=tokens: -lp.sum() / tokens / len(layout)).backward()
         else:
             weights_R, n = token_weights(batch.counts_S, reduce), denominator(total, len(LENGTHS), reduce)
-            policy(batch, lambda lp, rows, w=weights_R, n=n: sft(lp, w[rows]) / n).backward()
+            policy.loss(batch, lambda lp, rows, w=weights_R, n=n: sft(lp, w[rows]) / n).backward()
     return torch.cat([p.grad.full_tensor().flatten().double() for p in policy.parameters()])
 
 
@@ -59,8 +60,7 @@ def main() -> None:
     here = world.start()
     with tempfile.TemporaryDirectory() as root:
         source = embedded(Path(root)).model
-        config = model.load_config(source)
-        policy, _ = model.load(source, config, here, dtype=torch.float32, backend="sdpa", head="fused")
+        policy = build.load_policy(source, build.load_config(source), here, How(torch.float32, "sdpa"))
     generator = np.random.Generator(np.random.Philox(key=0))
     sequences = [(generator.integers(2, 500, n + 5), np.arange(n + 5) >= 5) for n in LENGTHS]
     print(f"8 conversations of {', '.join(map(str, LENGTHS))} trained tokens\n")

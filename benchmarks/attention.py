@@ -1,4 +1,4 @@
-"""Packed attention: every backend of engine/attention.py that this machine has, beside what is done without packing.
+"""Packed attention: every backend of engine/model/attention.py that is here, beside what is done without packing.
                                                                                           python -m benchmarks.attention
                                                                                           --help
 
@@ -121,7 +121,7 @@ def visible(length: int, window: int | None, device) -> Tensor:
 
 
 def backend(name: str) -> Attend:
-    """A backend of engine/attention.py through the function that it registers for decoders."""
+    """A backend of engine/model/attention.py through the function that it registers for decoders."""
 
     def attend(q_TNH: Tensor, k_TKH: Tensor, v_TKH: Tensor, stream: Stream) -> Tensor:
         function = _registered(name, q_TNH.device, q_TNH.dtype)

@@ -23,8 +23,8 @@ from transformers import AutoConfig, AutoTokenizer, LlamaConfig, LlamaForCausalL
 from engine.data.chat import load_tokenizer
 from engine.data.conversations import ConversationEncoder
 from engine.data.embedded import Embedded, embedded
-from launch import plan
-from launch.planner.dry_run import device_name
+from engine.hardware import of_gpu
+from launch.plan import plan
 
 ROOT = Path(__file__).resolve().parent.parent
 LLAMA_1B = {
@@ -182,16 +182,17 @@ class Planned:
 
     def __init__(self, lab: Lab, stage: str, flags: dict[str, Any]) -> None:
         self.path, self.process = lab.directory / "plan.json", None
-        if (gpu := device_name(lab)) is None:
+        gpu = of_gpu(lab.device) if lab.device.type == "cuda" else None
+        if gpu is None and lab.device.type == "cuda":
             return
-        where = {"gpu": gpu, "gpus": 1, "suggest": "false", "json": self.path}
+        where = {"gpu": gpu.name if gpu else "cpu", "gpus": 1, "suggest": "false", "json": self.path}
         shape = {key: value for key, value in flags.items() if key not in ("resume", "cache_dir", "dataset_name")}
         command = [stage, *words(where | shape | _lengths(lab, flags["max_seq_length"]))]
         if lab.device.type == "cuda":
             command, env = [sys.executable, "-m", "launch.plan", *command], os.environ | {"CUDA_VISIBLE_DEVICES": ""}
             self.process = subprocess.Popen(command, cwd=ROOT, env=env)
         else:  # its imports are paid for here
-            plan.main(command)
+            plan(command)
 
     def figures(self) -> Figures:
         if self.process is not None and self.process.wait():

@@ -27,6 +27,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engine.flags import OptimizerFlags
 from engine.model.adapters import choose
 
 PLAIN = ("fp32", "bf16", "flash attention")
@@ -216,15 +217,14 @@ def rung_of_plain_loop(rung: str, args: argparse.Namespace, root: Path) -> dict[
     def train(count: int) -> Any:
         lm = AutoModelForCausalLM.from_pretrained(root / "base" / "final", attn_implementation=attention).to(device)
         optimizer = torch.optim.AdamW(lm.parameters(), lr=0.0, weight_decay=0.0, fused=True)
+        schedule = OptimizerFlags(learning_rate=args.learning_rate, warmup_ratio=0.03)
         for step in range(count):
             chosen = steps.examples(step)
             loss, n = loss_of(lm, store, chosen)
             (loss / n).backward()
             torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
             for group in optimizer.param_groups:
-                group["lr"] = optim.learning_rate(
-                    step, peak=args.learning_rate, steps=args.steps, warmup_ratio=0.03, schedule="linear"
-                )
+                group["lr"] = optim.learning_rate(schedule, step, args.steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             marks.append(clock())
@@ -263,21 +263,22 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
     from engine.data.batch import micro_batch
     from engine.log import Totals
     from engine.model import attention, weights
-    from engine.model import open as setup
     from engine.model.adapters import lora, nf4
+    from engine.model.build import How
+    from engine.model.open import Base, build_policy
     from engine.train import optim
     from launch import sft
 
     here = world.start()
     config = sft.Config(dtype="bfloat16", **SHAPE_RUNGS[rung])
+    chat: Any = None  # no text is read
     lm_config = LlamaConfig(
         **SHAPES[args.shape], max_position_embeddings=8192, rope_theta=5e5, bos_token_id=None, eos_token_id=1
     )
     backend, why = attention.choose_backend("auto", here.device, lm_config, torch.bfloat16)
-    base = setup.Base(
-        Path(), "random", lm_config, None, torch.bfloat16, backend, why, choose.choose(config, lm_config, None, False)
-    )
-    policy = setup.build_policy(config, here, base)
+    adapters = choose.choose(config, lm_config, None, False)
+    how = How(torch.bfloat16, backend, config.head, getattr(torch, config.master_dtype), adapters)
+    policy = build_policy(Base("random", Path(), "local", lm_config, chat, how, why, config), here)
     weights.initialise_buffers(policy.lm, Path())
     generator = torch.Generator(here.device).manual_seed(0)
     with torch.no_grad():
@@ -301,7 +302,7 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
                 shard.fill_(1.0)
     if policy.adapters is not None:
         lora.initialise(policy.lm, 1)
-    optimizer = optim.adamw(policy, 0.0, config.optimizer, here)
+    optimizer = optim.adamw(policy, config, here)
     ids = np.random.Generator(np.random.Philox(key=1)).integers(2, lm_config.vocab_size, args.tokens + 1)
     halves = [
         (ids[: len(ids) // 2], np.ones(len(ids) // 2, bool)),

@@ -4,7 +4,7 @@
     python -m benchmarks.verifiers --peers         # and math-verify, sympy's LaTeX parser, where they are installed
 
 One process, one core; needs the labelled cases in ../shared/data/verifiers. The peers' agreement with the same labels
-is printed beside their speed. Hostile responses are those of tests/test_verifiers_hostile.py.
+is printed beside their speed. Hostile responses are those of tests/verifiers/test_hostile.py.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.test_verifiers_hostile import FAMILIES, WITH_LANGUAGE, hostile, truths
+from tests.verifiers.test_hostile import FAMILIES, WITH_LANGUAGE, hostile, truths
 from verifiers import Pool, verify
 from verifiers.ifeval.google_rules import INSTRUCTIONS
 from verifiers.ifeval.language import log_likelihoods

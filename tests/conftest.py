@@ -24,7 +24,7 @@ def tuned(tmp_path_factory) -> Path:
     """A cache directory that holds the embedded model fine-tuned on sums, made as a first run of launch.ppo makes
     it.
     """
-    from tests.test_equivalence import Runs
+    from tests.launch.test_equivalence import Runs
 
     cache = tmp_path_factory.mktemp("cache")
     Runs("ppo", cache, {"cache_dir": cache, "max_steps": 1, "num_ppo_epochs": 1, "eval_samples": 1}).run("first", 2)

@@ -22,7 +22,7 @@ from engine.errors import UserError
 from engine.model.attention import BACKENDS
 from losses.kernels import eager, fused
 from losses.logprobs import linear_logprobs, linear_loss, naive_logprobs
-from tests.test_kernels import CASES, difference
+from tests.losses.test_kernels import CASES, difference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -154,7 +154,7 @@ def test_one_rank_under_nccl_trains_the_embedded_model(tmp_path, capsys):
 def test_four_bits_are_bitsandbytes_own(double):
     """On the device: codes, weights, the product and its gradient, in bf16."""
     bnb = pytest.importorskip("bitsandbytes").functional
-    from tests.test_nf4 import bits, layer_of
+    from tests.engine.model.test_nf4 import bits, layer_of
 
     torch.manual_seed(0)
     weight = torch.randn(192, 256, device=DEVICE, dtype=torch.bfloat16) * 0.1

@@ -23,8 +23,8 @@ from engine.model.adapters import choose, lora
 from engine.model.adapters.lora import AdaptedLinear, Adapters
 from tests import needs
 from tests.families import FAMILIES, load, save_family
+from tests.launch.test_equivalence import Runs, rows, trajectory, weights_of
 from tests.ranks import launch
-from tests.test_equivalence import Runs, rows, trajectory, weights_of
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 

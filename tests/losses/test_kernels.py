@@ -123,7 +123,7 @@ def interpreted() -> dict[str, float]:
     """Differences of the Triton kernels, by case, from one run of this file under the interpreter."""
     if importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
-    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True, text=True, timeout=300)
     if "only 0-dimensional arrays can be converted" in done.stderr and "handle.data" in done.stderr:
         pytest.skip("the interpreter of this triton (3.6) needs numpy < 2.4")

@@ -1,5 +1,6 @@
-"""One step of every stage, and what in it would wait for a GPU: the named places and no others (tests/waits.py says how
-it is seen).
+"""One step of every stage, and what in it would wait for a GPU: the named places and no others.
+
+tests/launch/waits.py says how it is seen.
 """
 
 from __future__ import annotations
@@ -14,13 +15,12 @@ import torch
 from engine import log
 from engine.config import parse
 from launch import dpo, ppo, sft
-from tests.waits import Waits
+from tests.launch.waits import Waits
 
 STEP = {
     "engine/log.py:reduce": 1,  # the metrics of the step, once backward has ended
-    "engine/optim.py:step": (
-        2  # the gradient norm; and the clipping factor, a number on the host that is rounded to the gradients' type
-    ),
+    # the gradient norm; and the clipping factor, a number on the host that is rounded to the gradients' type
+    "engine/train/optim.py:step": 2,
 }
 HOST = {  # on rollouts, scores and values, which an iteration holds on the host
     "launch/ppo.py:summary",
@@ -31,7 +31,7 @@ HOST = {  # on rollouts, scores and values, which an iteration holds on the host
 }
 PPO = {
     "engine/log.py:reduce": 1,
-    "engine/optim.py:step": 4 * 2 * 2,  # four passes, of policy and value model
+    "engine/train/optim.py:step": 4 * 2 * 2,  # four passes, of policy and value model
     "rollout/experience.py:evaluate": (
         3 * 2
     ),  # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches

@@ -21,10 +21,10 @@ from torch import nn
 from engine.model.bnb import bitsandbytes
 from engine.train import adamw8bit, optim
 from tests import oracles
+from tests.engine.train.test_optim import Alone, adamw
 from tests.families import save_family
+from tests.launch.test_equivalence import Runs, digest, rows, trajectory, weights_of
 from tests.ranks import context
-from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
-from tests.test_optim import Alone, adamw
 
 pytest.importorskip("bitsandbytes")
 MAPS = {

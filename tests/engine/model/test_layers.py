@@ -298,7 +298,7 @@ def test_without_a_compiler_nothing_is_loaded(embedded_dir, tmp_path):
         1,
         "launch.sft",
         tmp_path / "log",
-        "tests.hooks:without_a_compiler",
+        "tests.faults:without_a_compiler",
     )
     assert not result.ok and "--compile: there is no C++ compiler" in result.output
     assert "Traceback" not in result.output and "policy:" not in result.output and not (tmp_path / "run").exists()

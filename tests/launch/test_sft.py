@@ -13,10 +13,10 @@ from engine.data.conversations import ConversationEncoder, conversation, first_f
 from engine.data.rows import BadRow, Source
 from losses.sft import denominator, sft, token_weights
 from tests.families import save_family
+from tests.launch.test_equivalence import Runs, rows
 from tests.ranks import launch
-from tests.test_equivalence import Runs, rows
 
-RECIPES = sorted((Path(__file__).resolve().parents[1] / "launch" / "recipes").glob("*.yaml"))
+RECIPES = sorted((Path(__file__).resolve().parents[2] / "launch" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("reduce", ["token", "sum", "mean"])

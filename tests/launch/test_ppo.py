@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.families import save_family
-from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
+from tests.launch.test_equivalence import Runs, digest, rows, trajectory, weights_of
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ class Place:
             "--output_dir",
             self.root / (output_dir or f"run{self.runs}"),
         ]
-        result = ranks.launch(words, ranks=world, log=log, hook=f"tests.test_errors:{hook}", timeout=60)
+        result = ranks.launch(words, ranks=world, log=log, hook=f"tests.launch.test_errors:{hook}", timeout=60)
         return Ended(result.codes, log.read_text(), [Path(f"{log}.{rank}").read_text() for rank in range(world)])
 
     def refuse(self, *argv: object, loaded: bool = False, **options) -> str:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from engine.data.chat import load_tokenizer
 from engine.data.preferences import PairEncoder, conversations
 from engine.data.rows import BadRow
-from tests.test_rows import json_values
+from tests.engine.data.test_rows import json_values
 
 
 def turn(role: str, content: str) -> dict[str, str]:

@@ -25,7 +25,7 @@ from engine.model.bnb import bitsandbytes
 from engine.train import refcache, throughput
 from tests import needs
 from tests.families import load, save_family
-from tests.test_equivalence import Runs
+from tests.launch.test_equivalence import Runs
 
 
 @pytest.fixture(scope="module")

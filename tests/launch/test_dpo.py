@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.families import save_family
+from tests.launch.test_equivalence import Runs, digest, rows
 from tests.ranks import launch
-from tests.test_equivalence import Runs, digest, rows
 
 
 @pytest.fixture(scope="module")

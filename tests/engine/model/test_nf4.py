@@ -18,7 +18,7 @@ from engine.model.adapters import lora, nf4
 from engine.model.adapters.lora import AdaptedLinear, Adapters
 from engine.model.bnb import bitsandbytes
 from tests.families import save_family
-from tests.test_equivalence import Runs, digest, rows, trajectory, weights_of
+from tests.launch.test_equivalence import Runs, digest, rows, trajectory, weights_of
 
 pytest.importorskip("bitsandbytes")
 LORA = {"use_lora": "true", "load_in_4bit": "true", "lora_rank": 8, "sample_tokens": 0}

@@ -13,7 +13,7 @@ import pytest
 
 from verifiers import Pool, ScoredBatch, Verdict, verify
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ROWS = [(f"so {i}\n#### {i % 7}", str(i % 5), "gsm8k") for i in range(300)]
 
 

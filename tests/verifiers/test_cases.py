@@ -16,7 +16,7 @@ from verifiers.math.equal import equal
 from verifiers.math.open_instruct.prefix import same_prefix
 from verifiers.math.open_instruct.reference import same_string
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
+DATA = Path(__file__).resolve().parents[3] / "shared" / "data" / "verifiers"
 NEEDS_PUNKT = 0.97  # of the rows that the references judge with nltk's trained sentence model
 
 

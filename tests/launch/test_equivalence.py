@@ -38,7 +38,7 @@ class Runs:
         ]
 
     def launch(self, name: str, ranks: int = 1, hook: str = "", log: str = "", **changes) -> Result:
-        hook = hook and f"tests.hooks:{hook}"
+        hook = hook and f"tests.faults:{hook}"
         return launch(
             self.command(name, **changes),
             ranks,

@@ -15,7 +15,7 @@ import pytest
 
 from engine.errors import UserError, require
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WITHOUT = """
 import runpy, sys
 for name in {absent!r}:

@@ -19,7 +19,7 @@ from engine.train import refcache
 from launch import dpo, ppo
 from rollout import Experience, Rollout
 from tests.families import save_family
-from tests.test_equivalence import Runs, rows
+from tests.launch.test_equivalence import Runs, rows
 
 EPS = {torch.float32: 2.0**-23, torch.bfloat16: 2.0**-7}
 JUST_INSIDE, JUST_OUTSIDE = 1 - 1e-6, 1 + 1e-6

@@ -21,7 +21,7 @@ from rollout import Request, Rollout, Sampler, SamplingParams
 from rollout import cache as caching
 from tests import ranks
 from tests.families import COMMON, FAMILIES, load, save_family
-from tests.test_rollout_choice import oracle
+from tests.rollout.test_choice import oracle
 
 FP32, VOCAB = torch.float32, 512
 LENGTHS = (5, 1, 23, 12, 2)  # beyond the window of 8, and a prompt of one token
@@ -299,7 +299,7 @@ def test_text_does_not_depend_on_the_world_size(tmp_path, embedded_dir):
     directory = save_family("llama_biased", tmp_path / "m", embedded_dir[0], vocab_size=511, intermediate_size=57)
     for count in (1, 2):
         argv = ["--directory", directory, "--output", tmp_path / f"{count}.json"]
-        result = ranks.launch(argv, count, module="tests.rollout_stage", log=tmp_path / f"{count}.log")
+        result = ranks.launch(argv, count, module="tests.rollout.stage", log=tmp_path / f"{count}.log")
         assert result.ok, result.output
     alone, shared = ((tmp_path / f"{count}.json").read_text() for count in (1, 2))
     assert alone == shared and len(alone) > 500
