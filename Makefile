@@ -3,7 +3,7 @@ PY ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint drill bench gpu clean
+.PHONY: demo test test-oldest lint sizes drill bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m launch.dpo --output_dir output/demo
@@ -16,8 +16,15 @@ test-oldest: .venv-oldest/ready
 	PYTHONPATH= .venv-oldest/bin/python -m pytest
 	PYTHONPATH=.venv-oldest/optional .venv-oldest/bin/python -m pytest
 
+# one linter, one formatter, one type checker
 lint: .venv/ready
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/mypy losses verifiers engine rollout launch
+
+# how large everything is
+sizes: .venv/ready
+	$(BIN)/python -m tests.sizes
 
 drill: .venv/ready
 	$(BIN)/python -m pytest -m drill

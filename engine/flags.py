@@ -167,6 +167,18 @@ class AdapterFlags(ModelFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
+class ReferenceFlags:
+    """What a policy is compared with."""
+
+    reference: str = flag(
+        "auto",
+        "log pi_ref: from the cache, from the frozen base or adapter under the trained one, or from a frozen copy",
+        STAGE,
+        choices=("auto", "cache", "base", "adapter", "copy"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class OptimizerFlags:
     """How many steps, of how much, and how far each goes."""
 
@@ -221,10 +233,7 @@ class SamplingFlags:
     top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability", SAMPLING)
     rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
     verifier_mode: str = flag(
-        "default",
-        "reference: the published verifiers' exact behaviour, also where it is wrong",
-        SAMPLING,
-        choices=("default", "reference", "tulu3"),
+        "default", "reference: the published verifiers' exact behaviour, also where it is wrong", SAMPLING
     )
 
     def check_sampling(self) -> None:

@@ -23,7 +23,7 @@ import losses
 from engine.config import as_dict, parse
 from engine.data import Examples, MicroBatch, Steps, read_pairs, sum_by_sequence
 from engine.errors import UserError, nearest
-from engine.flags import StageFlags, flag, override
+from engine.flags import ReferenceFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Base, Policy, load_policy, open_model
 from engine.train import Run, optim, refcache, reference, screen
@@ -43,7 +43,7 @@ Reference = Callable[[MicroBatch], torch.Tensor]  # sum log pi_ref of every sequ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(StageFlags):
+class Config(StageFlags, ReferenceFlags):
     __doc__ = __doc__
     output_dir: str = override("output/dpo")
     loss_type: str = flag(
@@ -58,11 +58,10 @@ class Config(StageFlags):
     )
     batch_size: int = override(32, "pairs per optimizer step, whatever the machine")
     learning_rate: float = override(None, "peak; 5e-7 (Tülu 3 8B), with adapters 5e-6, for the embedded model 1e-3")
-    reference: str = flag(
+    reference: str = override(
         "auto",
         "log pi_ref from the cache (auto), or in every step from the frozen base or adapter under the trained one, or"
         " from a copy",
-        choices=reference.CHOICES,
     )
     cache_logprobs_only: bool = flag(False, "fill the reference cache and stop")
 
@@ -134,7 +133,7 @@ def train(config: Config) -> None:
             run.stop_unless_finite(step, {"loss": row["loss"], "grad_norm": grad_norm}, "pairs", examples)
             if step == 0 and references[0]:
                 tokens = pairs.counts(examples).mean()
-                check_identity(row, tokens, len(examples), objective, base.dtype, world, config.reference)
+                check_identity(row, tokens, len(examples), objective, base.dtype, world, reference=config.reference)
             run.write(step, row, sums, f"loss {row['loss']:.4f}")
             if held_out and run.evaluates(step + 1):
                 evaluate(policy, held_out, references[1], objective, run, step + 1)
@@ -231,6 +230,7 @@ def check_identity(
     objective: Objective,
     dtype: torch.dtype,
     world: World,
+    *,
     reference: str,
 ) -> None:
     """Before the first update the policy is the reference: every log-ratio is 0, so margins are 0 and dpo's loss is log

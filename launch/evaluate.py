@@ -24,7 +24,7 @@ from engine.model import load_untrained, open_model
 from engine.train import interval
 from engine.world import World, main, start
 from rollout import Collector, Rollout, Sampler
-from verifiers import Pool, Verdict, check
+from verifiers import MODES, Pool, Verdict, check
 
 SHOWN = 4  # responses on the screen
 Answer = tuple[int, Rollout, Verdict]  # under a seed
@@ -54,6 +54,7 @@ class Config(ModelFlags, DataFlags, SamplingFlags):
     )
     attention: str = override("auto", "packed attention backend of the load-time check")
     cache_dir: str = override("~/.cache/triptych", "where the embedded model and problems lie")
+    verifier_mode: str = override("default", choices=MODES)
     output: str | None = flag(None, "file of all responses with verdicts and reasons, as JSON lines")
 
 

@@ -28,6 +28,7 @@ from engine.config import as_dict, parse
 from engine.data import MicroBatch, Prompt, Steps, fingerprint_of, permutation, read_prompts
 from engine.errors import UserError
 from engine.flags import (
+    ReferenceFlags,
     SamplingFlags,
     StageFlags,
     flag,
@@ -37,12 +38,22 @@ from engine.flags import (
     require_positive,
 )
 from engine.log import Totals
-from engine.model import Base, Policy, ValueModel, check_value_model, load_policy, load_value_model, open_model, release
+from engine.model import (
+    Base,
+    Policy,
+    ValueModel,
+    check_value_model,
+    load_policy,
+    load_value_model,
+    open_model,
+    release,
+    rounding,
+)
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
 from launch.resolve import resolve, show_plan, with_tuned_model
 from rollout import Collector, Experience, Rollout, Sampler, evaluate
-from verifiers import MAX_ERROR_RATE, Pool, Verdict, check
+from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict, check
 
 DEFAULTS = {"batch_size": 224, "num_samples_per_prompt": 1, "num_train_epochs": 1, "response_length": 1024}
 Columns = list[torch.Tensor]  # two numbers of every token, or of every slot
@@ -51,7 +62,7 @@ METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags, SamplingFlags):
+class Config(StageFlags, ReferenceFlags, SamplingFlags):
     __doc__ = __doc__
     output_dir: str = override("output/ppo")
     batch_size: int = override(None, "prompts per iteration, whatever the machine; 224, embedded 32")
@@ -63,8 +74,9 @@ class Config(StageFlags, SamplingFlags):
     num_train_epochs: int = override(None, "passes over the data; 1, embedded: 30 iterations")
     warmup_ratio: float = override(0.0)
     temperature: float = override(1.0, "of sampling, and of all log-probs")
+    verifier_mode: str = override("default", choices=MODES)
     kl_coef: float = flag(0.05, "weight of the KL penalty in the reward (0: no reference is loaded)")
-    reference: str = flag(
+    reference: str = override(
         "auto",
         "pi_ref: the frozen base or adapter under the trained one (auto, with --use_lora), or a frozen copy",
         choices=("auto", "base", "adapter", "copy"),
@@ -300,13 +312,6 @@ def held_out_accuracy(
 
 
 # --- identities of a fresh run ----------------------------------------------------------------------------------------
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """By how much two ways to compute a log-prob may differ on average: 16 roundings of the compute dtype, in float32
-    1e-4.
-    """
-    return max(16 * torch.finfo(dtype).eps, 1e-4)
 
 
 def check_sampler(

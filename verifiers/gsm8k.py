@@ -16,7 +16,6 @@ from fractions import Fraction
 from verifiers.strings import is_blank, shown
 from verifiers.verdict import Verdict, failed, passed
 
-MODES = ("default", "reference", "tulu3")
 MAX_DIGITS = 400
 # A minus belongs to the number unless it stands between two values: '-3', '= - 3', but 5-3 ends in 3.
 NUMBER = re.compile(

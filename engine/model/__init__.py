@@ -2,6 +2,7 @@
 
 from engine.model.open import Base, check_value_model, load_policy, load_untrained, load_value_model, open_model
 from engine.model.policy import Policy, ValueModel, release
+from engine.model.probe import rounding
 
 __all__ = [
     "Base",
@@ -13,4 +14,5 @@ __all__ = [
     "load_value_model",
     "open_model",
     "release",
+    "rounding",
 ]

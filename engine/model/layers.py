@@ -102,12 +102,10 @@ def why_not_compile(device: torch.device) -> str:
         return "Python's headers (Python.h, of the package python3-dev) are not installed"
     if device.type == "cuda":
         return "" if compiler("$CC", "gcc", "clang") else "there is no C compiler (gcc, clang or $CC)"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+
     try:
-        from torch._inductor.cpp_builder import get_cpp_compiler as find
-    except ImportError:  # another torch: by its documentation
-        find = partial(compiler, "$CXX", "g++")  # type: ignore[assignment]
-    try:
-        found: str | None = find()
+        found: str | None = get_cpp_compiler()
     except RuntimeError:  # torch._inductor.exc.InvalidCxxCompiler
         found = None
     return "" if found else "there is no C++ compiler (g++ or $CXX)"

@@ -14,6 +14,13 @@ from engine.model.policy import Policy
 from engine.world import World
 
 
+def rounding(dtype: torch.dtype) -> float:
+    """By how much two ways to compute a log-prob may differ on average: 16 roundings of the compute dtype, in float32
+    1e-4.
+    """
+    return max(16 * torch.finfo(dtype).eps, 1e-4)
+
+
 @torch.no_grad()
 def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype, adapted: str = "") -> None:
     """Two packed sequences must have the log-probs of the model's own logits for each alone, else the model is refused
@@ -45,7 +52,7 @@ def check_packing(policy: Policy, config: Any, world: World, dtype: torch.dtype,
     difference = (packed_R - expected_R).square().mean().sqrt().item()
     if not math.isfinite(difference):
         raise UserError(f"{name}{adapted}: log-probs are not finite numbers")
-    bound = max(16 * torch.finfo(dtype).eps, 1e-4) * max(1.0, expected_R.std().item())
+    bound = rounding(dtype) * max(1.0, expected_R.std().item())
     if not difference <= bound:
         raise UserError(
             f"{name} cannot be packed: log-probs of packed sequences differ from those alone by {difference:.1e} (bound"

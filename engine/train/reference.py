@@ -21,8 +21,6 @@ from engine.model.open import Base
 from engine.model.policy import Policy
 from engine.world import World
 
-CHOICES = ("auto", "cache", "base", "adapter", "copy")
-
 
 class FrozenPolicy:
     """pi_ref as a function of a micro-batch: a policy under one of its adapters, or none."""

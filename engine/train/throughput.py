@@ -27,17 +27,17 @@ class Throughput:
     COUNTED = ("perf/tokens", "perf/flops")
 
     def __init__(self, world: World, policy: Policy, dtype: torch.dtype, num_tokens: int = 0) -> None:
-        config = policy.lm.config
+        lm_config = policy.lm.config
         embedding, head = (
             m.weight.numel() for m in (policy.lm.get_input_embeddings(), policy.lm.get_output_embeddings())
         )
-        tied = config.tie_word_embeddings
+        tied = lm_config.tie_word_embeddings
         body = policy.num_parameters - embedding - (0 if tied else head)
         frozen = policy.adapters is not None
         self.per_token = 4 * body + 6 * policy.num_trained if frozen else 6 * body
         self.per_row = (4 if frozen else 6) * head
-        head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.attention = config.num_hidden_layers * config.num_attention_heads * head_size
+        head_size = getattr(lm_config, "head_dim", None) or lm_config.hidden_size // lm_config.num_attention_heads
+        self.attention = lm_config.num_hidden_layers * lm_config.num_attention_heads * head_size
         self.world, self.peak = world, peak_flops(world.device, dtype)
         self.num_tokens = num_tokens
         self._since = time.perf_counter()

@@ -134,8 +134,8 @@ def estimate(plan: Plan, config: Any, lm_config: Any, value_config: Any) -> tupl
 
 
 def shallow(lm_config: Any, layers: int) -> Any:
-    config = copy.deepcopy(lm_config)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
-    return config
+    shallower = copy.deepcopy(lm_config)
+    shallower.num_hidden_layers = layers
+    if getattr(shallower, "layer_types", None):
+        shallower.layer_types = shallower.layer_types[:layers]
+    return shallower

@@ -41,7 +41,7 @@ def check_identity(
     row = {"rewards/margins": margin, "loss": loss, "nll": nll}
     said = Said()
     _, objective = dpo.resolve_loss(dpo.Config(**flags))
-    dpo.check_identity(row, tokens, pairs, objective, dtype, said, "cache")
+    dpo.check_identity(row, tokens, pairs, objective, dtype, said, reference="cache")
     return said
 
 

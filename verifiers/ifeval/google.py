@@ -12,7 +12,6 @@ from verifiers.ifeval.google_rules import INSTRUCTIONS, RELATIONS, Regex
 from verifiers.strings import is_blank, nearest, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, error, failed, read_structure
 
-MODES = ("default", "reference")
 KEYWORDS = frozenset(("keyword", "keywords", "forbidden_words", "section_spliter"))  # arguments that hold keywords
 
 

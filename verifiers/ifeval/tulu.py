@@ -19,8 +19,6 @@ from verifiers.ifeval.google_rules import title as has_title
 from verifiers.strings import is_blank, nearest, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, error, failed, passed, read_structure
 
-MODES = ("default", "reference", "tulu3")
-
 
 def compare(seen: int, quantifier: str, n: int, around: int) -> bool:
     """'at least', 'at most', or 'around' (within `around`); no other quantifier is ever satisfied."""

@@ -12,8 +12,6 @@ from verifiers.math.open_instruct import reference
 from verifiers.strings import is_blank, shown
 from verifiers.verdict import MAX_CHARACTERS, Verdict, failed, passed
 
-MODES = ("default", "reference", "tulu3")
-
 
 def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     """1 if the response's answer equals the one in `ground_truth` (LaTeX, or a solution with its answer boxed), else 0.
