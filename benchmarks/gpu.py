@@ -62,13 +62,8 @@ REHEARSAL_BOX = 120  # of any section: this may be a busy laptop
 LEAST = 10  # seconds: with less left than this, no section is started
 GRACE = 5  # seconds that a section may take to end after its last word
 SLICE = 0.5  # seconds after which an interruption is looked for
-SAME = (
-    "device",
-    "commit",
-    "sources",
-    "torch",
-    "rehearsal",
-)  # facts of a machine under which a section need not run again
+# facts of a machine under which a section need not run again
+SAME = ("device", "commit", "sources", "torch", "rehearsal")
 PREFIX = "triptych-gpu-"
 PACKAGES = ("bitsandbytes", "datasets", "flash_attn", "flash_attn_interface", "liger_kernel", "trl", "peft")
 
@@ -88,9 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         if name not in waiting:
             print(f"{name}: done already", flush=True)
-    stop = (
-        threading.Event()
-    )  # set by Ctrl-C and by what ends a run that is over its limit: the summary must still be printed
+    # set by Ctrl-C and by what ends a run that is over its limit: the summary must still be printed
+    stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     start = time.monotonic()
@@ -120,9 +114,8 @@ def processes() -> Any:
     """
     if any(Path("/dev").glob("nvidia*")):
         return multiprocessing.get_context("spawn")
-    os.environ.setdefault(
-        "OMP_NUM_THREADS", "1"
-    )  # tiny work on a machine that may be busy: threads would wait for each other
+    # tiny work on a machine that may be busy: threads would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")  # imports once, for all sections of a rehearsal
     context.set_forkserver_preload(["benchmarks.gpu_sections"])
     return context
@@ -212,9 +205,8 @@ def run(
 ) -> dict[str, Any]:
     """The section's line: its figures, and why there are not more."""
     receiving, sending = context.Pipe(duplex=False)
-    held, leash = context.Pipe(
-        duplex=False
-    )  # `leash` is held here alone: when this process dies, in whatever way, the section ends
+    # `leash` is held here alone: when this process dies, in whatever way, the section ends
+    held, leash = context.Pipe(duplex=False)
     log_start, began = log.stat().st_size if log.is_file() else 0, time.monotonic()
     process = context.Process(target=_section, args=(name, directory, rehearse, log, sending, held))
     process.start()

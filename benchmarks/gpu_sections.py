@@ -58,9 +58,8 @@ def facts(lab: Lab) -> Figures:
 
     stream = attention.make_stream((5, 1, 130, 64, 257), 100, device)
     inputs = attention.make_inputs(stream, 8, 2, 64, dtype, device)
-    allowed = (
-        2 * max(attention.errors(attention.CANDIDATES["eager"], inputs, stream).values()) + 1e-3
-    )  # as in tests/test_gpu.py
+    # as in tests/test_gpu.py
+    allowed = 2 * max(attention.errors(attention.CANDIDATES["eager"], inputs, stream).values()) + 1e-3
     for name in BACKENDS:
         candidate = attention.CANDIDATES[name]
         yield from compared(

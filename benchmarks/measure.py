@@ -90,9 +90,8 @@ def take_turns(cases: dict[str, Case], device: torch.device, seconds: float) -> 
             )
             runs[name] = 1 if slow else max(3, min(MAX_RUNS, round(seconds / fast)))
             results[name] = Times()
-            if (
-                sum(first) > 10 * seconds and not case.compiles
-            ):  # nothing that a warm-up saves shows in a run this long: it is the measurement
+            # nothing that a warm-up saves shows in a run this long: it is the measurement
+            if sum(first) > 10 * seconds and not case.compiles:
                 runs[name], results[name] = 0, Times([first[0]], [first[1]])
         except Exception as error:  # a candidate may fail in any way, and the others must still be measured
             results[name] = reason(error)

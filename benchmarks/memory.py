@@ -286,9 +286,8 @@ def rung_of_shape(rung: str, args: argparse.Namespace) -> dict[str, float]:
             shard = p.detach().to_local()
             if name.endswith(".codes"):
                 shard.view(torch.uint8).random_(0, 256, generator=generator)
-            elif (
-                shard.dtype == nf4.HELD
-            ):  # scales of some 0.02, in fp32 as bytes or, doubly quantised, around an offset
+            # scales of some 0.02, in fp32 as bytes or, doubly quantised, around an offset
+            elif shard.dtype == nf4.HELD:
                 small = torch.full((shard.numel() // 4,), 0.02, device=shard.device).view(torch.uint8)
                 held = (
                     small.view(shard.shape)

@@ -50,9 +50,8 @@ def processes_of(directory: Path) -> list[int]:
     """Those that were started with this $OUT."""
     found, mark = [], f"OUT={directory / 'out'}\0".encode()
     for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(
-            OSError
-        ):  # it ended, or is another user's; of one that is dead but not waited for, the file is empty
+        # it ended, or is another user's; of one that is dead but not waited for, the file is empty
+        with contextlib.suppress(OSError):
             if mark in (entry / "environ").read_bytes():
                 found.append(int(entry.name))
     return found

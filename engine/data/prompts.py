@@ -84,9 +84,8 @@ def fingerprint_of(prompts: list[Prompt]) -> str:
 
 def _prompt(row: dict, chat: ChatTokenizer, check: Check) -> Prompt:
     messages = rows.messages(row.get("messages"), "messages")
-    while (
-        messages and messages[-1]["role"] == "assistant"
-    ):  # a worked answer behind the question is not part of the prompt
+    # a worked answer behind the question is not part of the prompt
+    while messages and messages[-1]["role"] == "assistant":
         messages.pop()
     if not messages:
         raise BadRow("messages: expected a turn to answer, got only the assistant's")

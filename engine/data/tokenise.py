@@ -143,9 +143,8 @@ class _Chunks:
             yield encode_rows(self.encode, rows)
         if not (first := self._next_rows()):
             return
-        context = multiprocessing.get_context(
-            "forkserver"
-        )  # this process has threads, and a fork would copy their locks
+        # this process has threads, and a fork would copy their locks
+        context = multiprocessing.get_context("forkserver")
         self._pool = ProcessPoolExecutor(
             self.workers, mp_context=context, initializer=_start_worker, initargs=(self.encode,)
         )

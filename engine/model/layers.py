@@ -83,9 +83,8 @@ def compile_layers(root: Root) -> None:
     """torch.compile on every decoder layer: equal layers share a graph, and the stream comes rounded up, so that none
     is compiled twice.
     """
-    logging.getLogger("torch._higher_order_ops.wrap").setLevel(
-        logging.ERROR
-    )  # its advice, on selective recomputation in place, is heeded
+    # its advice, on selective recomputation in place, is heeded
+    logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
     torch._dynamo.config.recompile_limit = (
         64  # of one code object: kinds of layers x models x adapters x with or without gradients
     )

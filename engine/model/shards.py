@@ -33,9 +33,8 @@ def whole(p: Any) -> Tensor:
         return p
     if p.dtype.itemsize > 1:
         return p.full_tensor()
-    return (
-        sharded_like(local(p).view(torch.uint8), p).full_tensor().view(p.dtype)
-    )  # gloo knows bytes, and no float of one
+    # gloo knows bytes, and no float of one
+    return sharded_like(local(p).view(torch.uint8), p).full_tensor().view(p.dtype)
 
 
 def sharded_like(rows: Tensor, p: Any) -> Any:

@@ -84,9 +84,8 @@ def step(optimizer: torch.optim.Optimizer, world: World, lr: float, max_norm: fl
     """
     grads = [local(p.grad) for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     grads = [g for g in grads if g.numel()]
-    wide = (
-        torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32
-    )  # a norm in bfloat16 is off by up to 1 / 256
+    # a norm in bfloat16 is off by up to 1 / 256
+    wide = torch.promote_types(grads[0].dtype, torch.float32) if grads else torch.float32
     squares = (
         torch.stack(torch._foreach_norm(grads, 2, wide)).double().square().sum()
         if grads

@@ -22,9 +22,8 @@ def greedy(policy: Policy, chat: ChatTokenizer, prompt_ids: np.ndarray, max_new_
         last = np.zeros(len(ids) + 1, bool)
         last[-1] = True
         batch = micro_batch([(np.array([*ids, 0]), last)], (0,), world.device)
-        token = int(
-            world.broadcast(policy.argmax(batch).cpu()).item()
-        )  # one rank's rounding must not end another's loop
+        # one rank's rounding must not end another's loop
+        token = int(world.broadcast(policy.argmax(batch).cpu()).item())
         if token == chat.end_of_turn_id:
             break
         ids.append(token)

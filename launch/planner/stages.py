@@ -96,9 +96,8 @@ class Rehearsed:
     gradient_sync: tuple[str, str]
     dtype: torch.dtype  # of the checkpoint
     compute: torch.dtype
-    rollout: dict[str, Cost] = field(
-        default_factory=dict
-    )  # PPO: hand-over, prefill (a token), decode (a token of all slots), evaluate (a micro-batch)
+    # PPO: hand-over, prefill (a token), decode (a token of all slots), evaluate (a micro-batch)
+    rollout: dict[str, Cost] = field(default_factory=dict)
     slots: int = 0
     steady: dict[str, int] = field(default_factory=dict)  # live between two steps, by kind
 

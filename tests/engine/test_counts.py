@@ -238,9 +238,8 @@ def test_model_flops_are_those_of_forward_and_backward(adapted, llama, here):
             "down_proj": 112 + 64,
         }
         expected += 3 * 2 * layers * 4 * sum(sides.values()) * sum(lengths)
-    causal = sum(
-        n * n / 2 for n in lengths
-    )  # pairs of tokens, of which each head takes two products of its size, and four in the backward pass
+    # pairs of tokens, of which each head takes two products of its size, and four in the backward pass
+    causal = sum(n * n / 2 for n in lengths)
     expected += 3 * 2 * 2 * layers * heads * head_size * causal
     assert found == pytest.approx(expected, rel=1e-12)
     assert throughput.Throughput(here, policy, torch.float32).flops(micro_batch([], (), here.device)) == 0

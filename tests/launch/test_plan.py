@@ -196,9 +196,8 @@ def test_every_knob_does_to_memory_what_it_says(tiny):
 def test_ppo_counts_every_model_and_the_cache(tiny):
     p = planned("ppo", tiny, batch_size=8, max_seq_length=256, response_length=128, rollout_slots=4)
     kinds = p.seen.peaks["decode"].kinds
-    assert (
-        kinds["KV cache"] == 4 * 256 * 2 * 3 * 2 * 16 * 2
-    )  # slots x tokens x (keys, values) x layers x heads x size x bf16
+    # slots x tokens x (keys, values) x layers x heads x size x bf16
+    assert kinds["KV cache"] == 4 * 256 * 2 * 3 * 2 * 16 * 2
     numbers = p.seen.parameters
     assert kinds["sampler's weights"] == pytest.approx(2 * numbers, rel=0.02) and kinds[
         "reference copy"
@@ -273,13 +272,8 @@ def test_a_misfit_gets_a_change_that_fits(tiny, monkeypatch, tmp_path, capsys):
     assert f"it fits with --{next(iter(found['fits_with']))}" in capsys.readouterr().out
 
 
-SIZES = {
-    "micro_batch_tokens": 0.7,
-    "gradient_checkpointing": 0.5,
-    "optimizer": 0.6,
-    "use_lora": 0.3,
-    "nodes": 0.5,
-}  # of the whole, each
+# of the whole, each
+SIZES = {"micro_batch_tokens": 0.7, "gradient_checkpointing": 0.5, "optimizer": 0.6, "use_lora": 0.3, "nodes": 0.5}
 
 
 @pytest.mark.parametrize(

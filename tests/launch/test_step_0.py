@@ -63,12 +63,8 @@ def check_ratio(ratio: float, tokens: float = 1000, dtype: torch.dtype = torch.f
     return said
 
 
-LOSSES = {
-    "dpo_norm": (5.0, -0.5),
-    "ipo": (0.1, -0.5),
-    "dpo": (0.1, 0.5),
-    "wpo": (0.1, 0.5),
-}  # beta, the power of the number of tokens
+# beta, the power of the number of tokens
+LOSSES = {"dpo_norm": (5.0, -0.5), "ipo": (0.1, -0.5), "dpo": (0.1, 0.5), "wpo": (0.1, 0.5)}
 
 
 def identity_bound(loss_type: str, nll: float, tokens: float, pairs: int, dtype: torch.dtype) -> float:

@@ -45,10 +45,8 @@ def of_one_step(monkeypatch, waits: Waits, stage, number: int):
     write = log.Metrics.write
 
     def marked(self, step, row, postfix=""):
-        shown, postfix = (
-            postfix,
-            postfix if stage is not ppo or "objective/kl" in row else "",
-        )  # not of the model that PPO starts from
+        # not of the model that PPO starts from
+        shown, postfix = (postfix, postfix if stage is not ppo or "objective/kl" in row else "")
         if postfix and step == number:
             waits.__exit__(None, None, None)
         write(self, step, row, shown)

@@ -73,9 +73,8 @@ class Waits(TorchFunctionMode):
         kwargs = kwargs or {}
         if waits(function, args, kwargs):
             place = self._place()
-            if (
-                function is not Tensor.to or "(" not in place
-            ):  # the library moves what may have moved already; we know where ours lies
+            # the library moves what may have moved already; we know where ours lies
+            if function is not Tensor.to or "(" not in place:
                 self.found[place] += 1
         return function(*args, **kwargs)
 

@@ -58,9 +58,8 @@ def difference(module, rows: int, vocab: int, entropy: bool, softcap: float | No
     coef_C, entropy_coef_C = torch.randn(2, rows, generator=generator, device=device)
     expected = exact(raw_CV, targets_C, coef_C, entropy_coef_C, entropy, softcap)
 
-    around = torch.full(
-        (rows + 1, vocab), 7.0, device=device
-    )  # the chunk is a slice of a longer buffer, as in training
+    # the chunk is a slice of a longer buffer, as in training
+    around = torch.full((rows + 1, vocab), 7.0, device=device)
     logits_CV = around[:rows].copy_(raw_CV if softcap is None else softcap * torch.tanh(raw_CV / softcap))
     before = logits_CV.clone()
     lse_C, logprobs_C, entropy_C = module.logits_statistics(logits_CV, targets_C, entropy)
@@ -68,9 +67,8 @@ def difference(module, rows: int, vocab: int, entropy: bool, softcap: float | No
     entropies = (entropy_C, entropy_coef_C) if entropy else (None, None)
     module.logits_gradient_(logits_CV, lse_C, targets_C, coef_C, *entropies, softcap)
     assert (around[rows] == 7.0).all()
-    into_CV = torch.full((rows, vocab + 3), 7.0, device=device, dtype=torch.bfloat16)[
-        :, :vocab
-    ]  # in another dtype, with a scale
+    # in another dtype, with a scale
+    into_CV = torch.full((rows, vocab + 3), 7.0, device=device, dtype=torch.bfloat16)[:, :vocab]
     module.logits_gradient_(before, lse_C, targets_C, coef_C, *entropies, softcap, 0.5, into_CV)
     torch.testing.assert_close(into_CV.double(), 0.5 * expected[3], rtol=2**-7, atol=1e-6)  # the interpreter truncates
     pairs = [(lse_C, expected[0]), (logprobs_C, expected[1]), (logits_CV, expected[3])] + (

@@ -16,9 +16,8 @@ def test_the_originals_worked_example():
     """T = 6, beta .05, gamma 1, lambda .95; the score stands one slot after the end of A, and in the last slot of B."""
     counts = torch.tensor([4, 6])
     logprobs = torch.tensor([-0.5, -1.0, -0.2, 0.0] + [-0.1] * 6, dtype=torch.float64)
-    reference = torch.tensor(
-        [-0.7, -0.8, -0.2, 0.0] + [-0.3] * 6, dtype=torch.float64
-    )  # A's fourth slot holds no token: KL 0
+    # A's fourth slot holds no token: KL 0
+    reference = torch.tensor([-0.7, -0.8, -0.2, 0.0] + [-0.3] * 6, dtype=torch.float64)
     values = torch.tensor([1.0, 2.0, 3.0, 4.0] + [0.5] * 6, dtype=torch.float64)
     rewards = ppo.token_rewards(ppo.kl(logprobs, reference), torch.tensor([10.0, -10.0]), counts, 0.05)
     torch.testing.assert_close(

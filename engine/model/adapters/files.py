@@ -54,14 +54,8 @@ HARMLESS = {
     "task_type",
     "use_rslora",
 }
-PLAIN_STARTS = (
-    None,
-    True,
-    False,
-    "gaussian",
-    "orthogonal",
-    "eva",
-)  # ways to initialise that leave the model's weights alone
+# ways to initialise that leave the model's weights alone
+PLAIN_STARTS = (None, True, False, "gaussian", "orthogonal", "eva")
 KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<leaf>[AB])\.weight")
 
 
@@ -82,9 +76,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise UserError(f"{directory}: no usable {CONFIG} of a LoRA adapter{there}") from None
     if kind != "LORA":
         raise UserError(f"{directory}: an adapter of type {str(kind)[:20]!r}; only LoRA is read")
-    numbers = (
-        type(rank) is int and 0 < rank < 2**20 and type(alpha) in (int, float) and 0 < alpha < 2**20
-    )  # no NaN either
+    # no NaN either
+    numbers = type(rank) is int and 0 < rank < 2**20 and type(alpha) in (int, float) and 0 < alpha < 2**20
     if not numbers or type(rslora) is not bool:
         raise UserError(
             f"{directory / CONFIG}: r, lora_alpha and use_rslora must be a whole number, a number above 0 and a truth"

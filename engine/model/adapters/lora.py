@@ -33,9 +33,8 @@ from engine.model.adapters import nf4
 from engine.model.shards import local, local_rows, sharded_like, whole
 
 TRAINED, INITIAL, OFF = "trained", "initial", "off"  # which adapter a forward pass uses
-OWN = tuple(
-    f".{name}" for name in ("codes", "scales", "groups", "lora_A", "lora_B", "initial_A", "initial_B")
-)  # names that no checkpoint has
+# names that no checkpoint has
+OWN = tuple(f".{name}" for name in ("codes", "scales", "groups", "lora_A", "lora_B", "initial_A", "initial_B"))
 
 
 @dataclass(frozen=True)

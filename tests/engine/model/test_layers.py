@@ -26,12 +26,8 @@ from tests.families import save_family
 from tests.ranks import launch
 
 CPU, MODES = torch.device("cpu"), ("none", "selective", "full")
-WIDE = {
-    "hidden_size": 256,
-    "intermediate_size": 512,
-    "head_dim": 64,
-    "num_hidden_layers": 3,
-}  # products of more terms than layers.CHEAP
+# products of more terms than layers.CHEAP
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 3}
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +138,8 @@ def test_selective_recomputation_repeats_neither_products_nor_attention(wide, he
             loss.backward()
         calls[mode] = watch.calls
     layers_, sequences = WIDE["num_hidden_layers"], 3
-    assert (
-        calls["selective"]["aten::mm"] == calls["none"]["aten::mm"] == calls["full"]["aten::mm"] - 6 * layers_
-    )  # all of a layer's 7 but the last
+    # all of a layer's 7 but the last
+    assert calls["selective"]["aten::mm"] == calls["none"]["aten::mm"] == calls["full"]["aten::mm"] - 6 * layers_
     attention = "aten::_scaled_dot_product_flash_attention_for_cpu"
     assert [calls[mode][attention] for mode in MODES] == [0, 0, layers_ * sequences]
     assert [calls[mode]["aten::rsqrt"] for mode in MODES] == [0, 2 * layers_, 2 * layers_]
@@ -214,15 +209,15 @@ def test_with_full_recomputation_the_inputs_of_layers_are_all_that_moves(wide, h
 
 def test_neither_weights_nor_shared_tables_move_and_nothing_moves_twice(wide, here, loads):
     policy = load(wide, here, activation_offload=True)
-    loss = policy.loss(
-        batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum()
-    )  # 130 tokens, which is no width of the model
+    # 130 tokens, which is no width of the model
+    loss = policy.loss(batch_of(90, 7, 33), lambda logprobs, _: -logprobs.sum())
     weights = {tuple(p.shape) for p in policy.parameters()} | {tuple(p.shape)[::-1] for p in policy.parameters()}
     for load_ in (ref() for ref in loads):
         assert not [x.shape for x in load_.host if tuple(x.shape) in weights]
+        # cos and sin
         assert not [
             x.shape for x in load_.host if x.shape[-1] == WIDE["head_dim"] and x.numel() == 130 * WIDE["head_dim"]
-        ]  # cos and sin
+        ]
         assert max(load_.uses) > 1  # the normalised input, of which q, k and v are made, travels once
         contents = [(x.shape, x.sum().item(), x.square().sum().item()) for x in load_.host if x.numel() > 1000]
         assert len(contents) == len(set(contents))

@@ -229,9 +229,8 @@ def test_a_starting_adapter_is_its_own_reference(four_bit, runs, cached):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-7) and first["rewards/margins"] == 0
     for name in ("copy", "cache"):
         assert losses_of(found["adapter"]) == pytest.approx(losses_of(found[name]), rel=1e-6, abs=1e-6)
-    assert first["logps/chosen"] != pytest.approx(
-        rows(cached)[0]["logps/chosen"], abs=0.1
-    )  # the start is the adapter, not the base
+    # the start is the adapter, not the base
+    assert first["logps/chosen"] != pytest.approx(rows(cached)[0]["logps/chosen"], abs=0.1)
 
 
 def test_merged_export_equals_the_adapter_on(runs, cached):

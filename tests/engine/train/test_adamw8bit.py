@@ -31,12 +31,10 @@ MAPS = {
     key: bitsandbytes().functional.create_dynamic_map(signed=signed)
     for key, signed in (("exp_avg", True), ("exp_avg_sq", False))
 }
-TABLE = (
-    2**-15
-)  # bitsandbytes looks codes up on a CPU, in a table of this resolution of a block's scale; 0 is held as 2e-5 of it
-HALF_GAP = {
-    key: values.diff().max().item() / 2 + TABLE for key, values in MAPS.items()
-}  # of a block's scale: how far off a number in it can be
+# bitsandbytes looks codes up on a CPU, in a table of this resolution of a block's scale; 0 is held as 2e-5 of it
+TABLE = 2**-15
+# of a block's scale: how far off a number in it can be
+HALF_GAP = {key: values.diff().max().item() / 2 + TABLE for key, values in MAPS.items()}
 
 
 def one(
