@@ -63,14 +63,8 @@ def evaluate(config: Config) -> None:
     world = start()
     config = resolve(config, world)
     base = open_model(config, world)
-    longest = min(config.max_seq_length, base.longest or config.max_seq_length)
-    if config.response_length >= longest:
-        raise UserError(
-            f"--response_length {config.response_length} leaves no room for a prompt in {longest} tokens"
-            " (--max_seq_length, or the model's limit)"
-        )
     judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
-    room = longest - config.response_length
+    room = base.longest_prompt(config.max_seq_length, config.response_length)
     prompts = prompts_of(
         config.dataset_name, config.dataset_split, config, base.chat, world, longest=room, check=judged
     )

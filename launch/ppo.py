@@ -39,7 +39,6 @@ from engine.flags import (
 )
 from engine.log import Totals
 from engine.model import (
-    Base,
     Policy,
     ValueModel,
     check_value_model,
@@ -121,9 +120,11 @@ def train(config: Config) -> None:
     config = resolve_ppo(config, world)
     keep_initial = config.reference == "adapter" and config.kl_coef != 0
     base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
-    longest = check_lengths(config, base)
+    if config.value_model_name_or_path:
+        check_value_model(base, config.value_model_name_or_path)
+    longest = base.longest_prompt(config.max_seq_length, config.response_length)
     judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
-    prompts, held_out = read_prompts(config, base.chat, longest - config.response_length, judged, world)
+    prompts, held_out = read_prompts(config, base.chat, longest, judged, world)
     steps = Steps(len(prompts), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     world.say(*screen.describe(base, world), *describe(config, prompts, steps))
     if config.dry_run:
@@ -361,21 +362,6 @@ def resolve_ppo(config: Config, world: World) -> Config:
     config = resolve(config, world, defaults=defaults, embedded_defaults={}, data="problems")
     kind = reference.resolve_reference(config.reference, config, without_lora="copy")
     return replace(config, reference=kind)
-
-
-def check_lengths(config: Config, base: Base) -> int:
-    """Tokens that a prompt and its response may have together. Raises UserError where they leave no room for a prompt,
-    or the value model does not fit.
-    """
-    if config.value_model_name_or_path:
-        check_value_model(base, config.value_model_name_or_path)
-    most = min(config.max_seq_length, base.longest or config.max_seq_length)
-    if config.response_length >= most:
-        raise UserError(
-            f"--response_length {config.response_length} leaves no room for a prompt in {most} tokens (--max_seq_length"
-            f" {config.max_seq_length}, the model's limit {base.longest or 'unknown'})"
-        )
-    return most
 
 
 def describe(config: Config, prompts: list[Prompt], steps: Steps) -> list[str]:

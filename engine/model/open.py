@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from engine.data.chat import ChatTokenizer, load_tokenizer
-from engine.errors import require
+from engine.errors import UserError, require
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags
 from engine.model import attention, build, weights
 from engine.model.adapters import choose
@@ -44,10 +44,16 @@ class Base:
         """That it is computed in."""
         return self.how.dtype
 
-    @property
-    def longest(self) -> int | None:
-        """Tokens that its positions reach, where it says so."""
-        return getattr(self.config, "max_position_embeddings", None)
+    def longest_prompt(self, max_seq_length: int, response_length: int) -> int:
+        """Tokens of a prompt that leave room for such a response. Raises UserError where that is none."""
+        reach = getattr(self.config, "max_position_embeddings", None)
+        most = min(max_seq_length, reach or max_seq_length)
+        if response_length >= most:
+            limits = f"--max_seq_length {max_seq_length}, the model's limit {reach or 'unknown'}"
+            raise UserError(
+                f"--response_length {response_length} leaves no room for a prompt in {most} tokens ({limits})"
+            )
+        return most - response_length
 
 
 def open_model(

@@ -32,9 +32,8 @@ HOST = {  # on rollouts, scores and values, which an iteration holds on the host
 PPO = {
     "engine/log.py:reduce": 1,
     "engine/train/optim.py:step": 4 * 2 * 2,  # four passes, of policy and value model
-    "rollout/experience.py:evaluate": (
-        3 * 2
-    ),  # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches
+    # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches
+    "rollout/experience.py:evaluate": 3 * 2,
     "rollout/sampler.py:_advance": 8,  # once a token
 }
 
