@@ -29,7 +29,7 @@ def judge(response, ground_truth, dataset, **options) -> Verdict:
 @pytest.fixture
 def odd_judge(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    return "test_verifiers_pool:judge"
+    return "test_pool:judge"
 
 
 def test_the_order_and_the_verdicts_are_those_of_one_process():
