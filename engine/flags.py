@@ -8,6 +8,7 @@ at the start'.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -209,6 +210,15 @@ class OptimizerFlags:
     max_grad_norm: float = flag(
         1.0, "global gradient norm is clipped to it (0: off)", OPTIMIZATION, aliases=("clip_grad_norm",)
     )
+
+    def batch_size_on(self, ranks: int) -> tuple[int, str]:
+        """(--batch_size, what --per_device_train_batch_size and --gradient_accumulation_steps made of it, or '')."""
+        per_device, accumulation = self.per_device_train_batch_size, self.gradient_accumulation_steps
+        if per_device is None and accumulation is None:
+            return self.batch_size, ""
+        factors = (per_device or 1, accumulation or 1, ranks)
+        batch_size = math.prod(factors)
+        return batch_size, "{} per device x {} accumulation x {} ranks = --batch_size {}".format(*factors, batch_size)
 
     def check_optimizer(self) -> None:
         """Raises UserError for what cannot be."""

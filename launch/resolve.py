@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from engine import run
 from engine.data.embedded import embedded
 from engine.errors import UserError
-from engine.flags import MemoryFlags, OptimizerFlags, StageFlags, fill
+from engine.flags import MemoryFlags, StageFlags, fill
 from engine.model import layers
 from engine.world import World
 from launch.planner.dry_run import show_plan
@@ -37,7 +37,7 @@ def resolve(
             "warning: under --master_dtype bfloat16 AdamW's second moment is in bfloat16 too, where it stalls;"
             " --optimizer adamw_8bit keeps it better in fewer bytes"
         )
-    batch_size, line = batch_size_of(config, world.size)
+    batch_size, line = config.batch_size_on(world.size)
     if line:
         world.say(line)
         config = dataclasses.replace(
@@ -72,18 +72,6 @@ def check_memory(flags: MemoryFlags, world: World) -> None:
         world.say(
             "--activation_offload: on a CPU what waits is copied from host memory to host memory; it saves nothing here"
         )
-
-
-def batch_size_of(flags: OptimizerFlags, ranks: int) -> tuple[int, str]:
-    """(--batch_size, what --per_device_train_batch_size and --gradient_accumulation_steps made of it, or '')."""
-    if flags.per_device_train_batch_size is None and flags.gradient_accumulation_steps is None:
-        return flags.batch_size, ""
-    per_device, accumulation = flags.per_device_train_batch_size or 1, flags.gradient_accumulation_steps or 1
-    batch_size = per_device * accumulation * ranks
-    return (
-        batch_size,
-        f"{per_device} per device x {accumulation} accumulation x {ranks} ranks = --batch_size {batch_size}",
-    )
 
 
 def with_tuned_model(config: Config, world: World) -> Config:

@@ -75,10 +75,10 @@ def tokenise_slowly() -> None:
     world.COLLECTIVE_TIMEOUT = timedelta(seconds=4)
     original = data.open_or_build
 
-    def slow(*args):
+    def slow(*args, **options):
         if os.environ["RANK"] == "0":
             time.sleep(7)
-        return original(*args)
+        return original(*args, **options)
 
     data.open_or_build = slow
 

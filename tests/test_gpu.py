@@ -220,6 +220,6 @@ def test_a_step_waits_for_the_device_twice(stage, tmp_path):
     )
     assert found.returncode == 0, found.stderr[-2000:]
     places = json.loads(found.stdout.splitlines()[-1])
-    assert {place.partition(":")[0] for place in places} <= {"engine/log.py", "engine/optim.py"} and len(places) == 2, (
+    assert {place.partition(":")[0] for place in places} <= {"engine/log.py", "engine/train/optim.py"} and len(
         places
-    )
+    ) == 2, places

@@ -196,6 +196,3 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
         yield from (f"  bad row {h['name']}{line}" for line in h["bad_list"])
         if h["bad_rows"] > len(h["bad_list"]):
             yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
-
-
-# --- which examples, in which order -----------------------------------------------------------------------------------

@@ -19,7 +19,6 @@ from engine.model import build
 from engine.train.reference import resolve_reference
 from launch import dpo, ppo, sft
 from launch.planner.stages import Case, Rehearsed, Work, rehearse
-from launch.resolve import batch_size_of
 
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 FRAGMENTATION = 0.02  # of the allocator's peak, lost between blocks
@@ -150,7 +149,7 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
         raise UserError(f"--trained_share is a share, greater than 0 and at most 1, got {config.trained_share}")
     config.check_adapters()
     config.check_optimizer()
-    batch_size, _ = batch_size_of(config, config.gpus * config.nodes)
+    batch_size, _ = config.batch_size_on(config.gpus * config.nodes)
     none = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     config = fill(dataclasses.replace(config, batch_size=batch_size, **none), **STAGES[stage][0].DEFAULTS)
     if stage == "dpo":

@@ -276,7 +276,7 @@ class _Ppo(_Stage):
         self.policy.temperature = config.temperature or 1.0
         frozen = self.frozen() if config.kl_coef else None
         with ledger.phase("loading", VALUE):
-            value_model = build.build_value_model(self.value_config, world, self.base.how)
+            value_model = build.build_value_model(self.value_config, world, self._value_how())
         transform_layers(value_model, self.base.memory, self.stream)
         follow(value_model, ledger)
         value_model.gradient_sync = self.policy.gradient_sync
@@ -300,6 +300,15 @@ class _Ppo(_Stage):
         slots = min(config.rollout_slots, self.work.units)
         result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=slots)
         return dataclasses.replace(result, trained=result.trained + value_model.num_trained)
+
+    def _value_how(self) -> How:
+        """As `open.value_how`, without files."""
+        adapters = self.base.adapters
+        if adapters is not None and self.config.value_model_name_or_path:
+            adapters = choose.for_value_model(adapters, self.value_config)
+        return dataclasses.replace(
+            self.base.how, adapters=adapters and dataclasses.replace(adapters, keep_initial=False)
+        )
 
     @torch.no_grad()
     def _rollout(self, sampler: Sampler) -> dict[str, Cost]:

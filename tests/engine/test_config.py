@@ -20,7 +20,6 @@ from engine.config import Flag, as_dict, flags_of, parse, save
 from engine.errors import UserError
 from engine.flags import StageFlags, flag, override
 from launch.dpo import Config as DpoConfig
-from launch.resolve import batch_size_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -340,7 +339,7 @@ def test_facts_are_comments(tmp_path):
 def test_batch_size_of_devices_and_accumulation(argv, ranks, want):
     names = ("--per_device_train_batch_size", "--gradient_accumulation_steps")
     words = [w for name, word in zip(names, argv.split(), strict=True) if word != "-" for w in (name, word)]
-    batch_size, line = batch_size_of(parse(Config, words), ranks)
+    batch_size, line = parse(Config, words).batch_size_on(ranks)
     assert batch_size == want and (f"--batch_size {want}" in line) == bool(words)
 
 
