@@ -5,7 +5,7 @@ from fractions import Fraction
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from verifiers import Verdict, verify
+from verifiers import GroundTruthError, Verdict, check, verify
 from verifiers.math.equal import equal
 
 many = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
@@ -247,3 +247,36 @@ def test_any_latex_gets_the_same_verdict_both_ways(a, b):
     a, b = "".join(a), "".join(b)
     assert equal(a, b) == equal(b, a)
     verify(a, b, "math", "reference")
+
+
+# --- ground truths ----------------------------------------------------------------------------------------------------
+
+SCALARS = st.none() | st.booleans() | st.integers(-9, 9) | st.floats(allow_nan=True) | st.text(max_size=6)
+JSON = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+)
+IDS = st.sampled_from(
+    ["keywords:existence", "length_constraints:number_words", "language:response_language", "no:such"]
+)
+IFEVAL = st.fixed_dictionaries(
+    {"instruction_id": st.lists(IDS | JSON, max_size=3) | IDS | JSON, "kwargs": st.lists(JSON, max_size=3) | JSON}
+)
+TULU = st.fixed_dictionaries(
+    {"func_name": st.sampled_from(["validate_no_commas", "verify_paragraph_count"]) | JSON, "N": JSON}
+)
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(["gsm8k", "math", "ifeval", "ifeval_old"]) | JSON,
+    JSON | IFEVAL | TULU,
+    st.sampled_from(["default", "reference", "tulu3"]),
+)
+def test_a_row_is_judged_or_refused_in_one_line(dataset, ground_truth, mode):
+    """Whatever a file holds: a refusal names what was expected, a row that is let through gets a verdict."""
+    try:
+        check(dataset, ground_truth, mode)
+    except GroundTruthError as problem:
+        assert "\n" not in str(problem)
+        return
+    assert verify("a response", ground_truth, dataset, mode).status == "ok"

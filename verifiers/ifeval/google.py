@@ -43,8 +43,10 @@ def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]
 def arguments(name: str, given: dict, mode: str) -> dict:
     """The arguments of the instruction `name`, checked, without nulls; in mode 'reference' keywords as regular
     expressions. Raises GroundTruthError."""
-    if name not in INSTRUCTIONS:
+    if not isinstance(name, str) or name not in INSTRUCTIONS:
         raise GroundTruthError(f"ground_truth: unknown instruction {shown(name)}{nearest(name, INSTRUCTIONS)}")
+    if not isinstance(given, dict):
+        raise GroundTruthError(f"{name}: expected an object of arguments, found {shown(given)}")
     given = {key: value for key, value in given.items() if value is not None}
     typed = typed_arguments(name, inspect.signature(INSTRUCTIONS[name]).parameters, given)
     for key in ("relation", "let_relation", "capital_relation"):
