@@ -187,7 +187,11 @@ def test_decoding_reads_the_cache_in_grouped_heads():
     cache.write(0, cuda(3, 2, 64), cuda(3, 2, 64), slots_A, positions_A)
     for softcap, sinks_N in ((None, None), (30.0, None), (None, cuda(8))):
         one = caching.Pass(cache, slots_A, positions_A, 20)
-        assert is_like(caching._decode(cuda(3, 8, 64), one, 0, 0.1, 8, softcap, sinks_N), (3, 8, 64), BF16)
+        assert is_like(
+            caching._decode(cuda(3, 8, 64), one, 0, scale=0.1, window=8, softcap=softcap, sinks_N=sinks_N),
+            (3, 8, 64),
+            BF16,
+        )
 
 
 # --- what a step sums -------------------------------------------------------------------------------------------------
