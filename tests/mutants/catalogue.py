@@ -1,4 +1,4 @@
-"""The mutants: mistakes that a person could make in this code and that would matter, each with the tests that notice it.
+"""The mutants: mistakes that a person could make in this code and that would matter, each with tests that notice it.
 
 A mutant is a snippet that stands once in its file, what takes its place, and a few fast tests. Where it cannot be seen
 from outside, `equivalent` says why, and its tests must pass. `tests/test_mutants_fit.py` keeps the table in step with
@@ -1065,10 +1065,10 @@ DATA = (
         BATCH,
     ),
     Mutant(
-        "bins_go_to_ranks_in_their_order",
+        "ranks_forget_what_they_carry",
         "engine/data/packing.py",
-        "by_load = sorted(range(len(bins)), key=lambda b: (-sum(tokens[i] for i in bins[b]), b))",
-        "by_load = list(range(len(bins)))",
+        "heapq.heappush(free, (load + sum(tokens[i] for i in bins[b]), rank))",
+        "heapq.heappush(free, (load, rank))",
         BATCH,
     ),
     Mutant(
@@ -1603,13 +1603,6 @@ MODEL = (
         DAMAGED,
     ),
     Mutant(
-        "a_model_of_one_more_layer_is_read",
-        "engine/model/weights.py",
-        "sorted(files.keys() - own.keys() - tied)",
-        "sorted(files.keys() & tied - files.keys())",
-        DAMAGED,
-    ),
-    Mutant(
         "exported_without_its_own_ends",
         "engine/model/export.py",
         "[end_of_turn_id, *(e for e in ends if e != end_of_turn_id)]",
@@ -1891,8 +1884,8 @@ TRAIN = (
     Mutant(
         "moments_are_not_saved",
         "engine/train/checkpoint.py",
-        '            tensors |= {f"{part}.{m}.{name}": moment for m, moment in optim.moments(optimizer, p, ranks).items()}\n',
-        "            optim.moments(optimizer, p, ranks)\n",
+        'tensors |= {f"{part}.{m}.{name}": moment for m, moment',
+        '{f"{part}.{m}.{name}": moment for m, moment',
         CHECKPOINT,
     ),
     Mutant(

@@ -105,7 +105,8 @@ def drill(mutants: list[Mutant], say: Callable[[str], None] = print) -> list[Out
         try:
             tests = sorted({test for mutant in mutants for test in mutant.tests})
             start = time.monotonic()
-            whole = _in_parallel(copies, [tests[i::WORKERS] for i in range(WORKERS)], lambda c, t: c.run(t, 1200))
+            parts = [part for i in range(WORKERS) if (part := tests[i::WORKERS])]
+            whole = _in_parallel(copies, parts, lambda copy, part: copy.run(part, 1200))
             for status, test in whole:
                 if status != 0:
                     raise SystemExit(f"without any mutant the tests end in status {status}: {test}")

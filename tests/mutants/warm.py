@@ -17,7 +17,8 @@ import time
 from pathlib import Path
 
 OPTIONS = ("-o", "addopts=", "-q", "-x", "-rfE", "--tb=no", "--strict-markers", "-m", "not gpu and not drill")
-PRELOADED = ("pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint") + (
+PRELOADED = (
+    *("pytest", "torch", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.checkpoint"),
     *("hypothesis", "numpy", "mpmath", "safetensors.torch", "transformers.models.llama.modeling_llama"),
     *("transformers.generation", "torch._subclasses.fake_tensor", "bitsandbytes", "yaml", "tqdm"),
 )

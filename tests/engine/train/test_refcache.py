@@ -247,6 +247,15 @@ def test_a_million_rows_are_found_wherever_they_stand(tmp_path):
     assert np.array_equal(found.reshape(-1), np.arange(n, dtype=np.float32)[::-1])
 
 
+def test_keys_that_agree_in_half_are_others(tmp_path):
+    """The first half is what is searched by, the second tells apart; and the other way round."""
+    keys = np.array([[1, 2], [3, 4]], "<u8").view("V16").reshape(-1)
+    refcache._append(tmp_path, keys, np.array([-1, -2], np.float32), np.ones(2, np.int32))
+    wanted = np.array([[1, 2], [1, 4], [3, 2], [2, 4], [3, 4]], "<u8").view("V16").reshape(-1, 1)
+    found = refcache._look_up(tmp_path, wanted, np.ones((5, 1), np.int32))
+    np.testing.assert_array_equal(found[:, 0], np.array([-1, np.nan, np.nan, np.nan, -2], np.float32))
+
+
 def test_every_loss_and_beta_shares_the_cache(tmp_path, embedded_dir):
     """Through the entry point: only the first of four runs computes; simpo needs none."""
     from tests.ranks import launch
