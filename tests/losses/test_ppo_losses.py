@@ -135,6 +135,6 @@ def test_the_score_of_an_empty_response_is_nowhere():
 
 def test_the_share_that_is_clipped_is_of_both_sides():
     ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0], dtype=torch.float64)
-    seen = diagnostics(ratios.log(), torch.zeros(7, dtype=torch.float64), 0.2)
+    seen = ppo.diagnostics(ratios.log(), torch.zeros(7, dtype=torch.float64), 0.2)
     assert seen["clipfrac"].tolist() == [True, True, False, False, False, True, True]
     assert seen["approxkl"].tolist() == pytest.approx([r - 1 - math.log(r) for r in ratios.tolist()], abs=1e-12)
