@@ -175,6 +175,12 @@ def test_weights_and_optimizer_halve_from_one_rank_to_two(tiny):
     assert two.seen.micro_batch.communicating > one.seen.micro_batch.communicating
 
 
+def test_the_optimizers_state_is_there_from_the_start(tiny):
+    """So the peak of one step is that of all: the backward pass has both moments beside it."""
+    seen = planned("sft", tiny, batch_size=8, max_seq_length=128, gradient_sync="every").seen
+    assert seen.peaks["backward"].kinds["optimizer"] == pytest.approx(8 * seen.parameters, rel=0.02)
+
+
 @pytest.mark.drill
 def test_every_knob_does_to_memory_what_it_says(tiny):
     flags = {"batch_size": 64, "max_seq_length": 256, "micro_batch_tokens": 4096}

@@ -221,6 +221,20 @@ def test_a_broken_reference_is_never_cached(setting, here):
     assert not list((setting[2] / "reference").rglob("rows-*"))
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_stops_the_pass(poison, here):
+    """Among sound ones, and it names the example."""
+    sequences = [[(np.arange(n), np.arange(n) > 1)] for n in (4, 5, 6)]
+    examples = SimpleNamespace(sequences=lambda i: sequences[i])
+    values = lambda batch: torch.where(torch.isin(batch.targets_R, torch.tensor(5)), poison, -1.0)
+    compute = lambda logprobs: refcache._compute(
+        SimpleNamespace(logprobs=logprobs), examples, np.arange(3), np.arange(3), here, 1000
+    )
+    assert compute(lambda batch: -torch.ones(len(batch.targets_R))).tolist() == [-2.0, -3.0, -4.0]
+    with pytest.raises(UserError, match="the reference log-prob of example 2 is not finite"):
+        compute(values)
+
+
 def test_a_killed_pass_goes_on_where_it_was(setting, here, monkeypatch):
     monkeypatch.setattr(refcache, "SEQUENCES_PER_SEGMENT", 32)
     append, calls = refcache._append, iter(range(10))
