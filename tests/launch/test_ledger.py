@@ -73,3 +73,11 @@ def test_the_disk_of_pairs_and_of_two_models():
     assert pairs["tokenised data"] == 2 * 10 * (500 + 28) and pairs["reference cache"] == 24 * 20
     sizes = [planned(stage, parameters=1000, slots=1).disk["final/"] for stage in ("sft", "ppo")]
     assert sizes == [2000, 4000]
+
+
+def test_what_is_written_in_place_is_no_new_storage():
+    with FakeTensorMode(), Ledger(H100, block=1) as ledger:
+        a = torch.empty(100)
+        a.add_(1).mul_(2)
+        b = a.add_(a)
+        assert ledger.total == ledger.peak.total == 400 and b is a

@@ -148,9 +148,9 @@ def test_ppos_parts_of_a_mini_batch_in_chunks_of_tokens():
         expected += max(-a * rho, -a * min(max(rho, 0.8), 1.2))
     assert loss.item() == pytest.approx(expected / 10, rel=1e-5)
     assert totals.reduce(("loss/policy",))["loss/policy"] == pytest.approx(expected, rel=1e-5)
-    values, old_values, returns = torch.tensor([0.5, 2.0]), torch.tensor([0.0, 0.0]), torch.tensor([1.0, 4.0])
+    values, old_values, returns = torch.tensor([0.5, 2.0]), torch.tensor([0.4, 1.0]), torch.tensor([1.0, 4.0])
     loss = ppo.value_loss(lambda batch: values, None, [old_values, returns], 10, 0.2, totals)
-    assert loss.item() == pytest.approx(((0.2 - 1) ** 2 + (0.2 - 4) ** 2) / 2 / 10, rel=1e-5)
+    assert loss.item() == pytest.approx(((0.5 - 1) ** 2 + (1.2 - 4) ** 2) / 2 / 10, rel=1e-5)
 
 
 def test_a_row_of_metrics_is_of_tokens_slots_and_verdicts():
@@ -186,8 +186,8 @@ def test_held_out_accuracy_is_of_prompts_with_verdicts():
     right, wrong, error = Verdict(1.0, ""), Verdict(0.0, ""), Verdict(0.0, "killed", "error")
     assert held_out([right, wrong, right, error], 1)["accuracy"] == pytest.approx(2 / 3)
     assert held_out([right, right, wrong, wrong, wrong, error], 2)["accuracy"] == pytest.approx(1 / 2)
-    alike = held_out([right, right, wrong, wrong] * 8, 2)  # samples that agree say what one of them says
-    alone = held_out([right, wrong] * 8, 1)
+    alike = held_out([right] * 16 + [wrong] * 16, 2)  # samples that agree say what one of them says
+    alone = held_out([right] * 8 + [wrong] * 8, 1)
     assert (alike["low"], alike["high"]) == pytest.approx((alone["low"], alone["high"]))
     with pytest.raises(UserError, match="no held-out prompt could be verified, the first: killed"):
         held_out([error, error], 1)
