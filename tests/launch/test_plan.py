@@ -190,7 +190,7 @@ def test_gathered_weights_are_beside_those_that_a_rank_holds(tiny):
 
 
 def test_what_dtensors_ask_of_their_shapes_is_not_allocated(tmp_path):
-    """Of a shape that no other test has: what torch learns of an operator it asks once. An update makes nothing whole."""
+    """Of a shape that no other test has, since torch asks once: an update makes nothing whole."""
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"hidden_size": 96}), encoding="utf-8")
     config = tmp_path / "config.json"
     seen = planned("sft", config, gpus=2, batch_size=8, max_seq_length=128, gradient_sync="every").seen
