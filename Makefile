@@ -3,7 +3,7 @@ PY ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint sizes drill bench gpu clean
+.PHONY: demo test test-oldest lint sizes drill mutants bench gpu clean
 
 demo: .venv/ready
 	$(BIN)/torchrun --standalone --nproc_per_node 2 -m launch.dpo --output_dir output/demo
@@ -28,6 +28,10 @@ sizes: .venv/ready
 
 drill: .venv/ready
 	$(BIN)/python -m pytest -m drill
+
+# known mistakes, planted one at a time in a copy of the tree: each must be caught by its tests
+mutants: .venv/ready
+	$(BIN)/python -m tests.mutants
 
 bench: .venv/bench
 	$(BIN)/python -m benchmarks.loss

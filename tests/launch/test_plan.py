@@ -176,6 +176,29 @@ def test_weights_and_optimizer_halve_from_one_rank_to_two(tiny):
     assert two.seen.micro_batch.communicating > one.seen.micro_batch.communicating
 
 
+def test_the_optimizers_state_is_there_from_the_start(tiny):
+    """So the peak of one step is that of all: the backward pass has both moments beside it."""
+    seen = planned("sft", tiny, batch_size=8, max_seq_length=128, gradient_sync="every").seen
+    assert seen.peaks["backward"].kinds["optimizer"] == pytest.approx(8 * seen.parameters, rel=0.02)
+
+
+def test_gathered_weights_are_beside_those_that_a_rank_holds(tiny):
+    """In bfloat16, of a layer and the root at most; the masters stay what they are between two steps."""
+    seen = planned("sft", tiny, gpus=2, batch_size=8, max_seq_length=128, gradient_sync="every").seen
+    for phase in ("forward", "backward"):
+        kinds = seen.peaks[phase].kinds
+        assert kinds["weights"] == seen.steady["weights"] and 0 < kinds["gathered weights"] < 2 * seen.parameters
+
+
+def test_what_dtensors_ask_of_their_shapes_is_not_allocated(tmp_path):
+    """Of a shape that no other test has, since torch asks once: an update makes nothing whole."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"hidden_size": 96}), encoding="utf-8")
+    config = tmp_path / "config.json"
+    seen = planned("sft", config, gpus=2, batch_size=8, max_seq_length=128, gradient_sync="every").seen
+    held = seen.steady["weights"] + seen.steady["optimizer"] + 4 * seen.parameters / 2
+    assert seen.peaks["optimizer"].total == pytest.approx(held, rel=0.05)
+
+
 @pytest.mark.drill
 def test_every_knob_does_to_memory_what_it_says(tiny):
     flags = {"batch_size": 64, "max_seq_length": 256, "micro_batch_tokens": 4096}

@@ -110,6 +110,18 @@ def test_linear_loss_is_no_worse_than_naive(dtype):
         assert (a.double() - e).norm() <= 1.5 * (b.double() - e).norm() + 1e-6 * e.norm()
 
 
+def test_the_weights_gradient_is_summed_in_fp32_over_many_chunks():
+    """In bfloat16 a sum of 256 chunks would lose what is less than 1 / 256 of it; one rounding is left."""
+    h, w, targets = case(1024, 8, 33, torch.bfloat16)
+    h.data += 1  # so that the chunks' gradients add up
+    truth = torch.autograd.grad(
+        naive_loss(h.detach().double(), w64 := w.detach().double().requires_grad_(), targets, lambda lp, _: -lp.sum()),
+        w64,
+    )[0]
+    (ours,) = torch.autograd.grad(linear_loss(h, w, targets, lambda lp, _: -lp.sum(), chunk_rows=4), w)
+    assert (ours.double() - truth).norm() <= 4e-3 * truth.norm()
+
+
 def test_only_what_needs_a_gradient_gets_one():
     h, w, targets = case(9, 4, 6)
     frozen = w.detach()

@@ -130,3 +130,10 @@ def test_diagnostics_and_explained_variance():
 def test_the_score_of_an_empty_response_is_nowhere():
     rewards = ppo.token_rewards(torch.zeros(3), torch.tensor([5.0, 1.0, 2.0]), torch.tensor([0, 2, 1]), 0.1)
     assert rewards.tolist() == [0.0, 1.0, 2.0]
+
+
+def test_the_share_that_is_clipped_is_of_both_sides():
+    ratios = torch.tensor([0.5, 0.79, 0.81, 1.0, 1.19, 1.21, 3.0], dtype=torch.float64)
+    seen = ppo.diagnostics(ratios.log(), torch.zeros(7, dtype=torch.float64), 0.2)
+    assert seen["clipfrac"].tolist() == [True, True, False, False, False, True, True]
+    assert seen["approxkl"].tolist() == pytest.approx([r - 1 - math.log(r) for r in ratios.tolist()], abs=1e-12)

@@ -74,6 +74,27 @@ def test_tokens_follow_the_softmax(temperature, vocab):
         torch.testing.assert_close(logprobs, p.log()[tokens].float(), atol=1e-5, rtol=1e-5)
 
 
+def test_blocks_have_noise_of_their_own():
+    """The noise of block b is not that of token b: by hand, over a vocabulary of 3 whole blocks and a short one."""
+    z_AV = torch.randn(500, 14, generator=torch.Generator().manual_seed(5)).double()
+    positions = torch.zeros(500, dtype=torch.int64)
+    tokens, _, _ = choose(z_AV, SamplingParams(), keys(500), positions)
+    noise_B, noise_V = (gumbel(keys(500), positions, i) for i in (torch.tensor([-1, -2, -3, -4]), torch.arange(14)))
+    for row in range(500):
+        sums = [z_AV[row, 4 * b : 4 * b + 4].logsumexp(0) + noise_B[row, b] for b in range(4)]
+        b = max(range(4), key=lambda b: sums[b])
+        assert tokens[row] == max(range(4 * b, min(14, 4 * b + 4)), key=lambda v: z_AV[row, v] + noise_V[row, v])
+
+
+def test_greedy_log_probs():
+    """Greedy draws from a point mass; the model's own log-prob is reported beside it."""
+    z_AV = torch.randn(20, 37, generator=torch.Generator().manual_seed(6)) * 3
+    params, positions = SamplingParams(temperature=0), torch.zeros(20, dtype=torch.int64)
+    tokens, logprobs, logprobs_t1 = choose(z_AV, params, keys(20), positions)
+    assert torch.equal(tokens, z_AV.argmax(1)) and not logprobs.any()
+    torch.testing.assert_close(logprobs_t1.double(), z_AV.double().log_softmax(1).amax(1), rtol=1e-6, atol=1e-6)
+
+
 def oracle(z: list[float], params: SamplingParams) -> dict[int, float]:
     """The sampling distribution by hand: {token: probability}."""
     x = [v / params.temperature for v in z]

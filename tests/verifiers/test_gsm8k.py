@@ -139,3 +139,24 @@ def test_a_division_by_zero_is_no_answer_and_no_label(zero):
 def test_what_is_no_fraction_of_two_integers_is_not_read_as_one(response):
     """Neither as what it begins with, nor as one of its numbers."""
     assert not any(right(response, label) for label in ("1/2", "0.5", "0.4", "1", "2", "2.5", "10", "20", "30", "1/60"))
+
+
+# --- signs, thinking, and the reference -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("minus", ["-", "−"])
+def test_a_minus_of_either_length_is_a_sign(minus):
+    assert right(f"#### {minus}42", "-42") and not right(f"#### {minus}42", "42") and right("#### 42", "42")
+
+
+def test_what_was_thought_is_not_said():
+    assert right("<think>#### 41</think> it is 42", "42") and not right("<think>it is 42</think> I cannot say", "42")
+
+
+def test_the_references_rules():
+    """open-instruct's: thousands are joined, the last number of the text, with its sign; Tülu 3's lost the sign."""
+    score = lambda response, label, mode: verify(response, label, "gsm8k", mode).score
+    assert score("it is 1,234", "1234", "reference") == 1 == score("it is 1,234", "1234", "tulu3")
+    assert score("it is 1,2,3", "3", "reference") == 1  # one pass: 12,3
+    assert score("it is -5", "-5", "reference") == 1 and score("it is -5", "5", "reference") == 0
+    assert score("it is -5", "-5", "tulu3") == 0 and score("it is -5", "5", "tulu3") == 1

@@ -37,6 +37,12 @@ def test_pack_is_level_at_the_size_of_the_recipe():
         assert max(loads) <= 1.02 * sum(loads) / 8
 
 
+def test_ranks_carry_equal_loads():
+    """Four examples over the budget on two ranks: the longest and the shortest together."""
+    per_rank = pack([90, 20, 80, 10], 5, 2)
+    assert sorted(sorted(i for bin in bins for i in bin) for bins in per_rank) == [[0, 3], [1, 2]]
+
+
 def test_pack_of_a_whole_dataset_takes_few_attempts():
     """Every second sequence over half the budget, where the volume says nothing of the bins needed."""
 

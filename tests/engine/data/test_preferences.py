@@ -300,3 +300,20 @@ def test_the_embedded_rows_are_all_accepted(embedded_dir, chat):
         pairs = [encode(json.loads(line)) for line in path.read_text().splitlines()]
         assert len(pairs) > 100
         assert all(isinstance(pair, list) for pair in pairs)
+
+
+def test_other_turns_are_another_store(tmp_path, embedded_dir, chat):
+    """Both ways to count the same rows, one after the other: neither finds the other's masks."""
+    from engine import world
+    from engine.data.sources import read_pairs
+    from engine.flags import MixtureFlags
+
+    user, answer = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}
+    row = {"chosen": [user, answer, user, answer], "rejected": [user, answer, user, answer | {"content": "c."}]}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    flags = MixtureFlags(dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"))
+    counts = {}
+    for turns in ("last", "all"):
+        pairs, _ = read_pairs(flags, turns, chat, world.start())
+        counts[turns] = pairs.counts(np.arange(1)).tolist()
+    assert all(2 * last == both for last, both in zip(counts["last"][0], counts["all"][0], strict=True))

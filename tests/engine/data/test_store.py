@@ -324,6 +324,14 @@ def test_why_nothing_is_left(rows, expected, tmp_path, path):
     assert data._why_empty([tokens], MixtureFlags()) == expected.format(path=path)
 
 
+def test_a_trained_first_token_counts_for_nothing(tmp_path, path):
+    """Nothing predicts it: a sequence trained from its first token on has one counted token less than tokens."""
+    whole = lambda row: [(np.array(row[side], np.int32), np.ones(len(row[side]), bool)) for side in ("a", "b")]
+    tokens = build(tmp_path, path, whole)
+    assert tokens.counts.tolist() == [len(row[side]) - 1 for row in ROWS for side in ("a", "b")]
+    assert [ids.tolist() for ids, _ in tokens.sequences(1)] == [ROWS[1]["a"], ROWS[1]["b"]]
+
+
 # --- mixtures ---------------------------------------------------------------------------------------------------------
 
 
@@ -457,6 +465,13 @@ def test_steps(n, batch_size, epochs, max_steps, seed):
 def test_epochs_and_seeds_differ():
     orders = {tuple(Steps(40, 40, 9, -1, seed).examples(step)) for seed in (1, 2) for step in range(3)}
     assert len(orders) == 6
+
+
+def test_the_step_after():
+    """Of 5 examples in batches of 2: the short batch of the first epoch, the next epoch, and nothing after the last."""
+    steps = Steps(5, 2, 2, -1, 1)
+    assert [steps.after(step).tolist() for step in range(5)] == [steps.examples(step + 1).tolist() for step in range(5)]
+    assert steps.after(5) is None and Steps(5, 2, 9, 1, 1).after(0) is None
 
 
 # --- workers ----------------------------------------------------------------------------------------------------------

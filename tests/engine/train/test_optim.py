@@ -60,6 +60,19 @@ def test_clipping_is_of_the_global_norm():
     assert all(p.grad is None for p in model.parameters())
 
 
+def test_the_norm_is_of_all_ranks():
+    """Of four ranks with the same gradients: twice the norm of one, and clipped by it."""
+
+    class OneOfFour(Alone):
+        def sum(self, x):
+            return 4 * x
+
+    p = nn.Parameter(torch.zeros(9))
+    p.grad = torch.ones(9)
+    norm = optim.step(torch.optim.SGD([p], lr=0.0), OneOfFour(), lr=1.0, max_norm=1.5)
+    assert norm == pytest.approx(6.0) and p.detach().tolist() == pytest.approx([-0.25] * 9, rel=1e-5)
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_a_norm_that_is_not_finite_changes_nothing(poison):
     model = nn.Linear(2, 2)

@@ -221,6 +221,20 @@ def test_a_broken_reference_is_never_cached(setting, here):
     assert not list((setting[2] / "reference").rglob("rows-*"))
 
 
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -np.inf])
+def test_one_number_that_is_not_finite_stops_the_pass(poison, here):
+    """Among sound ones, and it names the example."""
+    sequences = [[(np.arange(n), np.arange(n) > 1)] for n in (4, 5, 6)]
+    examples = SimpleNamespace(sequences=lambda i: sequences[i])
+    values = lambda batch: torch.where(torch.isin(batch.targets_R, torch.tensor(5)), poison, -1.0)
+    compute = lambda logprobs: refcache._compute(
+        SimpleNamespace(logprobs=logprobs), examples, np.arange(3), np.arange(3), here, 1000
+    )
+    assert compute(lambda batch: -torch.ones(len(batch.targets_R))).tolist() == [-2.0, -3.0, -4.0]
+    with pytest.raises(UserError, match="the reference log-prob of example 2 is not finite"):
+        compute(values)
+
+
 def test_a_killed_pass_goes_on_where_it_was(setting, here, monkeypatch):
     monkeypatch.setattr(refcache, "SEQUENCES_PER_SEGMENT", 32)
     append, calls = refcache._append, iter(range(10))
@@ -245,6 +259,15 @@ def test_a_million_rows_are_found_wherever_they_stand(tmp_path):
     refcache._append(tmp_path, keys, np.arange(n, dtype=np.float32), np.ones(n, np.int32))
     found = refcache._look_up(tmp_path, keys[::-1].reshape(-1, 2), np.ones((n // 2, 2), np.int32))
     assert np.array_equal(found.reshape(-1), np.arange(n, dtype=np.float32)[::-1])
+
+
+def test_keys_that_agree_in_half_are_others(tmp_path):
+    """The first half is what is searched by, the second tells apart; and the other way round."""
+    keys = np.array([[1, 2], [3, 4]], "<u8").view("V16").reshape(-1)
+    refcache._append(tmp_path, keys, np.array([-1, -2], np.float32), np.ones(2, np.int32))
+    wanted = np.array([[1, 2], [1, 4], [3, 2], [2, 4], [3, 4]], "<u8").view("V16").reshape(-1, 1)
+    found = refcache._look_up(tmp_path, wanted, np.ones((5, 1), np.int32))
+    np.testing.assert_array_equal(found[:, 0], np.array([-1, np.nan, np.nan, np.nan, -2], np.float32))
 
 
 def test_every_loss_and_beta_shares_the_cache(tmp_path, embedded_dir):

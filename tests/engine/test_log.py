@@ -1,0 +1,36 @@
+"""Totals and rows: sums over micro-batches and ranks, and what stays in a file when a run is resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from engine import log, world
+
+
+def test_totals_are_sums_over_micro_batches_and_ranks(monkeypatch):
+    """Of tensors in fp64 (2^24 + 1 is no fp32 number), and of Python's numbers; what was never added is 0."""
+    totals = log.Totals(world.start())
+    for _ in range(3):
+        totals.add({"a": torch.tensor([2.0**24, 1.0]), "b": 0.5})
+    assert totals.reduce(("a", "b", "c")) == {"a": 3 * (2**24 + 1), "b": 1.5, "c": 0}
+    monkeypatch.setattr(world.World, "sum", lambda self, x: self.size * x)
+    totals.world = dataclasses.replace(totals.world, size=4)
+    assert totals.reduce(("b",)) == {"b": 6.0}
+
+
+@pytest.mark.parametrize("start, kept", [(0, []), (2, [1, 2, 2]), (3, [1, 2, 2, 3])])
+def test_a_resumed_file_is_cut_back_to_the_resumed_step(start, kept, tmp_path):
+    """A step may have several rows; a last one that is torn is none."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        "".join(json.dumps({"step": n}) + "\n" for n in (1, 2, 2, 3)) + '{"step": 3, "los', encoding="utf-8"
+    )
+    file = log.JsonLines(path, start)
+    file.write({"step": 9})
+    read = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]  # written out at once
+    assert read == [*kept, 9]
+    file.close()

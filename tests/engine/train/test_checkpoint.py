@@ -1,0 +1,108 @@
+"""Checkpoints in one process: what comes back, which one is taken, what is refused, what is kept."""
+
+from __future__ import annotations
+
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from engine import world
+from engine.errors import UserError
+from engine.flags import OptimizerFlags
+from engine.train import Run, optim
+from engine.train.checkpoint import Checkpoints
+
+
+@pytest.fixture(scope="module")
+def here():
+    return world.start()
+
+
+class Trained:
+    """A small module and its optimizer, of which every step moves everything."""
+
+    def __init__(self, root, here, *, keep: int = 9, identity: str = "a", **settings) -> None:
+        torch.manual_seed(0)
+        self.here, self.module = here, nn.Linear(3, 2)
+        self.optimizer = optim.adamw(self.module, OptimizerFlags(), here)
+        known = {"identity": {"model": identity}, "settings": {"beta": 5.0} | settings}
+        self.checkpoints = Checkpoints(root, here, {"policy": (self.module, self.optimizer)}, keep=keep, **known)
+
+    def train(self, steps: int) -> Trained:
+        for _ in range(steps):
+            (self.module(torch.ones(1, 3)) ** 2).sum().backward()
+            optim.step(self.optimizer, self.here, lr=0.1, max_norm=1.0)
+        return self
+
+    def save(self, *steps: int) -> Trained:
+        for step in steps:
+            self.checkpoints.save(step, {"num_tokens": 10 * step})
+            self.checkpoints.wait()
+        return self
+
+    def numbers(self) -> list[torch.Tensor]:
+        moments = [optim.moments(self.optimizer, p) for p in self.module.parameters()]
+        steps = [self.optimizer.state[p]["step"] for p in self.module.parameters()]
+        return [*(p.detach() for p in self.module.parameters()), *(x for m in moments for x in m.values()), *steps]
+
+
+def test_what_was_trained_comes_back_and_goes_on_alike(here, tmp_path):
+    """Weights, moments, and the optimizer's own step, which its bias corrections hang on."""
+    before = Trained(tmp_path, here).train(3).save(3)
+    after = Trained(tmp_path, here).train(1)
+    state = after.checkpoints.resume("auto")
+    assert (state["step"], state["num_tokens"], state["world_size"]) == (3, 30, 1)
+    assert all(map(torch.equal, before.numbers(), after.numbers()))
+    assert all(map(torch.equal, before.train(2).numbers(), after.train(2).numbers()))
+
+
+@pytest.mark.parametrize(
+    "changed, said", [({"beta": 0.1}, "with --beta 5.0, now it is 0.1"), ({"identity": "b"}, "another model")]
+)
+def test_a_checkpoint_of_another_run_is_refused(changed, said, here, tmp_path):
+    Trained(tmp_path, here).train(1).save(1)
+    with pytest.raises(UserError, match=said):
+        Trained(tmp_path, here, **changed).checkpoints.resume("auto")
+
+
+def names(root) -> list[str]:
+    return sorted(path.name for path in (root / "checkpoints").iterdir())
+
+
+def test_the_newest_are_kept_by_number(here, tmp_path):
+    Trained(tmp_path, here, keep=2).train(1).save(999_998, 999_999, 1_000_000)
+    assert names(tmp_path) == ["step-1000000", "step-999999"]
+    assert Trained(tmp_path, here, keep=2).checkpoints.resume("auto")["step"] == 1_000_000
+
+
+def test_the_newest_sound_one_is_taken(here, tmp_path, capsys):
+    """A flipped bit, a missing manifest: named or passed over; what is newer than the one taken is put aside."""
+    Trained(tmp_path, here).train(1).save(1, 2, 3)
+    assert Trained(tmp_path, here).checkpoints.resume("never") is None
+    whole = tmp_path / "checkpoints" / "step-000003"
+    (shard,) = whole.glob("shard-*")
+    content = bytearray(shard.read_bytes())
+    content[-1] ^= 1
+    shard.write_bytes(content)
+    capsys.readouterr()
+    assert Trained(tmp_path, here).checkpoints.resume("auto")["step"] == 2
+    assert f"{shard.name} is damaged" in capsys.readouterr().out
+    assert names(tmp_path) == ["abandoned-step-000003", "step-000001", "step-000002"]
+    (tmp_path / "checkpoints" / "step-000002" / "COMPLETE").unlink()
+    capsys.readouterr()
+    assert Trained(tmp_path, here).checkpoints.resume("auto")["step"] == 1
+    assert "is not used" not in capsys.readouterr().out  # it is none
+    with pytest.raises(UserError, match="is incomplete"):
+        Trained(tmp_path, here).checkpoints.resume(str(tmp_path / "checkpoints" / "step-000002"))
+    shutil.rmtree(tmp_path / "checkpoints")
+    assert Trained(tmp_path, here).checkpoints.resume("auto") is None
+
+
+def test_when_held_out_data_is_looked_at():
+    """Every so many steps, and after the last; without a number, after the last alone."""
+    run = lambda every: SimpleNamespace(plan=SimpleNamespace(total=10), flags=SimpleNamespace(eval_steps=every))
+    steps = lambda every: [done for done in range(1, 11) if Run.evaluates(run(every), done)]
+    assert (steps(4), steps(0), steps(5)) == ([4, 8, 10], [10], [5, 10])

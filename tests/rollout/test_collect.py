@@ -1,0 +1,59 @@
+"""Sampling and verifying: which requests are a rank's, what a verifier is given, and in which order all come back."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from engine.data.prompts import Prompt
+from engine.flags import SamplingFlags
+from rollout import Collector, Rollout
+
+END = 9
+PROMPTS = [Prompt(np.array([n]), f"truth {n}", f"verifier {n}") for n in range(5)]
+
+
+class Sampler:
+    """Every response is its prompt, its sample and, where it stops, the end of turn; the last request ends first."""
+
+    def stream(self, requests, params, *, seed, step):
+        assert params.stop_ids == (END,) and params.max_new_tokens == 7
+        self.asked, self.seed, self.step = [(r.example, r.sample) for r in requests], seed, step
+        for i in reversed(range(len(requests))):
+            r, stops = requests[i], requests[i].example % 2 == 0
+            ids = np.array([10 + r.example, 20 + r.sample, *([END] if stops else [])])
+            yield i, Rollout(r.example, r.sample, r.prompt_ids, ids, ids, ids, "stop" if stops else "length")
+
+
+class Pool:
+    def imap(self, rows):
+        for row in rows:
+            yield SimpleNamespace(row=row)
+
+
+def collector(rank: int, size: int, others=()) -> Collector:
+    decode = lambda ids, skip_special_tokens: " ".join(map(str, ids))
+    chat = SimpleNamespace(end_of_turn_id=END, tokenizer=SimpleNamespace(decode=decode))
+    world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others])
+    return Collector(Sampler(), Pool(), chat, SamplingFlags(response_length=7), 3, world)
+
+
+def test_what_is_verified_is_the_response_without_its_end():
+    collect = collector(0, 1)
+    rollouts, verdicts = collect(PROMPTS, np.array([4, 1, 2]), 2, step=5)
+    assert [(r.example, r.sample) for r in rollouts] == [(e, s) for e in (4, 1, 2) for s in (0, 1)]
+    expected = [(f"{10 + e} {20 + s}", f"truth {e}", f"verifier {e}") for e in (4, 1, 2) for s in (0, 1)]
+    assert [v.row for v in verdicts] == expected and (collect.sampler.seed, collect.sampler.step) == (3, 5)
+    collect(PROMPTS, np.array([0]), 1, step=5, seed=77)
+    assert collect.sampler.seed == 77
+
+
+@pytest.mark.parametrize("rank, expected", [(0, [4, 2]), (1, [1])])
+def test_every_rank_samples_its_share(rank, expected):
+    collect = collector(rank, 2)
+    collect.world.gather = lambda mine: [mine]
+    rollouts, _ = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
+    assert collect.sampler.asked == [(e, s) for e in expected for s in (0, 1)]
+    assert [r.example for r in rollouts] == [e for e in expected for _ in (0, 1)]
