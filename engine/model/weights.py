@@ -178,6 +178,8 @@ def _through_transformers(
     if lost:
         name = min(lost)
         raise UserError(f"{directory}: tensor {name} is missing or has another shape{nearest(name, unexpected)}")
+    if nowhere := sorted(set(report["unexpected_keys"]) & set(unexpected)):
+        raise UserError(f"{directory}: {type(lm).__name__} has no place for {len(nowhere)} tensors, as {nowhere[0]}")
     state = dict(whole.named_parameters()) | dict(whole.named_buffers())
     for name in wanted:
         yield (

@@ -2863,20 +2863,8 @@ LAUNCH = (
         'abs(sums["val/ratio"] - 1)',
         RATIO,
     ),
-    Mutant(
-        "a_batch_is_of_one_rank",
-        "engine/flags.py",
-        "math.prod(factors)",
-        "math.prod(factors[:2])",
-        DEVICES,
-    ),
-    Mutant(
-        "accumulation_is_forgotten",
-        "engine/flags.py",
-        "math.prod(factors)",
-        "factors[0] * ranks",
-        DEVICES,
-    ),
+    Mutant("a_batch_is_of_one_rank", "engine/flags.py", "math.prod(factors)", "math.prod(factors[:2])", DEVICES),
+    Mutant("accumulation_is_forgotten", "engine/flags.py", "math.prod(factors)", "factors[0] * ranks", DEVICES),
     Mutant(
         "the_embedded_defaults_lose",
         "launch/resolve.py",

@@ -125,6 +125,20 @@ def test_a_checkpoint_of_the_bare_body_is_read_through_transformers(family_dirs,
     assert load(source, here).identity == load(family_dirs["qwen2"], here).identity
 
 
+@pytest.mark.parametrize("bare", [False, True])
+def test_a_tensor_that_the_model_has_no_place_for_is_refused_by_name(bare, family_dirs, here, tmp_path):
+    """A layer too many, an adapter's leftovers: what is read is used, or the checkpoint is not this model's."""
+    source = tmp_path / "more"
+    shutil.copytree(family_dirs["qwen2"], source)
+    tensors = load_file(source / "model.safetensors")
+    if bare:  # names that transformers' own loader knows
+        tensors = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(56, 32)
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"Qwen2ForCausalLM has no place for 1 tensors, as .*layers\.2\.mlp\.up_proj"):
+        load(source, here)
+
+
 def test_bfloat16_compute_keeps_float32_masters(family_dirs, here):
     policy = load(family_dirs["llama"], here, dtype=torch.bfloat16)
     batch = micro_batch(sequences(), (0, 1, 2), CPU)
