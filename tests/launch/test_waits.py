@@ -85,11 +85,12 @@ def test_a_supervised_step_waits_for_its_metrics_and_for_its_norm(stage, tmp_pat
     assert found["engine/log.py:reduce"] == 1 and not beyond(found, STEP), found
 
 
-def test_an_iteration_of_ppo_waits_where_it_reads_rollouts_and_updates(tmp_path, monkeypatch):
+def test_an_iteration_of_ppo_waits_where_it_reads_rollouts_and_updates(tmp_path, monkeypatch, tuned):
     found = seen(
         monkeypatch,
         ppo,
         tmp_path,
+        cache_dir=tuned,
         batch_size=4,
         num_samples_per_prompt=2,
         response_length=8,
