@@ -353,6 +353,7 @@ def check_ratio(sums: dict[str, float], dtype: torch.dtype, world: World) -> Non
 
 def resolve_ppo(config: Config, world: World) -> Config:
     """The configuration with what was left open. Raises UserError for what cannot be."""
+    config.check()  # before a model is tuned for it
     defaults = DEFAULTS | {"learning_rate": 3e-6 if config.use_lora else 3e-7}
     if config.model_name_or_path is None:
         if not config.names_data and config.max_steps == -1 and config.num_train_epochs is None:

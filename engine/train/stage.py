@@ -1,15 +1,15 @@
-"""A run of a stage: its directory, its steps, its micro-batches and what it writes. It owns no loop: a stage iterates
-it.
+"""A run of a stage: its directory, its steps, its micro-batches and what it writes.
 
-with Run(flags, base, steps, world, values=..., data=...) as run:
-    if run.is_finished: return
-    policy = load_policy(base, world)
-    for step in run.steps(policy=(policy, optimizer)):        resumes; saves and profiles between steps
-        totals = Totals(world)
-        for batch in run.micro_batches(policy, examples, chosen, totals):
-            ...backward
-        run.write(step, row, totals.reduce(...))
-    run.export(policy)
+It owns no loop; a stage iterates it:
+
+    with Run(flags, base, steps, world, values=..., data=...) as run:
+        policy = load_policy(base, world)
+        for step in run.steps(policy=(policy, optimizer)):  # resumes; saves and profiles between steps
+            totals = Totals(world)
+            for batch in run.micro_batches(policy, examples, chosen, totals):
+                ...backward
+            run.write(step, row, totals.reduce(...), shown)
+        run.export(policy)
 """
 
 from __future__ import annotations
