@@ -192,11 +192,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         loader = _StrictLoader(path.read_text(encoding="utf-8"))
         loader.name = str(path)
         content = loader.get_single_data()
-    except (
-        yaml.YAMLError,
-        ValueError,
-        RecursionError,
-    ) as error:  # ValueError: not UTF-8, the 31st of February, an integer of 5000 digits
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        # ValueError: not UTF-8, the 31st of February, an integer of 5000 digits
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None) or str(error)
         raise UserError(
             f"{path}{f':{mark.line + 1}' if mark else ''}: not a recipe ({' '.join(problem.split())})"

@@ -106,9 +106,8 @@ class World:
             try:
                 self.store.wait([key], POLL)
                 break
-            except (
-                RuntimeError
-            ) as error:  # DistStoreError is one: a time-out means 'not yet'; anything else, a dead store
+            except RuntimeError as error:
+                # DistStoreError is one: a time-out means 'not yet'; anything else, a dead store
                 if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
                     raise
         status = self.store.get(key).decode()

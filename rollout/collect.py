@@ -27,11 +27,10 @@ class Collector:
     def __call__(
         self, prompts: Sequence[Prompt], chosen: np.ndarray, samples: int, step: int, seed: int | None = None
     ) -> tuple[list[Rollout], list[Verdict]]:
-        """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective. `seed`:
-        in place of the run\'s.
+        """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
 
-        Every n-th group of samples is this rank's; verification draws finished responses from the sampler while it goes
-        on.
+        `seed` is in place of the run's. Every n-th group of samples is this rank's; verification draws finished
+        responses from the sampler while it goes on.
         """
         rank, size = self.world.rank, self.world.size
         seed = self.seed if seed is None else seed

@@ -51,10 +51,8 @@ def load(target: Any, source: Any, world: World) -> None:
     for name, p in own.items():
         _gather(p, theirs[name](), world)
     modules = dict(target.named_modules())
-    for (
-        name,
-        buffer,
-    ) in buffers.items():  # rotary frequencies, embedding scales: whole on every rank, in a dtype of their own
+    # rotary frequencies, embedding scales: whole on every rank, in a dtype of their own
+    for name, buffer in buffers.items():
         path, _, leaf = name.rpartition(".")
         held = modules[path]._buffers
         if held[leaf].dtype != buffer.dtype or held[leaf].shape != buffer.shape:

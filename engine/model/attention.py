@@ -89,9 +89,8 @@ def _cannot_import(module: str) -> str:
         return f"the package {module} is not installed"
     try:
         importlib.import_module(module)
-    except (
-        Exception
-    ) as error:  # a library that is missing, of another torch or CUDA: whatever it raises, another backend serves
+    except Exception as error:
+        # a library that is missing, of another torch or CUDA: whatever it raises, another backend serves
         return f"the package {module} {BROKEN} ({type(error).__name__}: {' '.join(str(error).split())[:160]})"
     return ""
 

@@ -38,9 +38,8 @@ def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_o
         directory = snapshot_download(
             name_or_path, revision=revision, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
         )
-    except (
-        Exception
-    ) as error:  # the hub's client raises its transport's own errors: whatever it is, the user reads one line
+    except Exception as error:
+        # the hub's client raises its transport's own errors: whatever it is, the user reads one line
         raise UserError(
             f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})"
         ) from None
