@@ -2151,54 +2151,62 @@ ENGINE = (
         "for o in f.excludes if values.get(o) is f",
         CONFIG,
     ),
-    Mutant("0_is_positive", "engine/flags.py", "not value > 0", "not value >= 0", CONFIG),
-    Mutant("0_is_not_given", "engine/flags.py", "if vars(flags)[name] is None}", "if not vars(flags)[name]}", FLAGS),
-    Mutant("a_share_beyond_1", "engine/flags.py", "if self.warmup_ratio > 1:", "if self.warmup_ratio > 100:", FLAGS),
+    Mutant("0_is_positive", "engine/flags/declare.py", "not value > 0", "not value >= 0", CONFIG),
+    Mutant(
+        "0_is_not_given", "engine/flags/declare.py", "if vars(flags)[name] is None}", "if not vars(flags)[name]}", FLAGS
+    ),
+    Mutant(
+        "a_share_beyond_1",
+        "engine/flags/optimizer.py",
+        "if self.warmup_ratio > 1:",
+        "if self.warmup_ratio > 100:",
+        FLAGS,
+    ),
     Mutant(
         "no_steps_at_all",
-        "engine/flags.py",
+        "engine/flags/optimizer.py",
         "if self.max_steps == 0 or self.max_steps < -1:",
         "if self.max_steps < -1:",
         FLAGS,
     ),
     Mutant(
         "four_bits_are_trained",
-        "engine/flags.py",
+        "engine/flags/model.py",
         "if self.load_in_4bit and not self.use_lora:",
         "if self.load_in_4bit and self.use_lora is None:",
         FLAGS,
     ),
     Mutant(
         "a_rank_without_adapters_is_not_read",
-        "engine/flags.py",
+        "engine/flags/model.py",
         "if vars(self)[name] and not self.use_lora:",
         "if vars(self)[name] is True and not self.use_lora:",
         FLAGS,
     ),
     Mutant(
         "a_rank_beside_that_of_the_adapter",
-        "engine/flags.py",
+        "engine/flags/model.py",
         "if vars(self)[name] not in (None, False):",
         "if vars(self)[name] is True:",
         FLAGS,
     ),
     Mutant(
         "half_precision_without_scaling",
-        "engine/flags.py",
+        "engine/flags/__init__.py",
         'if self.dtype == "float16":',
         'if self.dtype == "fp16":',
         FLAGS,
     ),
     Mutant(
         "a_bound_from_above_alone",
-        "engine/flags.py",
+        "engine/flags/declare.py",
         "if not low <= vars(flags)[name] <= high:",
         "if not vars(flags)[name] <= high:",
         FLAGS,
     ),
     Mutant(
         "an_export_dtype_that_is_not_read",
-        "engine/flags.py",
+        "engine/flags/__init__.py",
         "if self.export_adapter and self.export_dtype not in (None, self.master_dtype):",
         "if self.export_adapter and self.export_dtype in (None, self.master_dtype) and not self.use_lora:",
         FLAGS,
@@ -2863,8 +2871,12 @@ LAUNCH = (
         'abs(sums["val/ratio"] - 1)',
         RATIO,
     ),
-    Mutant("a_batch_is_of_one_rank", "engine/flags.py", "math.prod(factors)", "math.prod(factors[:2])", DEVICES),
-    Mutant("accumulation_is_forgotten", "engine/flags.py", "math.prod(factors)", "factors[0] * ranks", DEVICES),
+    Mutant(
+        "a_batch_is_of_one_rank", "engine/flags/optimizer.py", "math.prod(factors)", "math.prod(factors[:2])", DEVICES
+    ),
+    Mutant(
+        "accumulation_is_forgotten", "engine/flags/optimizer.py", "math.prod(factors)", "factors[0] * ranks", DEVICES
+    ),
     Mutant(
         "the_embedded_defaults_lose",
         "launch/resolve.py",

@@ -1,0 +1,115 @@
+"""The flags of sampling, of memory and speed, and of a run's directory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.errors import UserError, nearest, require
+from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_between, require_not_negative, require_positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingFlags:
+    """How responses are drawn and judged."""
+
+    response_length: int = flag(None, "longest response in tokens; 1024, embedded 24", SAMPLING)
+    temperature: float = flag(1.0, "of sampling; 0 is greedy", SAMPLING)
+    top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)", SAMPLING)
+    top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability", SAMPLING)
+    rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
+    verifier_mode: str = flag(
+        "default", "reference: the published verifiers' exact behaviour, also where it is wrong", SAMPLING
+    )
+
+    def check_sampling(self) -> None:
+        """Raises UserError for what cannot be."""
+        require_positive(self, "response_length", "rollout_slots")
+        require_between(self, top_p=(1e-9, 1), temperature=(0, 1e3), top_k=(0, 1e9))
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFlags:
+    """What is held, gathered, recomputed, compiled: speed against memory, without effect on what is computed."""
+
+    micro_batch_tokens: int = flag(
+        8192, "tokens in memory at a time on each rank: the memory knob, without effect on results", MEMORY
+    )
+    head: str = flag(
+        "fused",
+        "log-probs by chunks (fused) or with the whole logits in memory (naive)",
+        MEMORY,
+        choices=("fused", "naive"),
+    )
+    gradient_sync: str = flag(
+        "auto",
+        "gather weights and reduce gradients for every micro-batch; keep weights gathered for a step; or also reduce"
+        " after its last, which holds whole fp32 gradients",
+        MEMORY,
+        choices=("auto", "every", "keep", "last"),
+    )
+    gradient_checkpointing: str = flag(
+        "none",
+        "recomputed in the backward pass: nothing; all but matrix products and attention; every decoder layer, a third"
+        " more work for a fraction of the activations",
+        MEMORY,
+        choices=("none", "selective", "full"),
+    )
+    activation_offload: bool = flag(
+        False,
+        "what the backward pass needs waits in host memory (CUDA; most useful with --gradient_checkpointing full)",
+        MEMORY,
+    )
+    master_dtype: str = flag(
+        "float32",
+        "of the trained parameters and AdamW's arithmetic; bfloat16 halves both and loses small updates to rounding",
+        MEMORY,
+        choices=("float32", "bfloat16"),
+    )
+    compile: bool = flag(False, "torch.compile every decoder layer", MEMORY)
+    deterministic: bool = flag(False, "bitwise repeatable on CUDA as well, at some cost", MEMORY)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFlags:
+    """A run's directory, and what goes into it."""
+
+    output_dir: str = flag("output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", RUN)
+    save_steps: int = flag(
+        0, "checkpoint every N steps (0: none; the run still ends in final/)", RUN, aliases=("checkpointing_steps",)
+    )
+    save_total_limit: int = flag(2, "checkpoints kept", RUN, aliases=("keep_last_n_checkpoints",))
+    resume: str = flag(
+        "auto",
+        "auto: from the newest checkpoint of output_dir; never: refuse a directory that is not empty; or a checkpoint's"
+        " path",
+        RUN,
+    )
+    eval_steps: int = flag(0, "evaluate every N steps (0: before the first and after the last)", RUN)
+    export_dtype: str | None = flag(
+        None, "dtype of final/; without it, the input checkpoint's", RUN, choices=("bfloat16", "float16", "float32")
+    )
+    dry_run: bool = flag(
+        False,
+        "resolve everything, show one example with its mask and what the run will need (launch.plan), and stop before"
+        " the weights are loaded",
+        RUN,
+    )
+    profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto", RUN)
+    report_to: str = flag(
+        "none", "a second home for metrics.jsonl's rows", RUN, choices=("none", "tensorboard", "wandb")
+    )
+
+    def check_run(self) -> None:
+        """Raises UserError for what cannot be."""
+        require_not_negative(self, "save_steps", "eval_steps")
+        if self.save_total_limit < 1:
+            raise UserError(f"--save_total_limit must be at least 1, got {self.save_total_limit}")
+        checkpoint = Path(self.resume).expanduser() / "COMPLETE"
+        if self.resume not in ("auto", "never") and not checkpoint.is_file():
+            close = nearest(self.resume, ["auto", "never"])
+            raise UserError(
+                f"--resume {self.resume}: expected auto, never or the path of a checkpoint, and there is none{close}"
+            )
+        if self.report_to != "none":
+            require(self.report_to, f"--report_to {self.report_to}")
