@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from engine.data import rows
 from engine.data.chat import ChatTokenizer
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.rows import BadRow
 from engine.data.tokenise import Encoded
 
 FORMS = {

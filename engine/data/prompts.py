@@ -14,7 +14,8 @@ import numpy as np
 
 from engine.data import rows
 from engine.data.chat import ChatTokenizer
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.rows import BadRow
 from engine.errors import UserError
 
 LISTED = 20

@@ -10,10 +10,10 @@ import numpy as np
 
 from engine.data.chat import ChatTokenizer
 from engine.data.conversations import ConversationEncoder, first_form
+from engine.data.files import Source, open_source
 from engine.data.mixture import mixture_index
 from engine.data.preferences import PairEncoder
 from engine.data.prompts import Check, Prompt, fingerprint_of, load_prompts
-from engine.data.rows import Source, open_source
 from engine.data.store import Examples, open_or_build, summary
 from engine.data.tokenise import Encoder
 from engine.errors import UserError

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.data.rows import Source
+from engine.data.files import Source
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
 from engine.errors import UserError
 

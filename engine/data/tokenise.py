@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.rows import BadRow
 from engine.errors import UserError
 
 CHUNK_ROWS = 256

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from engine.data.conversations import ConversationEncoder, conversation, first_form, form_of
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.rows import BadRow
 from losses.sft import denominator, sft, token_weights
 from tests.families import save_family
 from tests.launch.test_equivalence import Runs, rows

@@ -834,6 +834,7 @@ STORE = "tests/engine/data/test_store.py"
 BATCH = ("tests/engine/data/test_batch.py",)
 PROMPTS = ("tests/engine/data/test_prompts.py",)
 ROWS = ("tests/engine/data/test_rows.py",)
+FILES = ("tests/engine/data/test_files.py",)
 COUNTED_ROWS = ("tests/engine/test_counts.py::test_rows_dropped_anywhere_are_counted_by_reason",)
 STALE_ROWS = "tests/engine/train/test_refcache.py"
 
@@ -1199,10 +1200,10 @@ DATA = (
     ),
     Mutant(
         "train_and_test_files_are_one_dataset",
-        "engine/data/rows.py",
+        "engine/data/files.py",
         "return named or unnamed",
         "return [*places] if named else unnamed",
-        ROWS,
+        FILES,
     ),
     Mutant(
         "any_role_is_taken",

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from engine.data.chat import load_tokenizer
+from engine.data.files import Source
 from engine.data.prompts import Prompt, fingerprint_of, load_prompts
-from engine.data.rows import Source
 from engine.errors import UserError
 
 USER, ANSWER = {"role": "user", "content": "Which number?"}, {"role": "assistant", "content": "It is 2."}

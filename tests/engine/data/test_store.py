@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from engine.data import sources as data
 from engine.data import store
+from engine.data.files import Source, open_source
 from engine.data.mixture import Steps, mixture_index, permutation
-from engine.data.rows import BadRow, Source, open_source
+from engine.data.rows import BadRow
 from engine.data.store import Examples, TokenStore, open_or_build, summary
 from engine.errors import UserError
 from engine.flags import MixtureFlags
