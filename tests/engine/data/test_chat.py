@@ -71,7 +71,7 @@ STYLES = {
     "thinking": (
         THINKING + prompt("<|start|>assistant\n"),
         lambda c, last, prompted: (
-            "<think>\n\n</think>\n\n" * (last and prompted) + (c.lstrip("\n") if last else c) + "<|eot|>"
+            "<think>\n\n</think>\n\n" * last + (c.lstrip("\n") if last else c) + "<|eot|>"
         ),
     ),
     # the prompt itself closes the thought: it is the prompt's, and the earlier turns, which have none, begin at their
