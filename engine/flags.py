@@ -90,7 +90,11 @@ class DataFlags(Seeded):
     """Which rows, and how much of each."""
 
     dataset_name: str = flag(
-        None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded data", DATA, excludes=("mixer_list",)
+        None,
+        "file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text also .gz, .zst), 'data/*.jsonl', directory, hub id or"
+        " id:config; without it, embedded data",
+        DATA,
+        excludes=("mixer_list",),
     )
     dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub", DATA)
     dataset_split: str = flag(

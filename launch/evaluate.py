@@ -41,7 +41,9 @@ class Config(ModelFlags, DataFlags, SamplingFlags):
         False, "with an adapter: the model's linear layers in NF4, as the adapter was trained on them"
     )
     double_quant: bool = override(False, "with --load_in_4bit, as in training")
-    dataset_name: str = override(None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded problems")
+    dataset_name: str = override(
+        None, "file, 'data/*.jsonl', directory, hub id or id:config, as in training; without it, embedded problems"
+    )
     dataset_split: str = override("test")
     num_prompts: int | None = flag(None, "only the first N prompts")
     max_seq_length: int = override(

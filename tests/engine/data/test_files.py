@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from engine.data import files
+from engine.data import readers
 from engine.data.files import open_source
 from engine.data.rows import BadRow
 from engine.errors import UserError
@@ -43,7 +43,7 @@ def test_utf_16_is_named(tmp_path):
 
 
 def test_lines_longer_than_the_limit(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "MAX_ROW_BYTES", 1000)
+    monkeypatch.setattr(readers, "MAX_ROW_BYTES", 1000)
     good, path = json.dumps(GOOD).encode(), tmp_path / "x.jsonl"
     for length in (1001, 1002, 1999, 2000, 2001, 2002, 7000):
         path.write_bytes(good + b"\n" + b"x" * length + b"\n" + good + b"\n" + b"x" * length)
@@ -191,8 +191,8 @@ def test_missing_files_get_the_nearest_name(tmp_path):
         with pytest.raises(UserError, match=r"no such file or directory$"):
             open_source(name, "train", None)
     with pytest.raises(UserError, match=r"expected a file ending in \.jsonl"):
-        (tmp_path / "x.csv").write_text("a,b")
-        open_source(str(tmp_path / "x.csv"), "train", None)
+        (tmp_path / "x.txt").write_text("a,b")
+        open_source(str(tmp_path / "x.txt"), "train", None)
     with pytest.raises(UserError, match="cannot be read"):
         open_source("/" + "x" * 300 + "/y.jsonl", "train", None)
 
@@ -229,6 +229,7 @@ def test_any_bytes_are_rows_or_bad_rows(tmp_path_factory, lines, ends):
     """The reader raises nothing but BadRow, and number the lines as `split` does."""
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     path.write_bytes(b"\n".join(lines) + b"\n" * ends)
+    assume(not path.read_bytes().startswith(tuple(readers.PACKED.values())))  # which is refused by name
     got = read(path)
     physical = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     assert [int(line.removeprefix(f"{path}:").split(":")[0]) for line in got] == [
