@@ -240,7 +240,7 @@ def _parquet(file: Path) -> Numbered:
 
     try:
         yield from _rows_of(ParquetFile(file).iter_batches(batch_size=1024))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:  # what damage to a schema raises
         raise OSError(str(error)) from None
 
 
@@ -254,7 +254,7 @@ def _arrow(file: Path) -> Numbered:
             is_file = f.read(6) == b"ARROW1"
             f.seek(0)
             yield from _rows_of(_checked(_file_batches(f) if is_file else _stream_batches(f)))
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:  # what damage to a schema raises
         raise OSError(str(error)) from None
 
 
@@ -312,6 +312,9 @@ def _as_bytes(of: Any) -> Any:
 def _rows_of(batches: Iterator[Any]) -> Numbered:
     number = 0
     for batch in batches:
+        [(name, count)] = Counter(batch.schema.names).most_common(1) or [("", 1)]
+        if count > 1:
+            raise OSError(f"expected every column once, got {name[:40]!r} {count} times")
         for i in range(batch.num_rows):
             try:
                 yield number, batch.slice(i, 1).to_pylist()[0]
