@@ -221,13 +221,11 @@ def _row(header: list[str], cells: list[str]) -> dict[str, str | None] | BadRow:
 
 def _unreadable(cell: str) -> str:
     """What keeps a cell from being text, or ''."""
-    if "\0" in cell:
-        return "a NUL byte"
     try:
         cell.encode()
     except UnicodeEncodeError as error:  # a byte that is not UTF-8 stands there as a lone surrogate
         return f"byte {ord(cell[error.start]) - 0xDC00:#04x}, which is not UTF-8"
-    return ""
+    return "a NUL byte" if "\0" in cell else ""
 
 
 # --- tables that pyarrow reads ----------------------------------------------------------------------------------------
