@@ -55,7 +55,7 @@ def open_source(name: str, split: str, revision: str | None) -> Source:
         if re.search(r"[*?[]", rest):
             return _from_files(root, _matching(name, root, rest, split))
         hub, colon, config = name.partition(":")
-        local = hub.startswith((".", "/", "~")) or is_data(Path(hub)) or Path(hub).exists()
+        local = hub.startswith((".", "/", "~")) or is_data(path) or is_data(Path(hub)) or Path(hub).exists()
         if local or hub.count("/") != 1 or (colon and not config):
             siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
             raise UserError(f"{name}: no such file or directory{nearest(path.name, siblings)}")
