@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from engine.data.messages import Message, texts_of
+from engine.data.messages import Message, Notes, texts_of
 from engine.data.rows import BadRow
 from engine.data.skeleton import Span, plain_skeleton, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
@@ -44,8 +44,8 @@ FIXED_DATE = (
 )
 
 
-CLOSED_THOUGHT = re.compile(r"</[\w:]*think[\w:]*>|</thought>|\[/THINK\]|<\|end_of_thought\|>", re.IGNORECASE)
-MARK_OF_THOUGHT = re.compile(r"[<\[]/?[\w:]*(think|thought|reason)[\w:]*[>\]]", re.IGNORECASE)
+MARK_OF_THOUGHT = re.compile(r"[<\[]/?[\w:]{0,20}(?:think|thought|reason)[\w:]{0,20}[>\]]", re.IGNORECASE)
+CLOSED_THOUGHT = re.compile(r"[<\[]/[\w:]{0,20}(?:think|thought|reason)[\w:]{0,20}[>\]]", re.IGNORECASE)
 
 
 @dataclass(frozen=True, eq=False)
@@ -189,9 +189,44 @@ class ChatTokenizer:
             # before a word into its token, and some control tokens take along the newline behind them.
             ends = [a + len(whole[a:b].rstrip()) if whole[a:b].strip() else b for a, b in encoding["offset_mapping"]]
             mask = np.array([any(start < end <= stop for start, stop in counted) for end in ends], bool)
+        self._refuse_beyond(ids)
+        return ids[:max_length], mask[:max_length]
+
+    def lost_thoughts(self, messages: list[Message], whole: str, spans: list[Span]) -> int:
+        """How many thoughts of the assistant, beside its contents or in them, are not in the turns as written."""
+        turns = (message for message in messages if message["role"] == "assistant")
+        said = ((thought_of(message), whole[start:end]) for message, (start, end) in zip(turns, spans, strict=True))
+        return sum(thought not in written for thought, written in said if thought)
+
+    def note_unshown(self, messages: list[Message], whole: str, notes: Notes) -> None:
+        """Notes the names and ids of messages that the template does not write."""
+        for message in messages:
+            for key in ("name", "tool_call_id"):
+                if key in message and message[key] not in whole:
+                    notes["not used", f"messages[].{key}"] += 1
+
+    def plain_text(self, text: str, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A text as (ids, mask), trained whole: with the tokens that the tokenizer puts around one, and an end-of-text
+        token. Raises BadRow.
+        """
+        eos = self.tokenizer.eos_token_id
+        ids = np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int32)
+        if eos is not None and (not len(ids) or ids[-1] != eos):
+            ids = np.append(ids, np.int32(eos))
+        self._refuse_beyond(ids)
+        return ids[:max_length], np.ones(min(len(ids), max_length), bool)
+
+    def _refuse_beyond(self, ids: np.ndarray) -> None:
         if len(ids) and ids.max() >= self.vocab_size:
             raise BadRow(f"token id {ids.max()} is beyond the model's {self.vocab_size} embeddings")
-        return ids[:max_length], mask[:max_length]
+
+    def prompt_ids(self, messages: list[Message], tools: list | None = None) -> np.ndarray:
+        """The ids of the prompt for the next turn of the assistant. Raises BadRow."""
+        self.refuse_control(messages, tools)
+        text = self.render(messages, tools, add_generation_prompt=True)
+        ids = np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        self._refuse_beyond(ids)
+        return ids
 
     def response_text(self, ids: np.ndarray) -> str:
         """What a sampled response says: its tokens up to the end of turn, of which all tokens are left out."""
@@ -206,6 +241,14 @@ class ChatTokenizer:
 
     def _ids_of(self, end: str) -> list[int]:
         return self.tokenizer.convert_tokens_to_ids(self.control.findall(end))
+
+
+def thought_of(message: Message) -> str:
+    """The thought of an assistant's turn, which stands beside its content or at its head; '' without one."""
+    if "reasoning_content" in message:
+        return message["reasoning_content"].strip()
+    *thoughts, _ = CLOSED_THOUGHT.split(message["content"])
+    return MARK_OF_THOUGHT.sub("", thoughts[0]).strip() if thoughts else ""
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:

@@ -39,7 +39,7 @@ class Conversation:
 
 def read(value: Any, field: str, notes: Notes, tools: Any = None) -> Conversation:
     """A non-empty list of messages (or its JSON text), and the row's tools. Raises BadRow."""
-    value = _parsed(value, field)
+    value = parsed(value, field)
     if not isinstance(value, list):
         raise BadRow(f"{field}: expected a list of messages, got {kind(value)}")
     if not value:
@@ -136,13 +136,20 @@ def _is_trained(said: dict, role: str, where: str, notes: Notes) -> bool:
     return all(found.values())
 
 
+def note_lines(notes: Notes) -> list[str]:
+    """What of the rows was not used, as lines for the first screen."""
+    unread = sorted(which for what, which in notes if what == "not used")
+    lines = [f"  not used: {', '.join(unread)}"] if unread else []
+    return lines + [f"  {count} {what}" for (what, _), count in sorted(notes.items()) if what != "not used"]
+
+
 # --- tools ------------------------------------------------------------------------------------------------------------
 
 
 def _tool_calls(said: dict, role: str, where: str, notes: Notes) -> list[dict]:
     """OpenAI's tool_calls, a list of {name, arguments}, or its older function_call; as text or not."""
     key = "tool_calls" if said.get("tool_calls") else "function_call"
-    calls = _parsed(said.get(key), f"{where}.{key}")
+    calls = parsed(said.get(key), f"{where}.{key}")
     if not calls:
         return []
     if role != "assistant":
@@ -161,7 +168,7 @@ def _tool_call(call: Any, where: str, notes: Notes) -> dict:
     if not isinstance(name, str) or not name:
         raise BadRow(f"{where}.name: expected the name of a function, got {kind(name)}")
     given = function.get("arguments", function.get("parameters"))
-    arguments = _parsed(given, f"{where}.arguments")
+    arguments = parsed(given, f"{where}.arguments")
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.arguments: expected an object, or its JSON text, got {kind(arguments)}")
@@ -179,14 +186,14 @@ def read_tools(value: Any, field: str, notes: Notes) -> list[dict] | None:
     """Function schemas as {type: function, function: {name, ...}}, from a list or its JSON text; None for none. Raises
     BadRow.
     """
-    value = _parsed(value, field)
+    value = parsed(value, field)
     if value in (None, "", []):
         return None
     if not isinstance(value, list):
         raise BadRow(f"{field}: expected a list of tools, got {kind(value)}")
     tools = []
     for j, given in enumerate(value):
-        tool = _without_nulls(_parsed(given, f"{field}[{j}]"))
+        tool = _without_nulls(parsed(given, f"{field}[{j}]"))
         if not isinstance(tool, dict):
             raise BadRow(f"{field}[{j}]: expected an object, got {kind(tool)}")
         tool = tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
@@ -205,14 +212,29 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
 
 
-def _parsed(value: Any, field: str) -> Any:
-    """The object or list that a text is the JSON of; anything else as it is."""
+def parsed(value: Any, field: str) -> Any:
+    """The object or list that a text is the JSON of (a cell of a table); anything else as it is. Raises BadRow."""
     if not isinstance(value, str) or not value.strip():
         return value
     try:
         return parse_json(checked_text(value, field))
     except BadRow as bad:
         raise BadRow(f"{field}: {bad}") from None
+
+
+def folded(said: Conversation) -> Conversation:
+    """The conversation with its system turn at the head of the first turn of the user, for templates that have no
+    system role. Raises BadRow if no user's turn follows it.
+    """
+    first, *others = said.messages
+    if first["role"] != "system":
+        return said
+    if not others or others[0]["role"] != "user":
+        raise BadRow("messages[1].role: expected user, into whose turn the system turn is folded, got another role")
+    content = f"{first['content']}\n\n{others[0]['content']}"
+    return Conversation(
+        [others[0] | {"content": content}, *others[1:]], said.tools, frozenset(i - 1 for i in said.untrained)
+    )
 
 
 def texts_of(message: Message) -> list[tuple[str, str]]:

@@ -70,9 +70,7 @@ STYLES = {
     # the empty thought stands between the prompt and the content: the model has to write it, so it is trained
     "thinking": (
         THINKING + prompt("<|start|>assistant\n"),
-        lambda c, last, prompted: (
-            "<think>\n\n</think>\n\n" * last + (c.lstrip("\n") if last else c) + "<|eot|>"
-        ),
+        lambda c, last, prompted: "<think>\n\n</think>\n\n" * last + (c.lstrip("\n") if last else c) + "<|eot|>",
     ),
     # the prompt itself closes the thought: it is the prompt's, and the earlier turns, which have none, begin at their
     # content
