@@ -27,7 +27,8 @@ import losses
 from engine.config import as_dict, parse
 from engine.data import MicroBatch, Prompt, PromptReader, Steps, fingerprint_of, permutation, read_prompts
 from engine.errors import UserError
-from engine.flags import (, PromptFlags
+from engine.flags import (
+    PromptFlags,
     ReferenceFlags,
     SamplingFlags,
     StageFlags,

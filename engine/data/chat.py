@@ -279,7 +279,8 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
     except Unusable as why:
         raise UserError(f"{directory}: the chat template {why}") from None
     for stop in habits.stops:
-        if (i := int(tokenizer.convert_tokens_to_ids(stop))) >= vocab_size:
+        i: Any = tokenizer.convert_tokens_to_ids(stop)
+        if i >= vocab_size:
             raise UserError(
                 f"{directory}: the end-of-turn token {stop!r} has id {i}, beyond the model's {vocab_size} embeddings"
             )

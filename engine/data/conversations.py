@@ -77,10 +77,11 @@ def conversation(row: dict, form: str, notes: Notes | None = None) -> Conversati
     notes = Counter() if notes is None else notes
     note_unread(row, BESIDE[form], notes)
     column, *answered = FORMS[form]
-    turns = asked_turns(row, column)
+    said = messages.read(asked_turns(row, column), column, notes)
     if answered:
-        turns = [*history(row), *turns, *asked_turns(row, answered[0], "assistant")]
-    return with_system(messages.read(turns, column, notes, row.get("tools")), row)
+        answer = messages.read(asked_turns(row, answered[0], "assistant"), answered[0], notes)
+        said = messages.joined(Conversation(history(row)), messages.joined(said, answer))
+    return with_system(replace(said, tools=messages.read_tools(row.get("tools"), "tools", notes)), row)
 
 
 def note_unread(row: dict, read: set[str], notes: Notes) -> None:
@@ -97,6 +98,8 @@ def asked_turns(row: dict, column: str, role: str = "user") -> Any:
     turns = turns_in(row[column])
     if isinstance(turns, list) or column in WHOLE:
         return renamed(turns, column)
+    if not isinstance(turns, str):
+        raise BadRow(f"{column}: expected text or a list of messages, got {rows.kind(turns)}")
     said = rows.text(row, column)
     if column == "instruction" and row.get("input"):
         said += "\n\n" + rows.text(row, "input")
@@ -105,7 +108,7 @@ def asked_turns(row: dict, column: str, role: str = "user") -> Any:
 
 def turns_in(value: Any) -> Any:
     """A cell of a table that holds turns as JSON text, as a list; anything else, any other text too, as it is."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and {"role", "from"} & value.keys():
         return [value]
     if not isinstance(value, str) or not value.lstrip().startswith(("[{", "{")):
         return value
@@ -139,7 +142,7 @@ def with_system(said: Conversation, row: dict) -> Conversation:
         return said
     if said.messages[0]["role"] == "system":
         raise BadRow("system: expected the conversation's own system turn, got another one")
-    return replace(said, messages=[system, *said.messages], untrained=frozenset(i + 1 for i in said.untrained))
+    return replace(messages.joined(Conversation([system]), said), tools=said.tools)
 
 
 def renamed(turns: Any, field: str) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from engine.data.rows import BadRow, checked_text, kind, parse_json
@@ -72,10 +72,10 @@ def _message(given: Any, where: str, notes: Notes) -> tuple[Message, bool]:
     if thought := _thought(said, role, where):
         message["reasoning_content"] = thought
     for key in ("tool_call_id", "name"):
-        if key in said:
-            if not isinstance(said[key], str):
-                raise BadRow(f"{where}.{key}: expected text, got {kind(said[key])}")
+        if isinstance(said.get(key), str):
             message[key] = checked_text(said[key], f"{where}.{key}")
+        elif key in said:
+            notes["not used", f"messages[].{key} that is not text"] += 1
     for key in said.keys() - READ:
         notes["not used", f"messages[].{key}"] += 1
     return message, _is_trained(said, role, where, notes)
@@ -163,7 +163,8 @@ def _tool_calls(said: dict, role: str, where: str, notes: Notes) -> list[dict]:
 def _tool_call(call: Any, where: str, notes: Notes) -> dict:
     if not isinstance(call, dict):
         raise BadRow(f"{where}: expected an object, got {kind(call)}")
-    function = call.get("function") if isinstance(call.get("function"), dict) else call
+    inner = call.get("function")
+    function: dict = inner if isinstance(inner, dict) else call
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise BadRow(f"{where}.name: expected the name of a function, got {kind(name)}")
@@ -222,6 +223,12 @@ def parsed(value: Any, field: str) -> Any:
         raise BadRow(f"{field}: {bad}") from None
 
 
+def joined(first: Conversation, second: Conversation) -> Conversation:
+    """One conversation of both, with the tools of the first."""
+    moved = frozenset(i + len(first.messages) for i in second.untrained)
+    return replace(first, messages=[*first.messages, *second.messages], untrained=first.untrained | moved)
+
+
 def folded(said: Conversation) -> Conversation:
     """The conversation with its system turn at the head of the first turn of the user, for templates that have no
     system role. Raises BadRow if no user's turn follows it.
@@ -239,7 +246,9 @@ def folded(said: Conversation) -> Conversation:
 
 def texts_of(message: Message) -> list[tuple[str, str]]:
     """(where, text) of everything in a message that the template writes out."""
-    found = [(key, message[key]) for key in ("content", "reasoning_content", "name", "tool_call_id") if key in message]
+    found: list[tuple[str, str]] = [
+        (key, message[key]) for key in ("content", "reasoning_content", "name", "tool_call_id") if key in message
+    ]
     if "tool_calls" in message:
         found.append(("tool_calls", json.dumps(message["tool_calls"], ensure_ascii=False)))
     return found

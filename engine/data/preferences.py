@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import takewhile
-from typing import Any
 
 import numpy as np
 
@@ -46,7 +45,7 @@ def conversations(
         )
     row = judged(row, judgement)
     asked = next((column for column in PROMPTS if row.get(column) is not None), None)
-    read = {"chosen", "rejected", "system", "tools", asked} | ({"input"} if asked == "instruction" else set())
+    read = {"chosen", "rejected", "system", "tools", str(asked)} | ({"input"} if asked == "instruction" else set())
     note_unread(row, read, notes)
     prompt = None
     if asked is not None:
@@ -69,7 +68,9 @@ def _check(row: dict, chosen: Messages, rejected: Messages, has_prompt: bool) ->
             raise BadRow(f"{field}: expected the assistant's turn at the end, got the {side[-1]['role']}'s")
     if chosen == rejected:
         raise BadRow("rejected: expected another answer than chosen, got the same")
-    parting = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected, strict=False)))
+    parting = sum(
+        1 for _ in takewhile(lambda pair: said(pair[0]) == said(pair[1]), zip(chosen, rejected, strict=False))
+    )
     if not all(parting < len(side) and side[parting]["role"] == "assistant" for side in (chosen, rejected)):
         raise BadRow(
             f"rejected: expected the prompt of chosen, got another (they part at message {parting}, not at an"
@@ -81,22 +82,26 @@ def _check(row: dict, chosen: Messages, rejected: Messages, has_prompt: bool) ->
         )
 
 
+def said(message: Message) -> Message:
+    """A message without its labels: two that say the same are the same turn."""
+    return {key: value for key, value in message.items() if key not in ("name", "tool_call_id")}
+
+
 def _whole(row: dict, field: str, prompt: Messages | None, asked: str | None, notes: Notes) -> Conversation:
     """The whole conversation that an answer stands for, or ends. Raises BadRow."""
     value = turns_in(row.get(field))
     if isinstance(value, str):
         rows.text(row, field)
-        said = transcript(value, field) if prompt is None else [*prompt, {"role": "assistant", "content": value}]
-        return Conversation(said)
+        answered = [*(prompt or ()), {"role": "assistant", "content": value}]
+        return Conversation(transcript(value, field) if prompt is None else answered)
     if not isinstance(value, list):
         got = rows.kind(value) if field in row else f"nothing{nearest(field, row)}"
         raise BadRow(f"{field}: expected text or a list of messages, got {got}")
     answer = messages.read(renamed(value, field), field, notes)
-    if prompt is None or answer.messages[: len(prompt)] == prompt:
+    if prompt is None or list(map(said, answer.messages[: len(prompt)])) == list(map(said, prompt)):
         return answer
     if answer.messages[0]["role"] == "assistant":
-        untrained = frozenset(i + len(prompt) for i in answer.untrained)
-        return replace(answer, messages=prompt + answer.messages, untrained=untrained)
+        return messages.joined(Conversation(prompt), answer)
     if asked is not None and isinstance(turns_in(row[asked]), list):
         raise BadRow(f"{field}: expected it to begin like {asked}, or with the assistant, got another beginning")
     return answer  # a prompt text beside whole conversations repeats a part of them, in one way or another

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from engine.data import messages, rows
+from engine.data import messages
 from engine.data.chat import ChatTokenizer
 from engine.data.conversations import asked_turns, note_unread, with_system
 from engine.data.files import Source
@@ -186,10 +186,11 @@ def load_prompts(
     notes: Notes = Counter()
     for place, row in source.rows():
         total += 1
+        noted: Notes = Counter()
         try:
             if isinstance(row, BadRow):
                 raise row
-            prompt = read(row, noted := Counter())
+            prompt = read(row, noted)
         except BadRow as problem:
             bad.append(f"{source.name}{place}: {problem}")
             if on_bad_row == "error":

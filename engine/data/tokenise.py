@@ -56,10 +56,11 @@ class Chunk:
 def encode_rows(encode: Encoder, rows: Rows) -> Chunk:
     chunk = Chunk(rows=len(rows))
     for place, row in rows:
+        noted: Notes = collections.Counter()
         try:
             if isinstance(row, BadRow):
                 raise row
-            sequences = encode(row, noted := collections.Counter())
+            sequences = encode(row, noted)
         except BadRow as bad:
             chunk.bad.append((place, str(bad)))
             continue

@@ -58,12 +58,12 @@ FORMS = [
 
 @pytest.mark.parametrize("row, form", FORMS)
 def test_every_form_is_the_same_conversation(row, form):
-    assert form_of(row) == form and conversation(row, form) == [USER, ANSWER]
+    assert form_of(row) == form and conversation(row, form).messages == [USER, ANSWER]
 
 
 def test_the_input_follows_the_instruction():
     assert (
-        conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction")[0]["content"]
+        conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction").messages[0]["content"]
         == "Add.\n\n1 2"
     )
 
@@ -72,7 +72,8 @@ def test_the_input_follows_the_instruction():
     "row, said",
     [
         ({"text": "x"}, "columns: expected"),
-        ({"messages": [USER], "prompt": "a", "completion": "b"}, "got messages and prompt, completion"),
+        ({"messages": [USER], "conversations": [USER]}, "got messages and conversations"),
+        ({"query": "a", "response": "b", "prompt": "a", "completion": "b"}, "got prompt, completion and query"),
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
@@ -82,7 +83,7 @@ def test_the_input_follows_the_instruction():
         ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0].content"),
         ({"conversations": ["x"]}, "conversations[0]"),
         ({"prompt": 3, "completion": "x"}, "prompt: expected"),
-        ({"instruction": "x", "output": ["y"]}, "output: expected"),
+        ({"instruction": "x", "output": ["y"]}, "output[0]: expected"),
     ],
 )
 def test_bad_rows_name_the_field(row, said):

@@ -88,7 +88,7 @@ KINDS = {
     "null content": (bad([USER, {"role": "assistant", "content": None}]), "chosen[1].content: expected text, got null"),
     "parts for content": (
         bad([{"role": "user", "content": [{"type": "text"}]}]),
-        "chosen[0].content: expected text, got a list",
+        "chosen[0].content[0].text: expected text, got null",
     ),
     "number for role": (bad([{"role": 1, "content": "x"}]), "chosen[0].role: expected text, got a number"),
     "unknown role": (bad([{"role": "asistant", "content": "x"}]), "got 'asistant' (did you mean assistant?)"),
@@ -137,7 +137,7 @@ def test_what_is_accepted(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_text("\n".join(lines), encoding="utf-8", newline="")
     assert read(path) == [f"{path}:{i}: ok" for i in range(1, len(strange) + 1)]
-    found = [conversations(row)[0][1]["content"] for _, row in open_source(str(path), "train", None).rows()]
+    found = [conversations(row)[0].messages[1]["content"] for _, row in open_source(str(path), "train", None).rows()]
     assert found == strange
 
 
