@@ -381,7 +381,9 @@ def test_what_is_trained_is_what_the_model_has_to_write(style):
             except BadRow:
                 continue
             if not whole.startswith(prompt):
-                assert i != turns[-1]
+                assert (
+                    i != turns[-1] or style == "an empty thought in earlier turns"
+                )  # '<think>\n' against '<think></think>'
                 continue
             assert start == len(prompt)
             if i == turns[-1]:
