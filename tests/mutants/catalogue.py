@@ -537,8 +537,8 @@ VERIFIERS = (
     Mutant(
         "route_checks_the_default_mode_alone",
         "verifiers/route.py",
-        "            check(name, truth, mode)",
-        "            check(name, truth)",
+        "            check(name, truth, mode, own=own)",
+        "            check(name, truth, own=own)",
         ROUTE,
     ),
     Mutant(
