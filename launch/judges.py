@@ -25,12 +25,8 @@ def pinned(module: str | None) -> str | None:
 def checker(mode: str, module: str | None) -> Iterator[Checker]:
     """`check(dataset, ground_truth)`, which raises ValueError for a row that could not be judged. Raises UserError for
     a module that cannot be loaded."""
-    check = Checker(mode, module)
     try:
-        check.__enter__()
+        with Checker(mode, module) as check:
+            yield check
     except ModuleError as problem:
         raise UserError(f"--verifier_module {problem}") from None
-    try:
-        yield check
-    finally:
-        check.__exit__()

@@ -19,7 +19,7 @@ from functools import lru_cache
 from verifiers.strings import is_blank, shown
 from verifiers.verdict import GroundTruthError, Verdict, failed, passed
 
-MAX_ANSWER = 4096  # characters: a longer text in place of an answer is none (unless the label is that long)
+MAX_ANSWER = 2048  # characters: a longer text in place of an answer is none (unless the label is that long)
 MAX_LABEL = 16 * 1024
 MAX_ACCEPTED = 256
 ARTICLES = frozenset(("a", "an", "the"))
@@ -33,7 +33,7 @@ KEPT = (
 THOUSANDS = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 INVISIBLE = "\u00ad\u200b-\u200f\u2060\ufeff"
 PUNCTUATION = re.compile(
-    rf"(?!{KEPT})[!-/:-@\[-`{{-~“”‘’‚„«»‹›…·•¿¡′″、。，！？；：（）「」『』《》【】〈〉]|[{INVISIBLE}]"
+    rf"(?=[!-/:-@\[-`{{-~“”‘’‚„«»‹›…·•¿¡′″、。，！？；：（）「」『』《》【】〈〉{INVISIBLE}])(?!{KEPT})."
 )
 ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 

@@ -7,7 +7,7 @@ may also be an option's text; then an option's text counts as its letter. In thi
    'option is B', '#### B'; 'A or B', 'A and B', 'A/B', 'either', 'not B' there name none, and are wrong;
 2. the lines that begin with a marked letter ('B.', 'B) Paris', '(B)', '**B**') or are one, if it is one letter;
 3. the last line, if it holds one letter in brackets.
-A bare 'A' or 'I' before a word is a word; a small letter counts in brackets or alone. Only the last 4,096 characters
+A bare 'A' or 'I' before a word is a word; a small letter counts in brackets or alone. Only the last 2,048 characters
 behind '</think>' are read. open-instruct has no such verifier, so every mode is the default.
 """
 
@@ -19,15 +19,15 @@ from verifiers.strings import is_blank, nearest, shown
 from verifiers.verdict import GroundTruthError, Verdict, failed, passed, read_structure
 
 LETTERS = "ABCDEFGHIJ"
-TAIL = 4096
+TAIL = 2048
 SPAN = 300  # of what follows a declaration
-MAX_DECLARATIONS = 24
+MAX_DECLARATIONS = 12
 LABEL = re.compile(r"\s*[(\[]?([A-Ja-j])(?:[)\].:]*\s*|[)\].:]+\s*(\S.*))", re.DOTALL)
 DECLARED = re.compile(r"(?i)\\boxed ?\{|<answer>|\banswer (?:is\b|=) ?:?|\banswer ?:|\b(?:option|choice) is\b:?|####")
 # marks of bold, code and formulas around one letter say that it is a choice
 MARKS = re.compile(r"(?:\*\*|__|[`$*])\s?[(\[]?([A-J])[)\]]?[.:)]?\s?(?:\*\*|__|[`$*])")
 COMMAND = re.compile(r"\\(?:text|mathrm|mathbf|mathit|textbf|textit|bf|rm)\s?\{([^{}]{0,200})\}")
-LEAD = r"(?i:[\s:=]|\b(?:is|the|option|choice|letter|answer|correct|probably|clearly|definitely)\b)*"
+LEAD = r"(?i:[\s:=]|\b(?:is|the|option|choice|letter|answer|correct|probably|clearly|definitely)\b){0,12}"
 CHOICE = r"(?:[(\[]([A-Ja-j])[)\]]|([A-J])(?![\w'’&+/-]))"
 NAMED = re.compile(LEAD + CHOICE)
 SMALL = re.compile(r"[(\[]?([a-j])[)\].]*!?")
@@ -36,7 +36,7 @@ EXPLICIT = re.compile(r"\s*(?:$|[.,:;!?)\]}<>(–—-]|\b(?:or|and|nor|because|s
 # what a claim ends before, so that a reason may speak of other options
 REASON = re.compile(r"(?i)\b(?:because|since|as|not|unlike|while|whereas|rather|so|where|which)\b|(?<=[a-z0-9)])[.!?] ")
 NEXT = re.compile(rf" ?{CHOICE}(?=$|[(\[)\].,;])")
-ALSO = r"(?:\b(?:or|maybe|perhaps|possibly|even|also)\b ?)*"
+ALSO = r"(?:\b(?:or|maybe|perhaps|possibly|even|also)\b ?){0,3}"
 ANOTHER = re.compile(rf"(?:\b(?:or|and|nor)\b|[/,&;|])[/ ]?{ALSO}{LEAD}{CHOICE}")
 MARKED = re.compile(
     r"\s*(?:\(([A-J])\)|\[([A-J])\]|([A-J])(?:\)|\.(?!\s?[A-Z]\.)|:(?<!A:))(?!\w)|[(\[]?([A-Ja-j])[)\].]*\s*$)"
@@ -88,6 +88,8 @@ def chosen(text: str, options: dict[str, str]) -> tuple[str | None, str]:
         return letter_of(marked[-1][1]), ""
     if marked:
         return None, "several options"
+    if not lines:
+        return None, "no option"
     in_brackets = set(BRACKETED.findall(lines[-1]))
     if len(in_brackets) == 1 and not re.search(r"(?i)\bnot\b|n't\b", lines[-1]):
         return in_brackets.pop(), ""

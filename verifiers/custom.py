@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from verifiers.pool import Pool
-from verifiers.route import VERIFIERS, check, verify
+from verifiers.route import VERIFIERS, check, known_name, verify
 from verifiers.strings import nearest, shown
 from verifiers.verdict import GroundTruthError, Verdict, error, passed
 
@@ -100,6 +100,10 @@ class Checker:
 
     def __call__(self, dataset: Any, ground_truth: Any) -> None:
         check(dataset, ground_truth, self.mode, own=self.own)
+
+    def name(self, dataset: Any) -> str:
+        """The verifier that a `dataset` names. Raises GroundTruthError."""
+        return known_name(dataset, self.own)
 
     def _check(self, ground_truth: Any) -> None:
         verdict = self._ask(ground_truth, "check")

@@ -68,18 +68,22 @@ class Pattern:
 
     def search(self, text: str, spend: Callable[[int], None]) -> bool:
         """Whether it matches anywhere in the text. `spend` is told how many states each character was compared with."""
-        current: set[int] = set()
-        for i in range(len(text) + 1):
-            current = self.closure([*current, self.first], i == 0, i == len(text))
+        spend(1 + len(text) // 8)
+        known: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}  # of this text alone
+        current = self.closure([self.first], True, not text)
+        for i, character in enumerate(text, 1):
             if 0 in current:
                 return True
-            spend(len(current) + 1)
-            if i < len(text):
+            step = (current, character, i == len(text))
+            if step not in known:
+                spend(3 + 2 * len(current))
                 at = [self.states[s] for s in current]
-                current = {s.then[0] for s in at if s.kind == "one" and s.of and s.of.holds(text[i])}
-        return False
+                after = [s.then[0] for s in at if s.kind == "one" and s.of and s.of.holds(character)]
+                known[step] = self.closure([*after, self.first], False, step[2])
+            current = known[step]
+        return 0 in current
 
-    def closure(self, states: list[int], at_start: bool, at_end: bool) -> set[int]:
+    def closure(self, states: list[int], at_start: bool, at_end: bool) -> frozenset[int]:
         """All states that are reached without a character."""
         reached: set[int] = set()
         while states:
@@ -90,7 +94,7 @@ class Pattern:
             state = self.states[number]
             if state.kind == "split" or (state.kind == "start" and at_start) or (state.kind == "end" and at_end):
                 states.extend(state.then)
-        return reached
+        return frozenset(reached)
 
     # --- reading ------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
 """A value against a schema that schema.py has passed: the first thing that is wrong with it, in bounded work.
 
 A keyword is a rule: `rule(run, value, argument, schema, where, depth)` says what is wrong or None, and passes over
-values that it does not speak of, as JSON Schema has it.
+values that it does not speak of, as JSON Schema has it. A problem is put into words (`told`) only if it is the verdict.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from verifiers.strings import shown
 
 MAX_WORK = 4000  # comparisons of a part of the value with a schema, or of a character with a state of a pattern
 
-Problem = str | None
+Where = tuple | None  # (the place that holds it, the name or number in it); None is the whole value
+Problem = tuple[Where, str, tuple] | None  # the place, a sentence with gaps, what they hold
 
 
 class TooMuch(Exception):
@@ -28,7 +29,7 @@ class Comparison:
     """One value's way through one schema. Raises TooMuch beyond MAX_WORK."""
 
     def __init__(self, root: Any) -> None:
-        self.root, self.work = root, 0
+        self.root, self.work, self.enums = root, 0, dict[int, frozenset]()
 
     def spend(self, amount: int = 1) -> None:
         """Counts work."""
@@ -36,11 +37,11 @@ class Comparison:
         if self.work > MAX_WORK:
             raise TooMuch
 
-    def problem(self, value: Any, schema: Any, where: str = "$", depth: int = 0) -> Problem:
+    def problem(self, value: Any, schema: Any, where: Where = None, depth: int = 0) -> Problem:
         """What is wrong with the value, the first thing found; None if it satisfies the schema."""
         if isinstance(schema, bool):
-            return None if schema else f"{where}: nothing is allowed here"
-        self.spend()
+            return None if schema else (where, "nothing is allowed here", ())
+        self.spend(2)
         if depth > 2 * MAX_DEPTH:
             raise TooMuch
         for key, argument in schema.items():
@@ -51,21 +52,39 @@ class Comparison:
 
     def fits(self, value: Any, schema: Any, depth: int) -> bool:
         """Whether it satisfies the schema."""
-        return self.problem(value, schema, "$", depth) is None
+        return self.problem(value, schema, None, depth) is None
 
     def plain(self, value: Any) -> Any:
-        """A value that is equal and hashes the same where JSON's is equal: 1 is 1.0, and not true."""
-        self.spend()
-        if isinstance(value, bool):
-            return ("boolean", value)
-        if isinstance(value, list):
-            return ("array", *map(self.plain, value))
-        if isinstance(value, dict):
-            return ("object", frozenset((key, self.plain(inner)) for key, inner in value.items()))
-        return value
+        """`plain`, at its cost."""
+        if isinstance(value, (list, dict)):
+            self.spend(1 + len(value))
+        return plain(value, self.plain)
 
 
-Rule = Callable[[Comparison, Any, Any, dict, str, int], Problem]
+def plain(value: Any, inside: Callable[[Any], Any] | None = None) -> Any:
+    """A value that is equal and hashes the same where JSON's is equal: 1 is 1.0, and not true."""
+    inside = inside or plain
+    if isinstance(value, bool):
+        return ("boolean", value)
+    if isinstance(value, list):
+        return ("array", *map(inside, value))
+    if isinstance(value, dict):
+        return ("object", frozenset((key, inside(held)) for key, held in value.items()))
+    return value
+
+
+def told(problem: Problem) -> str:
+    """A problem in words: '$.list[3]: expected integer, found null'."""
+    where, sentence, values = problem or (None, "", ())
+    place = ""
+    while where is not None:
+        where, part = where
+        place = (f"[{part}]" if isinstance(part, int) else f".{shown(part, 20)}") + place
+    place = f"...{place[-80:]}" if len(place) > 80 else place
+    return f"${place}: {sentence.format(*map(brief, values))}"
+
+
+Rule = Callable[[Comparison, Any, Any, dict, Where, int], Problem]
 
 
 def brief(value: Any) -> str:
@@ -75,32 +94,33 @@ def brief(value: Any) -> str:
     return "null" if value is None else str(value).lower() if isinstance(value, bool) else shown(value, 30)
 
 
-def type_(run: Comparison, value: Any, kinds: Any, schema: dict, where: str, depth: int) -> Problem:
+def type_(run: Comparison, value: Any, kinds: Any, schema: dict, where: Where, depth: int) -> Problem:
     """type: one, or one of several."""
     kinds = [kinds] if isinstance(kinds, str) else kinds
     if any(TYPES[kind](value) for kind in kinds):
         return None
-    return f"{where}: expected {' or '.join(kinds)}, found {brief(value)}"
+    return where, "expected {}, found {}", (" or ".join(kinds), value)
 
 
-def enum(run: Comparison, value: Any, values: Any, schema: dict, where: str, depth: int) -> Problem:
+def enum(run: Comparison, value: Any, values: Any, schema: dict, where: Where, depth: int) -> Problem:
     """enum: equal to one."""
-    found = run.plain(value)
-    return None if any(found == run.plain(x) for x in values) else f"{where}: {brief(value)} is not in the enum"
+    if id(values) not in run.enums:
+        run.enums[id(values)] = frozenset(map(plain, values))
+    return None if run.plain(value) in run.enums[id(values)] else (where, "{} is not in the enum", (value,))
 
 
-def const(run: Comparison, value: Any, wanted: Any, schema: dict, where: str, depth: int) -> Problem:
+def const(run: Comparison, value: Any, wanted: Any, schema: dict, where: Where, depth: int) -> Problem:
     """const: equal."""
-    same = run.plain(value) == run.plain(wanted)
-    return None if same else f"{where}: expected {brief(wanted)}, found {brief(value)}"
+    same = run.plain(value) == plain(wanted)
+    return None if same else (where, "expected {}, found {}", (wanted, value))
 
 
 def bound(key: str, holds: Callable[[Any, Any], bool]) -> Rule:
     """The rule of a bound on numbers."""
 
-    def rule(run: Comparison, value: Any, argument: Any, schema: dict, where: str, depth: int) -> Problem:
+    def rule(run: Comparison, value: Any, argument: Any, schema: dict, where: Where, depth: int) -> Problem:
         broken = is_number(value) and not holds(value, argument)
-        return f"{where}: {brief(value)} breaks {key} {argument}" if broken else None
+        return (where, "{} breaks {} {}", (value, key, argument)) if broken else None
 
     return rule
 
@@ -108,140 +128,150 @@ def bound(key: str, holds: Callable[[Any, Any], bool]) -> Rule:
 def size(key: str, kind: type[str] | type[list] | type[dict], holds: Callable[[Any, Any], bool]) -> Rule:
     """The rule of a bound on the length of texts, lists or objects."""
 
-    def rule(run: Comparison, value: Any, argument: Any, schema: dict, where: str, depth: int) -> Problem:
+    def rule(run: Comparison, value: Any, argument: Any, schema: dict, where: Where, depth: int) -> Problem:
         broken = isinstance(value, kind) and not holds(len(value), argument)
-        return f"{where}: {len(value)} breaks {key} {argument}" if broken else None
+        return (where, "{} breaks {} {}", (len(value), key, argument)) if broken else None
 
     return rule
 
 
-def pattern(run: Comparison, value: Any, argument: Any, schema: dict, where: str, depth: int) -> Problem:
+def multiple_of(run: Comparison, value: Any, argument: Any, schema: dict, where: Where, depth: int) -> Problem:
+    """multipleOf, on the decimal digits: 0.3 is a multiple of 0.1."""
+    if not is_number(value):
+        return None
+    written = repr(value)
+    run.spend(8 if len(written) < 16 and "e" not in written else 40)
+    fine = Fraction(written) % Fraction(repr(argument)) == 0
+    return None if fine else (where, "{} breaks {} {}", (value, "multipleOf", argument))
+
+
+def pattern(run: Comparison, value: Any, argument: Any, schema: dict, where: Where, depth: int) -> Problem:
     """pattern: found anywhere in the text."""
     if not isinstance(value, str) or compiled(argument).search(value, run.spend):
         return None
-    return f"{where}: {brief(value)} does not match {shown(argument, 40)}"
+    return where, "{} does not match {}", (value, argument)
 
 
-def format_(run: Comparison, value: Any, argument: Any, schema: dict, where: str, depth: int) -> Problem:
+def format_(run: Comparison, value: Any, argument: Any, schema: dict, where: Where, depth: int) -> Problem:
     """format, asserted."""
     fine = not isinstance(value, str) or FORMATS[argument](value)
-    return None if fine else f"{where}: {brief(value)} is no {argument}"
+    return None if fine else (where, "{} is no {}", (value, argument))
 
 
-def items(run: Comparison, value: Any, inner: Any, schema: dict, where: str, depth: int) -> Problem:
+def items(run: Comparison, value: Any, inner: Any, schema: dict, where: Where, depth: int) -> Problem:
     """items: those behind prefixItems."""
     if not isinstance(value, list) or inner is True:
         return None
     first = len(schema.get("prefixItems", ()))
     for i, item in enumerate(value[first:], first):
-        if problem := run.problem(item, inner, f"{where}[{i}]", depth):
+        if problem := run.problem(item, inner, (where, i), depth):
             return problem
     return None
 
 
-def prefix_items(run: Comparison, value: Any, schemas: Any, schema: dict, where: str, depth: int) -> Problem:
+def prefix_items(run: Comparison, value: Any, schemas: Any, schema: dict, where: Where, depth: int) -> Problem:
     """prefixItems: the first ones, each its own."""
     for i, (item, inner) in enumerate(zip(value if isinstance(value, list) else (), schemas, strict=False)):
-        if problem := run.problem(item, inner, f"{where}[{i}]", depth):
+        if problem := run.problem(item, inner, (where, i), depth):
             return problem
     return None
 
 
-def contains(run: Comparison, value: Any, inner: Any, schema: dict, where: str, depth: int) -> Problem:
+def contains(run: Comparison, value: Any, inner: Any, schema: dict, where: Where, depth: int) -> Problem:
     """contains, with minContains and maxContains."""
     if not isinstance(value, list):
         return None
     count = sum(run.fits(item, inner, depth) for item in value)
     low, high = schema.get("minContains", 1), schema.get("maxContains", count)
-    return None if low <= count <= high else f"{where}: contains {count} such items"
+    return None if low <= count <= high else (where, "contains {} such items", (count,))
 
 
-def unique_items(run: Comparison, value: Any, wanted: Any, schema: dict, where: str, depth: int) -> Problem:
+def unique_items(run: Comparison, value: Any, wanted: Any, schema: dict, where: Where, depth: int) -> Problem:
     """uniqueItems."""
     if not wanted or not isinstance(value, list):
         return None
-    return f"{where}: two items are equal" if len(set(map(run.plain, value))) < len(value) else None
+    return (where, "two items are equal", ()) if len(set(map(run.plain, value))) < len(value) else None
 
 
-def required(run: Comparison, value: Any, names: Any, schema: dict, where: str, depth: int) -> Problem:
+def required(run: Comparison, value: Any, names: Any, schema: dict, where: Where, depth: int) -> Problem:
     """required."""
     missing = [name for name in names if name not in value] if isinstance(value, dict) else []
-    return f"{where}: {shown(missing[0], 30)} is missing" if missing else None
+    return (where, "{} is missing", (missing[0],)) if missing else None
 
 
-def dependent_required(run: Comparison, value: Any, needs: Any, schema: dict, where: str, depth: int) -> Problem:
+def dependent_required(run: Comparison, value: Any, needs: Any, schema: dict, where: Where, depth: int) -> Problem:
     """dependentRequired."""
     names = [n for key, needed in needs.items() if key in value for n in needed] if isinstance(value, dict) else []
     return required(run, value, names, schema, where, depth)
 
 
-def properties(run: Comparison, value: Any, schemas: Any, schema: dict, where: str, depth: int) -> Problem:
+def properties(run: Comparison, value: Any, schemas: Any, schema: dict, where: Where, depth: int) -> Problem:
     """properties: those that are there."""
     for name, inner in schemas.items() if isinstance(value, dict) else ():
-        if name in value and (problem := run.problem(value[name], inner, f"{where}.{shown(name, 30)}", depth)):
+        if name in value and (problem := run.problem(value[name], inner, (where, name), depth)):
             return problem
     return None
 
 
-def pattern_properties(run: Comparison, value: Any, schemas: Any, schema: dict, where: str, depth: int) -> Problem:
+def pattern_properties(run: Comparison, value: Any, schemas: Any, schema: dict, where: Where, depth: int) -> Problem:
     """patternProperties: those whose name matches."""
     for text, inner in schemas.items():
         for name in value if isinstance(value, dict) else ():
             found = compiled(text).search(name, run.spend)
-            if found and (problem := run.problem(value[name], inner, f"{where}.{shown(name, 30)}", depth)):
+            if found and (problem := run.problem(value[name], inner, (where, name), depth)):
                 return problem
     return None
 
 
-def additional(run: Comparison, value: Any, inner: Any, schema: dict, where: str, depth: int) -> Problem:
+def additional(run: Comparison, value: Any, inner: Any, schema: dict, where: Where, depth: int) -> Problem:
     """additionalProperties: those that neither properties nor patternProperties name."""
     if not isinstance(value, dict) or inner is True:
         return None
     named, patterns = schema.get("properties", {}), [compiled(p) for p in schema.get("patternProperties", {})]
     for name in value:
         is_other = name not in named and not any(p.search(name, run.spend) for p in patterns)
-        if is_other and (problem := run.problem(value[name], inner, f"{where}.{shown(name, 30)}", depth)):
+        if is_other and (problem := run.problem(value[name], inner, (where, name), depth)):
             return problem
     return None
 
 
-def property_names(run: Comparison, value: Any, inner: Any, schema: dict, where: str, depth: int) -> Problem:
+def property_names(run: Comparison, value: Any, inner: Any, schema: dict, where: Where, depth: int) -> Problem:
     """propertyNames."""
     for name in value if isinstance(value, dict) else ():
-        if problem := run.problem(name, inner, f"{where}, its name {shown(name, 20)}", depth):
+        if problem := run.problem(name, inner, (where, name), depth):
             return problem
     return None
 
 
-def all_of(run: Comparison, value: Any, schemas: Any, schema: dict, where: str, depth: int) -> Problem:
+def all_of(run: Comparison, value: Any, schemas: Any, schema: dict, where: Where, depth: int) -> Problem:
     """allOf."""
     return next((found for inner in schemas if (found := run.problem(value, inner, where, depth))), None)
 
 
-def any_of(run: Comparison, value: Any, schemas: Any, schema: dict, where: str, depth: int) -> Problem:
+def any_of(run: Comparison, value: Any, schemas: Any, schema: dict, where: Where, depth: int) -> Problem:
     """anyOf."""
     fine = any(run.fits(value, inner, depth) for inner in schemas)
-    return None if fine else f"{where}: {brief(value)} satisfies none of anyOf"
+    return None if fine else (where, "{} satisfies none of anyOf", (value,))
 
 
-def one_of(run: Comparison, value: Any, schemas: Any, schema: dict, where: str, depth: int) -> Problem:
+def one_of(run: Comparison, value: Any, schemas: Any, schema: dict, where: Where, depth: int) -> Problem:
     """oneOf."""
     count = sum(run.fits(value, inner, depth) for inner in schemas)
-    return None if count == 1 else f"{where}: {brief(value)} satisfies {count} of oneOf"
+    return None if count == 1 else (where, "{} satisfies {} of oneOf", (value, count))
 
 
-def not_(run: Comparison, value: Any, inner: Any, schema: dict, where: str, depth: int) -> Problem:
+def not_(run: Comparison, value: Any, inner: Any, schema: dict, where: Where, depth: int) -> Problem:
     """not."""
-    return f"{where}: {brief(value)} satisfies what it must not" if run.fits(value, inner, depth) else None
+    return (where, "{} satisfies what it must not", (value,)) if run.fits(value, inner, depth) else None
 
 
-def if_(run: Comparison, value: Any, inner: Any, schema: dict, where: str, depth: int) -> Problem:
+def if_(run: Comparison, value: Any, inner: Any, schema: dict, where: Where, depth: int) -> Problem:
     """if, then, else."""
     branch = "then" if run.fits(value, inner, depth) else "else"
     return run.problem(value, schema.get(branch, True), where, depth)
 
 
-def ref(run: Comparison, value: Any, reference: Any, schema: dict, where: str, depth: int) -> Problem:
+def ref(run: Comparison, value: Any, reference: Any, schema: dict, where: Where, depth: int) -> Problem:
     """$ref, within the schema."""
     return run.problem(value, referred(reference, run.root), where, depth)
 
@@ -264,8 +294,7 @@ RULES: dict[str, Rule] = {
     "maximum": bound("maximum", at_most),
     "exclusiveMinimum": bound("exclusiveMinimum", lambda a, b: a > b),
     "exclusiveMaximum": bound("exclusiveMaximum", lambda a, b: a < b),
-    # on the decimal digits: 0.3 is a multiple of 0.1
-    "multipleOf": bound("multipleOf", lambda a, b: Fraction(repr(a)) % Fraction(repr(b)) == 0),
+    "multipleOf": multiple_of,
     "minLength": size("minLength", str, at_least),
     "maxLength": size("maxLength", str, at_most),
     "minItems": size("minItems", list, at_least),

@@ -10,9 +10,10 @@ import json
 import math
 import re
 from collections import Counter
+from functools import lru_cache
 
 from verifiers.json_schema.schema import MAX_DEPTH, MAX_SCHEMA, check
-from verifiers.json_schema.values import Comparison, TooMuch
+from verifiers.json_schema.values import Comparison, TooMuch, told
 from verifiers.strings import is_blank, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, failed, passed
 
@@ -37,26 +38,33 @@ def verify(response: str, ground_truth: object, mode: str = "default") -> Verdic
     except (ValueError, RecursionError) as problem:
         return failed(f"not JSON: {shown(problem)}")
     try:
-        problem_of = Comparison(schema).problem(value, schema)
+        found = Comparison(schema).problem(value, schema)
     except TooMuch:
         return failed("too much to compare: more work than is allowed")
-    return failed(problem_of) if problem_of else passed("satisfies the schema")
+    return failed(told(found)) if found else passed("satisfies the schema")
 
 
 def parse(ground_truth: object) -> object:
     """The schema, checked. Raises GroundTruthError."""
     schema = ground_truth
     if isinstance(schema, str):
-        if len(schema) > MAX_SCHEMA:
-            raise GroundTruthError(f"ground_truth: a schema of {len(schema)} characters is too long")
-        try:
-            schema = read(schema)
-        except (ValueError, RecursionError) as problem:
-            raise GroundTruthError(f"ground_truth: the schema is not JSON: {shown(problem)}") from None
+        return of_text(schema)
     if not isinstance(schema, dict):
         raise GroundTruthError(f"ground_truth: expected a JSON schema, found {shown(schema)}")
     check(schema, schema)
     return schema
+
+
+@lru_cache(maxsize=1024)
+def of_text(text: str) -> object:
+    """The schema in a text. Raises GroundTruthError."""
+    if len(text) > MAX_SCHEMA:
+        raise GroundTruthError(f"ground_truth: a schema of {len(text)} characters is too long")
+    try:
+        schema = read(text)
+    except (ValueError, RecursionError) as problem:
+        raise GroundTruthError(f"ground_truth: the schema is not JSON: {shown(problem)}") from None
+    return parse(schema if isinstance(schema, dict) else [schema])
 
 
 def json_text(text: str) -> tuple[str, str]:
