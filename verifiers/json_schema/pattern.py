@@ -68,7 +68,7 @@ class Pattern:
 
     def search(self, text: str, spend: Callable[[int], None]) -> bool:
         """Whether it matches anywhere in the text. `spend` is told how many states each character was compared with."""
-        spend(1 + len(text) // 8)
+        spend(1 + len(text) // 4)
         known: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}  # of this text alone
         current = self.closure([self.first], True, not text)
         for i, character in enumerate(text, 1):

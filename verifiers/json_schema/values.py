@@ -15,7 +15,7 @@ from verifiers.json_schema.pattern import compiled
 from verifiers.json_schema.schema import MAX_DEPTH, TYPES, is_number, referred
 from verifiers.strings import shown
 
-MAX_WORK = 4000  # comparisons of a part of the value with a schema, or of a character with a state of a pattern
+MAX_WORK = 3000  # comparisons of a part of the value with a schema, or of a character with a state of a pattern
 
 Where = tuple | None  # (the place that holds it, the name or number in it); None is the whole value
 Problem = tuple[Where, str, tuple] | None  # the place, a sentence with gaps, what they hold
