@@ -35,7 +35,7 @@ NONE = re.compile(rf"(?i){LEAD}(?:either|both|neither|between|not|one of)\b")
 EXPLICIT = re.compile(r"\s*(?:$|[.,:;!?)\]}<>(–—-]|\b(?:or|and|nor|because|since|as|for|which|with)\b)")
 # what a claim ends before, so that a reason may speak of other options
 REASON = re.compile(r"(?i)\b(?:because|since|as|not|unlike|while|whereas|rather|so|where|which)\b|(?<=[a-z0-9)])[.!?] ")
-NEXT = re.compile(rf" ?{CHOICE}(?=$|[(\[)\].,;])")
+NEXT = re.compile(r" ?(?:[(\[]([A-Ja-j])[)\]]|([A-J])(?=$|[(\[)\].,;]))")
 ALSO = r"(?:\b(?:or|maybe|perhaps|possibly|even|also)\b ?){0,3}"
 ANOTHER = re.compile(rf"(?:\b(?:or|and|nor)\b|[/,&;|])[/ ]?{ALSO}{LEAD}{CHOICE}")
 MARKED = re.compile(
@@ -112,7 +112,7 @@ def named(span: str, options: dict[str, str]) -> tuple[str | None, str]:
     """(the letter that a span begins with, ''), (None, why) where it names several or none of them, (None, '') where it
     does not speak of options."""
     span = span.strip()
-    if by_text := option_of(span, options):
+    if not MARKED.match(span) and (by_text := option_of(span, options)):
         return by_text, ""
     if small := SMALL.fullmatch(span):
         return small[1].upper(), ""

@@ -10,7 +10,7 @@ import pytest
 from tests import ranks
 from tests.launch.test_equivalence import Runs, rows
 
-JUDGE = '''
+JUDGE = """
 NAMES = ("short_ones",)
 
 def check(ground_truth):
@@ -19,7 +19,7 @@ def check(ground_truth):
 
 def verify(response, ground_truth):
     return (1 / (1 + len(response)), f"{len(response)} characters")
-'''
+"""
 
 
 @pytest.fixture(scope="module")
