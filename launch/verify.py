@@ -160,11 +160,11 @@ def totals(rows: list, verdicts: list[Verdict], skipped: int) -> int:
     groups: dict[str, list[Verdict]] = defaultdict(list)
     for (_, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
         groups[label(name)].append(verdict)
-    print(f"{'verifier':12} {'rows':>8} {'full marks':>11} {'mean score':>11} {'errors':>7}")
+    print(f"{'verifier':16} {'rows':>8} {'full marks':>11} {'mean score':>11} {'errors':>7}")
     for name, group in sorted(groups.items()):
         fine = [verdict.score for verdict in group if verdict.status == "ok"]
         mean = f"{sum(fine) / len(fine):.4f}" if fine else "-"
-        print(f"{name:12} {len(group):8} {sum(score >= 1 for score in fine):11} {mean:>11} {len(group) - len(fine):7}")
+        print(f"{name:16} {len(group):8} {sum(score >= 1 for score in fine):11} {mean:>11} {len(group) - len(fine):7}")
     if skipped:
         print(f"{skipped} bad rows left out")
     return sum(verdict.status == "error" for verdict in verdicts)

@@ -55,10 +55,17 @@ def judge(tmp_path) -> Path:
 
 def test_scores_reasons_and_errors(judge):
     expected = {
-        "right": (1.0, "ok"), "wrong": (0.0, "ok"), "pair": (0.5, "ok"), "two": (0.0, "error"), "minus": (0.0, "error"),
-        "nan": (0.0, "error"), "none": (0.0, "error"), "text": (0.0, "error"), "raise": (0.0, "error"),
+        "right": (1.0, "ok"),
+        "wrong": (0.0, "ok"),
+        "pair": (0.5, "ok"),
+        "two": (0.0, "error"),
+        "minus": (0.0, "error"),
+        "nan": (0.0, "error"),
+        "none": (0.0, "error"),
+        "text": (0.0, "error"),
+        "raise": (0.0, "error"),
         "exit": (0.0, "error"),
-    }  # fmt: skip
+    }
     rows = [(response, "right", name) for response in expected for name in ("mine", " MY_TASK", "code")]
     with Pool(2, module=pin(str(judge))) as pool:
         verdicts = pool.score(rows).verdicts
