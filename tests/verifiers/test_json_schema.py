@@ -181,6 +181,13 @@ def test_a_loop_of_references_ends():
         assert verdict.score == 0 and "too much" in verdict.reason and verdict.status == "ok"
 
 
+def test_work_is_bounded_where_nothing_is_deep():
+    schema = {"items": {"anyOf": [{"type": "string"}, {"type": "integer"}]}}
+    assert verify(json.dumps([1] * 300), schema, "json_schema").score == 1
+    verdict = verify(json.dumps([1] * 3000), schema, "json_schema")
+    assert verdict.score == 0 and "too much" in verdict.reason and verdict.status == "ok"
+
+
 # --- patterns ---------------------------------------------------------------------------------------------------------
 
 ATOMS = st.sampled_from(
