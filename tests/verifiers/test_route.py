@@ -55,7 +55,7 @@ JSON = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=400)
+@settings(deadline=None, max_examples=200)
 @given(st.sampled_from(sorted(OTHERS)), JSON, st.sampled_from(["default", "reference", "tulu3"]), st.text(max_size=12))
 def test_a_row_of_the_newer_verifiers_is_judged_or_refused(name, truth, mode, response):
     assert name in VERIFIERS
