@@ -23,8 +23,9 @@ from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill
 from engine.model import load_untrained, open_model
 from engine.train import interval
 from engine.world import World, main, start
+from launch.judges import checker, pinned
 from rollout import Collector, Rollout, Sampler
-from verifiers import MODES, Pool, Verdict, check
+from verifiers import MODES, Pool, Verdict
 
 SHOWN = 4  # responses on the screen
 Answer = tuple[int, Rollout, Verdict]  # under a seed
@@ -65,10 +66,10 @@ def evaluate(config: Config) -> None:
     world = start()
     config = resolve(config, world)
     base = open_model(config, world)
-    judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
     room = base.longest_prompt(config.max_seq_length, config.response_length)
-    read = PromptReader(base.chat, config, judged, fold_system=config.system_role == "fold")
-    prompts = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
+    with checker(config.verifier_mode, config.verifier_module) as check:
+        read = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
+        prompts = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
     prompts = prompts[: config.num_prompts]
     policy = load_untrained(base, world)
     window = max(len(prompt.ids) for prompt in prompts) + config.response_length
@@ -77,7 +78,7 @@ def evaluate(config: Config) -> None:
     del policy
     scores_KN: list[list[float]] = []
     answers: list[Answer] = []
-    with Pool(world.cores, config.verifier_mode) as pool:
+    with Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool:
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         for seed in range(config.seed, config.seed + config.num_seeds):
             rollouts, verdicts = collect(prompts, np.arange(len(prompts)), 1, 0, seed=seed)
@@ -91,7 +92,10 @@ def evaluate(config: Config) -> None:
 
 def resolve(config: Config, world: World) -> Config:
     """Fills what is left open. Raises UserError."""
+    config = replace(config, verifier_module=pinned(config.verifier_module))
     world.agree("configuration", repr(config))
+    if config.verifier_module:
+        world.say(f"verifier of your own: {config.verifier_module}")
     if (config.load_in_4bit and not config.adapter_name_or_path) or (config.double_quant and not config.load_in_4bit):
         raise UserError("--load_in_4bit is read with --adapter_name_or_path, --double_quant with --load_in_4bit")
     require_positive(config, "num_prompts", "max_seq_length", "num_seeds")

@@ -51,9 +51,9 @@ from engine.model import (
 )
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import resolve, show_plan, with_tuned_model
+from launch.resolve import checker, pinned, resolve, show_plan, with_tuned_model
 from rollout import Collector, Experience, Rollout, Sampler, evaluate
-from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict, check
+from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict
 
 DEFAULTS = {"batch_size": 224, "num_samples_per_prompt": 1, "num_train_epochs": 1, "response_length": 1024}
 Columns = list[torch.Tensor]  # two numbers of every token, or of every slot
@@ -125,9 +125,9 @@ def train(config: Config) -> None:
     if config.value_model_name_or_path:
         check_value_model(base, config.value_model_name_or_path)
     longest = base.longest_prompt(config.max_seq_length, config.response_length)
-    judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
-    read = PromptReader(base.chat, config, judged, fold_system=config.system_role == "fold")
-    prompts, held_out = read_prompts(config, read, longest, world)
+    with checker(config.verifier_mode, config.verifier_module) as check:
+        read = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
+        prompts, held_out = read_prompts(config, read, longest, world)
     steps = Steps(len(prompts), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     world.say(*screen.describe(base, world), *describe(config, prompts, steps))
     if config.dry_run:
@@ -136,7 +136,7 @@ def train(config: Config) -> None:
         return
 
     run = Run(config, base, steps, world, values=as_dict(config), data=fingerprint_of(prompts), samples=True)
-    with run, Pool(world.cores, config.verifier_mode) as pool:
+    with run, Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool:
         if run.is_finished:
             return
         policy = load_policy(base, world, models=2, temperature=config.temperature or 1.0)
@@ -357,6 +357,7 @@ def check_ratio(sums: dict[str, float], dtype: torch.dtype, world: World) -> Non
 def resolve_ppo(config: Config, world: World) -> Config:
     """The configuration with what was left open. Raises UserError for what cannot be."""
     config.check()  # before a model is tuned for it
+    config = replace(config, verifier_module=pinned(config.verifier_module))
     defaults = DEFAULTS | {"learning_rate": 3e-6 if config.use_lora else 3e-7}
     if config.model_name_or_path is None:
         if not config.names_data and config.max_steps == -1 and config.num_train_epochs is None:
@@ -378,6 +379,7 @@ def describe(config: Config, prompts: list[Prompt], steps: Steps) -> list[str]:
     return [
         f"value model from {config.value_model_name_or_path or 'the policy, with a head of zeros'}",
         f"data: {len(prompts):,} prompts ({kinds})",
+        *([f"verifier of your own: {config.verifier_module}"] if config.verifier_module else []),
         (
             f"iteration: {of_prompts} of at most {config.response_length} tokens, {config.num_ppo_epochs} x"
             f" {config.num_mini_batches} updates; {steps.total} iterations"

@@ -4,8 +4,7 @@
     python -m launch.verify responses.jsonl --mode reference --failures_only --output verdicts.jsonl
 
 Each line of the file is a JSON object with `response` (the text to judge), `ground_truth` (the label or the
-constraints) and `dataset` (the verifier: gsm8k, math, ifeval, ifeval_old, in any case); --dataset NAME gives the last
-to all rows.
+constraints) and `dataset` (the verifier, in any case: docs/verifiers.md); --dataset NAME gives the last to all rows.
 Nothing is trained and nothing leaves the machine.
 """
 
@@ -13,16 +12,17 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from engine.config import parse
-from engine.errors import UserError, nearest, on_one_line
+from engine.errors import UserError, on_one_line
 from engine.flags import flag, require_positive
-from verifiers import MAX_ERROR_RATE, MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
+from launch.judges import checker, pinned
+from verifiers import MAX_ERROR_RATE, MODES, VERIFIERS, Checker, GroundTruthError, Pool, Verdict, verify
 from verifiers.strings import nearest as nearest_field
 from verifiers.strings import shown
 
@@ -40,6 +40,9 @@ class Config:
         "default: what is right; reference: what open-instruct rewards; tulu3: what it rewarded when Tülu 3 was trained"
         " (docs/verifiers.md)",
         choices=MODES,
+    )
+    verifier_module: str | None = flag(
+        None, "a Python file of your own with verify(response, ground_truth), for rows whose `dataset` is its name"
     )
     loose: bool = flag(False, "IFEval's loose metric")
     combine: str = flag(
@@ -62,14 +65,19 @@ def judge(config: Config) -> int:
     """
     if config.file is None:
         raise UserError("command line: FILE is missing, one JSON object a line (--help says which fields)")
-    if config.dataset is not None and config.dataset.lower() not in VERIFIERS:
-        close = nearest(config.dataset.lower(), VERIFIERS)
-        raise UserError(f"--dataset: unknown verifier {config.dataset}{close}")
     require_positive(config, "workers")
-    try:
-        rows, bad = read(Path(config.file), config.dataset, config.mode)
-    except OSError as problem:
-        raise UserError(f"{config.file}: {problem.strerror}") from None
+    config = replace(config, verifier_module=pinned(config.verifier_module))
+    with checker(config.mode, config.verifier_module) as check:
+        try:
+            if config.dataset is not None:
+                check.name(config.dataset)
+            rows, bad = read(Path(config.file), config.dataset, check)
+        except GroundTruthError as problem:
+            raise UserError(f"--{problem}") from None
+        except OSError as problem:
+            raise UserError(f"{config.file}: {problem.strerror}") from None
+    if config.verifier_module:
+        print(f"verifier of your own: {config.verifier_module}")
     for line in bad[:MAX_LISTED]:
         print(line, file=sys.stderr)
     if len(bad) > MAX_LISTED:
@@ -85,7 +93,7 @@ def judge(config: Config) -> int:
     return 1 if errors > MAX_ERROR_RATE * len(rows) else 0
 
 
-def read(path: Path, dataset: str | None, mode: str) -> tuple[list[tuple[int, tuple]], list[str]]:
+def read(path: Path, dataset: str | None, check: Checker) -> tuple[list[tuple[int, tuple]], list[str]]:
     """([(line number, (response, ground truth, dataset))], [one line for each bad row])."""
     rows, bad = [], []
     with path.open(encoding="utf-8", errors="surrogateescape") as lines:
@@ -93,13 +101,13 @@ def read(path: Path, dataset: str | None, mode: str) -> tuple[list[tuple[int, tu
             if not line.strip():
                 continue
             try:
-                rows.append((number, row_of(line, dataset, mode)))
+                rows.append((number, row_of(line, dataset, check)))
             except GroundTruthError as problem:
                 bad.append(f"{path}:{number}: {problem}")
     return rows, bad
 
 
-def row_of(line: str, dataset: str | None, mode: str) -> tuple:
+def row_of(line: str, dataset: str | None, check: Checker) -> tuple:
     """(response, ground truth, dataset) of a line. Raises GroundTruthError naming the field that is wrong."""
     try:
         row = json.loads(line)
@@ -114,7 +122,7 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
         raise GroundTruthError(f"field response: expected a text, found {shown(row['response'])}")
     name: Any = row.get("dataset", dataset)
     try:
-        check(name, row["ground_truth"], mode)
+        check(name, row["ground_truth"])
     except GroundTruthError as problem:
         raise GroundTruthError(f"field {problem}") from None
     return row["response"], row["ground_truth"], name
@@ -123,10 +131,11 @@ def row_of(line: str, dataset: str | None, mode: str) -> tuple:
 def judged(rows: list, config: Config) -> Iterator[Verdict]:
     """The verdicts in the order of the rows, here or by worker processes."""
     how: dict[str, Any] = {"mode": config.mode, "loose": config.loose, "combine": config.combine}
-    if (config.workers is None and len(rows) <= FEW_ROWS) or config.workers == 1:
+    few = (config.workers is None and len(rows) <= FEW_ROWS) or config.workers == 1
+    if few and config.verifier_module is None:
         yield from (verify(*row, **how) for _, row in rows)
         return
-    with Pool(config.workers, **how) as pool:
+    with Pool(config.workers, **how, module=config.verifier_module) as pool:
         yield from pool.imap(row for _, row in rows)
 
 
@@ -151,11 +160,11 @@ def totals(rows: list, verdicts: list[Verdict], skipped: int) -> int:
     groups: dict[str, list[Verdict]] = defaultdict(list)
     for (_, (_, _, name)), verdict in zip(rows, verdicts, strict=False):
         groups[label(name)].append(verdict)
-    print(f"{'verifier':12} {'rows':>8} {'full marks':>11} {'mean score':>11} {'errors':>7}")
+    print(f"{'verifier':16} {'rows':>8} {'full marks':>11} {'mean score':>11} {'errors':>7}")
     for name, group in sorted(groups.items()):
         fine = [verdict.score for verdict in group if verdict.status == "ok"]
         mean = f"{sum(fine) / len(fine):.4f}" if fine else "-"
-        print(f"{name:12} {len(group):8} {sum(score >= 1 for score in fine):11} {mean:>11} {len(group) - len(fine):7}")
+        print(f"{name:16} {len(group):8} {sum(score >= 1 for score in fine):11} {mean:>11} {len(group) - len(fine):7}")
     if skipped:
         print(f"{skipped} bad rows left out")
     return sum(verdict.status == "error" for verdict in verdicts)

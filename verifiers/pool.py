@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from importlib import import_module
 from multiprocessing.connection import Connection, Pipe, wait
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from verifiers.verdict import Verdict, error
 
@@ -54,6 +54,7 @@ class Pool:
 
     workers: processes (default: the cores this process may use). mode, loose, combine: as for `verify`. in_flight: rows
     given to a worker before its answers are awaited (back-pressure: no more than workers x in_flight are ever copied).
+    module: a user's own verifier (custom.py), for rows that name it. silence: seconds after which a row has no verdict.
     judge: 'module:function' that takes a row and these options. The workers are fresh interpreters, not forks: a fork
     of a process with threads or a CUDA context is unsafe, and they inherit neither the main module nor the environment.
     """
@@ -65,12 +66,16 @@ class Pool:
         *,
         loose: bool = False,
         combine: str = "fraction",
+        module: str | None = None,
         in_flight: int = 16,
         silence: float = 60.0,
-        judge: str = "verifiers.route:verify",
+        judge: str = "",
     ):
-        self.options = {"mode": mode, "loose": loose, "combine": combine}
-        self.in_flight, self.silence, self.judge = in_flight, silence, judge
+        self.options: dict[str, Any] = {"mode": mode, "loose": loose, "combine": combine}
+        if module is not None:
+            self.options["module"] = module
+        self.in_flight, self.silence = in_flight, silence
+        self.judge = judge or ("verifiers.route:verify" if module is None else "verifiers.custom:judged")
         self.killed = 0  # workers that died or were killed since the pool began
         count = workers or _cores()
         self._workers = [self._start() for _ in range(count)]
@@ -132,7 +137,8 @@ class Pool:
         for i, worker in enumerate(self._workers):
             if worker.waiting and (worker.dead or time.monotonic() - worker.heard > self.silence):
                 lost = list(worker.waiting.items())
-                done[lost[0][0]] = error("the worker process was killed")
+                why = "was killed" if worker.dead else f"gave no verdict within {self.silence:g} s and was killed"
+                done[lost[0][0]] = error(f"the worker process {why}")
                 again.extend(lost[1:])
                 self.killed += 1
                 worker.end()

@@ -1,20 +1,42 @@
 """From a row's `dataset` field to its verifier.
 
-The names are those of the published Tülu 3 rows, in any case: gsm8k, math, ifeval, ifeval_old. 'ifeval' looks at the
-ground truth: `func_name` is the RLVR form that Tülu 3 carries under that name, `instruction_id` IFEval's own.
+The names are those of the published RLVR rows, in any case: gsm8k, math, ifeval, ifeval_old, string_matcher, string_f1
+(also f1), and multiple_choice, format, json_schema. 'ifeval' looks at the ground truth: `func_name` is the RLVR form
+that Tülu 3 carries under that name, `instruction_id` IFEval's own. What would run code of the model, or ask another
+model, is refused by name. A user's own verifier has the names that its file declares (custom.py).
 """
 
-from functools import lru_cache
+from __future__ import annotations
 
-from verifiers import gsm8k
+from collections.abc import Callable
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from verifiers import answers, choice, gsm8k, json_schema, tags
 from verifiers.ifeval import google, tulu
 from verifiers.math import extract_reference
 from verifiers.math import verify as verify_math
 from verifiers.strings import nearest, shown
 from verifiers.verdict import MAX_CHARACTERS, GroundTruthError, Verdict, error, failed, read_structure
 
+if TYPE_CHECKING:
+    from verifiers.custom import Own
+
 MODES = ("default", "reference", "tulu3")
-VERIFIERS = ("gsm8k", "math", "ifeval", "ifeval_old")
+# verify(response, ground truth, mode) and what reads the ground truth; both raise GroundTruthError
+OTHERS: dict[str, tuple[Callable[[str, object, str], Verdict], Callable[[object], object]]] = {
+    "string_matcher": (answers.verify_match, answers.accepted),
+    "string_f1": (answers.verify_f1, answers.accepted),
+    "multiple_choice": (choice.verify, choice.parse),
+    "format": (tags.verify, tags.parse),
+    "json_schema": (json_schema.verify, json_schema.parse),
+}
+VERIFIERS = ("gsm8k", "math", "ifeval", "ifeval_old", *OTHERS)
+ALIASES = {"f1": "string_f1"}
+NOT_HERE = (  # open-instruct's names, or how they begin, and why there is no such verifier
+    ("code", "it judges by running code that the model wrote, and code is not executed here"),
+    ("general", "it asks another model to judge, which is not done here"),
+)
 
 
 def verify(
@@ -25,6 +47,7 @@ def verify(
     *,
     loose: bool = False,
     combine: str = "fraction",
+    own: Own | None = None,
 ) -> Verdict:
     """The verdict on one response. Total: for any `response` and any ground truth it returns, and it never raises.
 
@@ -32,21 +55,26 @@ def verify(
     verifier; a list of names with a list of ground truths is judged one by one and the scores are *summed*, as
     open-instruct e6c3044 does (the only case of a score above 1).
     mode: 'default' (right), 'reference' (what open-instruct e6c3044 rewards), 'tulu3' (what it rewarded when Tülu 3 was
-    trained). IFEval only: loose (any of eight variants), combine 'fraction' or 'all' of a row's constraints.
+    trained). IFEval only: loose (any of eight variants), combine 'fraction' or 'all' of a row's constraints. own: a
+    user's verifier (custom.py), for rows that name it.
     A row that cannot be judged has status 'error', not a zero; `check` finds such rows beforehand. Same arguments,
     same verdict: nothing depends on the clock, on load or on what was asked before.
     """
     if isinstance(dataset, (list, tuple)):
-        return verify_all(response, ground_truth, dataset, mode, loose=loose, combine=combine)
+        return verify_all(response, ground_truth, dataset, mode, loose=loose, combine=combine, own=own)
     try:
-        name = verifier_name(dataset, ground_truth)
         check_mode(mode)
+        if own is not None and own.is_named(dataset):
+            return own.judge(response, ground_truth)
+        name = verifier_name(dataset, ground_truth, own)
         if name == "gsm8k":
             return gsm8k.verify(response, gsm8k_label(ground_truth), mode)
         if len(response) > MAX_CHARACTERS:
             return failed(f"too long: {len(response)} characters")
         if name == "math":
             return verify_math(response, math_label(ground_truth), mode)
+        if name in OTHERS:
+            return OTHERS[name][0](response, ground_truth, mode)
         if name == "ifeval_old":
             return tulu.verify(response, ground_truth, mode)
         return google.verify(response, ground_truth, "default" if mode == "default" else "reference", loose, combine)
@@ -57,13 +85,20 @@ def verify(
 
 
 def verify_all(
-    response: str, ground_truths: object, datasets: list | tuple, mode: str, *, loose: bool, combine: str
+    response: str,
+    ground_truths: object,
+    datasets: list | tuple,
+    mode: str,
+    *,
+    loose: bool,
+    combine: str,
+    own: Own | None = None,
 ) -> Verdict:
     """The sum over a row's verifiers; an error in one is an error of the row."""
     if not isinstance(ground_truths, (list, tuple)) or len(ground_truths) != len(datasets) or not datasets:
         return error(f"ground_truth: expected a list of {len(datasets)}, one for each of dataset")
     verdicts = [
-        verify(response, truth, name, mode, loose=loose, combine=combine)
+        verify(response, truth, name, mode, loose=loose, combine=combine, own=own)
         for truth, name in zip(ground_truths, datasets, strict=False)
     ]
     status = "error" if any(verdict.status == "error" for verdict in verdicts) else "ok"
@@ -71,40 +106,56 @@ def verify_all(
     return Verdict(sum(verdict.score for verdict in verdicts) if status == "ok" else 0.0, reasons, status)
 
 
-def check(dataset: str | list[str], ground_truth: object, mode: str = "default") -> None:
+def check(dataset: str | list[str], ground_truth: object, mode: str = "default", *, own: Own | None = None) -> None:
     """Raises GroundTruthError (a ValueError), in one line, for a row that `verify` could not judge: an unknown verifier
-    (naming the nearest), a label without a number, constraints that do not exist, a missing extra."""
+    (naming the nearest), one that is not had here (saying why), a label without a number, constraints that do not
+    exist, a missing extra, a label that the user's own verifier refuses."""
     if isinstance(dataset, (list, tuple)):
         if not isinstance(ground_truth, (list, tuple)) or len(ground_truth) != len(dataset) or not dataset:
             raise GroundTruthError(f"ground_truth: expected a list of {len(dataset)}, one for each of dataset")
         for name, truth in zip(dataset, ground_truth, strict=False):
-            check(name, truth, mode)
+            check(name, truth, mode, own=own)
         return
-    name = verifier_name(dataset, ground_truth)
     check_mode(mode)
+    if own is not None and own.is_named(dataset):
+        return own.check(ground_truth)
+    name = verifier_name(dataset, ground_truth, own)
     if name == "gsm8k":
         gsm8k_label(ground_truth)
     elif name == "math":
         if not extract_reference(math_label(ground_truth)).strip():
             raise GroundTruthError("ground_truth: the boxed answer is empty")
+    elif name in OTHERS:
+        OTHERS[name][1](ground_truth)
     elif name == "ifeval_old":
         tulu.parse(ground_truth, mode)
     else:
         google.parse(ground_truth, "default" if mode == "default" else "reference")
 
 
-def verifier_name(dataset: object, ground_truth: object) -> str:
+def verifier_name(dataset: object, ground_truth: object, own: Own | None = None) -> str:
     """One of VERIFIERS. Raises GroundTruthError."""
-    if not isinstance(dataset, str):
-        raise GroundTruthError(f"dataset: expected the name of a verifier, found {shown(dataset)}")
-    name = dataset.strip().lower()
-    if name not in VERIFIERS:
-        close = nearest(name, VERIFIERS) or f" (known: {', '.join(VERIFIERS)})"
-        raise GroundTruthError(f"dataset: unknown verifier {shown(dataset)}{close}")
+    name = known_name(dataset, own)
     if name == "ifeval":
         row = read_structure(ground_truth, "ground_truth")
         return "ifeval_old" if isinstance(row, dict) and "func_name" in row else "ifeval"
     return name
+
+
+def known_name(dataset: object, own: Own | None = None) -> str:
+    """The verifier that a `dataset` names, one of VERIFIERS or of the names of `own`. Raises GroundTruthError."""
+    if not isinstance(dataset, str):
+        raise GroundTruthError(f"dataset: expected the name of a verifier, found {shown(dataset)}")
+    name = dataset.strip().lower()
+    name = ALIASES.get(name, name)
+    known = (*VERIFIERS, *(own.names if own else ()))
+    if name in known:
+        return name
+    for start, why in NOT_HERE:
+        if name == start or name.startswith((start + "_", start + "-")):
+            raise GroundTruthError(f"dataset: {shown(dataset)} is not here: {why} (--verifier_module takes your own)")
+    close = nearest(name, known) or f" (known: {', '.join(known)})"
+    raise GroundTruthError(f"dataset: unknown verifier {shown(dataset)}{close}")
 
 
 def check_mode(mode: str) -> None:

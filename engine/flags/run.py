@@ -21,6 +21,11 @@ class SamplingFlags:
     verifier_mode: str = flag(
         "default", "reference: the published verifiers' exact behaviour, also where it is wrong", SAMPLING
     )
+    verifier_module: str | None = flag(
+        None,
+        "a Python file of your own with verify(response, ground_truth), for rows whose `dataset` is its name",
+        SAMPLING,
+    )
 
     def check_sampling(self) -> None:
         """Raises UserError for what cannot be."""

@@ -424,6 +424,11 @@ GSM8K = ("tests/verifiers/test_gsm8k.py",)
 ROUTE = ("tests/verifiers/test_route.py",)
 MATH = ("tests/verifiers/test_math.py",)
 IFEVAL = ("tests/verifiers/test_ifeval.py",)
+ANSWERS = ("tests/verifiers/test_answers.py",)
+CHOICE = ("tests/verifiers/test_choice.py",)
+TAGS = ("tests/verifiers/test_tags.py",)
+SCHEMA = ("tests/verifiers/test_json_schema.py",)
+CUSTOM = ("tests/verifiers/test_custom.py",)
 
 VERIFIERS = (
     Mutant(
@@ -537,8 +542,8 @@ VERIFIERS = (
     Mutant(
         "route_checks_the_default_mode_alone",
         "verifiers/route.py",
-        "            check(name, truth, mode)",
-        "            check(name, truth)",
+        "            check(name, truth, mode, own=own)",
+        "            check(name, truth, own=own)",
         ROUTE,
     ),
     Mutant(
@@ -546,6 +551,114 @@ VERIFIERS = (
         "verifiers/route.py",
         "if not extract_reference(math_label(ground_truth)).strip():",
         "if not math_label(ground_truth).strip():",
+        ROUTE,
+    ),
+    Mutant(
+        "answers_lose_a_lone_article",
+        "verifiers/answers.py",
+        "if word not in ARTICLES] or words or text.split())",
+        "if word not in ARTICLES])",
+        ANSWERS,
+    ),
+    Mutant(
+        "answers_in_the_thinking_count",
+        "verifiers/answers.py",
+        '    text = response.rpartition("</think>")[2]\n    if "<think>" in text:\n        return None\n    end',
+        "    text = response\n    end",
+        ANSWERS,
+    ),
+    Mutant(
+        "f1_takes_the_worst_label",
+        "verifiers/answers.py",
+        "score = max(f1(words, normalised(label).split()) for label in labels)",
+        "score = min(f1(words, normalised(label).split()) for label in labels)",
+        ANSWERS,
+    ),
+    Mutant(
+        "f1_is_precision", "verifiers/answers.py", "2 * same / (len(found) + len(wanted))", "same / len(found)", ANSWERS
+    ),
+    Mutant(
+        "choice_takes_the_first_of_two",
+        "verifiers/choice.py",
+        "    if any(letter_of(other) != letter for other in others):",
+        "    if False:",
+        CHOICE,
+    ),
+    Mutant(
+        "choice_takes_the_first_declaration",
+        "verifiers/choice.py",
+        "for mark in reversed(declarations):",
+        "for mark in declarations:",
+        CHOICE,
+    ),
+    Mutant(
+        "choice_reads_an_article",
+        "verifiers/choice.py",
+        "    if match is None or not explicit(match, span):",
+        "    if match is None:",
+        CHOICE,
+    ),
+    Mutant(
+        "choice_believes_a_letter_with_the_wrong_text",
+        "verifiers/choice.py",
+        "(said := option_of(body, options)) and said != letter",
+        "(said := option_of(body, options)) and said == 0",
+        CHOICE,
+    ),
+    Mutant(
+        "format_allows_text_between",
+        "verifiers/tags.py",
+        "if begin < place or response[place:begin].strip():",
+        "if begin < place:",
+        TAGS,
+    ),
+    Mutant("format_allows_a_tag_twice", "verifiers/tags.py", "if written != (first, 1):", "if 0 in written:", TAGS),
+    Mutant(
+        "schema_calls_true_one",
+        "verifiers/json_schema/values.py",
+        '        return ("boolean", value)',
+        "        return value",
+        SCHEMA,
+    ),
+    Mutant(
+        "schema_takes_the_last_of_two_keys",
+        "verifiers/json_schema/verify.py",
+        "    if len(found) < len(pairs):",
+        "    if len(found) > len(pairs):",
+        SCHEMA,
+    ),
+    Mutant(
+        "schema_never_tires",
+        "verifiers/json_schema/values.py",
+        "        if self.work > MAX_WORK:",
+        "        if self.work < 0:",
+        SCHEMA,
+    ),
+    Mutant(
+        "pattern_forgets_where_it_began",
+        "verifiers/json_schema/pattern.py",
+        "known[step] = self.closure([*after, self.first], False, step[2])",
+        "known[step] = self.closure([*after, self.first], True, step[2])",
+        SCHEMA,
+    ),
+    Mutant(
+        "module_may_change_under_a_run", "verifiers/custom.py", 'if sha256 not in ("", found):', "if not found:", CUSTOM
+    ),
+    Mutant(
+        "module_may_pay_two", "verifiers/custom.py", "    if not 0 <= number <= 1:", "    if not 0 <= number:", CUSTOM
+    ),
+    Mutant(
+        "module_takes_the_name_of_another",
+        "verifiers/custom.py",
+        "        if name in VERIFIERS:",
+        "        if name == VERIFIERS:",
+        CUSTOM,
+    ),
+    Mutant(
+        "route_calls_code_unknown",
+        "verifiers/route.py",
+        "if name == start or name.startswith((start",
+        "if False and name.startswith((start",
         ROUTE,
     ),
     Mutant(

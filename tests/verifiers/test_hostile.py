@@ -12,7 +12,7 @@ import pytest
 import verifiers
 from verifiers import Verdict, verify
 
-FAMILIES = ("gsm8k", "math", "ifeval", "ifeval_old")
+FAMILIES = verifiers.VERIFIERS
 CANARY = "verifier-canary-was-executed"
 PAYLOADS = [
     f"__import__('os').system('touch {CANARY}')",
@@ -63,15 +63,109 @@ REPEATED = [
 ]  # fmt: skip
 
 
+def nested(opening: str, inside: str, closing: str, depth: int) -> str:
+    return opening * depth + inside + closing * depth
+
+
+A_THOUSAND = ",".join(map(str, range(1000)))
+TAGGED = [
+    f"<answer>{text}</answer>"
+    for text in (
+        "",
+        " ",
+        "\u200b",
+        "a",
+        "the",
+        "a an the " * 200,
+        "A" * 2000,
+        "." * 2000,
+        "-5" * 1000,
+        "e\u0301" * 900,
+        "1,000" * 400,
+        "+" * 2000,
+        "a+" * 1000,
+        "x" * 100_000,
+        "<answer>" * 3000,
+        "</answer>" * 3000,
+    )
+]
+OF_FAMILY = {
+    "string_matcher": [*TAGGED, "<answer>" * 20_000, "</answer>" * 20_000, "<answer>a" * 20_000 + "</answer>"],
+    "string_f1": [*TAGGED, "Paris " * 40_000, "a " * 1000, ". " * 1000, "Paris" * 400],
+    "multiple_choice": [
+        "\\boxed{" * 3000,
+        "\\boxed{B" * 3000,
+        "Answer: " * 500,
+        "Answer: A or " * 300,
+        "the answer is " * 300,
+        "(A)" * 1300,
+        "A) " * 1300,
+        "A.\n" * 1300,
+        "**A**" * 800,
+        "\\text{" * 500,
+        "\\text{A}" * 500,
+        "A, " * 1300,
+        "answer is the option choice letter " * 100,
+        "Answer: " + "is the " * 40,
+        "Answer: B" + " or" * 90,
+        "A or B\n" * 600,
+        "Answer: B " + "or C " * 55,
+        "<answer>" * 500 + "B",
+        "Answer:\n" * 500,
+        "$A$" * 1300,
+        "Answer: " + "((" * 140,
+    ],
+    "format": [
+        "<think>" * 20_000,
+        "</think>" * 20_000,
+        "<think></think>" * 10_000,
+        "<think>a</think><answer></answer>",
+        "<think>" + "a" * 200_000 + "</think><answer>" + " " * 40_000 + "</answer>",
+        "<answer>a</answer><think>b</think>",
+        "<think><answer></think></answer>",
+        "<think>\u200b</think><answer>\u200b</answer>",
+    ],
+    "json_schema": [
+        nested("[", "1", "]", 8000),
+        nested("[", "1", "]", 60),
+        nested('{"a":', "1", "}", 2500),
+        "[" * 16_000,
+        nested('{"a":', "1", "}", 60),
+        "1" * 16_000,
+        "1e400",
+        "NaN",
+        "-Infinity",
+        '{"a":1,"a":1}',
+        '{"a"' * 3000,
+        "{" + ",".join(f'"{i}":1' for i in range(1500)) + "}",
+        '{"list":[' + '"a",' * 3000 + '"b"]}',
+        "{" + ",".join(f'"{i}":1' for i in range(1500)) + ',"0":1}',
+        f"[{A_THOUSAND}]",
+        f'{{"list":[{A_THOUSAND}]}}',
+        '{"name":"' + "a" * 16_000 + '"}',
+        '{"name":"' + "ab" * 400 + '"}',
+        '{"list":[' + "[]," * 4000 + "[]]}",
+        "```json\n[1]\n```",
+        '{"name":"' + "\\u0041" * 2000 + '"}',
+        '{"list":[' + "1.5e300," * 1500 + "1]}",
+        '{"tree":' + nested('{"next":', "null", "}", 60) + "}",
+        '"' + "\\" * 9000,
+        "```\n" * 3000,
+    ],
+}
+
+
 def hostile(family: str, count: int = 200, seed: int = 0) -> list[str]:
     """`count` responses for a family: payloads and bombs in every wrapping, long repetitions, and random mixtures."""
     rng = random.Random(f"{seed} {family}")
     cases = ["", " ", "\x00", "\ud800\udfff", "a" * 10_000_000, "1" * 10_000_000, " " * 10_000_000, "$" * 10_000_000]
     cases += PAYLOADS + [rng.choice(WRAPPERS).format(text) for text in PAYLOADS]
+    own = OF_FAMILY.get(family, [])
+    cases += own + [text[:-1] for text in own]
     cases += [rng.choice(WRAPPERS).format(text) for text in rng.sample(BOMBS, 55)]
     cases += [text * (rng.choice((3000, 20_000, 200_000)) // len(text)) for text in rng.sample(REPEATED, 60)]
     while len(cases) < count:
-        pieces = rng.choices(REPEATED + BOMBS[:20], k=rng.randint(2, 6))
+        pieces = rng.choices(REPEATED + BOMBS[:20] + [text[:40] for text in own], k=rng.randint(2, 6))
         cases.append("".join(piece * rng.randint(1, max(1, 4000 // len(piece))) for piece in pieces)[:60_000])
     return cases[:count]
 
@@ -82,6 +176,8 @@ def truths(family: str) -> list:
         return ["42"]
     if family == "math":
         return ["\\frac{1}{2}", "x^2+\\sqrt{3}", "(1,\\pi]", "\\{1,2,3\\}", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"]
+    if family in OF_LABELS:
+        return OF_LABELS[family]
     if family == "ifeval_old":
         names = {
             "verify_keywords": {"keyword_list": ["a"]},
@@ -113,6 +209,32 @@ def truths(family: str) -> list:
     return [{"instruction_id": [name], "kwargs": [arguments]} for name, arguments in INSTRUCTIONS.items()]
 
 
+OPTIONS = {"answer": "B", "options": ["Rome", "Paris", "Oslo", "a dog"]}
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^(a|b|ab)*c$", "minLength": 1},
+        "list": {"type": "array", "items": {"anyOf": [{"type": "integer", "multipleOf": 0.1}, {"type": "string"}]}},
+        "tree": {"$ref": "#/$defs/node"},
+    },
+    "patternProperties": {"^x-[a-z]+$": {"enum": [1, "a", None, [1], {"a": 1}]}},
+    "additionalProperties": {"$ref": "#/$defs/node"},
+    "$defs": {
+        "node": {"oneOf": [{"type": "null"}, {"type": "object", "properties": {"next": {"$ref": "#/$defs/node"}}}]}
+    },
+}
+OF_LABELS = {
+    "string_matcher": ["Paris", ["A", "the", "3.14"], "42"],
+    "string_f1": ["the capital of France is Paris", ["a", "1,000"]],
+    "multiple_choice": ["B", OPTIONS],
+    "format": [{}, {"tags": ["think"]}, {"opened": True}, {"tags": ["a", "think", "answer"]}],
+    "json_schema": [
+        {},
+        {"uniqueItems": True, "contains": {"const": 999}},
+        SCHEMA,
+        {"anyOf": [{"$ref": "#"}, {"$ref": "#"}]},
+    ],
+}
 INSTRUCTIONS = {
     "keywords:existence": {"keywords": ["a", "(x"]},
     "keywords:frequency": {"keyword": "a", "frequency": 2, "relation": "at least"},

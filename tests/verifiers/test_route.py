@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from verifiers import GroundTruthError, check, verify
+from verifiers import VERIFIERS, GroundTruthError, check, verify
+from verifiers.route import OTHERS
 from verifiers.strings import is_blank, without_thinking
 
 COMMAS = {"func_name": "validate_no_commas"}
@@ -13,6 +16,57 @@ COMMAS = {"func_name": "validate_no_commas"}
 def test_names_in_any_case():
     for name in ("gsm8k", "GSM8K", " GSM8k "):
         assert verify("#### 42", "42", name).score == 1
+
+
+def test_f1_is_another_name():
+    assert verify("<answer>Paris</answer>", "paris", "F1") == verify("<answer>Paris</answer>", "paris", "string_f1")
+
+
+@pytest.mark.parametrize(
+    "name", ["code", "CODE", "code_stdio", "code-python", "general-quality_ref", "general_verifier"]
+)
+def test_what_is_not_had_here_says_why(name):
+    why = "code is not executed here" if name.lower().startswith("code") else "asks another model to judge"
+    for dataset, truth in ((name, ["assert f() == 1"]), (["gsm8k", name], ["42", "x"])):
+        with pytest.raises(GroundTruthError, match=f"dataset: {name} is not here: .*{why}") as problem:
+            check(dataset, truth)
+        assert "unknown" not in str(problem.value) and "\n" not in str(problem.value)
+        verdict = verify("print(42)", truth, dataset)
+        assert verdict.status == "error" and why in verdict.reason and verdict.score == 0
+    for other in ("codex", "encode", "generally"):
+        with pytest.raises(GroundTruthError, match="unknown verifier"):
+            check(other, "x")
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 99)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["B", "{}", "[1"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text(max_size=4), inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["answer", "options", "tags", "opened", "type", "items", "$ref", "enum"]), inner
+        )
+    ),
+)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.sampled_from(sorted(OTHERS)), JSON, st.sampled_from(["default", "reference", "tulu3"]), st.text(max_size=12))
+def test_a_row_of_the_newer_verifiers_is_judged_or_refused(name, truth, mode, response):
+    assert name in VERIFIERS
+    try:
+        check(name, truth, mode)
+    except GroundTruthError as problem:
+        assert "\n" not in str(problem) and len(str(problem)) < 400
+        assert verify(response, truth, name, mode).status == "error"
+        return
+    verdict = verify(response, truth, name, mode)
+    assert verdict.status == "ok" and 0 <= verdict.score <= 1, verdict
 
 
 def test_ifeval_is_the_form_of_its_ground_truth():
