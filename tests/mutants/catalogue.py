@@ -1720,7 +1720,11 @@ TRAIN = (
         "the_warm_up_begins_at_1", "engine/train/optim.py", "peak * step / warmup", "peak * (step + 1) / warmup", OPTIM
     ),
     Mutant(
-        "the_warm_up_is_rounded_down", "engine/train/optim.py", "warmup = math.ceil(", "warmup = math.floor(", OPTIM
+        "the_warm_up_is_rounded_down",
+        "engine/train/optim.py",
+        "return math.ceil(share * steps)\n",
+        "return math.floor(share * steps)\n",
+        OPTIM,
     ),
     Mutant(
         "the_schedule_begins_at_step_0",
@@ -1730,7 +1734,34 @@ TRAIN = (
         OPTIM,
     ),
     Mutant(
-        "cosine_of_half_the_way", "engine/train/optim.py", "math.cos(math.pi * x)", "math.cos(math.pi * x / 2)", OPTIM
+        "cosine_of_half_the_way",
+        "engine/train/optim.py",
+        '"cosine": (1 + math.cos(math.pi * x))',
+        '"cosine": (1 + math.cos(math.pi * x / 2))',
+        OPTIM,
+    ),
+    Mutant(
+        "a_floor_under_a_warm_up_that_has_none",
+        "engine/train/optim.py",
+        'if kind == "warmup_stable_decay" else peak * step / warmup',
+        'if kind != "linear" else peak * step / warmup',
+        OPTIM,
+    ),
+    Mutant("the_floor_is_added", "engine/train/optim.py", "share * (1 - floor) + floor", "share + floor", OPTIM),
+    Mutant("the_decay_comes_at_once", "engine/train/optim.py", "step - (steps - decay)", "step - warmup", OPTIM),
+    Mutant(
+        "a_root_without_its_time_scale",
+        "engine/train/optim.py",
+        "math.sqrt(1 + (step - warmup) / (warmup or INVERSE_SQRT))",
+        "math.sqrt(1 + (step - warmup))",
+        OPTIM,
+    ),
+    Mutant(
+        "betas_are_the_defaults",
+        "engine/train/optim.py",
+        "AdamW8bit(groups, betas=betas, eps=eps)",
+        "AdamW8bit(groups)",
+        OPTIM,
     ),
     Mutant(
         "clipping_cannot_be_off",
