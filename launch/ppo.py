@@ -50,7 +50,7 @@ from engine.model import (
 )
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import resolve, show_plan, with_tuned_model
+from launch.resolve import commands, resolve, show_plan, with_tuned_model
 from rollout import Collector, Experience, Rollout, Sampler, evaluate
 from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict, check
 
@@ -388,4 +388,4 @@ def describe(config: Config, prompts: list[Prompt], steps: Steps) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config)))
+    main(lambda: train(parse(Config, elsewhere=commands)))

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from engine.config import parse
 from engine.errors import UserError, nearest, on_one_line
 from engine.flags import flag, require_positive
+from launch import commands
 from verifiers import MAX_ERROR_RATE, MODES, VERIFIERS, GroundTruthError, Pool, Verdict, check, verify
 from verifiers.strings import nearest as nearest_field
 from verifiers.strings import shown
@@ -170,7 +171,7 @@ def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(judge(parse(Config)))
+        sys.exit(judge(parse(Config, elsewhere=commands)))
     except UserError as error:
         print(on_one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

@@ -43,8 +43,7 @@ class OptimizerFlags:
     )
     lr_scheduler_type: str = flag(
         "linear",
-        "after the warm-up: to 0 by a line or a cosine; no change; by a cosine to --min_lr_ratio; no change and then a"
-        " decay (WSD); 1 / sqrt(step)",
+        "after the warm-up, by the names of transformers (warmup_stable_decay: WSD)",
         OPTIMIZATION,
         choices=SCHEDULES,
     )

@@ -190,7 +190,10 @@ YAML_BAD = [
     ("mixer_list: [a, no]", "mixer_list: expected words"),
     ("mixer_list: []", "mixer_list: expected words"),
     ("seed: 1\nseed: 2", ":2: not a recipe (key seed stands twice)"),
-    ("max_length: 1\nmax_seq_length: 2", "max_seq_length says the same as another key"),
+    (
+        "max_length: 1\nmax_seq_length: 2",
+        ": max_length and max_seq_length say the same thing, max_seq_length, in two ways: give one",
+    ),
     ("seed: !!python/object/apply:os.system ['touch x']", "not a recipe"),
     ("!!python/name:os.system {}", "not a recipe"),
     ("seed: !!binary aGk=", "whole number"),

@@ -2146,11 +2146,17 @@ ENGINE = (
     Mutant(
         "the_recipe_wins_over_the_command_line",
         "engine/config.py",
-        'values[name] = _convert(flags[name], value, f"--{name}")',
-        'values.setdefault(name, _convert(flags[name], value, f"--{name}"))',
+        "values = recipe.values | command.values",
+        "values = command.values | recipe.values",
         CONFIG,
     ),
-    Mutant("aliases_are_unknown_in_recipes", "engine/config.py", "name = aliases.get(key, key)", "name = key", CONFIG),
+    Mutant(
+        "aliases_are_unknown",
+        "engine/config.py",
+        "for alias in (name, *f.aliases)}\n        self.choices",
+        "for alias in (name,)}\n        self.choices",
+        CONFIG,
+    ),
     Mutant("prefixes_are_matched", "engine/config.py", "allow_abbrev=False", "allow_abbrev=True", CONFIG),
     Mutant("infinity_is_a_number", "engine/config.py", "if math.isfinite(number) and (", "if (", CONFIG),
     Mutant(
@@ -2178,8 +2184,8 @@ ENGINE = (
     Mutant(
         "a_thing_is_said_twice",
         "engine/config.py",
-        "for o in f.excludes if values.get(o) is not None",
-        "for o in f.excludes if values.get(o) is f",
+        "if values.get(other) is not None:",
+        "if values.get(other) is f:",
         CONFIG,
     ),
     Mutant("0_is_positive", "engine/flags/declare.py", "not value > 0", "not value >= 0", CONFIG),
