@@ -9,6 +9,7 @@ declared in flags/ and by the stages.
 from __future__ import annotations
 
 import argparse
+import functools
 import math
 import reprlib
 import shutil
@@ -47,8 +48,9 @@ class Flag:
     positional: bool
 
 
+@functools.cache
 def flags_of(config_class: type) -> dict[str, Flag]:
-    """Name → flag, in the order of --help's parts."""
+    """Name → flag, in the order of --help's parts. Asked for once a class: not to be changed."""
     hints = typing.get_type_hints(config_class)
     found = {}
     for f in fields(config_class):
@@ -90,7 +92,7 @@ def parse(
         recipe.read(_read_yaml(Path(path)))
     values = recipe.values | command.values
     for name, f in flags.items():
-        for other in f.excludes if values.get(name) is not None else ():
+        for other in flags.keys() & f.excludes if values.get(name) is not None else ():
             if values.get(other) is not None:
                 raise UserError(f"--{name} and --{other} are two ways to say one thing: give one of them")
             values[other] = None  # its default does not say it either

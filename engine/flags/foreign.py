@@ -119,7 +119,7 @@ def translate(row: Row, value: Any, name: str, where: str, choices: Choices) -> 
         return _meaning(assigned, word, where, mark) if assigned else Meaning({}, f"{where} {shown(word)}: {row.why}")
     if name == row.ours:
         return None
-    if row.ours and word in choices[row.ours]:
+    if row.ours and (not choices[row.ours] or word in choices[row.ours]):
         return _meaning({row.ours: word}, word, where, mark)
     expected = ", ".join(word for word, ours in row.words.items() if not isinstance(ours, No))
     said = "..." if row.secret else shown(word)

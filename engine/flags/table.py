@@ -157,6 +157,8 @@ PARTS: dict[str, tuple[Row, ...]] = {
     "Preferences": (
         alias("dpo_beta rl_beta", "OI AX", "beta"),
         alias("dpo_loss_type", "OI", "loss_type"),
+        takes("precompute_ref_log_probs", "TRL", NO, "the reference is asked in every iteration, of new responses",
+              near="kl_coef"),
         means("precompute_ref_log_probs", "TRL", "reference", {"true": "cache", "false": "auto"}),
         takes("reference_free", "TRL", NO, "--loss_type simpo is the loss without a reference", near="loss_type"),
         takes("f_divergence_type", "TRL", "reverse_kl", "the divergence is the reverse KL"),
