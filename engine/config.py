@@ -9,7 +9,6 @@ declared in flags/ and by the stages.
 from __future__ import annotations
 
 import argparse
-import functools
 import math
 import reprlib
 import shutil
@@ -48,9 +47,8 @@ class Flag:
     positional: bool
 
 
-@functools.cache
 def flags_of(config_class: type) -> dict[str, Flag]:
-    """Name → flag, in the order of --help's parts. Asked for once a class: not to be changed."""
+    """Name → flag, in the order of --help's parts."""
     hints = typing.get_type_hints(config_class)
     found = {}
     for f in fields(config_class):
@@ -90,6 +88,10 @@ def parse(
     command.read_rest(rest)
     if path:
         recipe.read(_read_yaml(Path(path)))
+    said = {name for name, value in command.values.items() if value is not None}
+    for name, f in flags.items():  # of two ways to say a thing, too, the command line wins
+        if said & {*f.excludes, *(other for other, o in flags.items() if name in o.excludes)}:
+            recipe.values.pop(name, None)
     values = recipe.values | command.values
     for name, f in flags.items():
         for other in flags.keys() & f.excludes if values.get(name) is not None else ():
@@ -190,8 +192,10 @@ class _Given:
         for row in table.rows_of(name):
             ours = min(row.needs - self.flags.keys())
             raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
-        names = [*self.ours, "config"] if self.dash else self.ours
-        raise UserError(f"{self.place}unknown {self.kind} {foreign.shown(shown)}{nearest(name, names)}")
+        names = [*self.ours, "config"] if self.dash else [*self.ours]
+        snake = name.replace("-", "_")
+        close = f" (did you mean {snake}?)" if table.rows_of(snake) else nearest(name, names)
+        raise UserError(f"{self.place}unknown {self.kind} {foreign.shown(shown)}{close}")
 
     def _whose(self, name: str) -> str:
         """', which belongs to ...' for a flag that this command does not have."""

@@ -35,7 +35,8 @@ def here(row: Row) -> str:
         return f"not used: {row.why}"
     if row.takes is not None:
         where = f" (commands with `--{row.near}`)" if row.near else ""
-        return f"{', '.join(map(code, row.takes))} alone: {row.why}{where}"
+        words = row.takes[:1] if row.takes[0] in ("false", "none") else row.takes  # the others mean the same
+        return f"{', '.join(map(code, words))} alone: {row.why}{where}"
     if row.read is not None:
         name = row.read.__name__.replace("_", " ")
         return {

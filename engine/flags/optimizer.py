@@ -110,6 +110,6 @@ class OptimizerFlags:
         require_positive(self, "decay_ratio", "decay_steps")
         for name in ("min_lr_ratio", "decay_ratio"):
             if vars(self)[name] is not None and not 0 <= vars(self)[name] <= 1:
-                raise UserError(f"--{name} is a share, at most 1, got {vars(self)[name]}")
+                raise UserError(f"--{name} is a share, from 0 to 1, got {vars(self)[name]}")
         if self.lr_scheduler_type == "cosine_with_min_lr" and self.min_lr_ratio is None:
             raise UserError("--lr_scheduler_type cosine_with_min_lr needs --min_lr_ratio, the floor (0.1, for example)")

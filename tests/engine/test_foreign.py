@@ -159,6 +159,7 @@ def test_what_means_the_same(stage, theirs, ours):
 
 
 REFUSED = [
+    ("sft", "--max-new-tokens 3", "command line: unknown flag --max-new-tokens (did you mean max_new_tokens?)"),
     ("sft", "--fp16", "--fp16 true is refused: float16 needs loss scaling"),
     ("sft", "--packing false", "--packing false is refused: always on: sequences share a micro-batch"),
     ("sft", "--optim adafactor", "--optim adafactor is refused: AdamW is what is built"),
