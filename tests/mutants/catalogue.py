@@ -2139,6 +2139,7 @@ TRAIN = (
 
 CONFIG = ("tests/engine/test_config.py",)
 FLAGS = ("tests/engine/test_flags.py",)
+FOREIGN = ("tests/engine/test_foreign.py",)
 LOG = ("tests/engine/test_log.py",)
 WORLD = ("tests/engine/test_world.py",)
 
@@ -2187,6 +2188,82 @@ ENGINE = (
         "if values.get(other) is not None:",
         "if values.get(other) is f:",
         CONFIG,
+    ),
+    Mutant(
+        "a_default_says_it_too",
+        "engine/config.py",
+        "values[other] = None  # its default does not say it either",
+        "pass",
+        CONFIG,
+    ),
+    Mutant("a_recipe_says_it_in_another_way", "engine/config.py", "recipe.values.pop(name, None)", "pass", CONFIG),
+    Mutant(
+        "two_names_say_two_things",
+        "engine/config.py",
+        "if self.said.get(name, by) != by and value != self.values[name]:",
+        "if False:",
+        CONFIG,
+    ),
+    Mutant(
+        "what_is_overruled_is_said",
+        "engine/config.py",
+        "if not names or not names <= command.values.keys()",
+        "if True",
+        FOREIGN,
+    ),
+    Mutant(
+        "a_flag_of_another_command_is_unknown",
+        "engine/config.py",
+        "if commands := self._commands(name):",
+        "if commands := '':",
+        FOREIGN,
+    ),
+    Mutant(
+        "a_row_for_another_command_holds",
+        "engine/config.py",
+        "if row.needs <= self.flags.keys()), None)",
+        "), None)",
+        FOREIGN,
+    ),
+    Mutant(
+        "sections_are_keys",
+        "engine/config.py",
+        "if isinstance(value, dict) else [name]",
+        "if False else [name]",
+        FOREIGN,
+    ),
+    Mutant("translated_in_silence", "engine/config.py", "_say([line for _, line in command.lines])", "pass", FOREIGN),
+    Mutant(
+        "anything_is_done_anyway",
+        "engine/flags/foreign.py",
+        "if not any(_same(word, taken) for taken in row.takes):",
+        "if not row.takes:",
+        FOREIGN,
+    ),
+    Mutant(
+        "a_refused_word_is_ours", "engine/flags/foreign.py", "if isinstance(known, No):", "if known is No:", FOREIGN
+    ),
+    Mutant("a_key_on_the_screen", "engine/flags/foreign.py", '"..." if row.secret else', "", FOREIGN),
+    Mutant(
+        "bf16_is_half",
+        "engine/flags/table.py",
+        '{"true": "bfloat16", "false": "float32", "auto": "auto", "full": "bfloat16"}',
+        '{"true": "float16", "false": "float32", "auto": "auto", "full": "bfloat16"}',
+        FOREIGN,
+    ),
+    Mutant(
+        "a_floor_that_no_one_reads",
+        "engine/flags/optimizer.py",
+        "and self.lr_scheduler_type not in schedules:",
+        "and not schedules:",
+        FLAGS,
+    ),
+    Mutant(
+        "a_step_and_a_half",
+        "engine/flags/optimizer.py",
+        "(self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps))",
+        "False",
+        FLAGS,
     ),
     Mutant("0_is_positive", "engine/flags/declare.py", "not value > 0", "not value >= 0", CONFIG),
     Mutant(
