@@ -52,7 +52,7 @@ def tokenise(path: str, root: str, workers: int, results: multiprocessing.Queue)
     from engine.data.chat import load_tokenizer
     from engine.data.conversations import ConversationEncoder, first_form
     from engine.data.embedded import embedded
-    from engine.data.rows import open_source
+    from engine.data.files import open_source
     from engine.data.store import open_or_build
 
     chat = load_tokenizer(embedded(Path(root)).model, 512)

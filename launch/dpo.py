@@ -21,9 +21,9 @@ import torch
 
 import losses
 from engine.config import as_dict, parse
-from engine.data import Examples, MicroBatch, Steps, read_pairs, sum_by_sequence
+from engine.data import Examples, Judgement, MicroBatch, Steps, read_pairs, sum_by_sequence
 from engine.errors import UserError, nearest
-from engine.flags import ReferenceFlags, StageFlags, flag, override
+from engine.flags import PairFlags, ReferenceFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Base, Policy, load_policy, open_model
 from engine.train import Run, optim, refcache, reference, screen
@@ -43,7 +43,7 @@ Reference = Callable[[MicroBatch], torch.Tensor]  # sum log pi_ref of every sequ
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(StageFlags, ReferenceFlags):
+class Config(StageFlags, PairFlags, ReferenceFlags):
     __doc__ = __doc__
     output_dir: str = override("output/dpo")
     loss_type: str = flag(
@@ -90,9 +90,11 @@ def train(config: Config) -> None:
         data="pairs",
     )
     config, objective = resolve_loss(config)
+    judgement = Judgement(config.preference_column, config.preference_numbers, config.chosen_by_score)
+    judgement.check()
     keep_initial = config.reference == "adapter"
     base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
-    pairs, held_out = read_pairs(config, config.count_turns, base.chat, world)
+    pairs, held_out = read_pairs(config, config.count_turns, judgement, base.chat, world)
     steps = Steps(len(pairs), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     hyper = ", ".join(f"{name} {value:g}" for name, value in objective.hyper.items())
     loss_line = f"loss: {config.loss_type} ({hyper}), learning rate {config.learning_rate:g}"

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 
 from engine.config import parse
-from engine.data import ChatTokenizer, Prompt, embedded, prompts_of
+from engine.data import ChatTokenizer, Prompt, PromptReader, embedded, prompts_of
 from engine.errors import UserError
-from engine.flags import DataFlags, ModelFlags, SamplingFlags, fill, flag, override, require_positive
+from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill, flag, override, require_positive
 from engine.model import load_untrained, open_model
 from engine.train import interval
 from engine.world import World, main, start
@@ -32,7 +32,7 @@ Answer = tuple[int, Rollout, Verdict]  # under a seed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelFlags, DataFlags, SamplingFlags):
+class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags):
     __doc__ = __doc__
     model_name_or_path: str = override(
         None, "local directory or hub id of a decoder; without it, the embedded tiny Llama"
@@ -42,7 +42,9 @@ class Config(ModelFlags, DataFlags, SamplingFlags):
         False, "with an adapter: the model's linear layers in NF4, as the adapter was trained on them"
     )
     double_quant: bool = override(False, "with --load_in_4bit, as in training")
-    dataset_name: str = override(None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded problems")
+    dataset_name: str = override(
+        None, "file, 'data/*.jsonl', directory, hub id or id:config, as in training; without it, embedded problems"
+    )
     dataset_split: str = override("test")
     num_prompts: int | None = flag(None, "only the first N prompts")
     max_seq_length: int = override(
@@ -66,9 +68,8 @@ def evaluate(config: Config) -> None:
     base = open_model(config, world)
     judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
     room = base.longest_prompt(config.max_seq_length, config.response_length)
-    prompts = prompts_of(
-        config.dataset_name, config.dataset_split, config, base.chat, world, longest=room, check=judged
-    )
+    read = PromptReader(base.chat, config, judged, fold_system=config.system_role == "fold")
+    prompts = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
     prompts = prompts[: config.num_prompts]
     policy = load_untrained(base, world)
     window = max(len(prompt.ids) for prompt in prompts) + config.response_length
@@ -95,6 +96,7 @@ def resolve(config: Config, world: World) -> Config:
     if (config.load_in_4bit and not config.adapter_name_or_path) or (config.double_quant and not config.load_in_4bit):
         raise UserError("--load_in_4bit is read with --adapter_name_or_path, --double_quant with --load_in_4bit")
     require_positive(config, "num_prompts", "max_seq_length", "num_seeds")
+    config.check_prompts()
     config.check_sampling()
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: no such directory")
@@ -151,7 +153,7 @@ def write(path: Path, answers: list[Answer], prompts: list[Prompt], chat: ChatTo
             row = {
                 "seed": seed,
                 "prompt": decode(rollout.prompt_ids),
-                "response": decode(ids[:-1] if ids[-1] == chat.end_of_turn_id else ids),
+                "response": chat.response_text(ids),
                 "finish_reason": rollout.finish_reason,
                 "ground_truth": prompt.ground_truth,
                 "dataset": prompt.dataset,

@@ -25,9 +25,10 @@ import torch
 
 import losses
 from engine.config import as_dict, parse
-from engine.data import MicroBatch, Prompt, Steps, fingerprint_of, permutation, read_prompts
+from engine.data import MicroBatch, Prompt, PromptReader, Steps, fingerprint_of, permutation, read_prompts
 from engine.errors import UserError
 from engine.flags import (
+    PromptFlags,
     ReferenceFlags,
     SamplingFlags,
     StageFlags,
@@ -61,7 +62,7 @@ METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags, ReferenceFlags, SamplingFlags):
+class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
     __doc__ = __doc__
     output_dir: str = override("output/ppo")
     batch_size: int = override(None, "prompts per iteration, whatever the machine; 224, embedded 32")
@@ -107,6 +108,7 @@ class Config(StageFlags, ReferenceFlags, SamplingFlags):
 
     def check(self) -> None:
         super().check()
+        self.check_prompts()
         self.check_sampling()
         require_positive(self, "num_samples_per_prompt", "cliprange", "cliprange_value", "num_ppo_epochs")
         require_positive(self, "num_mini_batches", "eval_samples", "value_learning_rate")
@@ -124,7 +126,8 @@ def train(config: Config) -> None:
         check_value_model(base, config.value_model_name_or_path)
     longest = base.longest_prompt(config.max_seq_length, config.response_length)
     judged = lambda verifier, ground_truth: check(verifier, ground_truth, config.verifier_mode)
-    prompts, held_out = read_prompts(config, base.chat, longest, judged, world)
+    read = PromptReader(base.chat, config, judged, fold_system=config.system_role == "fold")
+    prompts, held_out = read_prompts(config, read, longest, world)
     steps = Steps(len(prompts), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     world.say(*screen.describe(base, world), *describe(config, prompts, steps))
     if config.dry_run:

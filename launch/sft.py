@@ -20,7 +20,7 @@ import torch
 import losses
 from engine.config import as_dict, parse
 from engine.data import Examples, MicroBatch, Steps, read_conversations
-from engine.flags import StageFlags, flag, override
+from engine.flags import ConversationFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Policy, load_policy, open_model
 from engine.train import Run, optim, sample, screen
@@ -32,7 +32,7 @@ DEFAULTS = {"batch_size": 128}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags):
+class Config(StageFlags, ConversationFlags):
     __doc__ = __doc__
     output_dir: str = override("output/sft")
     reduce_loss: str = flag(
@@ -59,7 +59,7 @@ def train(config: Config) -> None:
         data="conversations",
     )
     base = open_model(config, world, memory=config, adapters=config)
-    data, held_out = read_conversations(config, base.chat, world)
+    data, held_out = read_conversations(config, config, base.chat, world)
     steps = Steps(len(data), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     trained = int(data.counts(np.arange(len(data))).sum())
     share = trained / data.tokens.sum()

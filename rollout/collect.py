@@ -22,7 +22,7 @@ class Collector:
         self, sampler: Sampler, pool: Pool, chat: ChatTokenizer, flags: SamplingFlags, seed: int, world: World
     ) -> None:
         self.sampler, self.pool, self.chat, self.seed, self.world = sampler, pool, chat, seed, world
-        self.params = SamplingParams.of(flags, chat.end_of_turn_id)
+        self.params = SamplingParams.of(flags, *chat.end_ids)
 
     def __call__(
         self, prompts: Sequence[Prompt], chosen: np.ndarray, samples: int, step: int, seed: int | None = None
@@ -40,10 +40,8 @@ class Collector:
         def rows() -> Iterator[tuple]:
             for _, rollout in self.sampler.stream(requests, self.params, seed=seed, step=step):
                 finished.append(rollout)
-                ids = rollout.response_ids[:-1] if rollout.finish_reason == "stop" else rollout.response_ids
                 prompt = prompts[rollout.example]
-                response = self.chat.tokenizer.decode(ids, skip_special_tokens=False)
-                yield response, prompt.ground_truth, prompt.dataset
+                yield self.chat.response_text(rollout.response_ids), prompt.ground_truth, prompt.dataset
 
         verdicts = list(self.pool.imap(rows()))
         mine = list(zip(finished, verdicts, strict=True))

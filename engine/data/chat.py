@@ -1,10 +1,10 @@
 """Conversations as token ids with an exact mask of what is trained.
 
-Every assistant turn trains its content and its end-of-turn token, never the role header. The text is the chat
-template's own. Where the contents stand in it is found once for every sequence of roles, by rendering it with marks for
-contents; a turn begins where the prompt for it (`add_generation_prompt`) ends, so what a template puts between prompt
-and content, an empty thought for example, is trained: at inference the model has to write it. Every turn is tokenised
-by itself, so that it begins on a token boundary exactly as it does when the model generates it.
+Every assistant turn trains what the model has to write there: from where the prompt for it (`add_generation_prompt`)
+ends up to its end, never the role header. The text is the chat template's own, and what is rendered is the truth: what
+a template puts between prompt and content, an empty thought for example, is trained, and a thought that it leaves out
+of earlier turns is not. Every turn is tokenised by itself, so that it begins on a token boundary exactly as it does
+when the model generates it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,10 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from engine.data.messages import Message, Notes, texts_of
 from engine.data.rows import BadRow
+from engine.data.skeleton import Span, plain_skeleton, skeleton_around
+from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
 from engine.errors import UserError
 
 # The Tülu format: plain-text role markers, each turn ended by a newline but for the assistant's, which ends in the
@@ -42,80 +44,136 @@ FIXED_DATE = (
 )
 
 
+MARK_OF_THOUGHT = re.compile(r"[<\[]/?[\w:]{0,20}(?:think|thought|reason)[\w:]{0,20}[>\]]", re.IGNORECASE)
+CLOSED_THOUGHT = re.compile(r"[<\[]/[\w:]{0,20}(?:think|thought|reason)[\w:]{0,20}[>\]]", re.IGNORECASE)
+
+
 @dataclass(frozen=True, eq=False)
 class ChatTokenizer:
-    """A tokenizer with a chat template whose end-of-turn token is known. `template_origin` says whose template it
-    is.
+    """A tokenizer with a chat template whose habits are known. `template_origin` says whose template it is.
+
+    `control` matches a control token; `declared_ends` are ids at which the model's generation_config.json stops.
     """
 
     tokenizer: Any
     template: str
+    template_with_tools: str
     template_origin: str
-    end_of_turn: str
-    end_of_turn_id: int
+    habits: Habits
+    declared_ends: tuple[int, ...]
     vocab_size: int
     splits_faithfully: bool
     control: re.Pattern
 
     @property
+    def end_of_turn(self) -> str:
+        """What ends the last turn of a conversation."""
+        return self.habits.ends[0]
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Every id at which generation stops: those that end a turn of the template, the last turn's first, and those
+        that the model declares.
+        """
+        ours = (self.tokenizer.convert_tokens_to_ids(stop) for stop in self.habits.stops)
+        return tuple(dict.fromkeys((*ours, *self.declared_ends)))
+
+    @property
     def fingerprint(self) -> str:
-        """Changes with anything that changes token ids or masks: vocabulary, merges, template, end of turn."""
+        """Changes with anything that changes token ids or masks: vocabulary, merges, template, ends of turns."""
         vocabulary, special = self.tokenizer.backend_tokenizer.to_str(), self.tokenizer.special_tokens_map
-        state = [vocabulary, special, self.template, self.end_of_turn, self.vocab_size]
+        state = [vocabulary, special, self.template, self.template_with_tools, self.vocab_size, asdict(self.habits)]
         return hashlib.sha256(json.dumps(state).encode()).hexdigest()
 
-    def render(self, messages: list[dict[str, str]], **options: Any) -> str:
-        """The template's text of the conversation. Raises BadRow."""
+    def render(self, messages: list[Message], tools: list | None = None, **options: Any) -> str:
+        """The template's text of the conversation, each key in the form that it takes. Raises BadRow for what it
+        refuses or cannot show.
+        """
+        if tools and not self.habits.shows_tools:
+            raise BadRow(f"tools: the chat template ({self.template_origin}) does not show them")
+        shown = [self._as_taken(i, message) for i, message in enumerate(messages)]
         try:
-            return self.tokenizer.apply_chat_template(messages, chat_template=self.template, tokenize=False, **options)
-        except Exception as error:  # a template is a program from outside, in a sandbox: it may raise anything
-            raise BadRow(f"the chat template refuses the conversation: {str(error)[:120]}") from None
+            return renderer(self.tokenizer, self.template, self.template_with_tools)(shown, tools, **options)
+        except Refused as error:
+            raise BadRow(f"the chat template refuses the conversation: {error}") from None
 
-    def spans(self, messages: list[dict[str, str]]) -> tuple[str, list[tuple[int, int]]]:
-        """The conversation's text, and [start, end) of every assistant turn in it: content and end-of-turn token.
+    def _as_taken(self, i: int, message: Message) -> Message:
+        """The message with its thought under the template's key and its calls' arguments in the template's form."""
+        if message.keys() == {"role", "content"}:
+            return message
+        taken = dict(message)
+        if thought := taken.pop("reasoning_content", ""):
+            if not self.habits.thoughts:
+                raise BadRow(f"messages[{i}].reasoning_content: the chat template does not show thoughts")
+            taken[self.habits.thoughts] = thought
+        if "tool_calls" in taken and not self.habits.calls:
+            raise BadRow(f"messages[{i}].tool_calls: the chat template does not show calls of tools")
+        if "tool_calls" in taken and self.habits.calls == "text":
+            functions = [dict(call["function"]) for call in taken["tool_calls"]]
+            for function in functions:
+                function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            taken["tool_calls"] = [
+                call | {"function": function} for call, function in zip(taken["tool_calls"], functions, strict=True)
+            ]
+        return taken
+
+    def written(self, messages: list[Message], tools: list | None = None) -> str:
+        """The text of a conversation with the end of its last turn, also where the template leaves that to the next
+        turn's marker.
+        """
+        after_answer, after_call = self.habits.appended
+        end = (
+            "" if messages[-1]["role"] != "assistant" else after_call if "tool_calls" in messages[-1] else after_answer
+        )
+        return self.render(messages, tools) + end
+
+    def spans(self, messages: list[Message], tools: list | None = None) -> tuple[str, list[Span]]:
+        """The conversation's text, and [start, end) of every assistant turn in it: what the model has to write there.
         Raises BadRow.
         """
-        for i, message in enumerate(messages):
-            if control := self.control.search(message["content"]):
-                raise BadRow(f"content of message {i} holds the control token {control.group()!r}")
-        literals = _literals(self, tuple(message["role"] for message in messages))
-        whole = self.render(messages)
-        spans, at = [], 0
-        for i, (message, before, after) in enumerate(zip(messages, literals, literals[1:], strict=False)):
-            start = at + len(before)
-            end = self._content_end(message, whole, start, after)
-            if end < start or not whole.startswith(before, at):
-                raise BadRow(f"the chat template changes the content of message {i} (role {message['role']})")
-            if message["role"] == "assistant":
-                spans.append((start, whole.index(self.end_of_turn, end) + len(self.end_of_turn)))
-            at = end
-        if whole[at:] != literals[-1]:
-            raise BadRow("the chat template writes something that depends on the contents")
+        self.refuse_control(messages, tools)
+        whole = self.written(messages, tools)
+        if not tools and all(message.keys() == {"role", "content"} for message in messages):
+            spans, _ = plain_skeleton(self, tuple(message["role"] for message in messages)).place(whole, messages)
+            if spans is not None:
+                return whole, spans
+        spans, changed = skeleton_around(self, messages, tools).place(whole, messages)
+        if spans is None:
+            raise BadRow(f"the chat template changes the content of message {changed} ({messages[changed]['role']})")
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        for i, (start, end) in zip(turns, spans, strict=True):
+            said, calls = messages[i]["content"], messages[i].get("tool_calls", [])
+            if said.strip() not in whole[start:end] and CLOSED_THOUGHT.split(said)[-1].strip() not in whole[start:end]:
+                raise BadRow(f"the chat template changes the content of message {i} (assistant)")
+            if any(call["function"]["name"] not in whole[start:end] for call in calls):
+                raise BadRow(f"the chat template drops a call of message {i}")
         return whole, spans
 
-    def _content_end(self, message: dict[str, str], whole: str, start: int, after: str) -> int:
-        """Where the content that starts at `start` ends, such that `after` follows it; -1 if it is not there, as it is
-        or trimmed.
-        """
-        content = message["content"]
-        if message["role"] == "assistant":  # whatever the model writes up to its end of turn, which no content holds
-            end = whole.find(self.end_of_turn, start) - after.index(self.end_of_turn)
-            return end if whole.startswith(after, max(end, start)) and content.strip() in whole[start:end] else -1
-        for text in (content, content.strip(), content.lstrip(), content.rstrip()):
-            if whole.startswith(text + after, start):
-                return start + len(text)
-        return -1
+    def refuse_control(self, messages: list[Message], tools: list | None = None) -> None:
+        """Raises BadRow for a control token in what the row says: it would be read as one."""
+        for i, message in enumerate(messages):
+            for where, text in texts_of(message):
+                if control := self.control.search(text):
+                    raise BadRow(f"{where} of message {i} holds the control token {control.group()!r}")
+        if tools and (control := self.control.search(json.dumps(tools, ensure_ascii=False))):
+            raise BadRow(f"tools hold the control token {control.group()!r}")
 
     def encode(
-        self, messages: list[dict[str, str]], max_length: int, last_turn_only: bool
+        self, messages: list[Message], max_length: int, last_turn_only: bool, *, tools: list | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
         """(ids int32, mask bool), cut to `max_length` tokens; mask is True where the token is trained. Raises
         BadRow.
         """
-        whole, spans = self.spans(messages)
-        counted = (
-            spans[-1:] if last_turn_only and messages[-1]["role"] == "assistant" else [] if last_turn_only else spans
-        )
+        whole, spans = self.spans(messages, tools)
+        last = spans[-1:] if messages[-1]["role"] == "assistant" else []
+        return self.tokens(whole, spans, last if last_turn_only else spans, max_length)
+
+    def tokens(
+        self, whole: str, spans: list[Span], counted: list[Span], max_length: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A text with these turns as (ids int32, mask bool), trained in those that are `counted`, cut to `max_length`.
+        Raises BadRow.
+        """
         if self.splits_faithfully:
             edges = [0, *(edge for span in spans for edge in span), len(whole)]
             pieces = [(whole[a:b], (a, b) in counted) for a, b in pairwise(edges) if a < b]
@@ -131,46 +189,66 @@ class ChatTokenizer:
             # before a word into its token, and some control tokens take along the newline behind them.
             ends = [a + len(whole[a:b].rstrip()) if whole[a:b].strip() else b for a, b in encoding["offset_mapping"]]
             mask = np.array([any(start < end <= stop for start, stop in counted) for end in ends], bool)
-        if len(ids) and ids.max() >= self.vocab_size:
-            raise BadRow(f"token id {ids.max()} is beyond the model's {self.vocab_size} embeddings")
+        self._refuse_beyond(ids)
         return ids[:max_length], mask[:max_length]
 
+    def lost_thoughts(self, messages: list[Message], whole: str, spans: list[Span]) -> int:
+        """How many thoughts of the assistant, beside its contents or in them, are not in the turns as written."""
+        turns = (message for message in messages if message["role"] == "assistant")
+        said = ((thought_of(message), whole[start:end]) for message, (start, end) in zip(turns, spans, strict=True))
+        return sum(thought not in written for thought, written in said if thought)
 
-@lru_cache(4096)
-def _literals(chat: ChatTokenizer, roles: tuple[str, ...]) -> list[str]:
-    """What the template writes before, between and after the contents of messages with these roles. Raises BadRow.
+    def note_unshown(self, messages: list[Message], whole: str, notes: Notes) -> None:
+        """Notes the names and ids of messages that the template does not write."""
+        for message in messages:
+            for key in ("name", "tool_call_id"):
+                if key in message and message[key] not in whole:
+                    notes["not used", f"messages[].{key}"] += 1
 
-    Before an assistant's content: up to where the model begins to write, which is where the prompt ends or else the
-    content starts.
-    """
-    marks = [f"\ue000{i}\ue001" for i in range(len(roles))]  # private-use characters, which no template looks at
-    messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-    whole = chat.render(messages)
-    literals, start = [], 0
-    for i, (role, mark) in enumerate(zip(roles, marks, strict=True)):
-        content = whole.find(mark, start)
-        if content < 0 or whole.count(mark) != 1:
-            raise BadRow(f"the chat template drops, moves or repeats message {i} (role {role})")
-        begin = _end_of_prompt(chat, messages[:i], whole[:content]) if role == "assistant" else content
-        literals.append(whole[start : max(begin, start)])
-        start = content + len(mark)
-        if role == "assistant" and not whole[start:].lstrip().startswith(chat.end_of_turn):
-            raise BadRow(f"the chat template does not end message {i} with {chat.end_of_turn!r}")
-    return [*literals, whole[start:]]
+    def plain_text(self, text: str, max_length: int) -> tuple[np.ndarray, np.ndarray]:
+        """A text as (ids, mask), trained whole: with the tokens that the tokenizer puts around one, and an end-of-text
+        token. Raises BadRow.
+        """
+        eos = self.tokenizer.eos_token_id
+        ids = np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int32)
+        if eos is not None and (not len(ids) or ids[-1] != eos):
+            ids = np.append(ids, np.int32(eos))
+        self._refuse_beyond(ids)
+        return ids[:max_length], np.ones(min(len(ids), max_length), bool)
+
+    def _refuse_beyond(self, ids: np.ndarray) -> None:
+        if len(ids) and ids.max() >= self.vocab_size:
+            raise BadRow(f"token id {ids.max()} is beyond the model's {self.vocab_size} embeddings")
+
+    def prompt_ids(self, messages: list[Message], tools: list | None = None) -> np.ndarray:
+        """The ids of the prompt for the next turn of the assistant. Raises BadRow."""
+        self.refuse_control(messages, tools)
+        text = self.render(messages, tools, add_generation_prompt=True)
+        ids = np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        self._refuse_beyond(ids)
+        return ids
+
+    def response_text(self, ids: np.ndarray) -> str:
+        """What a sampled response says: its tokens up to the end of turn, of which all tokens are left out."""
+        kept = len(ids)
+        if kept and ids[-1] in self.end_ids:
+            kept -= 1
+            end = next((end for end in self.habits.ends if self._ids_of(end)[-1] == ids[-1]), "")
+            before = self._ids_of(end)[:-1]
+            if before and list(ids[max(0, kept - len(before)) : kept]) == before:
+                kept -= len(before)
+        return self.tokenizer.decode(ids[:kept], skip_special_tokens=False)
+
+    def _ids_of(self, end: str) -> list[int]:
+        return self.tokenizer.convert_tokens_to_ids(self.control.findall(end))
 
 
-def _end_of_prompt(chat: ChatTokenizer, messages: list[dict[str, str]], before: str) -> int:
-    """Where, in the text `before` the next content, the prompt for it ends; without a prompt that is its beginning:
-    where it ends.
-
-    A template whose prompt lacks the role header (it ignores add_generation_prompt) must not have the header trained.
-    """
-    try:
-        bare, prompt = chat.render(messages), chat.render(messages, add_generation_prompt=True)
-    except BadRow:
-        return len(before)
-    begins = prompt and before.startswith(prompt) and (prompt != bare or not before[len(prompt) :].strip())
-    return len(prompt) if begins else len(before)
+def thought_of(message: Message) -> str:
+    """The thought of an assistant's turn, which stands beside its content or at its head; '' without one."""
+    if "reasoning_content" in message:
+        return message["reasoning_content"].strip()
+    *thoughts, _ = CLOSED_THOUGHT.split(message["content"])
+    return MARK_OF_THOUGHT.sub("", thoughts[0]).strip() if thoughts else ""
 
 
 def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
@@ -191,51 +269,56 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
                 " with"
             )
         tokenizer.chat_template, origin = TULU_TEMPLATE, "Tülu's, since the tokenizer has none"
-    end_of_turn = _end_of_turn(tokenizer, directory)
-    end_of_turn_id: Any = tokenizer.convert_tokens_to_ids(end_of_turn)
-    if end_of_turn_id >= vocab_size:
-        raise UserError(
-            f"{directory}: the end-of-turn token {end_of_turn!r} has id {end_of_turn_id}, beyond the model's"
-            f" {vocab_size} embeddings"
-        )
-    special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    control = _control(tokenizer)
+    template = FIXED_DATE + tokenizer.get_chat_template()
+    with_tools = FIXED_DATE + tokenizer.get_chat_template(tools=[PROBE_TOOL])
+    try:
+        habits = habits_of(renderer(tokenizer, template, with_tools), control)
+    except Refused as error:
+        raise UserError(f"{directory}: the chat template fails on a user and an assistant turn ({error})") from None
+    except Unusable as why:
+        raise UserError(f"{directory}: the chat template {why}") from None
+    for stop in habits.stops:
+        i: Any = tokenizer.convert_tokens_to_ids(stop)
+        if i >= vocab_size:
+            raise UserError(
+                f"{directory}: the end-of-turn token {stop!r} has id {i}, beyond the model's {vocab_size} embeddings"
+            )
     return ChatTokenizer(
         tokenizer=tokenizer,
-        template=FIXED_DATE + tokenizer.get_chat_template(),
+        template=template,
+        template_with_tools=with_tools,
         template_origin=origin,
-        end_of_turn=end_of_turn,
-        end_of_turn_id=end_of_turn_id,
+        habits=habits,
+        declared_ends=_declared_ends(directory, vocab_size),
         vocab_size=vocab_size,
-        splits_faithfully=_splits_faithfully(tokenizer, end_of_turn),
-        control=re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)"),
+        splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),
+        control=control,
     )
 
 
-def _end_of_turn(tokenizer: Any, directory: Path) -> str:
-    """The first special token after an assistant's content. A probe conversation also shows templates that drop a
-    role.
+def _control(tokenizer: Any) -> re.Pattern:
+    """Matches a control token. The marks of a thought are none: rows have them in their contents, and templates read
+    them there.
     """
-    question, answer = "What is one and one?", "It is two."
-    messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    special = {token for token in special | {tokenizer.eos_token} if token and not MARK_OF_THOUGHT.fullmatch(token)}
+    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+
+
+def _declared_ends(directory: Path, vocab_size: int) -> tuple[int, ...]:
+    """The end ids of the model's generation_config.json, at each of which the library's `generate` stops."""
+    path = directory / "generation_config.json"
+    if not path.is_file():
+        return ()
     try:
-        whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    except Exception as error:  # as in render()
-        raise UserError(
-            f"{directory}: the chat template fails on a user and an assistant turn"
-            f" ({' '.join(str(error).split())[:120]})"
-        ) from None
-    for role, content in (("user", question), ("assistant", answer)):
-        if content not in whole:
-            raise UserError(f"{directory}: the chat template drops the {role} turn")
-    special = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | {tokenizer.eos_token}
-    after = whole[whole.rindex(answer) + len(answer) :]
-    found = [(after.index(token), -len(token), token) for token in special if token and token in after]
-    if not found:
-        raise UserError(
-            f"{directory}: the chat template ends an assistant turn without an end token, so a model could never learn"
-            " to stop"
-        )
-    return min(found)[2]
+        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: not a generation config ({str(error)[:120]})") from None
+    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
+        raise UserError(f"{path}: eos_token_id: expected a token id or a list of them, got {str(ends)[:80]}")
+    return tuple(end for end in ends if 0 <= end < vocab_size)
 
 
 def _splits_faithfully(tokenizer: Any, end_of_turn: str) -> bool:

@@ -1,24 +1,52 @@
-"""Prompts with verifiable answers (RLVR rows): `messages`, `ground_truth`, `dataset` (the verifier's name), read
-unchanged.
+"""Prompts with verifiable answers (RLVR rows), in the forms in which they are published.
+
+what is asked     `messages`, `prompt` (text or messages), `question`, `problem`, `query`, `instruction` (and `input`),
+                  ShareGPT's `conversations`; `system` and `tools` may stand beside it
+the answer        `ground_truth`, verl's `reward_model.ground_truth`, `answer`, `solution`; behind '####' as GSM8K has
+                  it, in the last \\boxed as MATH has it
+the verifier      `dataset`, or --verifier, or what `data_source` is known to need, or what the answer's form says
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from engine.data import rows
+from engine.data import messages
 from engine.data.chat import ChatTokenizer
-from engine.data.rows import BadRow, Source
+from engine.data.conversations import asked_turns, note_unread, with_system
+from engine.data.files import Source
+from engine.data.messages import Conversation, Notes, note_lines
+from engine.data.rows import BadRow
 from engine.errors import UserError
+from engine.flags import PromptFlags
 
 LISTED = 20
+ASKED = ("messages", "prompt", "question", "problem", "query", "instruction", "conversations")
+ANSWERS = ("ground_truth", "reward_model", "answer", "solution")
 Check = Callable[[Any, Any], None]  # (dataset, ground truth); raises ValueError
+# what verl's rows call themselves, with the verifier that judges them; a name ends here, or goes on behind / _ or -
+SOURCES = {
+    "openai/gsm8k": "gsm8k",
+    "lighteval/math": "math",
+    "digitallearninggmbh/math-lighteval": "math",
+    "huggingfaceh4/math-500": "math",
+    "huggingfaceh4/aime": "math",
+    "math": "math",
+    "math_dapo": "math",
+    "aime": "math",
+    "amc": "math",
+    "numina": "math",
+    "deepscaler": "math",
+    "searchr1": "string_matcher",
+}
 
 
 @dataclass(frozen=True)
@@ -35,33 +63,148 @@ class Prompt:
         return self.dataset.lower() if isinstance(self.dataset, str) else "+".join(map(str.lower, self.dataset))
 
 
+@dataclass(frozen=True)
+class PromptReader:
+    """row → Prompt. `check(dataset, ground_truth)` raises ValueError for a row that no verifier could judge."""
+
+    chat: ChatTokenizer
+    flags: PromptFlags
+    check: Check
+    fold_system: bool = False
+
+    def __call__(self, row: dict, notes: Notes) -> Prompt:
+        """Raises BadRow."""
+        asked = next((column for column in ASKED if row.get(column) is not None), None)
+        if asked is None:
+            got = ", ".join(sorted(row)[:6]) or "nothing"
+            raise BadRow(f"messages: expected what is asked, as one of {', '.join(ASKED)}, got {got}")
+        answered = next((column for column in ANSWERS if row.get(column) is not None), None)
+        if answered is None:
+            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])})")
+        read = {asked, answered, "dataset", "data_source", "system", "tools"}
+        note_unread(row, read | ({"input"} if asked == "instruction" else set()), notes)
+        said = self._asked(row, asked, notes)
+        dataset, ground_truth = self._judged(row, asked, answered, notes)
+        return Prompt(self.chat.prompt_ids(said.messages, said.tools), ground_truth, dataset)
+
+    def _asked(self, row: dict, asked: str, notes: Notes) -> Conversation:
+        """The conversation up to the turn that is to be written, with the command line's additions. Raises BadRow."""
+        said = with_system(messages.read(asked_turns(row, asked), asked, notes, row.get("tools")), row)
+        kept = said.messages
+        while kept and kept[-1]["role"] == "assistant":  # a worked answer behind the question is no part of the prompt
+            kept = kept[:-1]
+        if not kept:
+            raise BadRow(f"{asked}: expected a turn to answer, got only the assistant's")
+        if self.flags.prompt_template is not None:
+            if kept[-1]["role"] != "user":
+                raise BadRow(
+                    f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s"
+                )
+            question = self.flags.prompt_template.replace("{prompt}", kept[-1]["content"])
+            kept = [*kept[:-1], kept[-1] | {"content": question}]
+        if self.flags.system_prompt is not None:
+            if kept[0]["role"] == "system":
+                notes["rows keep their own system turn (--system_prompt)", ""] += 1
+            else:
+                kept = [{"role": "system", "content": self.flags.system_prompt}, *kept]
+        said = Conversation(kept, said.tools)
+        return messages.folded(said) if self.fold_system else said
+
+    def _judged(self, row: dict, asked: str, answered: str, notes: Notes) -> tuple[str | list[str], Any]:
+        """(the verifier, what it compares with). Raises BadRow."""
+        answer = row[answered]
+        if answered == "reward_model":
+            if not isinstance(answer, dict) or answer.get("ground_truth") is None:
+                raise BadRow("reward_model.ground_truth: missing")
+            answer = answer["ground_truth"]
+        worked = isinstance(answer, str) and answered in ("answer", "solution")
+        dataset, source = row.get("dataset"), row.get("data_source")
+        named = [dataset, self.flags.verifier, source_verifier(dataset), source_verifier(source)]
+        form = "gsm8k" if worked and "####" in answer else "math" if worked and last_boxed(answer) is not None else None
+        if dataset is None and not any(named) and (verifier := form or ("math" if asked == "problem" else None)):
+            named = [verifier]
+            if source is not None:
+                notes["not used", "data_source"] += 1
+        problems = []
+        for verifier in filter(None, named):
+            truth = _own_answer(answer, verifier) if worked else answer
+            try:
+                self.check(verifier, truth)
+                return verifier, truth
+            except ValueError as problem:
+                problems.append(str(problem))
+            if not problems[-1].startswith("dataset"):  # the verifier is known, and this is no label for it
+                break
+        if problems:
+            raise BadRow(problems[0] if len(problems) == 1 else problems[-1])
+        unknown = f", and data_source {str(source)[:40]!r} is not a known one" if source is not None else ""
+        raise BadRow(f"dataset: missing (the verifier's name; or give --verifier){unknown}")
+
+
+def _own_answer(answer: str, verifier: str | list[str]) -> str:
+    """The final answer of a worked one: behind GSM8K's '####', in MATH's last box; else all of it."""
+    if "####" in answer:
+        return answer.rpartition("####")[2].strip()
+    boxed = last_boxed(answer) if verifier == "math" else None
+    return answer if boxed is None else boxed
+
+
+def last_boxed(text: str) -> str | None:
+    """What stands in the last \\boxed{...}, or behind a \\boxed without braces; None without one that is closed."""
+    start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
+    if start < 0:
+        return None
+    match = re.compile(r"\\(?:boxed|fbox)\s*").match(text, start)
+    inside = match.end() if match else start
+    if not text.startswith("{", inside):
+        short = re.compile(r"[^\s$\\]+").match(text, inside)
+        return short.group().rstrip(".,;") if short else None
+    depth = 0
+    for brace in re.compile(r"(?<!\\)[{}]").finditer(text, inside):
+        depth += 1 if brace.group() == "{" else -1
+        if depth == 0:
+            return text[inside + 1 : brace.start()].strip()
+    return None
+
+
+def source_verifier(data_source: Any) -> str | None:
+    """The verifier that rows of this source are known to need; None for a source that is not known."""
+    if not isinstance(data_source, str):
+        return None
+    name = data_source.strip().lower()
+    found = [known for known in SOURCES if re.match(re.escape(known) + r"(?![a-z])", name)]
+    return SOURCES[max(found, key=len)] if found else None
+
+
 def load_prompts(
-    source: Source, chat: ChatTokenizer, max_prompt_tokens: int, check: Check, on_bad_row: str
+    source: Source, read: PromptReader, max_prompt_tokens: int, on_bad_row: str
 ) -> tuple[list[Prompt], list[str]]:
-    """(prompts, lines that say what was kept, dropped and bad). `check(dataset, ground_truth)` raises ValueError for a
-    row that no verifier could judge. A prompt longer than `max_prompt_tokens` is dropped and counted. Raises UserError.
+    """(prompts, lines that say what was kept, dropped, not used and bad). A prompt longer than `max_prompt_tokens` is
+    dropped and counted. Raises UserError.
     """
     prompts, bad, total, too_long = [], [], 0, 0
+    notes: Notes = Counter()
     for place, row in source.rows():
         total += 1
+        noted: Notes = Counter()
         try:
             if isinstance(row, BadRow):
                 raise row
-            prompt = _prompt(row, chat, check)
+            prompt = read(row, noted)
         except BadRow as problem:
             bad.append(f"{source.name}{place}: {problem}")
             if on_bad_row == "error":
                 raise UserError(bad[0]) from None
             continue
+        notes += noted
         if len(prompt.ids) > max_prompt_tokens:
             too_long += 1
         else:
             prompts.append(prompt)
     dropped = f", {too_long} dropped (longer than {max_prompt_tokens} tokens)" if too_long else ""
     lines = [f"{source.name}: {total} rows, {len(prompts)} kept{dropped}" + (f", {len(bad)} bad" if bad else "")]
-    lines += [f"  bad row {line}" for line in bad[:LISTED]] + (
-        [f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
-    )
+    lines += note_lines(notes) + [f"  bad row {line}" for line in bad[:LISTED]]
+    lines += [f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
     if not prompts:
         why = (
             f"the first bad row is {bad[0]}"
@@ -80,27 +223,3 @@ def fingerprint_of(prompts: list[Prompt]) -> str:
     for prompt in prompts:
         digest.update(prompt.ids.tobytes() + json.dumps([prompt.ground_truth, prompt.dataset], default=str).encode())
     return digest.hexdigest()
-
-
-def _prompt(row: dict, chat: ChatTokenizer, check: Check) -> Prompt:
-    messages = rows.messages(row.get("messages"), "messages")
-    # a worked answer behind the question is not part of the prompt
-    while messages and messages[-1]["role"] == "assistant":
-        messages.pop()
-    if not messages:
-        raise BadRow("messages: expected a turn to answer, got only the assistant's")
-    for field in ("ground_truth", "dataset"):
-        if row.get(field) is None:
-            raise BadRow(f"{field}: missing")
-    try:
-        check(row["dataset"], row["ground_truth"])
-    except ValueError as problem:
-        raise BadRow(str(problem)) from None
-    for i, message in enumerate(messages):
-        if control := chat.control.search(message["content"]):
-            raise BadRow(f"messages[{i}].content: holds the control token {control.group()!r}")
-    text = chat.render(messages, add_generation_prompt=True)
-    ids = np.array(chat.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
-    if len(ids) and ids.max() >= chat.vocab_size:
-        raise BadRow(f"token id {ids.max()} is beyond the model's {chat.vocab_size} embeddings")
-    return Prompt(ids, row["ground_truth"], row["dataset"])

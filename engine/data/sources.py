@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,17 +11,18 @@ import numpy as np
 
 from engine.data.chat import ChatTokenizer
 from engine.data.conversations import ConversationEncoder, first_form
+from engine.data.files import Source, open_source
+from engine.data.judgements import Judgement, gathered
 from engine.data.mixture import mixture_index
 from engine.data.preferences import PairEncoder
-from engine.data.prompts import Check, Prompt, fingerprint_of, load_prompts
-from engine.data.rows import Source, open_source
+from engine.data.prompts import Prompt, PromptReader, fingerprint_of, load_prompts
 from engine.data.store import Examples, open_or_build, summary
 from engine.data.tokenise import Encoder
 from engine.errors import UserError
-from engine.flags import DataFlags, MixtureFlags
+from engine.flags import ConversationFlags, DataFlags, MixtureFlags
 from engine.world import World, available_cores
 
-EncoderOf = Callable[[Source], Encoder]
+Prepare = Callable[[Source], tuple[Source, Encoder]]  # the rows as they are read, and what makes them sequences
 
 
 def load_examples(
@@ -28,7 +30,7 @@ def load_examples(
     flags: MixtureFlags,
     world: World,
     chat: ChatTokenizer,
-    encoder_of: EncoderOf,
+    prepare: Prepare,
     *,
     split: str,
     per_example: int,
@@ -37,7 +39,7 @@ def load_examples(
     """The examples of a mixture of (name, amount); amount '' takes all. Prints what was kept, dropped and bad. Raises
     UserError.
 
-    `kind` holds what, besides tokenizer, template and length, decides how the encoders turn a row into sequences.
+    `kind` holds what, besides tokenizer, template and length, decides how a row becomes sequences.
     """
     determinants = {"tokenizer": chat.fingerprint, "max_seq_length": flags.max_seq_length, **kind}
     root = Path(flags.cache_dir).expanduser() / "tokens"
@@ -46,7 +48,7 @@ def load_examples(
         opened = [open_source(name, split, flags.dataset_revision) for name, _ in names]
         workers = flags.dataset_num_proc or available_cores()
         how: dict[str, Any] = {"per_example": per_example, "on_bad_row": flags.on_bad_row, "workers": workers}
-        return [open_or_build(root, source, encoder_of(source), determinants, **how) for source in opened]
+        return [open_or_build(root, *prepare(source), determinants, **how) for source in opened]
 
     stores = world.once(f"tokens/{split}/{names}", build)
     world.say(*summary(stores))
@@ -61,61 +63,70 @@ def load_examples(
     return examples
 
 
-def read_conversations(flags: MixtureFlags, chat: ChatTokenizer, world: World) -> tuple[Examples, Examples | None]:
+def read_conversations(
+    flags: MixtureFlags, rows: ConversationFlags, chat: ChatTokenizer, world: World
+) -> tuple[Examples, Examples | None]:
     """(training conversations, held-out conversations or None), every assistant turn trained. Raises UserError."""
+    how: dict[str, Any] = {
+        "text_column": rows.text_column,
+        "only_label": rows.only_label,
+        "thoughts_each": rows.history_thoughts == "each",
+        "fold_system": flags.system_role == "fold",
+    }
 
-    def encoder_of(source: Source) -> Encoder:
-        return ConversationEncoder(chat, flags.max_seq_length, first_form(source))
+    def prepare(source: Source) -> tuple[Source, Encoder]:
+        form = None if rows.text_column else first_form(source)
+        return source, ConversationEncoder(chat, flags.max_seq_length, form, **how)
 
-    kind = {"conversations": "all turns"}
-    return _both_splits(flags, world, chat, encoder_of, per_example=1, kind=kind, unit="conversations")
+    kind = {"conversations": "all turns", **how}
+    return _both_splits(flags, world, chat, prepare, per_example=1, kind=kind, unit="conversations")
 
 
 def read_pairs(
-    flags: MixtureFlags, count_turns: str, chat: ChatTokenizer, world: World
+    flags: MixtureFlags, count_turns: str, judgement: Judgement, chat: ChatTokenizer, world: World
 ) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None), of which the `last` or `all` turns count. Raises UserError."""
+    fold_system = flags.system_role == "fold"
 
-    def encoder_of(source: Source) -> Encoder:
-        return PairEncoder(chat, flags.max_seq_length, count_turns == "last")
+    def prepare(source: Source) -> tuple[Source, Encoder]:
+        encode = PairEncoder(chat, flags.max_seq_length, count_turns == "last", judgement, fold_system)
+        return gathered(source, judgement), encode
 
-    return _both_splits(flags, world, chat, encoder_of, per_example=2, kind={"pairs": count_turns}, unit="pairs")
+    kind = {"pairs": count_turns, "judgement": asdict(judgement), "fold_system": fold_system}
+    return _both_splits(flags, world, chat, prepare, per_example=2, kind=kind, unit="pairs")
 
 
 def _both_splits(
-    flags: MixtureFlags, world: World, chat: ChatTokenizer, encoder_of: EncoderOf, *, unit: str, **how: Any
+    flags: MixtureFlags, world: World, chat: ChatTokenizer, prepare: Prepare, *, unit: str, **how: Any
 ) -> tuple[Examples, Examples | None]:
-    train = load_examples(mixture(flags), flags, world, chat, encoder_of, split=flags.dataset_split, **how)
+    train = load_examples(mixture(flags), flags, world, chat, prepare, split=flags.dataset_split, **how)
     if world.size > len(train):
         raise UserError(f"{world.size} ranks for {len(train)} {unit}: lower --nproc_per_node")
     if flags.eval_dataset_name is None:
         return train, None
     held_out = [(flags.eval_dataset_name, "")]
-    return train, load_examples(held_out, flags, world, chat, encoder_of, split=flags.eval_split, **how)
+    return train, load_examples(held_out, flags, world, chat, prepare, split=flags.eval_split, **how)
 
 
 def prompts_of(
-    name: str, split: str, flags: DataFlags, chat: ChatTokenizer, world: World, *, longest: int, check: Check
+    name: str, split: str, flags: DataFlags, read: PromptReader, world: World, *, longest: int
 ) -> list[Prompt]:
-    """The prompts of one dataset of at most `longest` tokens; says what was kept, dropped and bad. Raises UserError.
-
-    `check(dataset, ground_truth)` raises ValueError for a row that no verifier could judge.
-    """
+    """The prompts of one dataset of at most `longest` tokens; says what was kept, dropped and bad. Raises UserError."""
     source = open_source(name, split, flags.dataset_revision)
-    found, lines = load_prompts(source, chat, longest, check, flags.on_bad_row)
+    found, lines = load_prompts(source, read, longest, flags.on_bad_row)
     world.say(*lines)
     return found
 
 
 def read_prompts(
-    flags: MixtureFlags, chat: ChatTokenizer, longest: int, check: Check, world: World
+    flags: MixtureFlags, read: PromptReader, longest: int, world: World
 ) -> tuple[list[Prompt], list[Prompt]]:
     """(training prompts, held-out prompts), of a mixture as `prompts_of` gives those of one dataset. Raises
     UserError.
     """
 
     def load(name: str, amount: str, split: str) -> list[Prompt]:
-        found = prompts_of(name, split, flags, chat, world, longest=longest, check=check)
+        found = prompts_of(name, split, flags, read, world, longest=longest)
         return [found[i] for i in mixture_index(len(found), amount, flags.seed, name)] if amount else found
 
     prompts = [prompt for name, amount in mixture(flags) for prompt in load(name, amount, flags.dataset_split)]

@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,11 +23,12 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.data.rows import Source
+from engine.data.files import Source
+from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
 from engine.errors import UserError
 
-VERSION = 3  # of the encoding: raise it when the same rows would give other ids or masks
+VERSION = 4  # of the encoding: raise it when the same rows would give other ids or masks
 
 
 class Damaged(Exception):
@@ -49,7 +51,7 @@ class TokenStore:
             sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
             same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
             whole_examples = len(self.keys) % self.per_example == 0
-            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list")]
+            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "notes")]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise Damaged(str(error)) from None
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
@@ -193,6 +195,7 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
         dropped = "".join(f", {n} dropped ({why})" for why, n in h["dropped"].items())
         bad = f", {h['bad_rows']} bad" if h["bad_rows"] else ""
         yield f"{h['name']}: {h['rows']} rows, {len(store)} kept{dropped}{bad}"
+        yield from note_lines(Counter({(what, which): count for what, which, count in h["notes"]}))
         yield from (f"  bad row {h['name']}{line}" for line in h["bad_list"])
         if h["bad_rows"] > len(h["bad_list"]):
             yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"

@@ -21,14 +21,16 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.messages import Notes
+from engine.data.rows import BadRow
 from engine.errors import UserError
 
 CHUNK_ROWS = 256
 ROWS_BEFORE_WORKERS = 16_384  # starting workers takes seconds: what is encoded sooner than that stays in this process
 LISTED = 20
 Encoded = list[tuple[np.ndarray, np.ndarray]]
-Encoder = Callable[[dict], Encoded | str]
+Encoder = Callable[[dict, Notes], Encoded | str]
 Rows = list[tuple[str, dict | BadRow]]
 
 
@@ -48,18 +50,21 @@ class Chunk:
     )
     dropped: collections.Counter = field(default_factory=collections.Counter)
     bad: list[tuple[str, str]] = field(default_factory=list)
+    notes: Notes = field(default_factory=collections.Counter)
 
 
 def encode_rows(encode: Encoder, rows: Rows) -> Chunk:
     chunk = Chunk(rows=len(rows))
     for place, row in rows:
+        noted: Notes = collections.Counter()
         try:
             if isinstance(row, BadRow):
                 raise row
-            sequences = encode(row)
+            sequences = encode(row, noted)
         except BadRow as bad:
             chunk.bad.append((place, str(bad)))
             continue
+        chunk.notes += noted
         if isinstance(sequences, str):
             chunk.dropped[sequences] += 1
             continue
@@ -78,6 +83,7 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
     """
     header: dict[str, Any] = {"rows": 0, "sequences": 0, "bad_rows": 0, "bad_list": []}
     dropped: collections.Counter = collections.Counter()
+    notes: Notes = collections.Counter()
     offset = 0
     with ExitStack() as stack:
         files = {
@@ -96,6 +102,7 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
             for name in ("ids", "mask", "keys", "counts"):
                 files[name].write(chunk.arrays[name])
             dropped += chunk.dropped
+            notes += chunk.notes
             header["rows"] += chunk.rows
             header["sequences"] += len(lengths)
             header["bad_rows"] += len(chunk.bad)
@@ -103,7 +110,8 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
                 f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
             ]
             bar.update(chunk.rows)
-    return header | {"dropped": dict(dropped)}
+    listed = [[what, which, count] for (what, which), count in sorted(notes.items())]
+    return header | {"dropped": dict(dropped), "notes": listed}
 
 
 _encode: Encoder | None = None  # of a worker process, set once when it starts

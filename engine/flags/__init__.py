@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import UserError
-from engine.flags.data import DataFlags, MixtureFlags
+from engine.flags.data import ConversationFlags, DataFlags, MixtureFlags, PairFlags, PromptFlags
 from engine.flags.declare import (
     HEADINGS,
     Seeded,
@@ -28,11 +28,14 @@ from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
 __all__ = [
     "HEADINGS",
     "AdapterFlags",
+    "ConversationFlags",
     "DataFlags",
     "MemoryFlags",
     "MixtureFlags",
     "ModelFlags",
     "OptimizerFlags",
+    "PairFlags",
+    "PromptFlags",
     "ReferenceFlags",
     "RunFlags",
     "SamplingFlags",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from engine.errors import UserError
 from engine.flags.declare import DATA, RUN, Seeded, flag
 
 
@@ -12,7 +13,11 @@ class DataFlags(Seeded):
     """Which rows, and how much of each."""
 
     dataset_name: str = flag(
-        None, "hub id, directory, .jsonl, .json or .parquet; without it, embedded data", DATA, excludes=("mixer_list",)
+        None,
+        "file (.jsonl, .json, .csv, .tsv, .parquet, .arrow; text also .gz, .zst), 'data/*.jsonl', directory, hub id or"
+        " id:config; without it, embedded data",
+        DATA,
+        excludes=("mixer_list",),
     )
     dataset_revision: str | None = flag(None, "branch, tag or commit of the dataset on the hub", DATA)
     dataset_split: str = flag(
@@ -21,6 +26,12 @@ class DataFlags(Seeded):
     max_seq_length: int = flag(2048, "prompt + response, in tokens", DATA, aliases=("max_length",))
     on_bad_row: str = flag(
         "skip", "a malformed row stops the run or is skipped, counted and listed", DATA, choices=("error", "skip")
+    )
+    system_role: str = flag(
+        "template",
+        "a system turn is left to the chat template, or folded into the first turn of the user",
+        DATA,
+        choices=("template", "fold"),
     )
     cache_dir: str = flag(
         "~/.cache/triptych", "tokenised data and reference log-probs, shared by all runs of a user", RUN
@@ -45,3 +56,58 @@ class MixtureFlags(DataFlags):
     @property
     def names_data(self) -> bool:
         return self.dataset_name is not None or self.mixer_list is not None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags:
+    """What a problem's row leaves to the command line."""
+
+    verifier: str | None = flag(None, "what judges the rows that name no verifier themselves", DATA)
+    prompt_template: str | None = flag(
+        None, "text around the question, with {prompt} in its place: '{prompt} Put the answer in \\boxed{}.'", DATA
+    )
+    system_prompt: str | None = flag(None, "system turn of the rows that have none", DATA)
+
+    def check_prompts(self) -> None:
+        """Raises UserError for a template without a place for the prompt."""
+        if self.prompt_template is not None and self.prompt_template.count("{prompt}") != 1:
+            raise UserError(f"--prompt_template: expected {{prompt}} once, got {self.prompt_template[:80]!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConversationFlags:
+    """What of a conversation's row is trained."""
+
+    text_column: str | None = flag(None, "train this column as plain text, whole, in place of conversations", DATA)
+    only_label: bool = flag(
+        False, "of rows of an answer and whether it was liked (KTO's label), train those that were", DATA
+    )
+    history_thoughts: str = flag(
+        "rendered",
+        "earlier turns whose thought the template leaves out: trained as they are rendered, or each turn as an example"
+        " of its own that has its thought",
+        DATA,
+        choices=("rendered", "each"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairFlags:
+    """Which of two answers is better, where the columns are not named chosen and rejected."""
+
+    preference_column: str | None = flag(
+        None, "column that says which of response_a and response_b (or 1 and 2) is better", DATA
+    )
+    preference_numbers: str | None = flag(
+        None,
+        "its numbers: a sign (below 0 the first, 0 a tie), or the index in the better answer's name",
+        DATA,
+        choices=("sign", "index"),
+    )
+    chosen_by_score: tuple[str, ...] | None = flag(
+        None,
+        "best against worst of `completions`, or of rows of one response each, by this score; or the score columns of"
+        " both answers",
+        DATA,
+        many=True,
+    )

@@ -57,7 +57,7 @@ def export(
         final,
         world,
         dtype=tensors,
-        end_of_turn_id=base.chat.end_of_turn_id,
+        end_ids=base.chat.end_ids,
         inside=inside,
     )
     return f"{final} loads with AutoModelForCausalLM.from_pretrained"
@@ -72,13 +72,13 @@ def save_model(
     world: World,
     *,
     dtype: torch.dtype,
-    end_of_turn_id: int,
+    end_ids: tuple[int, ...],
     inside: dict[str, Path] | None = None,
 ) -> None:
     """Writes `final` in Hugging Face's format: sharded safetensors with index, config, generation config, tokenizer,
     template.
 
-    `source` is the directory the model came from: its generation config is kept, with the end-of-turn id added.
+    `source` is the directory the model came from: its generation config is kept, with the ends of turns added.
     Adapters are merged. `inside` are finished directories to be moved into it, under new names. Tensors are gathered
     one by one; rank 0 holds one output file (5 GB) at a time. The directory appears whole or not at all.
     """
@@ -105,7 +105,7 @@ def save_model(
         if len(plan) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
             (partial / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
-        _save_configs(lm, tokenizer, source, partial, dtype, end_of_turn_id)
+        _save_configs(lm, tokenizer, source, partial, dtype, end_ids)
         publish(partial, final, inside)
     world.barrier()
 
@@ -123,7 +123,7 @@ def _plan_files(sizes: list[tuple[str, int]]) -> list[list[str]]:
 
 
 def _save_configs(
-    lm: Any, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_of_turn_id: int
+    lm: Any, tokenizer: Any, source: Path, directory: Path, dtype: torch.dtype, end_ids: tuple[int, ...]
 ) -> None:
     config = type(lm.config).from_dict(lm.config.to_dict())
     config.dtype = dtype
@@ -135,6 +135,6 @@ def _save_configs(
         generation.do_sample = True  # hub configs often leave it out, and transformers then refuses to save them
     ends = generation.eos_token_id
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    generation.eos_token_id = [end_of_turn_id, *(e for e in ends if e != end_of_turn_id)]
+    generation.eos_token_id = list(dict.fromkeys((*end_ids, *ends)))
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -24,7 +24,7 @@ def greedy(policy: Policy, chat: ChatTokenizer, prompt_ids: np.ndarray, max_new_
         batch = micro_batch([(np.array([*ids, 0]), last)], (0,), world.device)
         # one rank's rounding must not end another's loop
         token = int(world.broadcast(policy.argmax(batch).cpu()).item())
-        if token == chat.end_of_turn_id:
+        if token in chat.end_ids:
             break
         ids.append(token)
     policy.release()

@@ -20,7 +20,7 @@ def describe(base: Base, world: World) -> list[str]:
         f"world: {world.size} x {world.device.type}, compute {_plain(how.dtype)}, masters {_plain(how.master)}",
         *_describe_adapters(base),
         f"attention: {how.backend} ({base.why_backend}); head: {how.head}",
-        f"chat template: {base.chat.template_origin}; a turn ends with {base.chat.end_of_turn!r}",
+        f"chat template: {base.chat.template_origin}; a turn ends with {_ends(base.chat)}",
     ]
 
 
@@ -46,6 +46,15 @@ def first_example(examples: Examples, chat: ChatTokenizer) -> list[str]:
         "the first example (trained tokens in [[ ]]):",
         *(_marked(chat, ids, mask) for ids, mask in examples.sequences(0)),
     ]
+
+
+def _ends(chat: ChatTokenizer) -> str:
+    """The ends of turns that are trained, and where generation stops besides."""
+    trained = " or ".join(map(repr, chat.habits.ends))
+    stops = {chat.tokenizer.convert_tokens_to_ids(stop) for stop in chat.habits.stops}
+    also = [chat.tokenizer.convert_ids_to_tokens(end) or str(end) for end in chat.end_ids if end not in stops]
+    shown = ", ".join(map(repr, also[:4])) + (f" and {len(also) - 4} more" if len(also) > 4 else "")
+    return trained + (f"; generation also stops at {shown}" if also else "")
 
 
 def _describe_adapters(base: Base) -> list[str]:

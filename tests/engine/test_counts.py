@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Phi3Config
 
 from engine import world
 from engine.data.batch import micro_batch
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.rows import BadRow
 from engine.data.store import open_or_build, summary
 from engine.flags import MemoryFlags
 from engine.model import Base, build

@@ -10,7 +10,8 @@ import torch
 import yaml
 
 from engine.data.conversations import ConversationEncoder, conversation, first_form, form_of
-from engine.data.rows import BadRow, Source
+from engine.data.files import Source
+from engine.data.rows import BadRow
 from losses.sft import denominator, sft, token_weights
 from tests.families import save_family
 from tests.launch.test_equivalence import Runs, rows
@@ -57,12 +58,12 @@ FORMS = [
 
 @pytest.mark.parametrize("row, form", FORMS)
 def test_every_form_is_the_same_conversation(row, form):
-    assert form_of(row) == form and conversation(row, form) == [USER, ANSWER]
+    assert form_of(row) == form and conversation(row, form).messages == [USER, ANSWER]
 
 
 def test_the_input_follows_the_instruction():
     assert (
-        conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction")[0]["content"]
+        conversation({"instruction": "Add.", "input": "1 2", "output": "3"}, "instruction").messages[0]["content"]
         == "Add.\n\n1 2"
     )
 
@@ -71,7 +72,8 @@ def test_the_input_follows_the_instruction():
     "row, said",
     [
         ({"text": "x"}, "columns: expected"),
-        ({"messages": [USER], "prompt": "a", "completion": "b"}, "got messages and prompt, completion"),
+        ({"messages": [USER], "conversations": [USER]}, "got messages and conversations"),
+        ({"query": "a", "response": "b", "prompt": "a", "completion": "b"}, "got prompt, completion and query"),
         ({"messages": []}, "messages: "),
         ({"messages": [{"role": "robot", "content": "x"}]}, "robot"),
         ({"messages": [{"role": "user", "content": 7}]}, "messages[0].content"),
@@ -81,7 +83,7 @@ def test_the_input_follows_the_instruction():
         ({"conversations": [{"from": "human", "value": 3}]}, "conversations[0].content"),
         ({"conversations": ["x"]}, "conversations[0]"),
         ({"prompt": 3, "completion": "x"}, "prompt: expected"),
-        ({"instruction": "x", "output": ["y"]}, "output: expected"),
+        ({"instruction": "x", "output": ["y"]}, "output[0]: expected"),
     ],
 )
 def test_bad_rows_name_the_field(row, said):

@@ -834,6 +834,8 @@ STORE = "tests/engine/data/test_store.py"
 BATCH = ("tests/engine/data/test_batch.py",)
 PROMPTS = ("tests/engine/data/test_prompts.py",)
 ROWS = ("tests/engine/data/test_rows.py",)
+FILES = ("tests/engine/data/test_files.py",)
+READERS = ("tests/engine/data/test_readers.py",)
 COUNTED_ROWS = ("tests/engine/test_counts.py::test_rows_dropped_anywhere_are_counted_by_reason",)
 STALE_ROWS = "tests/engine/train/test_refcache.py"
 
@@ -1199,10 +1201,101 @@ DATA = (
     ),
     Mutant(
         "train_and_test_files_are_one_dataset",
-        "engine/data/rows.py",
+        "engine/data/files.py",
         "return named or unnamed",
         "return [*places] if named else unnamed",
-        ROWS,
+        FILES,
+    ),
+    Mutant(
+        "an_arrow_stream_that_is_cut_is_whole",
+        "engine/data/readers.py",
+        "    if not 4 <= f.size() - read_to <= 8:\n",
+        "    if False:\n",
+        READERS,
+    ),
+    Mutant(
+        "of_two_arrow_streams_the_first_is_read",
+        "engine/data/readers.py",
+        "    if f.tell() != f.size():\n",
+        "    if False:\n",
+        READERS,
+    ),
+    Mutant(
+        "offsets_of_arrow_are_believed",
+        "engine/data/readers.py",
+        "yield from _rows_of(_checked(_file_batches(f) if is_file else _stream_batches(f)))",
+        "yield from _rows_of(_file_batches(f) if is_file else _stream_batches(f))",
+        READERS,
+    ),
+    Mutant(
+        "an_empty_packed_file_is_an_empty_dataset",
+        "engine/data/readers.py",
+        "    if not start:\n        raise EOFError",
+        "    if False:\n        raise EOFError",
+        READERS,
+    ),
+    Mutant(
+        "a_row_of_a_csv_stands_where_the_last_one_began",
+        "engine/data/readers.py",
+        "begins, size = unread, 0",
+        "begins, size = unread - 1, 0",
+        READERS,
+    ),
+    Mutant(
+        "quotes_that_do_not_close_take_the_rest_of_a_csv",
+        "engine/data/readers.py",
+        "delimiter=delimiter, strict=True",
+        "delimiter=delimiter",
+        READERS,
+    ),
+    Mutant(
+        "a_row_of_a_csv_has_no_longest_length",
+        "engine/data/readers.py",
+        "if line is None or size > MAX_ROW_BYTES:",
+        "if line is None:",
+        READERS,
+    ),
+    Mutant(
+        "an_empty_cell_is_a_text",
+        "engine/data/readers.py",
+        "{name: cell or None for name",
+        "{name: cell for name",
+        READERS,
+    ),
+    Mutant(
+        "a_column_may_stand_twice_in_a_table",
+        "engine/data/readers.py",
+        "        if count > 1:\n            raise OSError",
+        "        if count > 2:\n            raise OSError",
+        READERS,
+    ),
+    Mutant(
+        "the_same_rows_in_two_formats_count_twice",
+        "engine/data/files.py",
+        "        if other != file:\n",
+        "        if False:\n",
+        FILES,
+    ),
+    Mutant(
+        "a_pattern_takes_every_split",
+        "engine/data/files.py",
+        "return files if _names(SPLITS, pattern) else _of_split(root, files, split)",
+        "return files",
+        FILES,
+    ),
+    Mutant(
+        "the_packing_is_not_in_the_fingerprint",
+        "engine/data/files.py",
+        '"".join(suffixes(file)).encode()',
+        "suffixes(file)[0].encode()",
+        FILES,
+    ),
+    Mutant(
+        "two_configurations_have_one_fingerprint",
+        "engine/data/files.py",
+        'f"{data._fingerprint}:{config}" if config else data._fingerprint',
+        "data._fingerprint",
+        FILES,
     ),
     Mutant(
         "any_role_is_taken",

@@ -34,8 +34,7 @@ class Pool:
 
 
 def collector(rank: int, size: int, others=()) -> Collector:
-    decode = lambda ids, skip_special_tokens: " ".join(map(str, ids))
-    chat = SimpleNamespace(end_of_turn_id=END, tokenizer=SimpleNamespace(decode=decode))
+    chat = SimpleNamespace(end_ids=(END,), response_text=lambda ids: " ".join(str(i) for i in ids if i != END))
     world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others])
     return Collector(Sampler(), Pool(), chat, SamplingFlags(response_length=7), 3, world)
 

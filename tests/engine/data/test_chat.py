@@ -70,9 +70,7 @@ STYLES = {
     # the empty thought stands between the prompt and the content: the model has to write it, so it is trained
     "thinking": (
         THINKING + prompt("<|start|>assistant\n"),
-        lambda c, last, prompted: (
-            "<think>\n\n</think>\n\n" * (last and prompted) + (c.lstrip("\n") if last else c) + "<|eot|>"
-        ),
+        lambda c, last, prompted: "<think>\n\n</think>\n\n" * last + (c.lstrip("\n") if last else c) + "<|eot|>",
     ),
     # the prompt itself closes the thought: it is the prompt's, and the earlier turns, which have none, begin at their
     # content
@@ -430,8 +428,8 @@ def test_thoughts_in_contents():
     chat, thought = make("thinking"), BOT | {"content": "<think>\nIt rang.\n</think>\n\nIt is one."}
     ids, mask = chat.encode([USER, BOT, USER, thought], 1000, False)
     assert runs(ids, mask, chat) == ["It is one.<|eot|>", thought["content"] + "<|eot|>"]
-    with pytest.raises(BadRow, match="changes the content of message 1"):
-        chat.encode([USER, thought, USER, BOT], 1000, False)
+    ids, mask = chat.encode([USER, thought, USER, BOT], 1000, False)
+    assert runs(ids, mask, chat) == ["It is one.<|eot|>", "<think>\n\n</think>\n\nIt is one.<|eot|>"]
 
 
 @pytest.mark.parametrize(
@@ -477,13 +475,6 @@ def save(tmp_path: Path, **options) -> Path:
         ({}, "neither a chat template nor an end-of-sequence token"),
         (
             {"eos_token": "<|eot|>", "chat_template": "{% for m in messages %}{{ m.role + m.content }}{% endfor %}"},
-            "without an end token",
-        ),
-        (
-            {
-                "eos_token": "<|eot|>",
-                "chat_template": "{% for m in messages %}{{ '<|eot|>' + m.role + m.content }}{% endfor %}",
-            },
             "without an end token",
         ),
         (

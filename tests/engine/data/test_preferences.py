@@ -10,9 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.chat import load_tokenizer
-from engine.data.preferences import PairEncoder, conversations
+from engine.data.judgements import EITHER_IS_NAMED
+from engine.data.preferences import PairEncoder
+from engine.data.preferences import conversations as read_conversations
 from engine.data.rows import BadRow
 from tests.engine.data.test_rows import json_values
+
+
+def conversations(row: dict) -> tuple[list[dict], list[dict]]:
+    chosen, rejected = read_conversations(row)
+    return chosen.messages, rejected.messages
 
 
 def turn(role: str, content: str) -> dict[str, str]:
@@ -64,7 +71,8 @@ FORMS = {
 @pytest.mark.parametrize("form", FORMS)
 def test_forms_that_are_accepted(form):
     row, before = FORMS[form]
-    assert conversations(json.loads(json.dumps(row))) == ([*before, YES], [*before, NO])
+    labelled = lambda side: [{key: message[key] for key in ("role", "content")} for message in side]
+    assert tuple(map(labelled, conversations(json.loads(json.dumps(row))))) == ([*before, YES], [*before, NO])
 
 
 def test_answers_that_are_conversations():
@@ -200,7 +208,7 @@ def test_any_row_is_a_pair_or_a_bad_row(row):
     try:
         chosen, rejected = conversations(row)
     except BadRow as bad:
-        assert str(bad).split(":")[0].split("[")[0] in ("prompt", "chosen", "rejected")
+        assert str(bad).split(":")[0].split("[")[0] in ("prompt", "chosen", "rejected"), str(bad)
         return
     assert chosen != rejected
     assert chosen[-1]["role"] == rejected[-1]["role"] == "assistant"
@@ -270,7 +278,16 @@ def test_a_pair_of_which_a_side_has_nothing_to_count(chosen, rejected, kept):
     class Chat:
         sides = iter([chosen, rejected])
 
-        def encode(self, *_):
+        def spans(self, messages, tools):
+            return "", [(0, 0)] * sum(message["role"] == "assistant" for message in messages)
+
+        def note_unshown(self, *_):
+            pass
+
+        def lost_thoughts(self, *_):
+            return 0
+
+        def tokens(self, *_):
             mask = np.array([c == "1" for c in next(self.sides)])
             return np.arange(len(mask)), mask
 
@@ -314,6 +331,6 @@ def test_other_turns_are_another_store(tmp_path, embedded_dir, chat):
     flags = MixtureFlags(dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"))
     counts = {}
     for turns in ("last", "all"):
-        pairs, _ = read_pairs(flags, turns, chat, world.start())
+        pairs, _ = read_pairs(flags, turns, EITHER_IS_NAMED, chat, world.start())
         counts[turns] = pairs.counts(np.arange(1)).tolist()
     assert all(2 * last == both for last, both in zip(counts["last"][0], counts["all"][0], strict=True))

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from engine.data.chat import load_tokenizer
-from engine.data.prompts import Prompt, fingerprint_of, load_prompts
-from engine.data.rows import Source
+from engine.data.files import Source
+from engine.data.prompts import Prompt, PromptReader, fingerprint_of, load_prompts
 from engine.errors import UserError
+from engine.flags import PromptFlags
 
 USER, ANSWER = {"role": "user", "content": "Which number?"}, {"role": "assistant", "content": "It is 2."}
 
@@ -22,9 +23,9 @@ def row(*messages: dict, **changes) -> dict:
     return {"messages": list(messages or (USER,)), "ground_truth": "2", "dataset": "GSM8K"} | changes
 
 
-def load(chat, *rows: dict, longest: int = 99, on_bad_row: str = "skip", check=lambda dataset, truth: None):
+def load(chat, *rows: dict, longest: int = 99, on_bad_row: str = "skip", check=lambda dataset, truth: None, **flags):
     source = Source("x", "1", lambda: ((f":{i}", r) for i, r in enumerate(rows, 1)))
-    return load_prompts(source, chat, longest, check, on_bad_row)
+    return load_prompts(source, PromptReader(chat, PromptFlags(**flags), check), longest, on_bad_row)
 
 
 def test_a_prompt_ends_where_the_assistant_begins(chat):
@@ -65,7 +66,7 @@ def test_rows_that_cannot_be_asked_or_judged_are_bad(chat):
     assert len(kept) == 1 and lines[0] == "x: 7 rows, 1 kept, 6 bad" and len(lines) == 7
     assert all(
         word in line
-        for word, line in zip(("only the", "ground", "data", "two", "<|end|>", "[1]"), lines[1:], strict=True)
+        for word, line in zip(("only the", "ground", "data", "two", "<|end|>", "message 1"), lines[1:], strict=True)
     )
     with pytest.raises(UserError, match="x:2: "):
         load(chat, row(), *bad, on_bad_row="error")

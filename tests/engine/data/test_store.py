@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 
 from engine.data import sources as data
 from engine.data import store
+from engine.data.files import Source, open_source
 from engine.data.mixture import Steps, mixture_index, permutation
-from engine.data.rows import BadRow, Source, open_source
+from engine.data.rows import BadRow
 from engine.data.store import Examples, TokenStore, open_or_build, summary
 from engine.errors import UserError
 from engine.flags import MixtureFlags
@@ -36,7 +37,7 @@ class Encoder:
     def __init__(self, fault=lambda n: None) -> None:
         self.calls, self.fault = 0, fault
 
-    def __call__(self, row: dict):
+    def __call__(self, row: dict, notes: Counter):
         self.calls += 1
         self.fault(self.calls)
         if "drop" in row:
@@ -326,7 +327,7 @@ def test_why_nothing_is_left(rows, expected, tmp_path, path):
 
 def test_a_trained_first_token_counts_for_nothing(tmp_path, path):
     """Nothing predicts it: a sequence trained from its first token on has one counted token less than tokens."""
-    whole = lambda row: [(np.array(row[side], np.int32), np.ones(len(row[side]), bool)) for side in ("a", "b")]
+    whole = lambda row, notes: [(np.array(row[side], np.int32), np.ones(len(row[side]), bool)) for side in ("a", "b")]
     tokens = build(tmp_path, path, whole)
     assert tokens.counts.tolist() == [len(row[side]) - 1 for row in ROWS for side in ("a", "b")]
     assert [ids.tolist() for ids, _ in tokens.sequences(1)] == [ROWS[1]["a"], ROWS[1]["b"]]
@@ -481,7 +482,7 @@ def test_the_step_after():
 class EveryThirdIsBad:
     """An encoder that workers can be given: three tokens a row, bad and dropped rows among them."""
 
-    def __call__(self, row: dict):
+    def __call__(self, row: dict, notes: Counter):
         n = row["n"]
         if n % 30 == 7:
             raise BadRow(f"n: expected another number, got {n}")

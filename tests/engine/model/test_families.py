@@ -71,7 +71,7 @@ def test_round_trip_is_bitwise(name, family_dirs, here, tmp_path):
     lm.save_pretrained(source)
     policy = load(source, here)
     tokenizer = AutoTokenizer.from_pretrained(family_dirs[name])
-    export.save_model(policy.lm, tokenizer, source, tmp_path / "final", here, dtype=torch.bfloat16, end_of_turn_id=1)
+    export.save_model(policy.lm, tokenizer, source, tmp_path / "final", here, dtype=torch.bfloat16, end_ids=(1,))
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "final")
     assert again.dtype == torch.bfloat16 and again.generation_config.eos_token_id == [1]
     assert load_file(source / "model.safetensors").keys() == load_file(tmp_path / "final" / "model.safetensors").keys()
@@ -89,7 +89,7 @@ def test_sharded_files_and_export_in_several_files(embedded_dir, here, tmp_path,
     assert load(single, here).identity == policy.identity
     monkeypatch.setattr(export, "MAX_FILE_BYTES", 50_000)
     export.save_model(
-        policy.lm, AutoTokenizer.from_pretrained(source), source, tmp_path / "final", here, dtype=FP32, end_of_turn_id=1
+        policy.lm, AutoTokenizer.from_pretrained(source), source, tmp_path / "final", here, dtype=FP32, end_ids=(1,)
     )
     assert len(list((tmp_path / "final").glob("*.safetensors"))) > 2
     expected = AutoModelForCausalLM.from_pretrained(single).state_dict()

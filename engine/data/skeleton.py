@@ -1,0 +1,188 @@
+"""Where the turns of a conversation stand in the text that its chat template writes.
+
+The conversation is rendered once more with marks in place of contents: the pieces between the marks are the template's
+own, and in them a turn of the assistant is found by rendering its prompt. Text by text, the pieces and the contents
+must then make up the real rendering, or the template changed a content.
+
+    the prompt of turn i     render(messages[:i], add_generation_prompt=True)     where its text begins
+    the turn said last       render(messages[:i + 1])                             where it ends, if it is written so
+
+A template may write a turn in another way once others follow (without its thought, with another end): then the turn
+begins behind its header, and ends at the last end of a turn before the next message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
+from engine.data.messages import Message
+from engine.data.rows import BadRow
+
+if TYPE_CHECKING:
+    from engine.data.chat import ChatTokenizer
+
+Span = tuple[int, int]
+Edge = tuple[int, int]  # a piece, and an offset in it
+TOOL_RESPONSE = "<tool_response>"  # a user's turn that begins with it is a tool's to templates that look at contents
+
+
+@dataclass(frozen=True)
+class Skeleton:
+    """`pieces` stand before, between and behind the contents of the messages `marked`; `turns` are [start, end) of the
+    assistant's turns.
+    """
+
+    pieces: tuple[str, ...]
+    marked: tuple[int, ...]
+    turns: tuple[tuple[Edge, Edge], ...]
+
+    def place(self, whole: str, messages: list[Message]) -> tuple[list[Span] | None, int]:
+        """(the turns' spans in `whole`, -1), or (None, the message whose content is not there as it is or trimmed)."""
+        if not whole.startswith(self.pieces[0]):
+            return None, self.marked[0] if self.marked else 0
+        starts, at = [0], len(self.pieces[0])
+        for i, piece in zip(self.marked, self.pieces[1:], strict=True):
+            content = messages[i]["content"]
+            forms = (content, content.strip(), content.lstrip(), content.rstrip())
+            text = next((form for form in forms if whole.startswith(form + piece, at)), None)
+            if text is None:
+                return None, i
+            starts.append(at + len(text))
+            at += len(text) + len(piece)
+        if at != len(whole):
+            return None, self.marked[-1] if self.marked else 0
+        return [(starts[p] + a, starts[q] + b) for (p, a), (q, b) in self.turns], -1
+
+
+@lru_cache(4096)
+def plain_skeleton(chat: ChatTokenizer, roles: tuple[str, ...]) -> Skeleton:
+    """Of messages with these roles that have nothing but contents, all of them marked. Raises BadRow."""
+    return _skeleton(
+        chat, [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)], None, range(len(roles))
+    )
+
+
+def skeleton_around(chat: ChatTokenizer, messages: list[Message], tools: list | None) -> Skeleton:
+    """Of this conversation, with the assistant's turns as they are. Raises BadRow."""
+    marked = [
+        i
+        for i, message in enumerate(messages)
+        if message["role"] != "assistant" and not message["content"].startswith(TOOL_RESPONSE)
+    ]
+    shown = [message | {"content": _mark(i)} if i in marked else message for i, message in enumerate(messages)]
+    return _skeleton(chat, shown, tools, marked)
+
+
+def _mark(i: int) -> str:
+    return f"\ue000{i}\ue001"  # private-use characters, which no template looks at
+
+
+def _skeleton(chat: ChatTokenizer, messages: list[Message], tools: list | None, marked: list[int] | range) -> Skeleton:
+    whole = chat.written(messages, tools)
+    places, at = {}, 0
+    for i in marked:
+        start = whole.find(_mark(i), at)
+        if start < 0 or whole.count(_mark(i)) != 1:
+            raise BadRow(f"the chat template drops, moves or repeats message {i} (role {messages[i]['role']})")
+        places[i] = (start, at := start + len(_mark(i)))
+    turns = _Turns(chat, messages, tools, whole, places).find()
+    edges = [0, *(edge for place in places.values() for edge in place), len(whole)]
+    pieces = list(zip(edges[::2], edges[1::2], strict=True))
+
+    def edge(position: int) -> Edge:
+        piece = next(p for p, (start, end) in enumerate(pieces) if start <= position <= end)
+        return piece, position - pieces[piece][0]
+
+    return Skeleton(
+        tuple(whole[a:b] for a, b in pieces), tuple(marked), tuple((edge(start), edge(end)) for start, end in turns)
+    )
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Finds the assistant's turns in `whole`, the marked conversation's text; `places` are its marks."""
+
+    chat: ChatTokenizer
+    messages: list[Message]
+    tools: list | None
+    whole: str
+    places: dict[int, Span]
+
+    def find(self) -> list[Span]:
+        starts: dict[int, int] = {}
+        ends: dict[int, int] = {}
+        turns = [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+        for i in turns:
+            starts[i] = self._start(i, starts)
+        for i in turns:
+            after = starts.get(i + 1, self.places.get(i + 1, (len(self.whole),))[0])
+            ends[i] = self._end(i, starts[i], after)
+        return [(starts[i], ends[i]) for i in turns]
+
+    def _anchor(self, i: int) -> tuple[str, int]:
+        """(the last mark before message i or '', where it ends)."""
+        before = max((j for j in self.places if j < i), default=None)
+        return ("", 0) if before is None else (_mark(before), self.places[before][1])
+
+    def _start(self, i: int, starts: dict[int, int]) -> int:
+        """Where the model begins to write turn i: where its prompt ends, or else behind its header."""
+        mark, anchor = self._anchor(i)
+        opening = self.chat.habits.opening
+        prompt = _behind(mark, self._rendered(i, add_generation_prompt=True))
+        bare = _behind(mark, self._rendered(i))
+        if prompt and prompt != bare and self.whole.startswith(prompt, anchor):
+            return anchor + len(prompt)
+        if bare is not None and self.whole.startswith(bare + opening, anchor):
+            return anchor + len(bare + opening)
+        # no prompt for it, or its beginning is written in another way by now
+        behind = max([anchor, *(start + 1 for start in starts.values())])
+        found = self.whole.find(opening, behind) if opening else -1
+        content = self.places.get(i, (len(self.whole),))[0]
+        if 0 <= found <= content - len(opening):
+            prompt = self.chat.habits.prompt
+            return found + len(prompt if self.whole.startswith(prompt, found) else opening)
+        if i in self.places:
+            return content
+        raise BadRow(f"the chat template drops, moves or repeats message {i} (role assistant)")
+
+    def _end(self, i: int, start: int, after: int) -> int:
+        """Behind the end of turn i; the next message, or its content, stands at `after`."""
+        mark, anchor = self._anchor(i)
+        said = (
+            self.whole
+            if i + 1 == len(self.messages)
+            else self._try(lambda: self.chat.written(self.messages[: i + 1], self.tools))
+        )
+        said = _behind(mark, said)
+        length = 0 if said is None else self._behind_last_end(said)
+        if said is not None and anchor + length > start and self.whole.startswith(said[:length], anchor):
+            return anchor + length
+        if length := self._behind_last_end(self.whole[start:after]):
+            return start + length
+        ends = " or ".join(map(repr, self.chat.habits.ends))
+        raise BadRow(f"the chat template does not end message {i} with {ends}")
+
+    def _behind_last_end(self, text: str) -> int:
+        """Where the last end of a turn in the text ends; 0 if there is none."""
+        return max((text.rfind(end) + len(end) for end in self.chat.habits.ends if end in text), default=0)
+
+    def _rendered(self, i: int, **options: bool) -> str | None:
+        return self._try(lambda: self.chat.render(self.messages[:i], self.tools, **options)) if i else None
+
+    @staticmethod
+    def _try(render: Callable[[], str]) -> str | None:
+        """None where the template refuses a part of a conversation that it takes as a whole."""
+        try:
+            return render()
+        except BadRow:
+            return None
+
+
+def _behind(mark: str, text: str | None) -> str | None:
+    """What follows the mark in the text; None without it."""
+    if text is None or mark not in text:
+        return None
+    return text[text.index(mark) + len(mark) :]

@@ -1,0 +1,218 @@
+"""What a chat template does, found by rendering conversations with marks in them.
+
+A template is a program that comes with a tokenizer. How a turn ends, which of the row's keys it shows and in which form
+it wants them is not written anywhere: it is seen by rendering short conversations and looking for what was put in.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from engine.data.messages import THOUGHTS, Message
+
+Render = Callable[..., str]  # (messages, tools=None, add_generation_prompt=False) → text; raises Refused
+QUESTION, ANSWER, THOUGHT = "What is one and one?", "It is two.", "One more than one."
+TOOL, VALUE, RESULT = "look_up", "probed value", "It was found."
+PROBE_TOOL = {
+    "type": "function",
+    "function": {
+        "name": TOOL,
+        "description": "Looks something up.",
+        "parameters": {
+            "type": "object",
+            "properties": {"what": {"type": "string", "description": "What."}},
+            "required": ["what"],
+        },
+    },
+}
+ASKED = {"role": "user", "content": QUESTION}
+SAID = {"role": "assistant", "content": ANSWER}
+
+
+class Refused(Exception):
+    """The template raised, with what it said."""
+
+
+class Unusable(Exception):
+    """A template that no conversation can be trained with, and why."""
+
+
+@dataclass(frozen=True)
+class Habits:
+    """How a template writes the assistant's turns.
+
+    ends: the texts of which one ends each turn; a turn's end is trained, and its last token stops generation.
+    stops: the tokens among them at which generation stops; the first is that of a conversation's last turn.
+    appended: (after an answer, after a call): what ends the last turn of a conversation but is not written there,
+        because the next role's marker is what ends a turn (GLM); '' elsewhere.
+    opening: what the prompt and every turn of the assistant begin with, its header; '' where the turn follows directly.
+    prompt: all that the prompt adds; the opening, and perhaps a thought that it begins or closes.
+    thoughts: the key under which the template takes thoughts; '' if it shows none.
+    shows_tools: whether it writes out the tools.
+    calls: 'object' or 'text', the form of a call's arguments; '' if it shows no calls.
+    """
+
+    ends: tuple[str, ...]
+    stops: tuple[str, ...]
+    appended: tuple[str, str]
+    opening: str
+    prompt: str
+    thoughts: str
+    shows_tools: bool
+    calls: str
+
+
+def habits_of(render: Render, special: re.Pattern) -> Habits:
+    """`special` matches one control token. Raises Unusable, and Refused if the template cannot render two turns."""
+    last = render([ASKED, SAID])
+    for role, content in (("user", QUESTION), ("assistant", ANSWER)):
+        if content not in last:
+            raise Unusable(f"drops the {role} turn")
+    middle = _attempt(render, [ASKED, SAID, {"role": "user", "content": RESULT}]) or ""
+    after_last = last.rpartition(ANSWER)[2]
+    after_middle = middle.rpartition(ANSWER)[2].rpartition(RESULT)[0]
+    calls, called = _calls(render)
+    ends, appended = _ends(after_last, after_middle, special)
+    call_end, appended_to_call = _end_of_call(render, called, appended, special)
+    thoughts, thinking = _thoughts(render)
+    ends += [call_end] * (bool(call_end) and call_end not in ends)
+    # a token that ends a channel inside a turn, as gpt-oss's <|end|> ends its analysis, does not end generation
+    inside = thinking.partition(THOUGHT)[2].rpartition(ANSWER)[0]
+    stops = [special.findall(end)[-1] for end in ends]
+    stops = [stop for i, stop in enumerate(stops) if i == 0 or stop not in inside]
+    opening, prompt = _opening(render, middle or last, special)
+    return Habits(
+        ends=tuple(ends),
+        stops=tuple(dict.fromkeys(stops)),
+        appended=(appended, appended_to_call or appended),
+        opening=opening,
+        prompt=prompt,
+        thoughts=thoughts,
+        shows_tools=TOOL in (_attempt(render, [ASKED, SAID], tools=[PROBE_TOOL]) or ""),
+        calls=calls,
+    )
+
+
+def _attempt(render: Render, messages: list[Message], **options: Any) -> str | None:
+    try:
+        return render(messages, **options)
+    except Refused:
+        return None
+
+
+def _run(text: str, special: re.Pattern, anywhere: bool = False) -> list[str]:
+    """The control tokens that follow each other without a gap, from the first one on (white space may precede it)."""
+    found, at = [], None
+    for match in special.finditer(text):
+        if at is None and not anywhere and text[: match.start()].strip():
+            break
+        if at is not None and match.start() != at:
+            break
+        found.append(match.group())
+        at = match.end()
+    return found
+
+
+def _ends(after_last: str, after_middle: str, special: re.Pattern) -> tuple[list[str], str]:
+    """(the ends of turns, the marker that has to be appended to a last turn or ''). Raises Unusable."""
+    last, middle = _run(after_last, special, anywhere=True), _run(after_middle, special)
+    if not last and not middle:
+        raise Unusable("ends an assistant turn without an end token, so a model could never learn to stop")
+    if not last:
+        return [middle[0]], middle[0]
+    if "".join(last) in after_middle:
+        return ["".join(last)], ""
+    if shared := _alike(last, middle):
+        return ["".join(last[:shared])], ""
+    return ["".join(last), *middle[:1]], ""
+
+
+def _calls(render: Render) -> tuple[str, Message]:
+    """(the form of a call's arguments that the template writes out as JSON, or '', the turn that calls)."""
+    for form, arguments in (("object", {"what": VALUE}), ("text", f'{{"what": "{VALUE}"}}')):
+        call = {"id": "call00001", "type": "function", "function": {"name": TOOL, "arguments": arguments}}
+        turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+        text = _call_text(render, [ASKED, turn]) or ""
+        # neither Python's quotes for an object nor JSON within JSON for a text
+        if TOOL in text and VALUE in text and f"'{VALUE}'" not in text and f'\\"{VALUE}' not in text:
+            return form, turn
+    return "", {}
+
+
+def _call_text(render: Render, messages: list[Message]) -> str | None:
+    return _attempt(render, messages, tools=[PROBE_TOOL]) or _attempt(render, messages)
+
+
+def _end_of_call(render: Render, turn: Message, appended: str, special: re.Pattern) -> tuple[str, str]:
+    """(what ends a turn that calls a tool, what has to be appended to it if it is the last)."""
+    if not turn:
+        return "", ""
+    said = (_call_text(render, [ASKED, turn]) or "").rstrip()
+    written = said.rpartition(VALUE)[2]
+    if not appended:
+        tokens = list(special.finditer(written))
+        run = ""
+        for match in reversed(tokens):
+            if match.end() != len(written) - len(run):
+                break
+            run = match.group() + run
+        return run, ""
+    result = {"role": "tool", "content": RESULT, "tool_call_id": "call00001", "name": TOOL}
+    whole = _call_text(render, [ASKED, turn, result]) or ""
+    marker = _run(whole[len(said) :].partition(RESULT)[0], special) if whole.startswith(said) else []
+    return "".join(marker[:1]), "".join(marker[:1])
+
+
+def _thoughts(render: Render) -> tuple[str, str]:
+    """(the key under which thoughts are taken or '', the text of a turn with one)."""
+    for key in THOUGHTS:
+        text = _attempt(render, [ASKED, SAID | {key: THOUGHT}]) or ""
+        if THOUGHT in text:
+            return key, text
+    return "", ""
+
+
+def _opening(render: Render, whole: str, special: re.Pattern) -> tuple[str, str]:
+    """(the header of the assistant's turns: what the prompt for one adds, as far as the turns themselves have it; all
+    that the prompt adds).
+    """
+    header = whole.partition(QUESTION)[2].partition(ANSWER)[0]
+    bare, prompt = (
+        (_attempt(render, [ASKED], **options) or "").partition(QUESTION)[2]
+        for options in ({}, {"add_generation_prompt": True})
+    )
+    before = _shared(bare, header, special)
+    if prompt != bare:
+        return header[before : _shared(prompt, header, special)], prompt[before:]
+    opening = header[before:] if header[before:].strip() else ""
+    return opening, opening
+
+
+def _alike(one: Sequence, other: Sequence) -> int:
+    """How many items both begin with."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+def _shared(text: str, header: str, special: re.Pattern) -> int:
+    """How many characters of `header` the text begins with; a control token is shared whole or not at all."""
+    length = _alike(text, header)
+    return min([length, *(m.start() for m in special.finditer(header) if m.start() < length < m.end())])
+
+
+def renderer(tokenizer: Any, template: str, with_tools: str) -> Render:
+    """Renders with the template, or the one `with_tools` where there are some, in the library's sandbox. What it
+    raises, whatever that is, becomes Refused.
+    """
+
+    def render(messages: list[Message], tools: list | None = None, **options: Any) -> str:
+        chosen = with_tools if tools else template
+        try:
+            return tokenizer.apply_chat_template(messages, tools=tools, chat_template=chosen, tokenize=False, **options)
+        except Exception as error:  # a template is a program from outside: it may raise anything
+            raise Refused(" ".join(str(error).split())[:120]) from None
+
+    return render
