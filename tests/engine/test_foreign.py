@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine import config as configuration
 from engine.config import as_dict, flags_of, parse
 from engine.errors import UserError
 from engine.flags import table
@@ -42,7 +43,7 @@ def row_for(name: str, config_class: type) -> Row | None:
 
 def changes(config_class: type, argv: list[str]) -> dict:
     """What a command line sets, of what is not the default."""
-    got = as_dict(parse(config_class, argv, elsewhere=commands))
+    got = vars(parse(config_class, argv, elsewhere=commands))
     return {name: value for name, value in got.items() if value != default(config_class)[name]}
 
 
@@ -62,13 +63,14 @@ def what(config_class: type, name: str, word: str, recipe: Path | None = None) -
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_name_of_the_table(command, tmp_path, capsys):
+def test_every_name_of_the_table(command, tmp_path, capsys, monkeypatch):
     """What means the same changes the same; what is done anyway changes nothing; the rest is refused with the reason;
     what belongs to another command says so. The first name of a row by all its words in every command that has it, and
     in a recipe too.
     """
     config_class = COMMANDS[command]
     flags = flags_of(config_class)
+    monkeypatch.setattr(configuration, "flags_of", functools.cache(flags_of))  # the types of a class are read once
     for name in dict.fromkeys(name for _, name in NAMES):
         row = row_for(name, config_class)
         if row is None:
