@@ -1,9 +1,9 @@
 """Configuration: one frozen dataclass per launch file becomes its command line and its YAML file.
 
 Precedence: command line, then `--config recipe.yaml`, then the dataclass default. An unknown key is an error that names
-the nearest one; prefixes are not matched; nothing is coerced that a reader of the file would not expect (`no` is not
-the text 'False'); the resolved configuration is saved and can be fed back. Flags are declared in flags.py and by the
-stages.
+the nearest one, or the command that it belongs to; prefixes are not matched; nothing is coerced that a reader of the
+file would not expect (`no` is not the text 'False'); the resolved configuration is saved and can be fed back. Flags are
+declared in flags/ and by the stages.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import shutil
 import sys
 import types
 import typing
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
-from engine.errors import UserError, nearest
-from engine.flags import HEADINGS
+from engine.errors import UserError, nearest, on_one_line
+from engine.flags import HEADINGS, foreign, table
+from engine.flags import words as words_of_others
 
 Config = TypeVar("Config")
 MAX_YAML_BYTES = 2**20
@@ -66,39 +68,163 @@ def _declared(config_class: type, f: Any) -> dict[str, Any]:
     return dict(group) | {key: f.metadata[key] for key in ("help", "choices") if f.metadata[key]}
 
 
-def parse(config_class: type[Config], argv: list[str] | None = None) -> Config:
-    """The configuration of a command line (default: sys.argv). Raises UserError; exits for --help."""
+def parse(
+    config_class: type[Config], argv: list[str] | None = None, elsewhere: Callable[[], Mapping[str, type]] | None = None
+) -> Config:
+    """The configuration of a command line (default: sys.argv). Raises UserError; exits for --help.
+
+    Names and words of other trainers are translated (flags/table.py), and the first rank says into what. `elsewhere`
+    gives the configurations of the other commands by name, so that a flag of theirs is answered with where it belongs.
+    """
     flags = flags_of(config_class)
-    aliases = {alias: name for name, f in flags.items() for alias in f.aliases}
     try:
-        namespace, unknown = _parser(config_class, flags).parse_known_args(argv)
+        namespace, rest = _parser(config_class, flags).parse_known_args(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"command line: {error}") from None
-    for word in unknown:
-        if not word.startswith("-"):
-            raise UserError(
-                f"command line: unexpected word {word!r} (flags are given as --name value, a recipe as --config FILE)"
-            )
-        name = word.split("=")[0]
-        raise UserError(
-            f"command line: unknown flag {_shown(name)}{nearest(name.lstrip('-'), [*flags, *aliases, 'config'])}"
-        )
     words = vars(namespace)
-    values: dict[str, Any] = {}
-    if path := words.pop("config", None):
-        for key, value in _read_yaml(Path(path)).items():
-            name = aliases.get(key, key)
-            if name not in flags:
-                raise UserError(f"{path}: unknown key {_shown(key)}{nearest(key, [*flags, *aliases])}")
-            if name in values:
-                raise UserError(f"{path}: {key} says the same as another key, {name}: give one of them")
-            values[name] = _convert(flags[name], value, f"{path}: {key}")
-    for name, value in words.items():
-        values[name] = _convert(flags[name], value, f"--{name}")
+    path = words.pop("config", "")
+    command, recipe = _Given(flags, elsewhere), _Given(flags, elsewhere, file=path)
+    command.read(words)
+    command.read_rest(rest)
+    if path:
+        recipe.read(_read_yaml(Path(path)))
+    said = {name for name, value in command.values.items() if value is not None}
+    for name, f in flags.items():  # of two ways to say a thing, too, the command line wins
+        if said & {*f.excludes, *(other for other, o in flags.items() if name in o.excludes)}:
+            recipe.values.pop(name, None)
+    values = recipe.values | command.values
     for name, f in flags.items():
-        if values.get(name) is not None and (other := next((o for o in f.excludes if values.get(o) is not None), None)):
-            raise UserError(f"--{name} and --{other} are two ways to say one thing: give one of them")
+        for other in flags.keys() & f.excludes if values.get(name) is not None else ():
+            if values.get(other) is not None:
+                raise UserError(f"--{name} and --{other} are two ways to say one thing: give one of them")
+            values[other] = None  # its default does not say it either
+    _say([line for names, line in recipe.lines if not names or not names <= command.values.keys()])
+    _say([line for _, line in command.lines])
     return config_class(**values)
+
+
+class _Given:
+    """What a recipe or (without a file) the command line says, in our words."""
+
+    def __init__(
+        self, flags: dict[str, Flag], elsewhere: Callable[[], Mapping[str, type]] | None, file: str = ""
+    ) -> None:
+        self.flags, self.elsewhere = flags, elsewhere
+        self.mark, self.dash = (f"{file}: ", "") if file else ("--", "--")
+        self.place, self.kind = (f"{file}: ", "key") if file else ("command line: ", "flag")
+        self.ours = {alias: name for name, f in flags.items() for alias in (name, *f.aliases)}
+        self.choices = {name: f.choices for name, f in flags.items()}
+        self.values: dict[str, Any] = {}
+        self.lines: list[tuple[set[str], str]] = []  # of what was translated: our flags, a line
+        self.said: dict[str, str] = {}  # our flag → the name that it was given by
+
+    def read(self, given: Mapping[str, Any]) -> None:
+        """Takes all names. Raises UserError for a name or a value that means nothing here."""
+        for name, value in given.items():
+            ours = self.ours.get(name)
+            self._check_section(name, value)
+            row = next((row for row in table.rows_of(ours or name) if row.needs <= self.flags.keys()), None)
+            if row is None and ours is None:
+                self._refuse(f"{self.dash}{name}", name)
+            if value is None and ours is None:
+                continue  # a key without a value says nothing
+            meaning = None
+            if row is not None and value is not None:
+                meaning = foreign.translate(row, value, ours or name, f"{self.mark}{name}", self.choices)
+            if meaning is None:
+                self._take(str(ours), value, name)
+                continue
+            self.lines.append((set(meaning.values), meaning.line))
+            for of_ours, word in meaning.values.items():
+                self._take(of_ours, word, name)
+
+    def read_rest(self, words: list[str]) -> None:
+        """The words that argparse does not know: `--name=word`, or `--name` and the words up to the next one."""
+        given: dict[str, list[str]] = {}
+        name = ""
+        for word in words:
+            if word.startswith("--") and len(word) > 2:
+                name, equals, first = word[2:].partition("=")
+                given[name] = [first] if equals else []
+            elif name and (not word.startswith("-") or _is_number(word)):
+                given[name].append(word)
+            elif word.startswith("-"):
+                self._refuse(word.split("=")[0], word.lstrip("-"))
+            else:
+                self._refuse_word(word)
+        if given and any(f.positional for f in self.flags.values()):
+            self._refuse(f"--{next(iter(given))}", next(iter(given)))
+        for name, values in given.items():
+            self.read({name: values if len(values) > 1 else values[0] if values else "true"})
+
+    def _take(self, name: str, value: Any, by: str) -> None:
+        value = _convert(self.flags[name], value, f"{self.mark}{by}")
+        if self.said.get(name, by) != by and value != self.values[name]:
+            both = f"{self.mark}{self.said[name]} and {self.dash}{by}"
+            raise UserError(f"{both} say the same thing, {self.dash}{name}, in two ways: give one of them")
+        self.values[name], self.said[name] = value, by
+
+    def _check_section(self, name: str, value: Any = None) -> None:
+        """Raises UserError for a name with dots, as torchtune and verl have them, and for a section of such names."""
+        keys = [f"{name}.{key}" for key in list(value)[:100]] if isinstance(value, dict) else [name]
+        for key in filter(words_of_others.DOTTED.__contains__, keys):
+            ours = words_of_others.DOTTED[key]
+            how = "flags are given as --name value" if self.dash else "keys stand at the margin"
+            raise UserError(f"{self.place}{key} is {self.dash}{ours} here{self._whose(ours)} ({how})")
+
+    def _refuse_word(self, word: str) -> None:
+        """Raises UserError: a word on a command line before which no flag stands."""
+        name, equals, _ = word.partition("=")
+        self._check_section(name)
+        theirs = (row.ours for row in table.rows_of(name) if row.ours in self.flags)
+        if equals and (ours := self.ours.get(name) or next(theirs, None)):
+            raise UserError(
+                f"command line: {foreign.shown(word)}: flags are given as --name value, this one is --{ours}"
+            )
+        raise UserError(
+            f"command line: unexpected word {word!r} (flags are given as --name value, a recipe as --config FILE)"
+        )
+
+    def _refuse(self, shown: str, name: str) -> None:
+        """Raises UserError: what this unknown name may have been meant for."""
+        if commands := self._commands(name):
+            raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
+        for row in table.rows_of(name):
+            ours = min(row.needs - self.flags.keys())
+            raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
+        names = [*self.ours, "config"] if self.dash else [*self.ours]
+        snake = name.replace("-", "_")
+        close = f" (did you mean {snake}?)" if table.rows_of(snake) else nearest(name, names)
+        raise UserError(f"{self.place}unknown {self.kind} {foreign.shown(shown)}{close}")
+
+    def _whose(self, name: str) -> str:
+        """', which belongs to ...' for a flag that this command does not have."""
+        if name in self.flags:
+            return ""
+        return f", which belongs to {self._commands(name) or 'another command'}"
+
+    def _commands(self, name: str) -> str:
+        """'launch.sft, launch.dpo and launch.ppo', which have this flag; or ''."""
+        others = (self.elsewhere() if self.elsewhere else {}).items()
+        having = [command for command, c in others if any(name in (f.name, *f.aliases) for f in flags_of(c).values())]
+        return " and ".join(filter(None, (", ".join(having[:-1]), *having[-1:])))
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _say(lines: list[str]) -> None:
+    """On the first rank; the others have read the same."""
+    if lines:
+        from engine.world import is_first  # which takes torch, and launch.verify does without
+
+        if is_first():
+            print("\n".join(map(on_one_line, lines)), flush=True)
 
 
 def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentParser:
@@ -110,7 +236,8 @@ def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentPars
         prog=f"python -m {main.name if main else config_class.__module__}",
         usage=" ".join(["%(prog)s", *positional, "[--config recipe.yaml] [--flag value ...]"]),
         description=config_class.__doc__,
-        epilog="[ ] holds the default; what has none is off, or decided at the start.",
+        epilog="[ ] holds the default; what has none is off, or decided at the start.\n"
+        "Flags of transformers, TRL, open-instruct and axolotl: docs/flags.md.",
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
@@ -128,21 +255,24 @@ def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentPars
         if f.heading != heading:
             group, heading = parser.add_argument_group(f.heading), f.heading
         options: dict[str, Any] = {"dest": f.name}
-        options |= {"const": "true"} | boolean if f.type is bool else {"nargs": "+" if f.many else None}
+        alone = f.type is bool or any("true" in (row.words or ()) for row in table.rows_of(f.name))
+        options |= {"const": "true"} | boolean if alone else {"nargs": "+" if f.many else None}
         words = {bool: "true|false", int: "N", float: "X"}
-        metavar = "{" + ",".join(f.choices) + "}" if f.choices else words.get(f.type, f.name.split("_")[-1].upper())
+        choices, metavar = ",".join(f.choices), words.get(f.type, f.name.split("_")[-1].upper())
+        listed = f", one of {', '.join(f.choices)}" if len(f.name) + len(choices) > 72 else ""  # too long for one line
+        metavar = f"{{{choices}}}" if choices and not listed else metavar
         if "action" not in options:
             options["metavar"] = metavar
         also = f" (also {', '.join('--' + alias for alias in f.aliases)})" if f.aliases else ""
         default = "" if f.default is None or f.default is False else f" [{f.default}]"
-        help = (f.help + also + default).replace("%", "%%")
+        help = (f.help + listed + also + default).replace("%", "%%")
         if f.positional:
             group.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=help)
             continue
         group.add_argument(f"--{f.name}", help=help, **options)
         options.pop("metavar", None)
         for alias in f.aliases:
-            group.add_argument(f"--{alias}", help=argparse.SUPPRESS, **options)
+            group.add_argument(f"--{alias}", help=argparse.SUPPRESS, **options | {"dest": alias})
     return parser
 
 
@@ -168,11 +298,11 @@ def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, 
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
             raise yaml.constructor.ConstructorError(
-                problem=f"key {_shown(key)} is not text", problem_mark=key_node.start_mark
+                problem=f"key {foreign.shown(key)} is not text", problem_mark=key_node.start_mark
             )
         if key in mapping:
             raise yaml.constructor.ConstructorError(
-                problem=f"key {_shown(key)} stands twice", problem_mark=key_node.start_mark
+                problem=f"key {foreign.shown(key)} stands twice", problem_mark=key_node.start_mark
             )
         mapping[key] = loader.construct_object(value_node, deep=True)
     return mapping
@@ -201,13 +331,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if content is None:
         return {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: expected `flag: value` lines, got {_shown(content)}")
+        raise UserError(f"{path}: expected `flag: value` lines, got {foreign.shown(content)}")
     return content
-
-
-def _shown(value: Any) -> str:
-    """A value in a message: on one line, and short whatever the value is."""
-    return value if isinstance(value, str) and value.isprintable() and len(value) < 80 else reprlib.repr(value)
 
 
 def _convert(f: Flag, value: Any, where: str) -> Any:
@@ -222,9 +347,8 @@ def _convert(f: Flag, value: Any, where: str) -> Any:
     except (ValueError, OverflowError):
         raise UserError(f"{where}: expected {expected}, got {reprlib.repr(value)}") from None
     if f.choices and converted not in f.choices:
-        raise UserError(
-            f"{where}: {_shown(converted)} is not one of {', '.join(f.choices)}{nearest(str(converted), f.choices)}"
-        )
+        close = nearest(str(converted), f.choices)
+        raise UserError(f"{where}: {foreign.shown(converted)} is not one of {', '.join(f.choices)}{close}")
     return converted
 
 

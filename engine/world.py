@@ -157,6 +157,11 @@ def compiler(*names: str) -> str | None:
     )
 
 
+def is_first() -> bool:
+    """Whether this process is, or is going to be, rank 0."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
 def start(deterministic: bool = False) -> World:
     """Joins the process group that the environment describes (none: a group of one). Raises UserError."""
     rank, size, local_rank = (

@@ -28,7 +28,7 @@ from engine.log import Totals
 from engine.model import Base, Policy, load_policy, open_model
 from engine.train import Run, optim, refcache, reference, screen
 from engine.world import World, main, start
-from launch.resolve import resolve, show_plan
+from launch.resolve import commands, resolve, show_plan
 
 LOSSES = {"dpo_norm": losses.dpo_norm, "dpo": losses.dpo, "simpo": losses.simpo, "ipo": losses.ipo, "wpo": losses.wpo}
 ALSO_KNOWN_AS = {"dpo_n": "dpo_norm", "sigmoid_norm": "dpo_norm", "sigmoid": "dpo"}
@@ -286,4 +286,4 @@ def resolve_loss(config: Config) -> tuple[Config, Objective]:
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config)))
+    main(lambda: train(parse(Config, elsewhere=commands)))

@@ -23,6 +23,7 @@ from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill
 from engine.model import load_untrained, open_model
 from engine.train import interval
 from engine.world import World, main, start
+from launch import commands
 from launch.judges import checker, pinned
 from rollout import Collector, Rollout, Sampler
 from verifiers import MODES, Pool, Verdict
@@ -167,4 +168,4 @@ def write(path: Path, answers: list[Answer], prompts: list[Prompt], chat: ChatTo
 
 
 if __name__ == "__main__":
-    main(lambda: evaluate(parse(Config)))
+    main(lambda: evaluate(parse(Config, elsewhere=commands)))

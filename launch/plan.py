@@ -24,6 +24,7 @@ from engine import hardware
 from engine.config import parse
 from engine.errors import UserError, nearest
 from engine.world import main
+from launch import commands
 from launch.planner.plans import STAGES, make, resolve
 from launch.planner.report import as_json, suggestion, table
 from launch.planner.search import suggest
@@ -43,7 +44,7 @@ def plan(argv: list[str]) -> None:
         raise UserError(f"{stage!r} is not a stage to plan: {', '.join(STAGES)}{nearest(stage, STAGES)}")
     torch.set_num_threads(1)  # it computes nothing
     started = time.perf_counter()
-    config, lm_config, value_config = resolve(stage, parse(STAGES[stage][1], argv[1:]))
+    config, lm_config, value_config = resolve(stage, parse(STAGES[stage][1], argv[1:], elsewhere=commands))
     device = hardware.device(config.gpu, config.gpus)
     made = make(stage, config, lm_config, value_config, device)
     print("\n".join(table(made, lm_config)))

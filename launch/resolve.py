@@ -14,10 +14,11 @@ from engine.errors import UserError
 from engine.flags import MemoryFlags, StageFlags, fill
 from engine.model import layers
 from engine.world import World
+from launch import commands
 from launch.judges import checker, pinned
 from launch.planner.dry_run import show_plan
 
-__all__ = ["checker", "pinned", "resolve", "show_plan", "with_tuned_model"]
+__all__ = ["checker", "commands", "pinned", "resolve", "show_plan", "with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
 PATHS = ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume")
 

@@ -25,7 +25,7 @@ from engine.log import Totals
 from engine.model import Policy, load_policy, open_model
 from engine.train import Run, optim, sample, screen
 from engine.world import main, start
-from launch.resolve import resolve, show_plan
+from launch.resolve import commands, resolve, show_plan
 from losses.sft import REDUCTIONS, denominator, token_weights
 
 DEFAULTS = {"batch_size": 128}
@@ -140,4 +140,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config)))
+    main(lambda: train(parse(Config, elsewhere=commands)))

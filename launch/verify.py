@@ -21,10 +21,10 @@ from tqdm import tqdm
 from engine.config import parse
 from engine.errors import UserError, on_one_line
 from engine.flags import flag, require_positive
+from launch import commands
 from launch.judges import checker, pinned
 from verifiers import MAX_ERROR_RATE, MODES, VERIFIERS, Checker, GroundTruthError, Pool, Verdict, verify
-from verifiers.strings import nearest as nearest_field
-from verifiers.strings import shown
+from verifiers.strings import nearest, shown
 
 FEW_ROWS = 200  # are judged here: worker processes would take longer to start
 MAX_LISTED = 20
@@ -117,7 +117,7 @@ def row_of(line: str, dataset: str | None, check: Checker) -> tuple:
         raise GroundTruthError(f"expected a JSON object, found {shown(row)}")
     for field in ("response", "ground_truth", *(() if dataset else ("dataset",))):
         if field not in row:
-            raise GroundTruthError(f"field {field} is missing{nearest_field(field, row)}")
+            raise GroundTruthError(f"field {field} is missing{nearest(field, row)}")
     if not isinstance(row["response"], str):
         raise GroundTruthError(f"field response: expected a text, found {shown(row['response'])}")
     name: Any = row.get("dataset", dataset)
@@ -179,7 +179,7 @@ def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
 
 if __name__ == "__main__":
     try:
-        sys.exit(judge(parse(Config)))
+        sys.exit(judge(parse(Config, elsewhere=commands)))
     except UserError as error:
         print(on_one_line(f"error: {error}"), file=sys.stderr)
         sys.exit(2)

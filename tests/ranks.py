@@ -41,6 +41,7 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
 
     torch.set_num_threads(1)
     from engine import config, world
+    from launch import commands
 
     stage = importlib.import_module(module)
     hook = environment.get("TRIPTYCH_TEST_HOOK")
@@ -50,7 +51,7 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
         plant(argv) if inspect.signature(plant).parameters else plant()
     with contextlib.suppress(BrokenPipeError):
         entry = stage.evaluate if module == "launch.evaluate" else stage.train
-        world.main(lambda: entry(config.parse(stage.Config, argv)))
+        world.main(lambda: entry(config.parse(stage.Config, argv, elsewhere=commands)))
 
 
 def start(module: str, argv: list[str], ranks: int, log: Path, hook: str = "") -> list:

@@ -14,11 +14,13 @@ from engine.world import World
 
 # names in checkpoints; scales are of 8-bit moments
 MOMENTS = ("exp_avg", "exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale")
+INVERSE_SQRT = 10_000  # steps after which inverse_sqrt without a warm-up is down to 1 / sqrt(2); transformers' number
+DECAY_RATIO = 0.1  # of warmup_stable_decay; MiniCPM's (arXiv 2404.06395)
 
 
 def adamw(root: nn.Module, flags: OptimizerFlags, world: World) -> torch.optim.Optimizer:
-    """AdamW (betas 0.9, 0.999, eps 1e-8) on what is trained; weight decay on matrices only. The learning rate is set
-    per step.
+    """AdamW (--adam_beta1, --adam_beta2, --adam_epsilon) on what is trained; weight decay on matrices only. The
+    learning rate is set per step.
 
     --optimizer adamw: moments in the masters' dtype (in bfloat16, v stalls: its changes of 1 / 1000 are less than a
     rounding); adamw_8bit: in 8 bits, in fp32 for small tensors; it says which.
@@ -29,9 +31,10 @@ def adamw(root: nn.Module, flags: OptimizerFlags, world: World) -> torch.optim.O
         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
+    betas, eps = (flags.adam_beta1, flags.adam_beta2), flags.adam_epsilon
     if flags.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=0.0, fused=True)
-    optimizer = AdamW8bit(groups)
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+    optimizer = AdamW8bit(groups, betas=betas, eps=eps)
     world.say(optimizer.describe({p: name for name, p in root.named_parameters()}))
     return optimizer
 
@@ -58,20 +61,55 @@ def adopt(optimizer: torch.optim.Optimizer, p: nn.Parameter, read: dict[str, Ten
 
 
 def learning_rate(flags: OptimizerFlags, step: int, steps: int, peak: float | None = None) -> float:
-    """The learning rate of optimizer step `step` (0-based) of `steps`: linear warm-up from 0, then the schedule to 0.
+    """The learning rate of optimizer step `step` (0-based) of `steps`: linear warm-up from 0, then the schedule.
 
     `peak` takes the place of --learning_rate.
 
-    With w = ceil(warmup_ratio * steps): step / w during the warm-up, then of x = (step - w) / (steps - w):
-    linear 1 - x, cosine (1 + cos(pi x)) / 2, constant 1. The convention of transformers' schedulers: the first step has
-    learning rate 0 where there is a warm-up, and 0 would be reached one step after the last.
+    With w steps of warm-up: step / w during it, then of x = (step - w) / (steps - w)
+
+        linear 1 - x    cosine (1 + cos(pi x)) / 2    constant 1    inverse_sqrt 1 / sqrt(1 + (step - w) / w)
+
+    (the last with 10000 in place of a w of 0). cosine_with_min_lr is f + (1 - f) cosine with the floor f =
+    --min_lr_ratio. warmup_stable_decay is 1 until d steps before the end, and then the same of x = 1 - (steps - step) /
+    d; its warm-up begins at f. The convention of transformers' schedulers: the first step has learning rate 0 where
+    there is a warm-up, and 0 would be reached one step after the last.
     """
-    warmup = math.ceil(flags.warmup_ratio * steps)
+    warmup = warmup_steps(flags, steps)
     peak = flags.learning_rate if peak is None else peak
+    kind, floor = flags.lr_scheduler_type, flags.min_lr_ratio or 0.0
     if step < warmup:
-        return peak * step / warmup
+        return peak * _above(floor, step / warmup) if kind == "warmup_stable_decay" else peak * step / warmup
     x = (step - warmup) / max(1, steps - warmup)
-    return peak * {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "constant": 1.0}[flags.lr_scheduler_type]
+    if kind == "inverse_sqrt":
+        return peak / math.sqrt(1 + (step - warmup) / (warmup or INVERSE_SQRT))
+    if kind == "cosine_with_min_lr":
+        return peak * _above(floor, (1 + math.cos(math.pi * x)) / 2)
+    if kind == "warmup_stable_decay":
+        decay = decay_steps(flags, steps)
+        x = max(0, step - (steps - decay)) / decay
+        return peak * _above(floor, (1 + math.cos(math.pi * x)) / 2)
+    return peak * {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "constant": 1.0}[kind]
+
+
+def warmup_steps(flags: OptimizerFlags, steps: int) -> int:
+    """Of a run of `steps`: --warmup_steps, or --warmup_ratio of them, rounded up. It may be longer than the run."""
+    share = flags.warmup_ratio if flags.warmup_steps is None else flags.warmup_steps
+    if share >= 1 and flags.warmup_steps is not None:
+        return int(share)
+    return math.ceil(share * steps)
+
+
+def decay_steps(flags: OptimizerFlags, steps: int) -> int:
+    """The last ones of a run of `steps`, in which warmup_stable_decay decays: --decay_steps, or --decay_ratio of
+    them, rounded up.
+    """
+    share = DECAY_RATIO if flags.decay_ratio is None else flags.decay_ratio
+    return math.ceil(share * steps) if flags.decay_steps is None else flags.decay_steps
+
+
+def _above(floor: float, share: float) -> float:
+    """Of 1, where `share` of what is above the floor is left."""
+    return share * (1 - floor) + floor
 
 
 @torch.no_grad()

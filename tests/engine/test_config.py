@@ -190,7 +190,10 @@ YAML_BAD = [
     ("mixer_list: [a, no]", "mixer_list: expected words"),
     ("mixer_list: []", "mixer_list: expected words"),
     ("seed: 1\nseed: 2", ":2: not a recipe (key seed stands twice)"),
-    ("max_length: 1\nmax_seq_length: 2", "max_seq_length says the same as another key"),
+    (
+        "max_length: 1\nmax_seq_length: 2",
+        ": max_length and max_seq_length say the same thing, max_seq_length, in two ways: give one",
+    ),
     ("seed: !!python/object/apply:os.system ['touch x']", "not a recipe"),
     ("!!python/name:os.system {}", "not a recipe"),
     ("seed: !!binary aGk=", "whole number"),
@@ -353,6 +356,26 @@ def test_batch_size_of_devices_and_accumulation(argv, ranks, want):
 )
 def test_a_thing_is_said_once(words):
     assert "are two ways to say one thing: give one of them" in refusal(*words)
+
+
+@pytest.mark.parametrize(
+    "text, words, want",
+    [
+        ("warmup_ratio: 0.2", "--warmup_steps 50", {"warmup_steps": 50.0, "warmup_ratio": None}),
+        ("warmup_steps: 50", "--warmup_ratio 0.2", {"warmup_steps": None, "warmup_ratio": 0.2}),
+        ("warmup_steps: 50", "", {"warmup_steps": 50.0, "warmup_ratio": None}),
+        ("batch_size: 8", "--per_device_train_batch_size 2", {"batch_size": 32, "per_device_train_batch_size": 2}),
+        ("mixer_list: [a, 1.0]", "--dataset_name b", {"mixer_list": None, "dataset_name": "b"}),
+        (
+            "dataset_name: b",
+            "--mixer_list a 1.0 --dataset_name none",
+            {"mixer_list": ("a", "1.0"), "dataset_name": None},
+        ),
+    ],
+)
+def test_the_command_line_wins_also_in_another_way(text, words, want, tmp_path):
+    got = as_dict(parse(Config, ["--config", str(recipe(tmp_path, text)), *words.split()]))
+    assert {name: got[name] for name in want} == want
 
 
 def test_accumulation_is_greater_than_0():

@@ -155,6 +155,7 @@ def place(tmp_path_factory) -> Place:
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     (root / "cut.jsonl").write_text(json.dumps(pair()) + "\n" + json.dumps(pair())[:40])
     (root / "recipe.yaml").write_text("lerning_rate: 1\n")
+    (root / "sft.yaml").write_text("bf16: true\nreduce_loss: sum\n")
     (root / "file").write_text("x")
     return Place(root)
 
@@ -174,6 +175,21 @@ CASES = {
         ("--config", "{place}/recipes.yaml"),
         "--config {place}/recipes.yaml: no such file (did you mean recipe.yaml?)",
     ),
+    "recipe of another command": (
+        ("--config", "{place}/sft.yaml"),
+        "{place}/sft.yaml: reduce_loss belongs to launch.sft",
+    ),
+    "flag of two other commands": (
+        ("--max_new_tokens", 64),
+        "command line: --max_new_tokens is --response_length here, which belongs to launch.ppo and launch.evaluate",
+    ),
+    "another trainer's, refused": (("--fp16",), "--fp16 true is refused: float16 needs loss scaling"),
+    "another trainer's, and ours": (
+        ("--dtype", "float32", "--bf16", "true"),
+        "--dtype and --bf16 say the same thing, --dtype, in two ways: give one of them",
+    ),
+    "torchtune's": (("optimizer.lr=2e-5",), "command line: optimizer.lr is --learning_rate here"),
+    "no floor": (("--lr_scheduler_type", "cosine_with_min_lr"), "--lr_scheduler_type cosine_with_min_lr needs"),
     "not a number": (("--beta", "five"), "--beta: expected a finite number, got 'five'"),
     "nan": (("--learning_rate", "nan"), "--learning_rate: expected a finite number, got 'nan'"),
     "beta 0": (("--beta", 0), "--beta must be greater than 0, got 0.0"),
@@ -268,6 +284,21 @@ def test_refused_before_weights_load(case, place):
     argv, expected = CASES[case]
     words = [str(word).replace("{place}", str(place.root)) for word in argv]
     assert place.refuse(*words).startswith(expected.replace("{place}", str(place.root)))
+
+
+def test_flags_of_other_trainers_are_said_once(place):
+    """On two ranks, with a recipe: a line for each, by rank 0; the run is that of our words."""
+    (place / "theirs.yaml").write_text("gradient_checkpointing: true\nwarmup_steps: 1\nbf16: true\nfp16:\n")
+    theirs = ["--config", place / "theirs.yaml", "--dtype", "float32", "--packing", "--logging_steps", "10"]
+    ended = place.run(*theirs, "--optim", "adamw_torch", "--dry_run", world=2)
+    assert ended.codes == [0, 0] and not ended.loaded, ended
+    assert ended.stdout.splitlines()[:4] == [
+        f"{place / 'theirs.yaml'}: gradient_checkpointing true is gradient_checkpointing full",
+        "--packing true: always on: sequences share a micro-batch without padding, and none sees another",
+        "--logging_steps is not used: every step is a row of metrics.jsonl",
+        "--optim adamw_torch is --optimizer adamw",
+    ]
+    assert "is dtype bfloat16" not in ended.stdout
 
 
 def test_more_ranks_than_data(place):

@@ -1926,7 +1926,11 @@ TRAIN = (
         "the_warm_up_begins_at_1", "engine/train/optim.py", "peak * step / warmup", "peak * (step + 1) / warmup", OPTIM
     ),
     Mutant(
-        "the_warm_up_is_rounded_down", "engine/train/optim.py", "warmup = math.ceil(", "warmup = math.floor(", OPTIM
+        "the_warm_up_is_rounded_down",
+        "engine/train/optim.py",
+        "return math.ceil(share * steps)\n",
+        "return math.floor(share * steps)\n",
+        OPTIM,
     ),
     Mutant(
         "the_schedule_begins_at_step_0",
@@ -1936,7 +1940,34 @@ TRAIN = (
         OPTIM,
     ),
     Mutant(
-        "cosine_of_half_the_way", "engine/train/optim.py", "math.cos(math.pi * x)", "math.cos(math.pi * x / 2)", OPTIM
+        "cosine_of_half_the_way",
+        "engine/train/optim.py",
+        '"cosine": (1 + math.cos(math.pi * x))',
+        '"cosine": (1 + math.cos(math.pi * x / 2))',
+        OPTIM,
+    ),
+    Mutant(
+        "a_floor_under_a_warm_up_that_has_none",
+        "engine/train/optim.py",
+        'if kind == "warmup_stable_decay" else peak * step / warmup',
+        'if kind != "linear" else peak * step / warmup',
+        OPTIM,
+    ),
+    Mutant("the_floor_is_added", "engine/train/optim.py", "share * (1 - floor) + floor", "share + floor", OPTIM),
+    Mutant("the_decay_comes_at_once", "engine/train/optim.py", "step - (steps - decay)", "step - warmup", OPTIM),
+    Mutant(
+        "a_root_without_its_time_scale",
+        "engine/train/optim.py",
+        "math.sqrt(1 + (step - warmup) / (warmup or INVERSE_SQRT))",
+        "math.sqrt(1 + (step - warmup))",
+        OPTIM,
+    ),
+    Mutant(
+        "betas_are_the_defaults",
+        "engine/train/optim.py",
+        "AdamW8bit(groups, betas=betas, eps=eps)",
+        "AdamW8bit(groups)",
+        OPTIM,
     ),
     Mutant(
         "clipping_cannot_be_off",
@@ -2314,6 +2345,7 @@ TRAIN = (
 
 CONFIG = ("tests/engine/test_config.py",)
 FLAGS = ("tests/engine/test_flags.py",)
+FOREIGN = ("tests/engine/test_foreign.py",)
 LOG = ("tests/engine/test_log.py",)
 WORLD = ("tests/engine/test_world.py",)
 
@@ -2321,11 +2353,17 @@ ENGINE = (
     Mutant(
         "the_recipe_wins_over_the_command_line",
         "engine/config.py",
-        'values[name] = _convert(flags[name], value, f"--{name}")',
-        'values.setdefault(name, _convert(flags[name], value, f"--{name}"))',
+        "values = recipe.values | command.values",
+        "values = command.values | recipe.values",
         CONFIG,
     ),
-    Mutant("aliases_are_unknown_in_recipes", "engine/config.py", "name = aliases.get(key, key)", "name = key", CONFIG),
+    Mutant(
+        "aliases_are_unknown",
+        "engine/config.py",
+        "for alias in (name, *f.aliases)}\n        self.choices",
+        "for alias in (name,)}\n        self.choices",
+        CONFIG,
+    ),
     Mutant("prefixes_are_matched", "engine/config.py", "allow_abbrev=False", "allow_abbrev=True", CONFIG),
     Mutant("infinity_is_a_number", "engine/config.py", "if math.isfinite(number) and (", "if (", CONFIG),
     Mutant(
@@ -2353,9 +2391,85 @@ ENGINE = (
     Mutant(
         "a_thing_is_said_twice",
         "engine/config.py",
-        "for o in f.excludes if values.get(o) is not None",
-        "for o in f.excludes if values.get(o) is f",
+        "if values.get(other) is not None:",
+        "if values.get(other) is f:",
         CONFIG,
+    ),
+    Mutant(
+        "a_default_says_it_too",
+        "engine/config.py",
+        "values[other] = None  # its default does not say it either",
+        "pass",
+        CONFIG,
+    ),
+    Mutant("a_recipe_says_it_in_another_way", "engine/config.py", "recipe.values.pop(name, None)", "pass", CONFIG),
+    Mutant(
+        "two_names_say_two_things",
+        "engine/config.py",
+        "if self.said.get(name, by) != by and value != self.values[name]:",
+        "if False:",
+        CONFIG,
+    ),
+    Mutant(
+        "what_is_overruled_is_said",
+        "engine/config.py",
+        "if not names or not names <= command.values.keys()",
+        "if True",
+        FOREIGN,
+    ),
+    Mutant(
+        "a_flag_of_another_command_is_unknown",
+        "engine/config.py",
+        "if commands := self._commands(name):",
+        "if commands := '':",
+        FOREIGN,
+    ),
+    Mutant(
+        "a_row_for_another_command_holds",
+        "engine/config.py",
+        "if row.needs <= self.flags.keys()), None)",
+        "), None)",
+        FOREIGN,
+    ),
+    Mutant(
+        "sections_are_keys",
+        "engine/config.py",
+        "if isinstance(value, dict) else [name]",
+        "if False else [name]",
+        FOREIGN,
+    ),
+    Mutant("translated_in_silence", "engine/config.py", "_say([line for _, line in command.lines])", "pass", FOREIGN),
+    Mutant(
+        "anything_is_done_anyway",
+        "engine/flags/foreign.py",
+        "if not any(_same(word, taken) for taken in row.takes):",
+        "if not row.takes:",
+        FOREIGN,
+    ),
+    Mutant(
+        "a_refused_word_is_ours", "engine/flags/foreign.py", "if isinstance(known, No):", "if known is No:", FOREIGN
+    ),
+    Mutant("a_key_on_the_screen", "engine/flags/foreign.py", '"..." if row.secret else', "", FOREIGN),
+    Mutant(
+        "bf16_is_half",
+        "engine/flags/table.py",
+        '{"true": "bfloat16", "false": "float32", "auto": "auto", "full": "bfloat16"}',
+        '{"true": "float16", "false": "float32", "auto": "auto", "full": "bfloat16"}',
+        FOREIGN,
+    ),
+    Mutant(
+        "a_floor_that_no_one_reads",
+        "engine/flags/optimizer.py",
+        "and self.lr_scheduler_type not in schedules:",
+        "and not schedules:",
+        FLAGS,
+    ),
+    Mutant(
+        "a_step_and_a_half",
+        "engine/flags/optimizer.py",
+        "(self.warmup_steps > 1 and self.warmup_steps != int(self.warmup_steps))",
+        "False",
+        FLAGS,
     ),
     Mutant("0_is_positive", "engine/flags/declare.py", "not value > 0", "not value >= 0", CONFIG),
     Mutant(

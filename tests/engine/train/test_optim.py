@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from engine.flags import OptimizerFlags
@@ -112,20 +115,74 @@ def test_frozen_parameters_are_left_out():
         ]
 
 
-@pytest.mark.parametrize("schedule", ["linear", "cosine", "constant"])
-@pytest.mark.parametrize("warmup_ratio", [0.0, 0.03, 0.1, 1.0])
-def test_schedules_are_those_of_transformers(schedule, warmup_ratio):
-    from transformers import get_scheduler
+SCHEDULES = {  # ours → transformers' name, our flags, its keyword arguments; of 37 steps
+    "linear": ("linear", {}, {}),
+    "cosine": ("cosine", {}, {}),
+    "constant": ("constant_with_warmup", {}, {}),
+    "floor": ("cosine_with_min_lr", {"min_lr_ratio": 0.1}, {"min_lr_rate": 0.1}),
+    "floor 0": ("cosine_with_min_lr", {"min_lr_ratio": 0.0}, {"min_lr_rate": 0.0}),
+    "wsd": ("warmup_stable_decay", {}, {"num_decay_steps": 4}),
+    "wsd, share": ("warmup_stable_decay", {"decay_ratio": 0.5}, {"num_decay_steps": 19}),
+    "wsd, steps": ("warmup_stable_decay", {"decay_steps": 9}, {"num_decay_steps": 9}),
+    "wsd, all": ("warmup_stable_decay", {"decay_ratio": 1.0}, {"num_decay_steps": 37}),
+    "wsd, more than all": ("warmup_stable_decay", {"decay_steps": 50}, {"num_decay_steps": 50}),
+    "wsd, floor": (
+        "warmup_stable_decay",
+        {"decay_steps": 9, "min_lr_ratio": 0.25},
+        {"num_decay_steps": 9, "min_lr_ratio": 0.25},
+    ),
+    "inverse_sqrt": ("inverse_sqrt", {}, {}),
+}
+WARMUPS = [{"warmup_ratio": share} for share in (0.0, 0.03, 0.1, 1.0)]
+WARMUPS += [{"warmup_steps": n} for n in (0.0, 0.25, 1.0, 5.0, 37.0, 100.0)]
+
+
+@pytest.mark.parametrize("warmup", WARMUPS, ids=str)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_schedules_are_those_of_transformers(schedule, warmup):
+    """Step by step, in float64; the warm-up as transformers' training arguments count it."""
+    from transformers import TrainingArguments, get_scheduler
 
     steps, parameter = 37, nn.Parameter(torch.zeros(1))
+    name, ours, theirs = SCHEDULES[schedule]
     optimizer = torch.optim.SGD([parameter], lr=2e-3)
-    name = "constant_with_warmup" if schedule == "constant" else schedule
+    n = TrainingArguments.get_warmup_steps(SimpleNamespace(warmup_steps=warmup.get("warmup_steps", 0)), steps)
+    n = math.ceil(warmup["warmup_ratio"] * steps) if "warmup_ratio" in warmup else n
     scheduler = get_scheduler(
-        name, optimizer, num_warmup_steps=math.ceil(warmup_ratio * steps), num_training_steps=steps
+        name, optimizer, num_warmup_steps=n, num_training_steps=steps, scheduler_specific_kwargs=theirs
     )
-    flags = OptimizerFlags(learning_rate=2e-3, warmup_ratio=warmup_ratio, lr_scheduler_type=schedule)
+    kind = "constant" if schedule == "constant" else name
+    flags = OptimizerFlags(learning_rate=2e-3, lr_scheduler_type=kind, **warmup, **ours)
+    flags.check_schedule()
     for step in range(steps):
-        ours = optim.learning_rate(flags, step, steps)
-        assert ours == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        got = optim.learning_rate(flags, step, steps)
+        assert got == pytest.approx(scheduler.get_last_lr()[0], rel=1e-12, abs=1e-15)
+        assert optim.learning_rate(flags, step, steps, peak=1.0) == pytest.approx(got / 2e-3, rel=1e-12, abs=1e-15)
         optimizer.step()
         scheduler.step()
+
+
+@settings(deadline=None, max_examples=300)
+@given(
+    st.sampled_from(["linear", "cosine", "constant"]),
+    st.integers(1, 5000),
+    st.floats(0, 1),
+    st.floats(1e-8, 1),
+    st.data(),
+)
+def test_the_first_three_schedules_keep_their_bits(kind, steps, ratio, peak, data):
+    """As version 0.2 computed them: a checkpoint of it is resumed on the same learning rates."""
+    step = data.draw(st.integers(0, steps - 1))
+    warmup = math.ceil(ratio * steps)
+    x = (step - warmup) / max(1, steps - warmup)
+    after = {"linear": 1 - x, "cosine": (1 + math.cos(math.pi * x)) / 2, "constant": 1.0}[kind]
+    before = peak * step / warmup if step < warmup else peak * after
+    flags = OptimizerFlags(learning_rate=peak, warmup_ratio=ratio, lr_scheduler_type=kind)
+    assert optim.learning_rate(flags, step, steps) == before
+
+
+@pytest.mark.parametrize("kind", ["adamw", pytest.param("adamw_8bit", marks=needs.bitsandbytes)])
+def test_betas_and_epsilon_are_the_flags(kind):
+    flags = OptimizerFlags(optimizer=kind, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-5)
+    for group in optim.adamw(nn.Linear(70, 70), flags, Alone()).param_groups:
+        assert (tuple(group["betas"]), group["eps"]) == ((0.8, 0.95), 1e-5)
