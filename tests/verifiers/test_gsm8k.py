@@ -78,7 +78,8 @@ def test_one_answer_said_twice_is_one(response):
         ("It is 41 or 43.\n#### 42", "42"),  # what was weighed before the declaration
         ("#### 41 or 43\nNo:\n#### 42", "42"),  # the last declaration counts
         ("it is 41 or 42", "42"),  # nothing is declared: the last number of the text
-        ("Answer: 42 apples, 7 of them red", "7"),  # a sentence with several numbers is no declaration
+        ("Answer: 42 apples, 7 of them red", "42"),  # the number right after the declaration
+        ("Answer: 41 apples and 1 more are 42", "42"),  # a sentence with several numbers is no declaration
     ],
 )
 def test_other_numbers_nearby_are_no_hedge(response, answer):
