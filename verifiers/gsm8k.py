@@ -31,7 +31,7 @@ DECLARED = re.compile(
     r"(?im)####(?!\s*(?:step|part|section|phase|case|problem|question|solution)\b)|\\(?:boxed|fbox)\s*\{|<answer>"
     r"|^[^\S\n]*[*_]*(?:the\s+)?(?:final\s+)?a(?:nswer)?[*_]*\s*:|\banswer[*_]*\s+(?:is|would\s+be|should\s+be)\b:?"
 )
-FRAC = re.compile(r"([0-9]?)\\[dt]?frac(?:\{([0-9]+)\}|\s?([0-9]))(?:\{([0-9]+)\}|\s?([0-9]))")
+FRAC = re.compile(r"\\[dt]?frac(?:\{([0-9]+)\}|\s?([0-9]))(?:\{([0-9]+)\}|\s?([0-9]))")
 HEDGE = re.compile(r"\s*(?:[,;|/]|or|and|to)\s*(?:or\s*|and\s*)?[$\\]*\s*")
 OR = re.compile(r"[^0-9.,;:()]{0,40}\bor\b[^0-9.,;:()]{0,20}")  # '42 apples or 43'
 TIMES = re.compile(r"\s*(?:[*×·÷^x]|\\times|\\cdot|\\div)[\s(]*")
@@ -54,33 +54,39 @@ MARKS = {
     **{"，": ",", "．": ".", "％": "%", "＄": "$", "⁄": "/", "½": " 1/2", "¼": " 1/4", "¾": " 3/4", "≈": "="},
 }
 UNICODE = str.maketrans(MARKS)
-THIN_THOUSANDS = re.compile("(?<=[0-9])[\u00a0\u2007\u2009\u202f'’](?=[0-9]{3}(?![0-9]))")
-LATEX_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|\\[,! ;:]|,\\!|~)(?=[0-9]{3})")
-SPACED_THOUSANDS = re.compile(
-    r"(?<![0-9A-Za-z.,/])(?<!tep )(?<!No\. )(?<!no\. )(?<!umber )(?<!art )(?<!Day )(?<!day )(?<!eek )(?<!oom )"
-    r"[1-9][0-9]{0,2}(?: [0-9]{3}){1,40}(?![0-9/]|,[0-9])"
+THIN_THOUSANDS = re.compile("([0-9])[\u00a0\u2007\u2009\u202f'’](?=[0-9]{3}(?![0-9]))")
+LATEX_THOUSANDS = re.compile(r"([0-9])(?:\{,\}|\\[,! ;:]|,\\!|~)(?=[0-9]{3})")
+SPACED_THOUSANDS = re.compile(  # each look-behind after the digit, which is what the search jumps to
+    r"[1-9](?<![0-9A-Za-z.,/].)(?<!tep .)(?<!No\. .)(?<!no\. .)(?<!umber .)(?<!art .)(?<!Day .)(?<!day .)(?<!eek .)"
+    r"[0-9]{0,2}(?: [0-9]{3}){1,40}(?![0-9/]|,[0-9])"
 )
-UNIT_POWER = re.compile(r"(?<=[A-Za-z}])\^\{?[0-9]\}?|(?<=[0-9 ]m)[23]\b|(?<=[ckdm]m)[23]\b|(?<=ft)[23]\b")
+UNIT_POWER = re.compile(r"\^(?<=[A-Za-z}].)\{?[0-9]\}?|[23]\b(?<=[0-9 ckd]m.|ft.)")
 
 
 def plain(text: str) -> str:
     """`text` with one spelling for what has many: digits, signs and spaces of Unicode, thousands joined by commas,
     simple fractions as a/b; exponents of units, bold and code marks removed."""
     if not text.isascii():
-        text = re.sub(r"\d", lambda digit: str(int(digit[0])), THIN_THOUSANDS.sub(",", text.translate(UNICODE)))
+        text = re.sub(r"[^\D0-9]{1,400}", ascii_digits, THIN_THOUSANDS.sub(r"\1,", text.translate(UNICODE)))
     if "\\" in text or "~" in text:
-        text = FRAC.sub(spelled_fraction, LATEX_THOUSANDS.sub(",", text))
+        text = FRAC.sub(spelled_fraction, LATEX_THOUSANDS.sub(r"\1,", text))
     if "^" in text or "2" in text or "3" in text:
         text = UNIT_POWER.sub("", text)
     text = text.replace("**", "").replace("__", "").replace("`", "")
     return SPACED_THOUSANDS.sub(lambda number: number[0].replace(" ", ","), text) if " " in text else text
 
 
+def ascii_digits(match: re.Match) -> str:
+    """Digits of another script as those of ASCII."""
+    return str(int(match[0])).zfill(len(match[0]))
+
+
 def spelled_fraction(match: re.Match) -> str:
     """A match of FRAC as a/b, after the whole number before it if there is one: 2 1/2."""
-    whole, *parts = match.groups()
-    top, bottom = (part for part in parts if part is not None)
-    return f"{whole} {top}/{bottom}" if whole else f"{top}/{bottom}"
+    top, bottom = (part for part in match.groups() if part is not None)
+    return (
+        f" {top}/{bottom}" if match.string[max(0, match.start() - 1) : match.start()].isdigit() else f"{top}/{bottom}"
+    )
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------------
@@ -101,7 +107,7 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
         return failed(refused)
     found = found or last_number(tail)
     if found is None:
-        return failed(f"no number found, expected {shown(ground_truth)}" if response.strip() else "empty response")
+        return failed(f"no number found, expected {shown(ground_truth)}" if response[:64].strip() else "empty response")
     text = f"extracted {shown(spelling(found))}, expected {shown(ground_truth)}"
     if value(found) != expected:
         return failed(text)
@@ -111,13 +117,18 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
 def tail_with_digit(text: str) -> str:
     """The WINDOW characters before the last digit of `text`, if one is among its last 32 Ki: 10 MB cost little."""
     tail = text[-(1 << 15) :]
-    if tail.isascii():
-        digit = max(map(tail.rfind, "0123456789"))
-    else:
-        digit = max((match.start() for match in re.finditer(r"\d", tail)), default=-1)
+    digit = max(map(tail.rfind, "0123456789")) if tail.isascii() else last_digit(tail)
     window = tail[max(0, digit - WINDOW) : digit + 64]
     whole = len(tail) == len(text) and digit <= WINDOW
     return window if whole else window.lstrip("0123456789,.+-") or window  # the cut may have gone through a number
+
+
+def last_digit(text: str) -> int:
+    """Where the last digit of any script stands in `text`, or -1."""
+    for start in range(len(text) - len(text) % 256, -1, -256):
+        if (match := last(re.finditer(r"\d", text[start : start + 256]))) is not None:
+            return start + match.start()
+    return -1
 
 
 def declared(tail: str) -> tuple[re.Match | None, str | None]:
@@ -202,9 +213,10 @@ def is_hedge(part: str, first: re.Match, second: re.Match) -> bool:
 def last_number(tail: str) -> re.Match | None:
     """The last number of the text; the one before it, if that has it as a remark in brackets: '42 (6 times 7)'."""
     digit = max(map(tail.rfind, "0123456789"))
-    start = max(0, digit - 3 * MAX_DIGITS)
-    while 0 < start < digit and tail[start - 1] in "0123456789.,+-/$ ":
-        start += 1
+    start = digit
+    while start > max(0, digit - 3 * MAX_DIGITS) and tail[start - 1] in "0123456789.,/":
+        start -= 1
+    start = max(0, start - 16)  # a sign, a currency, the whole part of 1 1/2
     found = last(NUMBER.finditer(tail, start))
     if found is None:
         return None
