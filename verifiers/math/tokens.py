@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 
 from verifiers.math.tree import Num
+from verifiers.math.units import SAME_UNIT
 
 MAX_LENGTH = 2000
 MAX_TOKENS = 700
@@ -17,11 +18,22 @@ class Unparseable(ValueError):
     """The text is not an answer this grammar knows."""
 
 
+INVISIBLE = (
+    0xAD,
+    0x180E,
+    *range(0x200B, 0x2010),
+    *range(0x202A, 0x202F),
+    *range(0x2060, 0x2070),
+    0xFE0E,
+    0xFE0F,
+    0xFEFF,
+)
 UNICODE = str.maketrans(
     {
-        **dict.fromkeys("−–—﹣－", "-"),
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
-        **dict.fromkeys("\xa0\u2002\u2003\u2009\u202f", " "),
+        **dict.fromkeys("−–—﹣－‑", "-"),
+        **dict.fromkeys(map(chr, INVISIBLE), ""),
+        **dict.fromkeys(map(chr, (0xA0, *range(0x2000, 0x200B), 0x202F, 0x205F, 0x3000)), " "),
+        **dict.fromkeys("€£¥₹", ""),
         **{c: str(i) for i, c in enumerate("０１２３４５６７８９")},
         **{c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
         **{c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
@@ -36,16 +48,40 @@ UNICODE = str.maketrans(
         },
         **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "},
         **{"±": r"\pm ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "％": "%", "θ": r"\theta "},
-        **{"∅": r"\emptyset ", "’": "'", "′": "'", "“": '"', "”": '"', "，": ","},
+        **{"∅": r"\emptyset ", "‘": "'", "’": "'", "′": "'", "“": '"', "”": '"', "„": '"', "«": '"', "»": '"'},
+        **{"，": ",", "；": ";", "：": ":", "（": "(", "）": ")", "＝": "=", "＋": "+", "／": "/", "⁄": "/", "∕": "/"},
+        **{
+            "⅓": r"\frac13 ",
+            "⅔": r"\frac23 ",
+            "⅛": r"\frac18 ",
+            "∗": "*",
+            "º": "°",
+            "⟨": r"\langle ",
+            "⟩": r"\rangle ",
+        },
+        **{"ℝ": r"\mathbb{R}", "∠": r"\angle ", "△": r"\triangle ", "¢": r"\text{cents}", "…": r"\ldots "},
+        **{"α": r"\alpha ", "β": r"\beta ", "φ": r"\phi ", "λ": r"\lambda ", "μ": r"\mu ", "ω": r"\omega "},
     }
 )
 DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # backslashes escaped once too often
-JOINED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!\s?|\\!,|\\,|\\!|\\ |\\;|\\:)(?=[0-9]{3}(?![0-9]))")
+DECIMAL_BRACE = re.compile(r"(?<![0-9])0\{,\}(?=[0-9])|(?<=[0-9])\{,\}(?=[0-9])(?![0-9]{3}(?![0-9]))")
+JOINED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!\s?|\\!,|\\,|\\!|\\ |\\;|\\:|~)(?=[0-9]{3}(?![0-9]))")
+SPACED_THOUSANDS = re.compile(r"[1-9](?<![\w.,].)(?<![0-9] .)[0-9]{0,2}(?: [0-9]{3}){1,40}(?![\w/]| [0-9])")
 SPACING = re.compile(
-    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?"
-    r"|(?<!\\)\\[!$\x22]|\$|`|\*\*|\\mathstrut"
+    r"(?<!\\)\\(?:left|right|middle|[bB]igg?[lrm]?|(?:display|text|script)style|limits|nolimits|boldmath|boldsymbol|bm|pmb"
+    r"|underline|textdollar|nonumber|mathstrut|strut|hfill)(?![A-Za-z])\.?"
+    r"|(?<!\\)\\[!$\x22]|\$|`|\*\*|(?<!\\)\\[hv]space\*?\{[^{}]{0,40}\}"
 )
-SPACE = re.compile(r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|enspace|[,;:> ()\[\]])|~|\\quad(?=[a-z]_)|\s")
+SPACE = re.compile(
+    r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|medspace|thickspace|enspace|[,;:>/ ()\[\]])|~|\\quad(?=[a-z]_)|\s"
+)
+CHOOSE = re.compile(r"\{([^{}]{1,60})\\choose(?![a-z])\s*([^{}]{1,60})\}")
+QUOTED = re.compile(r"(?s)(?:``|''|[\"'`])\s*([^\"`]+?)\s*(?:''|[\"'])([.,]?)")
+STATED = re.compile(r"^(?:=|\\approx(?![a-z])|\\implies|\\Rightarrow|\\therefore|:)\s*")
+NOON = re.compile(r"(?i)(?<=[0-9])\s*(?:\\(?:text|mathrm|mbox)\s*\{)?\s*\b([ap])\.?\s?m\b\.?\s*\}?")
+COMPOUND_UNIT = re.compile(
+    r"(?<=[0-9])\s*((?:km|cm|mm|m|mi|ft|g|kg)\s*/\s*(?:s|h|hr|min|sec|hour|cm|m|l)(?:\^(?:\{[23]\}|[23]))?)$"
+)
 DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree(?![a-z])")
 PERCENT = re.compile(r"(?i)\s*\\?%|\s*(?:\\text(?:bf)?\{)?\s*\b(?:percentage|percent|pct)\b\.?\s*\}?")
 
@@ -56,16 +92,32 @@ def normalise(text: str) -> str:
     for a text of more than MAX_LENGTH characters."""
     if len(text) > MAX_LENGTH:
         raise Unparseable(f"an answer of {len(text)} characters")
-    text = text.translate(UNICODE)
+    if not text.isascii():
+        text = text.translate(UNICODE)
+    text = text.strip()
+    if quoted := QUOTED.fullmatch(text):
+        text = quoted[1]
     if any(mark in text for mark in "\\$*`{"):
         text = text.replace("\\\\", "\\cr ") if "\\begin" in text else DOUBLED.sub(r"\\", text)
-        text = JOINED_THOUSANDS.sub("", text)
+        text = JOINED_THOUSANDS.sub("", DECIMAL_BRACE.sub(_decimal_point, text))
         text = DEGREE.sub("°", SPACING.sub("", text))
+        text = CHOOSE.sub(r"\\binom{\1}{\2}", text)
     has_percent = "%" in text or re.search("(?i)perc|pct", text)
     text = SPACE.sub(" ", text)
     if has_percent:
         text = PERCENT.sub(r"\\%", text)
-    return without_final_punctuation(text.strip())
+    if " " in text:
+        text = SPACED_THOUSANDS.sub(lambda match: match[0].replace(" ", ""), text)
+    if "&" in text and "\\begin" not in text:
+        text = text.replace("\\&", ",").replace("&", ",")
+    if "m" in text or "M" in text:
+        text = NOON.sub(r"\\text{\1m}", text)
+        text = COMPOUND_UNIT.sub(r"\\text{\1}", text) if "/" in text else text
+    return STATED.sub("", without_final_punctuation(text.strip()))
+
+
+def _decimal_point(match: re.Match) -> str:
+    return match[0].replace("{,}", ".")
 
 
 def without_final_punctuation(text: str) -> str:
@@ -82,9 +134,12 @@ TOKEN = re.compile(
     r"|(?P<word>[^\W\d_]+)|(?P<mark><=|>=|!=|==|[-+*/^_=<>(){}\[\],;:|!&'°])|(?P<space>\s+)"
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?!\.[0-9]+,)")
-REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline\s*\{?(?P<period>[0-9]+)\}?")
+REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\(?:overline|bar|dot)\s*\{?(?P<period>[0-9]+)\}?")
 TEXT_COMMANDS = frozenset(
-    str.split("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it")
+    str.split(
+        "text textbf textit textrm texttt textsf textnormal textup textmd textsc mbox hbox mathrm mathbf mathit mathsf "
+        "mathtt mathnormal rm bf it unit"
+    )
 )
 SYNONYMS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
@@ -109,7 +164,7 @@ FUNCTIONS = frozenset(
         "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom"
     )
 )
-DECORATIONS = frozenset(str.split("overline vec hat bar tilde overrightarrow underline widehat overleftrightarrow"))
+DECORATIONS = frozenset(str.split("overline vec hat bar tilde overrightarrow widehat overleftrightarrow"))
 GREEK = frozenset(
     str.split(
         "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
@@ -123,10 +178,12 @@ PLAIN_WORDS = {
     "infinity": "infty",
     "inf": "infty",
     "theta": "theta",
-    "or": ",",
+    "or": "or",
     "and": ",",
 }
-UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb lbs mph am pm"))
+UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd yds oz lb lbs mph kph am pm"))
+CONSONANTS = frozenset("bcdfgjklmnpqrstvwxz")
+DIGITS_FIRST = re.compile(r"[-+]?\s*\.?[0-9]")
 
 
 def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
@@ -136,9 +193,10 @@ def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
     if thousands:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     tokens: list[tuple[str, str]] = []
+    has_period = "\\overline" in text or "\\bar" in text or "\\dot" in text
     at = 0
     while at < len(text):
-        if match := REPEATING.match(text, at) if "overline" in text else None:
+        if match := REPEATING.match(text, at) if has_period else None:
             tokens.append(("repeating", match["whole"] + "." + match["fixed"] + "~" + match["period"]))
             at = match.end()
             continue
@@ -161,11 +219,13 @@ def command_token(text: str, at: int, name: str, tokens: list[tuple[str, str]]) 
     if name in TEXT_COMMANDS or name == "operatorname":
         end = closing_brace(text, at)
         content = text[at:end].strip().removeprefix("{").removesuffix("}").strip()
-        separator = content.lower().strip(" ,") in ("and", "or", "")
-        if name == "operatorname":
-            tokens.append(("command", content))
-        elif separator:
-            tokens.extend([("mark", ",")] * bool(content))
+        word = content.lower().strip(" ,")
+        if content in FUNCTIONS or content in SYNONYMS:
+            tokens.append(("command", SYNONYMS.get(content, content)))
+        elif word in ("and", "or", ""):
+            tokens.extend([("mark", "or" if word == "or" else ",")] * bool(content))
+        elif DIGITS_FIRST.match(content) and "\\" not in content:  # \text{3 cm}, \mathbf{3}
+            tokens += tokenize(content)
         elif re.fullmatch(r"[A-Za-z]", content) and name.startswith("math"):
             tokens.append(("name", content))
         else:
@@ -197,16 +257,23 @@ def closing_brace(text: str, at: int) -> int:
 def word_token(word: str, tokens: list[tuple[str, str]]) -> None:
     """A run of letters: a function, a separator, a unit after a number, a product of variables, or a word of text."""
     if word in PLAIN_WORDS or word.lower() in ("or", "and"):
-        word = PLAIN_WORDS.get(word, ",")
-        tokens.append(("mark", ",") if word == "," else ("command", word))
+        word = PLAIN_WORDS.get(word, word.lower()).replace("and", ",")
+        tokens.append(("mark", word) if word in (",", "or") else ("command", word))
     elif word in FUNCTIONS or word in SYNONYMS:
         tokens.append(("command", SYNONYMS.get(word, word)))
     elif len(word) > 1 and word in UNITS and tokens and tokens[-1][0] == "number":
         tokens.append(("text", word))
-    elif len(word) <= 2 or word in ("xyz", "abc") or set(word) <= set("xyz"):
+    elif len(word) <= 2 or is_product(word):
         tokens.extend(("name", letter) for letter in word)
     else:
         tokens.append(("text", word))
+
+
+def is_product(word: str) -> bool:
+    """True for letters that no reader takes for a word: xxy, abc, pqrs, mn, a few consonants."""
+    if word in "abcdefghijklmnopqrstuvwxyz" or set(word) <= set("xyz"):
+        return True
+    return len(word) <= 4 and set(word) <= CONSONANTS and word not in SAME_UNIT
 
 
 def number(spelling: str) -> Num:
