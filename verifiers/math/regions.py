@@ -29,7 +29,7 @@ from verifiers.math.tree import (
 )
 from verifiers.math.value import Evaluator, NoValue, close, variables
 
-MAX_ENDS = 60
+MAX_ENDS = 24
 ORDERS: dict[str, Callable[[int], bool]] = {
     "<": lambda sign: sign < 0,
     "<=": lambda sign: sign <= 0,
@@ -72,6 +72,8 @@ def same_region(a: Node, b: Node) -> bool | None:
     """Whether two trees are the same set of real numbers; None if one is no set of them, or neither must be one."""
     if not (is_set(a) or is_set(b)) or (is_bracketed(a) and is_bracketed(b)):
         return None
+    if not all(isinstance(tree, (Rel, Union, Inter, Minus, Seq, Sym)) for tree in (a, b)):
+        return None
     names = names_of(a) | names_of(b)
     if len(names) > 1:
         return None
@@ -108,10 +110,10 @@ def probes(ends: list[Value]) -> list[Value]:
 def region(tree: Node) -> Region:
     """The set that a canonical tree describes. Raises NoRegion, NoValue, Undefined."""
     match tree:
-        case Rel(operators, sides):
+        case Rel(operators, sides) if len(operators) <= MAX_ENDS:
             pairs = zip(operators, sides, sides[1:], strict=False)
             return all_of([comparison(operator, left, right) for operator, left, right in pairs])
-        case Union(sets):
+        case Union(sets) if len(sets) <= MAX_ENDS:
             return any_of([region(part) for part in sets])
         case Inter(sets):
             return all_of([region(part) for part in sets])
