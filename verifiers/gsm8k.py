@@ -67,8 +67,8 @@ def plain(text: str) -> str:
     """`text` with one spelling for what has many: digits, signs and spaces of Unicode, thousands joined by commas,
     simple fractions as a/b; exponents of units, bold and code marks removed."""
     if not text.isascii():
-        text = re.sub(r"[^\D0-9]{1,400}", ascii_digits, THIN_THOUSANDS.sub(r"\1,", text.translate(UNICODE)))
-    if "\\" in text or "~" in text:
+        text = THIN_THOUSANDS.sub(r"\1,", re.sub(r"[^\D0-9]{1,400}", ascii_digits, text.translate(UNICODE)))
+    if "\\" in text or "~" in text or "{" in text:
         text = FRAC.sub(spelled_fraction, LATEX_THOUSANDS.sub(r"\1,", text))
     if "^" in text or "2" in text or "3" in text:
         text = UNIT_POWER.sub("", text)

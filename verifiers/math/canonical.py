@@ -51,6 +51,8 @@ def canonical(tree: Node) -> Node:
             return Union(tuple(chain.from_iterable(map(_sets_of_union, map(canonical, sets)))))
         case Unit(amount, "%" | "°"):
             return canonical(amount)
+        case Neg(Unit(amount, unit)):
+            return canonical(Unit(Neg(amount), unit))
         case Sum() | Prod() | Neg() | Div() | PlusMinus() | MinusPlus() | Pow() | Unit() if has_sign(tree):
             return bare_list((with_sign(tree, False), with_sign(tree, True)))
     return tree

@@ -21,6 +21,7 @@ ZERO_WIDTH = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")
 Box = tuple[int, int, str]  # start, end, content
 DECLARATION = re.compile(r"(?i)answer\**\s*(?:is\b|:|\n)\**\s*:?|####")
 SENTENCE_END = re.compile(r"(?i)i hope|<\||\n\s*\n|(?<=\S)\n|(?<![0-9])\.\s+(?=[A-Z])|(?<=[0-9$])\.\s+(?=[A-Z])")
+FORMULA = re.compile(r"(?s)\$\$[^$]+\$\$|\$[^$]+\$|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]")
 BETWEEN_BOXES = re.compile(
     r"(?:\s|\$|\\\(|\\\)|\\\[|\\\]|\\q?quad|\\[,;: ]|[,;&]|\\text\s*\{|\}|\band\b|\bor\b|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
 )
@@ -144,7 +145,8 @@ def last_sentence(text: str) -> tuple[int, str] | None:
             return None
         if match := DECLARATION.match(text, start):
             rest = text[match.end() : match.end() + MAX_LENGTH].lstrip()
-            end = SENTENCE_END.search(rest)
+            formula = FORMULA.match(rest)
+            end = SENTENCE_END.search(rest, formula.end() if formula else 0)
             declared = rest[: end.start() if end else len(rest)].strip().strip("*").strip()
             inner = DECLARATION.search(declared)
             declared = declared[inner.end() :].strip() if inner else declared

@@ -156,11 +156,17 @@ class Parser(Cursor):
                 raise Unparseable("two numbers side by side")
             top = self.power()
             self.at += 1
-            return Sum((left, Div(top, self.power())))
+            match self.power():
+                case Unit(bottom, unit):  # 1 1/2 %
+                    return Unit(Sum((left, Div(top, bottom))), unit)
+                case bottom:
+                    return Sum((left, Div(top, bottom)))
         right = self.power()
         match right:
             case Div(Num(), Num()) if whole and (kind, value) == ("command", "frac"):
                 return Sum((left, right))
+            case Unit(Div(Num(), Num()) as part, unit) if whole and (kind, value) == ("command", "frac"):
+                return Unit(Sum((left, part)), unit)
         if isinstance(left, Sym) and left.name[0] in APPLIED and value == "(":
             return Call("apply " + left.name, arguments_of(right))
         return product_of(left, right)

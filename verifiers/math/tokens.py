@@ -76,7 +76,7 @@ SPACE = re.compile(
     r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|medspace|thickspace|enspace|[,;:>/ ()\[\]])|~|\\quad(?=[a-z]_)|\s"
 )
 CHOOSE = re.compile(r"\{([^{}]{1,60})\\choose(?![a-z])\s*([^{}]{1,60})\}")
-QUOTED = re.compile(r"(?s)(?:``|''|[\"'`])\s*([^\"`]+?)\s*(?:''|[\"'])([.,]?)")
+QUOTED = re.compile(r"(?s)\$?(?:``|''|[\"'`])\s*([^\"`]+?)\s*(?:''|[\"'])[.,]?\$?")
 STATED = re.compile(r"^(?:=|\\approx(?![a-z])|\\implies|\\Rightarrow|\\therefore|:)\s*")
 NOON = re.compile(r"(?i)(?<=[0-9])\s*(?:\\(?:text|mathrm|mbox)\s*\{)?\s*\b([ap])\.?\s?m\b\.?\s*\}?")
 COMPOUND_UNIT = re.compile(
@@ -183,6 +183,7 @@ PLAIN_WORDS = {
 }
 UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd yds oz lb lbs mph kph am pm"))
 CONSONANTS = frozenset("bcdfgjklmnpqrstvwxz")
+FONT_SWITCH = re.compile(r"\s*(?!\{)[A-Za-z. ]*")
 DIGITS_FIRST = re.compile(r"[-+]?\s*\.?[0-9]")
 
 
@@ -217,10 +218,12 @@ def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
 def command_token(text: str, at: int, name: str, tokens: list[tuple[str, str]]) -> int:
     """Append the token of the command `name`, whose argument, if it is a text, begins at `at`; return where it ends."""
     if name in TEXT_COMMANDS or name == "operatorname":
-        end = closing_brace(text, at)
+        bare = FONT_SWITCH.match(text, at) if name in ("rm", "bf", "it") else None
+        end = bare.end() if bare else closing_brace(text, at)  # {\rm cm}, {\bf 3}
         content = text[at:end].strip().removeprefix("{").removesuffix("}").strip()
         word = content.lower().strip(" ,")
-        if content in FUNCTIONS or content in SYNONYMS:
+        after_number = bool(tokens) and (tokens[-1][0] == "number" or tokens[-1][1] in ("}", ")"))
+        if (content in FUNCTIONS and not (content in SAME_UNIT and after_number)) or content in SYNONYMS:
             tokens.append(("command", SYNONYMS.get(content, content)))
         elif word in ("and", "or", ""):
             tokens.extend([("mark", "or" if word == "or" else ",")] * bool(content))
