@@ -1,13 +1,17 @@
 """One form for what can be written in several: the trees that verifiers.math.equal compares."""
 
+from fractions import Fraction
 from itertools import chain
 from typing import Any
 
+from verifiers.math.assignments import grouped
+from verifiers.math.regions import is_set
 from verifiers.math.tree import (
-    INFINITY,
     LEAVES,
     Call,
     Div,
+    Matrix,
+    Minus,
     MinusPlus,
     Neg,
     Node,
@@ -25,33 +29,55 @@ from verifiers.math.tree import (
     Unit,
     bare_list,
 )
-from verifiers.math.value import variables
 
+COUNTS = {"hundred": Fraction(100), "thousand": Fraction(10**3), "million": Fraction(10**6), "billion": Fraction(10**9)}
 FLIPPED = {">": "<", ">=": "<="}
 
 
 def canonical(tree: Node) -> Node:
-    """± as the list of its two values, lists in lists flattened, 'x in S' as S, > as <, nested unions as one, percent
-    and degree signs dropped: x = ±2 is the list x = 2, x = -2."""
+    """± as the list of its two values, lists in lists and in sets flattened, an 'or' that joins no sets as a comma, 'x
+    in S' as S, > as <, nested unions as one, percent and degree signs dropped: x = ±2 is the list x = 2, x = -2."""
     match tree:
+        case Seq("", "or", items):
+            parts = _flattened(items)
+            return Seq("", "or", parts) if any(map(is_set, parts)) else grouped(parts)
         case Seq("", "", items):
-            return bare_list(tuple(chain.from_iterable(map(_items_of_list, map(canonical, items)))))
+            return grouped(_flattened(items))
+        case Seq("[", "]", items) if items and all(isinstance(item, Seq) and item.opening == "[" for item in items):
+            rows = tuple(item.items for item in items if isinstance(item, Seq))
+            return Matrix(rows) if len({len(row) for row in rows}) == 1 else tree
+        case Sum((Sym("mathbb R") as whole, Neg(Seq("{", "}", _) as without))):
+            return Minus((whole, canonical(without)))
+        case Seq("{", "}", items):
+            return Seq("{", "}", _flattened(items))
+        case Sym("emptyset"):
+            return Seq("{", "}", ())
         case Seq(opening, closing, items):
             return Seq(opening, closing, tuple(map(canonical, items)))
         case Rel(operators, sides):
             return canonical_relation(operators, sides)
         case Union(sets):
             return Union(tuple(chain.from_iterable(map(_sets_of_union, map(canonical, sets)))))
+        case Unit(amount, unit) if unit.partition(" ")[0] in COUNTS:
+            count, _, rest = unit.partition(" ")
+            tree = Prod((amount, Num(COUNTS[count], 0)))
+            return Unit(tree, rest) if rest else tree
         case Unit(amount, "%" | "°"):
             return canonical(amount)
+        case Neg(Unit(amount, unit)):
+            return canonical(Unit(Neg(amount), unit))
         case Sum() | Prod() | Neg() | Div() | PlusMinus() | MinusPlus() | Pow() | Unit() if has_sign(tree):
             return bare_list((with_sign(tree, False), with_sign(tree, True)))
     return tree
 
 
+def _flattened(items: tuple[Node, ...]) -> tuple[Node, ...]:
+    return tuple(chain.from_iterable(map(_items_of_list, map(canonical, items))))
+
+
 def _items_of_list(tree: Node) -> tuple[Node, ...]:
     match tree:
-        case Seq("", "", items):
+        case Seq("", "" | "or", items):
             return items
     return (tree,)
 
@@ -86,28 +112,14 @@ def canonical_relation(operators: tuple[str, ...], sides: tuple[Node, ...]) -> N
     """The canonical form of a relation: 2 > x as x < 2, x in S as S, x = ±2 as a list of two equations."""
     if set(operators) <= {">", ">="}:
         operators, sides = tuple(FLIPPED[o] for o in reversed(operators)), tuple(reversed(sides))
+    if operators == ("=",) and isinstance(sides[1], Sym) and not is_name(sides[0]):  # 5 = x
+        sides = sides[::-1]
     if operators == ("in",) and is_name(sides[0]):
         return canonical(sides[1])
     if has_sign(sides) and operators == ("=",) and not has_sign(sides[0]):
         pair = (with_sign(sides[1], False), with_sign(sides[1], True))
         return bare_list(tuple(Rel(("=",), (sides[0], side)) for side in pair))
     return Rel(operators, tuple(map(canonical, sides)))
-
-
-def as_interval(tree: Node) -> Node:
-    """a < x <= b and x <= b (one variable, constant bounds) as an interval; any other tree as it is."""
-    if not isinstance(tree, Rel) or not set(tree.operators) <= {"<", "<="}:
-        return tree
-    low = "[" if tree.operators[0] == "<=" else "("
-    high = "]" if tree.operators[-1] == "<=" else ")"
-    match tree.sides:
-        case (left, Sym(), right) if not variables(left) | variables(right):
-            return Seq(low, high, (left, right))
-        case (Sym(), right) if not variables(right):
-            return Seq("(", high, (Neg(INFINITY), right))
-        case (left, Sym()) if not variables(left):
-            return Seq(low, ")", (left, INFINITY))
-    return tree
 
 
 def is_name(tree: Node) -> bool:

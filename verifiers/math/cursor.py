@@ -74,11 +74,12 @@ class Cursor:
         """A unit with its exponents and divisors as it is spelled, consumed: 'cm ^ 2', 'km / h'."""
         words: list[str] = []
         while self.peek()[0] == "text" or (words and self._continues_unit()):
-            words.append(self.peek()[1])
+            words.append(self.peek()[1] if self.mark() != "*" else "")  # m \cdot s
             self.at += 1
             if words[-1] == "^":
                 words.append("".join(self.raw_group()))
         return " ".join(words)
 
     def _continues_unit(self) -> bool:
-        return self.mark() in ("^", "/") and self.peek(1)[0] in ("number", "text", "mark")
+        mark, following = self.mark(), self.peek(1)[0]
+        return (mark in ("^", "/") and following in ("number", "text", "mark")) or (mark == "*" and following == "text")

@@ -1,8 +1,8 @@
 r"""Where in a response is the answer? In this order:
 
 1. the last declaration: \boxed{...} (also \boxed 42, \fbox{...}) or a sentence 'Final Answer: The final answer is ...',
-   'The answer is ...', 'Answer: ...', whichever comes last; boxes joined only by 'and', commas and the like are one
-   list;
+   'The answer is ...', 'Answer: ...', whichever comes last; boxes joined by 'and', by commas or as parts (a) and (b)
+   are one list, unless the later corrects the earlier or follows from it;
 2. the whole response, if it is nothing but an answer;
 3. the last formula: $...$, $$...$$, \(...\) or \[...\];
 4. the last number, unless an 'or' stands before it.
@@ -14,14 +14,22 @@ candidates of each kind are looked at, and none is longer than MAX_LENGTH.
 import itertools
 import re
 
-from verifiers.math.tokens import MAX_LENGTH
+from verifiers.math.spellings import INVISIBLE
+from verifiers.math.tokens import FUNCTIONS, MAX_LENGTH
 
 MAX_CANDIDATES = 24
+ZERO_WIDTH = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")
 Box = tuple[int, int, str]  # start, end, content
 DECLARATION = re.compile(r"(?i)answer\**\s*(?:is\b|:|\n)\**\s*:?|####")
 SENTENCE_END = re.compile(r"(?i)i hope|<\||\n\s*\n|(?<=\S)\n|(?<![0-9])\.\s+(?=[A-Z])|(?<=[0-9$])\.\s+(?=[A-Z])")
+FORMULA = re.compile(r"(?s)\$\$[^$]+\$\$|\$[^$]+\$|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]")
 BETWEEN_BOXES = re.compile(
     r"(?:\s|\$|\\\(|\\\)|\\\[|\\\]|\\q?quad|\\[,;: ]|[,;&]|\\text\s*\{|\}|\band\b|\bor\b|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
+)
+PART = re.compile(r"(?i)(?<![\w\\}^)(])\(\s*(?:[b-h]|i{1,3}|iv|v|[2-9])\s*\)|\b(?:part|case|question)\s+\(?\w\)?")
+CORRECTION = re.compile(
+    r"(?i)\b(?:no|not|but|wait|hmm|actually|instead|rather|so|hence|thus|therefore|then|correct\w*|again|final\w*|check\w*"
+    r"|total|sum|which|because|since|also|the\s+answer|\\implies|\\Rightarrow)\b"
 )
 SPOKEN_NUMBER = re.compile(r"(?<![\w.])-?\\?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9]+)?(?:\s?\\?%)?")
 
@@ -29,6 +37,8 @@ SPOKEN_NUMBER = re.compile(r"(?<![\w.])-?\\?\$?[0-9][0-9,]*(?:\.[0-9]+)?(?:/[0-9
 def extract(response: str) -> str | None:
     """The text of the answer that the response settles on, or None."""
     text = response.rpartition("</think>")[2]
+    if not text.isascii():
+        text = text[: -4 * MAX_LENGTH] + ZERO_WIDTH.sub("", text[-4 * MAX_LENGTH :])
     if "<think>" in text:
         return None
     sentence, box = last_sentence(text), last_box(text)
@@ -54,7 +64,8 @@ def extract_reference(answer: str) -> str:
     contents = [boxes[0]]
     for box in boxes[1:]:
         between = answer[box[1] : contents[0][0]]
-        if len(between) > 60 or not re.search(r"\band\b|\bor\b|,|\+", between) or re.search(r"[.!?]\s", between):
+        joined = re.search(r"\band\b|\bor\b|,|\+", between) and not re.search(r"[.!?]\s", between)
+        if len(between) > 60 or not (joined or PART.search(between)):
             break
         contents.insert(0, box)
     return " , ".join(content for _, _, content in contents)
@@ -107,11 +118,20 @@ def joined_boxes(text: str, last: Box) -> str:
     contents = [last[2]]
     boxes = boxes_from_end(text)
     for later, earlier in itertools.pairwise(boxes):
-        between = text[earlier[1] : later[0]]
-        if len(between) > 80 or not re.search(r"and\b|or\b|[,;]", between) or not BETWEEN_BOXES.fullmatch(between):
+        if not belong_together(text[earlier[1] : later[0]]):
             break
         contents.insert(0, earlier[2])
     return " , ".join(contents)
+
+
+def belong_together(between: str) -> bool:
+    """True if two boxes with this text between them are one answer of two parts: 'and', ', y =', '. Part (b):', 'and
+    the width is'; not if the second corrects the first or follows from it."""
+    if len(between) > 80 or CORRECTION.search(between):
+        return False
+    if re.search(r"and\b|or\b|[,;]", between) and BETWEEN_BOXES.fullmatch(between):
+        return True
+    return bool(PART.search(between) or (re.search(r"\band\b", between) and not re.search(r"[.!?]\s|\n\s*\n", between)))
 
 
 # --- sentences, formulas, numbers -------------------------------------------------------------------------------------
@@ -126,7 +146,8 @@ def last_sentence(text: str) -> tuple[int, str] | None:
             return None
         if match := DECLARATION.match(text, start):
             rest = text[match.end() : match.end() + MAX_LENGTH].lstrip()
-            end = SENTENCE_END.search(rest)
+            formula = FORMULA.match(rest)
+            end = SENTENCE_END.search(rest, formula.end() if formula else 0)
             declared = rest[: end.start() if end else len(rest)].strip().strip("*").strip()
             inner = DECLARATION.search(declared)
             declared = declared[inner.end() :].strip() if inner else declared
@@ -149,7 +170,9 @@ def from_sentence(declared: str) -> str:
 def is_prose(text: str) -> bool:
     """True if words of running text stand outside formulas and \\text{...}: 'Answer $9$', 'the volume is 120'."""
     bare = re.sub(r"\\text[a-z]*\s*\{[^{}]*\}|\\mbox\s*\{[^{}]*\}|\\[A-Za-z]+|\$\$?[^$]*\$\$?", " ", text)
-    words = re.findall(r"[^\W\d_]{2,}", bare)
+    words = [
+        word for word in re.findall(r"[^\W\d_]{2,}", bare) if word not in FUNCTIONS and not set(word) <= set("xyz")
+    ]
     starts = re.match(r"\s*[^\W\d_]{2,}[\s:]", bare) is not None
     spoken = [word for word in words if word.lower() not in ("or", "and")]
     if len(spoken) <= (0 if starts else 1) or not (starts or len(words) > 3):

@@ -32,12 +32,21 @@ from verifiers.math.tree import (
     Union,
     Unit,
     bare_list,
+    too_deep,
 )
 
-RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "in"))
+RELATIONS = frozenset(("=", "~", "<", ">", "<=", ">=", "!=", "in"))
 OPENING = {"(": ")", "[": "]", "\\{": "\\}"}
 MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"])
+LINES = frozenset(["cases", "aligned", "align", "align*", "gathered", "split"])
 APPLIED = frozenset("fghFGH")
+BASES = {
+    **{
+        name: str(2 + i)
+        for i, name in enumerate(str.split("two three four five six seven eight nine ten eleven twelve"))
+    },
+    **{"sixteen": "16", "hex": "16"},
+}
 SIGNS = {"pm": PlusMinus, "mp": MinusPlus}
 SETS = {"cup": Union, "cap": Inter, "backslash": Minus}
 ENDS_PRODUCT = frozenset(("pm", "mp", "cup", "cap", "end", "backslash", "rfloor", "rceil", "cr", "%"))  # commands
@@ -51,6 +60,8 @@ def parse(text: str, thousands: bool = True) -> Node:
     tree = parser.answer(stop=None)
     if parser.at < len(parser.tokens):
         raise Unparseable(f"at {parser.tokens[parser.at][1]!r}")
+    if too_deep(tree):
+        raise Unparseable("nested too deep")
     return tree
 
 
@@ -58,17 +69,20 @@ class Parser(Cursor):
     """Recursive descent over the tokens; a method a level: answer , relation = sum + product * power ^ atom."""
 
     def answer(self, stop: str | None) -> Node:
-        """relation (',' relation)*: one tree, or a bare list."""
+        """relation ((',' | 'or') relation)*: one tree, or a bare list; with an 'or' in it, Seq('', 'or', items)."""
         self.nest()
-        items = [self.relation()]
-        while self.take(","):
-            while self.take(","):
-                pass
+        items, separators = [self.relation()], ""
+        while separator := self.take(",", "or"):
+            while separator:
+                separators += separator
+                separator = self.take(",", "or")
             if self.peek()[0] == "end" or self.mark() == (stop or "end"):
                 break
             items.append(self.relation())
         self.depth -= 1
-        return items[0] if len(items) == 1 else bare_list(tuple(items))
+        if len(items) == 1:
+            return items[0]
+        return Seq("", "or", tuple(items)) if "or" in separators else bare_list(tuple(items))
 
     def relation(self) -> Node:
         """ratio (('=' | '<' | ...) ratio)*."""
@@ -76,6 +90,11 @@ class Parser(Cursor):
         while operator := self.take(*RELATIONS):
             operators.append(operator)
             sides.append(self.ratio())
+        if "~" in operators:  # 'x ~ 3.5' is x = 3.5, '1/3 ~ 0.33' is 1/3
+            first = operators.index("~")
+            if first or not isinstance(sides[0], Sym):
+                operators, sides = operators[:first], sides[: first + 1]
+            operators = ["=" if operator == "~" else operator for operator in operators]
         return sides[0] if not operators else Rel(tuple(operators), tuple(sides))
 
     def ratio(self) -> Node:
@@ -118,10 +137,12 @@ class Parser(Cursor):
             if operator := self.take("*", "/"):
                 sign = self.take("-", "+")
                 right = Neg(self.power()) if sign == "-" else self.power()
-                left = Prod((left, right)) if operator == "*" else Div(left, right)
+                left = product_of(left, right) if operator == "*" else Div(left, right)
             elif self.peek()[0] == "text" and not isinstance(left, Text):
                 left = Unit(left, self.raw_unit())
             elif self.begins_factor():
+                if isinstance(left, Unit) and left.unit not in ("%", "°"):
+                    raise Unparseable("words inside an expression")  # 5 \text{ if } x > 0
                 left = self.implicit(left)
             else:
                 return left
@@ -143,14 +164,20 @@ class Parser(Cursor):
                 raise Unparseable("two numbers side by side")
             top = self.power()
             self.at += 1
-            return Sum((left, Div(top, self.power())))
+            match self.power():
+                case Unit(bottom, unit):  # 1 1/2 %
+                    return Unit(Sum((left, Div(top, bottom))), unit)
+                case bottom:
+                    return Sum((left, Div(top, bottom)))
         right = self.power()
         match right:
             case Div(Num(), Num()) if whole and (kind, value) == ("command", "frac"):
                 return Sum((left, right))
+            case Unit(Div(Num(), Num()) as part, unit) if whole and (kind, value) == ("command", "frac"):
+                return Unit(Sum((left, part)), unit)
         if isinstance(left, Sym) and left.name[0] in APPLIED and value == "(":
             return Call("apply " + left.name, arguments_of(right))
-        return Prod((left, right))
+        return product_of(left, right)
 
     def power(self) -> Node:
         """atom ('^' script | '!' | '°' | '%' | '_' base | subscript | prime)*."""
@@ -169,11 +196,20 @@ class Parser(Cursor):
                 self.at += 1
                 base = Unit(base, "%")
             elif isinstance(base, Num) and self.take("_"):
-                base = Based(self.tokens[self.at - 2][1], "".join(self.raw_group()))
+                base = self.based()
             elif isinstance(base, (Sym, Const)) and self.mark() in ("_", "'"):
                 base = Sym(base.name + ("'" if self.take("'") else "_" + "".join(self.raw_group(skip=1))))
             else:
                 return base
+
+    def based(self) -> Node:
+        r"""The number just read, before '_', in the base that follows: 1101_2, (1101)_{2}, 1101_{\text{two}}."""
+        before = [value for _, value in self.tokens[max(0, self.at - 4) : self.at - 1]]
+        digits = before[-2] if before[-1] == ")" else before[-1]
+        base = "".join(self.raw_group()).strip("() ").removeprefix("base").strip().lower()
+        if self.tokens[self.at - 1][0] == "end" or not digits.replace(".", "").isdigit():
+            raise Unparseable("a base of no digits")
+        return Based(digits.lstrip("0") or "0", BASES.get(base, base))
 
     def script(self) -> Node:
         """An exponent: a group, a signed or a single atom."""
@@ -222,7 +258,7 @@ class Parser(Cursor):
         closing = self.expect(*((")", "]") if opening in "([" else ("\\}",)))
         self.bars = bars
         match inside:
-            case Seq("", "", several):
+            case Seq("", "" | "or", several):
                 items = several
             case _:
                 items = (inside,)
@@ -313,7 +349,7 @@ class Parser(Cursor):
     def matrix(self) -> Node:
         r"""Rows up to \end{...}; the column specification of an array is skipped."""
         kind = "".join(self.raw_group())
-        if kind not in MATRICES:
+        if kind not in MATRICES | LINES:
             raise Unparseable(f"\\begin{{{kind}}}")
         if kind == "array":
             self.raw_group()
@@ -335,8 +371,15 @@ class Parser(Cursor):
         self.raw_group()
         if len({len(row) for row in rows}) != 1:
             raise Unparseable("a matrix of unequal rows")
+        if kind in LINES:
+            return bare_list(tuple(entry for row in rows for entry in row))
         tree = Matrix(tuple(rows))
         return Call("det", (tree,)) if kind == "vmatrix" else tree
+
+
+def product_of(left: Node, right: Node) -> Node:
+    """left times right; a product of many factors is one node: a chain of letters is not deep."""
+    return Prod((*left.factors, right)) if isinstance(left, Prod) else Prod((left, right))
 
 
 def arguments_of(tree: Node) -> tuple[Node, ...]:

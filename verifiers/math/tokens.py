@@ -1,4 +1,4 @@
-r"""Answers in LaTeX or plain text as tokens: one spelling for what has many, then marks, names, numbers and texts.
+r"""Answers in LaTeX or plain text as tokens: marks, names, numbers and texts.
 
 Work is bounded: by the length of the text here, by the number of tokens for all that follows.
 """
@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 
 from verifiers.math.tree import Num
+from verifiers.math.units import SAME_UNIT
 
 MAX_LENGTH = 2000
 MAX_TOKENS = 700
@@ -17,74 +18,17 @@ class Unparseable(ValueError):
     """The text is not an answer this grammar knows."""
 
 
-UNICODE = str.maketrans(
-    {
-        **dict.fromkeys("−–—﹣－", "-"),
-        **dict.fromkeys("\u200b\u200c\u200d\u2060\ufeff", ""),
-        **dict.fromkeys("\xa0\u2002\u2003\u2009\u202f", " "),
-        **{c: str(i) for i, c in enumerate("０１２３４５６７８９")},
-        **{c: f"^{i}" for i, c in enumerate("⁰¹²³⁴⁵⁶⁷⁸⁹")},
-        **{c: f"_{i}" for i, c in enumerate("₀₁₂₃₄₅₆₇₈₉")},
-        **{
-            "×": r"\times ",
-            "·": r"\cdot ",
-            "⋅": r"\cdot ",
-            "÷": r"\div ",
-            "π": r"\pi ",
-            "√": r"\sqrt ",
-            "∞": r"\infty ",
-        },
-        **{"≤": r"\le ", "≥": r"\ge ", "≠": r"\ne ", "≈": r"\approx ", "∪": r"\cup ", "∩": r"\cap ", "∈": r"\in "},
-        **{"±": r"\pm ", "½": r"\frac12 ", "¼": r"\frac14 ", "¾": r"\frac34 ", "％": "%", "θ": r"\theta "},
-        **{"∅": r"\emptyset ", "’": "'", "′": "'", "“": '"', "”": '"', "，": ","},
-    }
-)
-DOUBLED = re.compile(r"\\\\(?=[A-Za-z])")  # backslashes escaped once too often
-JOINED_THOUSANDS = re.compile(r"(?<=[0-9])(?:\{,\}|,\\!\s?|\\!,|\\,|\\!|\\ |\\;|\\:)(?=[0-9]{3}(?![0-9]))")
-SPACING = re.compile(
-    r"(?<!\\)\\(?:left|right|[bB]igg?[lrm]?|displaystyle|textstyle|limits|nolimits|boldmath)(?![A-Za-z])\.?"
-    r"|(?<!\\)\\[!$\x22]|\$|`|\*\*|\\mathstrut"
-)
-SPACE = re.compile(r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|enspace|[,;:> ()\[\]])|~|\\quad(?=[a-z]_)|\s")
-DEGREE = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ(?![a-z]))|\\degree(?![a-z])")
-PERCENT = re.compile(r"(?i)\s*\\?%|\s*(?:\\text(?:bf)?\{)?\s*\b(?:percentage|percent|pct)\b\.?\s*\}?")
-
-
-def normalise(text: str) -> str:
-    """`text` with one spelling for what has many: Unicode marks, spacing and sizing commands, dollar signs, thousands
-    joined by {,} or a thin space, percent signs; outer white space and final punctuation removed. Raises Unparseable
-    for a text of more than MAX_LENGTH characters."""
-    if len(text) > MAX_LENGTH:
-        raise Unparseable(f"an answer of {len(text)} characters")
-    text = text.translate(UNICODE)
-    if any(mark in text for mark in "\\$*`{"):
-        text = text.replace("\\\\", "\\cr ") if "\\begin" in text else DOUBLED.sub(r"\\", text)
-        text = JOINED_THOUSANDS.sub("", text)
-        text = DEGREE.sub("°", SPACING.sub("", text))
-    has_percent = "%" in text or re.search("(?i)perc|pct", text)
-    text = SPACE.sub(" ", text)
-    if has_percent:
-        text = PERCENT.sub(r"\\%", text)
-    return without_final_punctuation(text.strip())
-
-
-def without_final_punctuation(text: str) -> str:
-    """`text` without the full stops, commas, colons and quotation marks around it; '.5' keeps its point."""
-    while text.endswith((".", ",", ";", ":", '"')) or (text.startswith(('"', ".", ":")) and not text[1:2].isdigit()):
-        text = text[:-1].rstrip() if text[-1] in '.,;:"' else text[1:].lstrip()
-    return text
-
-
-# --- tokens -----------------------------------------------------------------------------------------------------------
-
 TOKEN = re.compile(
     r"(?P<number>[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+(?![0-9A-Za-z]))?|\.[0-9]+)|(?P<command>\\(?:[A-Za-z]+|.))"
     r"|(?P<word>[^\W\d_]+)|(?P<mark><=|>=|!=|==|[-+*/^_=<>(){}\[\],;:|!&'°])|(?P<space>\s+)"
 )
 THOUSANDS = re.compile(r"(?<![0-9.,])[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?!\.[0-9]+,)")
-REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\overline\s*\{?(?P<period>[0-9]+)\}?")
+REPEATING = re.compile(r"(?P<whole>[0-9]*)\.(?P<fixed>[0-9]*)\\(?:overline|bar|dot)\s*\{?(?P<period>[0-9]+)\}?")
 TEXT_COMMANDS = frozenset(
-    str.split("text textbf textit textrm texttt textsf mbox hbox mathrm mathbf mathit mathsf mathtt rm bf it")
+    str.split(
+        "text textbf textit textrm texttt textsf textnormal textup textmd textsc mbox hbox mathrm mathbf mathit mathsf "
+        "mathtt mathnormal rm bf it unit"
+    )
 )
 SYNONYMS = {
     **dict.fromkeys(("dfrac", "tfrac", "cfrac"), "frac"),
@@ -100,16 +44,17 @@ SYNONYMS = {
     **{"imath": "i", "varphi": "phi"},
 }
 MARKS = {
-    **{"le": "<=", "ge": ">=", "ne": "!=", "<": "<", ">": ">", "==": "=", "approx": "=", "in": "in"},
+    **{"le": "<=", "ge": ">=", "ne": "!=", "<": "<", ">": ">", "==": "=", "approx": "~", "in": "in"},
+    **{"lor": "or", "vee": "or", "land": ",", "wedge": ","},
     **{"times": "*", "cdot": "*", "div": "/", "vert": "|", "|": "|", ":": ":"},
     **{"{": "\\{", "}": "\\}", "[": "[", "]": "]", "(": "(", ")": ")"},
 }
 FUNCTIONS = frozenset(
     str.split(
-        "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg min max gcd lcm sqrt frac binom"
+        "sin cos tan sec csc cot arcsin arccos arctan sinh cosh tanh exp log ln lg abs min max gcd lcm sqrt frac binom"
     )
 )
-DECORATIONS = frozenset(str.split("overline vec hat bar tilde overrightarrow underline widehat overleftrightarrow"))
+DECORATIONS = frozenset(str.split("overline vec hat bar tilde overrightarrow widehat overleftrightarrow"))
 GREEK = frozenset(
     str.split(
         "alpha beta gamma delta epsilon varepsilon zeta eta theta iota kappa lambda mu nu xi rho sigma tau upsilon phi "
@@ -123,10 +68,13 @@ PLAIN_WORDS = {
     "infinity": "infty",
     "inf": "infty",
     "theta": "theta",
-    "or": ",",
+    "or": "or",
     "and": ",",
 }
-UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd oz lb lbs mph am pm"))
+UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd yds oz lb lbs mph kph am pm"))
+CONSONANTS = frozenset("bcdfgjklmnpqrstvwxz")
+FONT_SWITCH = re.compile(r"\s*(?!\{)[A-Za-z. ]*")
+DIGITS_FIRST = re.compile(r"[-+]?\s*\.?[0-9]")
 
 
 def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
@@ -136,9 +84,10 @@ def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
     if thousands:
         text = THOUSANDS.sub(lambda match: match[0].replace(",", ""), text)
     tokens: list[tuple[str, str]] = []
+    has_period = "\\overline" in text or "\\bar" in text or "\\dot" in text
     at = 0
     while at < len(text):
-        if match := REPEATING.match(text, at) if "overline" in text else None:
+        if match := REPEATING.match(text, at) if has_period else None:
             tokens.append(("repeating", match["whole"] + "." + match["fixed"] + "~" + match["period"]))
             at = match.end()
             continue
@@ -159,13 +108,17 @@ def tokenize(text: str, thousands: bool = True) -> list[tuple[str, str]]:
 def command_token(text: str, at: int, name: str, tokens: list[tuple[str, str]]) -> int:
     """Append the token of the command `name`, whose argument, if it is a text, begins at `at`; return where it ends."""
     if name in TEXT_COMMANDS or name == "operatorname":
-        end = closing_brace(text, at)
+        bare = FONT_SWITCH.match(text, at) if name in ("rm", "bf", "it") else None
+        end = bare.end() if bare else closing_brace(text, at)  # {\rm cm}, {\bf 3}
         content = text[at:end].strip().removeprefix("{").removesuffix("}").strip()
-        separator = content.lower().strip(" ,") in ("and", "or", "")
-        if name == "operatorname":
-            tokens.append(("command", content))
-        elif separator:
-            tokens.extend([("mark", ",")] * bool(content))
+        word = content.lower().strip(" ,")
+        after_number = bool(tokens) and (tokens[-1][0] == "number" or tokens[-1][1] in ("}", ")"))
+        if (content in FUNCTIONS and not (content in SAME_UNIT and after_number)) or content in SYNONYMS:
+            tokens.append(("command", SYNONYMS.get(content, content)))
+        elif word in ("and", "or", ""):
+            tokens.extend([("mark", "or" if word == "or" else ",")] * bool(content))
+        elif DIGITS_FIRST.match(content) and "\\" not in content:  # \text{3 cm}, \mathbf{3}
+            tokens += tokenize(content)
         elif re.fullmatch(r"[A-Za-z]", content) and name.startswith("math"):
             tokens.append(("name", content))
         else:
@@ -197,16 +150,23 @@ def closing_brace(text: str, at: int) -> int:
 def word_token(word: str, tokens: list[tuple[str, str]]) -> None:
     """A run of letters: a function, a separator, a unit after a number, a product of variables, or a word of text."""
     if word in PLAIN_WORDS or word.lower() in ("or", "and"):
-        word = PLAIN_WORDS.get(word, ",")
-        tokens.append(("mark", ",") if word == "," else ("command", word))
+        word = PLAIN_WORDS.get(word, word.lower()).replace("and", ",")
+        tokens.append(("mark", word) if word in (",", "or") else ("command", word))
     elif word in FUNCTIONS or word in SYNONYMS:
         tokens.append(("command", SYNONYMS.get(word, word)))
     elif len(word) > 1 and word in UNITS and tokens and tokens[-1][0] == "number":
         tokens.append(("text", word))
-    elif len(word) <= 2 or word in ("xyz", "abc") or set(word) <= set("xyz"):
+    elif len(word) <= 2 or is_product(word):
         tokens.extend(("name", letter) for letter in word)
     else:
         tokens.append(("text", word))
+
+
+def is_product(word: str) -> bool:
+    """True for letters that no reader takes for a word: xxy, abc, pqrs, mn, a few consonants."""
+    if word in "abcdefghijklmnopqrstuvwxyz" or set(word) <= set("xyz"):
+        return True
+    return len(word) <= 4 and set(word) <= CONSONANTS and word not in SAME_UNIT
 
 
 def number(spelling: str) -> Num:

@@ -207,11 +207,32 @@ LEAVES = (Num, Sym, Const, Text, Based)  # the kinds without trees in their fiel
 ONE = Num(Fraction(1), 0)
 MINUS_ONE = Neg(ONE)
 INFINITY = Const("inf")
+MAX_TREE_DEPTH = 120  # three frames a level in the deepest recursion: far below any recursion limit of Python
 
 
 def bare_list(items: tuple[Node, ...]) -> Seq:
     """The list of the items without brackets: '1, 2' is bare_list((1, 2))."""
     return Seq("", "", items)
+
+
+def too_deep(tree: Node) -> bool:
+    """True for a tree of more than MAX_TREE_DEPTH levels; found without recursion."""
+    level: list = [tree]
+    for _ in range(MAX_TREE_DEPTH):
+        level = [part for node in level if not isinstance(node, LEAVES) for part in _parts(node)]
+        if not level:
+            return False
+    return True
+
+
+def _parts(node: Node) -> Iterator[Node]:
+    for field in node.fields():
+        row = [field] if isinstance(field, Node) else field if isinstance(field, tuple) else ()
+        for part in row:
+            if isinstance(part, Node):
+                yield part
+            elif isinstance(part, tuple):
+                yield from part
 
 
 def walk(tree: Node) -> Iterator[Node]:

@@ -15,7 +15,7 @@ from verifiers.math.arithmetic import Undefined
 from verifiers.math.cursor import MAX_DEPTH
 from verifiers.math.open_instruct.scan import Scanner
 from verifiers.math.tokens import MAX_LENGTH, Unparseable
-from verifiers.math.tree import MINUS_ONE, ONE, Call, Const, Div, Neg, Node, Num, Pow, Prod, Rel, Sum, Sym
+from verifiers.math.tree import MINUS_ONE, ONE, Call, Const, Div, Neg, Node, Num, Pow, Prod, Rel, Sum, Sym, too_deep
 from verifiers.math.value import ComplexEvaluator, NoValue, same_value
 
 FUNCTIONS = frozenset(
@@ -41,7 +41,7 @@ def same_prefix(a: str, b: str) -> bool:
         return False
     try:
         return same_value(x, y, a[:MAX_LENGTH] + "|" + b[:MAX_LENGTH], ComplexEvaluator)
-    except (NoValue, Undefined, RecursionError):
+    except (NoValue, Undefined):
         return False
 
 
@@ -49,9 +49,10 @@ def same_prefix(a: str, b: str) -> bool:
 def read(text: str) -> Node | None:
     """The tree of the prefix of `text`, or None where sympy raises (or its calculus is needed)."""
     try:
-        return PrefixParser(text.strip()).relation()
-    except (Unparseable, RecursionError):
+        tree = PrefixParser(text.strip()).relation()
+    except Unparseable:
         return None
+    return None if too_deep(tree) else tree
 
 
 class PrefixParser(Scanner):
@@ -299,6 +300,9 @@ class PrefixParser(Scanner):
         r"""\log_28 with nothing after it is log of 8 to the base 2: the argument gets what the base can spare."""
         if not isinstance(base, Num) or base.value < 10 or self.begins(False) or self.peek()[1] in ("+", "-", "^"):
             return base
+        if base.value.denominator != 1:  # \log_220.5 is log of .5 to the base 220
+            self.at -= next(n for n in range(1, self.at + 1) if self.tokens[self.at - n][1] == ".")
+            return Num(Fraction(int(base.value)), 0)
         self.at -= 1
         return Num(Fraction(str(base.value)[:-1]), 0)
 
