@@ -1,0 +1,72 @@
+"""Words and marks of a text, as the instructions count them: between white space, without the marks around them.
+
+Every function is linear in the text, and those that give words give them one by one, so that a rule reads no further
+than it needs.
+"""
+
+import re
+from collections.abc import Iterator
+
+from verifiers.ifeval.sentences import split_sentences, word_tokens
+
+ASCII_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
+MARKS = ASCII_MARKS + "“”‘’‚„«»‹›…—–―·•¡¿§¶、。〈〉《》「」『』【】〔〕・！＂（），．：；？［］｛｝～"
+MAX_WORDS = 20_000  # of a response that a rule reads word by word; longer ones do not follow it
+BLOCK = 4096
+
+
+def plain_words(text: str) -> Iterator[str]:
+    """The words between white space without the marks around them; what has no letter or digit is no word."""
+    for match in re.finditer(r"\S+", text):
+        word = match[0].strip(MARKS)
+        if word:
+            yield word
+
+
+def without_marks(text: str) -> str:
+    """The text without ASCII punctuation: "don't 3.14" is 'dont 314'."""
+    for mark in ASCII_MARKS:
+        if mark in text:
+            text = text.replace(mark, "")
+    return text
+
+
+def bare_words(text: str) -> Iterator[str]:
+    """The words between white space once all ASCII punctuation is deleted: 'a - b' has two, "don't" is 'dont'.
+
+    Deleted block by block, for a rule that stops early."""
+    for block in blocks(text):
+        yield from without_marks(block).split()
+
+
+def blocks(text: str) -> Iterator[str]:
+    """The text in pieces that end in white space, short ones first, so that no word is cut."""
+    start, size = 0, BLOCK
+    while start < len(text):
+        space = re.compile(r"\s").search(text, start + size)
+        end = space.end() if space else len(text)
+        yield text[start:end]
+        start, size = end, 4 * size
+
+
+def tokens(text: str) -> Iterator[str]:
+    """Words and punctuation marks, sentence after sentence, by the conventions of nltk's word_tokenize."""
+    for sentence in split_sentences(text):
+        yield from word_tokens(sentence)
+
+
+def whole_word(word: str) -> re.Pattern:
+    """The word or phrase where no letter, digit or '_' touches it, in any case."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
+
+
+def times_whole(text: str, word: str, limit: int) -> int:
+    """How often the word stands in the text as a whole word, in any case, counted up to `limit`."""
+    if text.isascii() and word.lower() not in text.lower():
+        return 0
+    count = 0
+    for _ in whole_word(word).finditer(text):
+        count += 1
+        if count >= limit:
+            break
+    return count
