@@ -293,7 +293,12 @@ def quotation(text: str) -> Followed:
 
 def no_comma(text: str) -> Followed:
     """No comma at all."""
-    return "," not in text, f"{text.count(',')} commas"
+    return no_mark(text, ",", "commas")
+
+
+def no_mark(text: str, mark: str, what: str) -> Followed:
+    """The mark is nowhere in the text."""
+    return mark not in text, f"{text.count(mark)} {what}"
 
 
 GROUPS: dict[str, tuple[Callable[..., Followed], ...]] = {
