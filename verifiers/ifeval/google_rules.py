@@ -15,7 +15,7 @@ from functools import lru_cache
 from itertools import islice
 
 from verifiers.ifeval import language
-from verifiers.ifeval.sentences import count_capital_words, count_sentences
+from verifiers.ifeval.sentences import count_capital_words, count_sentences, trained_sentences
 from verifiers.strings import shown
 from verifiers.verdict import GroundTruthError
 
@@ -133,6 +133,12 @@ def capital_word_frequency(text: str, capital_frequency: int, capital_relation: 
 def number_sentences(text: str, num_sentences: int, relation: str) -> Followed:
     """So many sentences (sentences.py)."""
     return counted(count_sentences(text, num_sentences), relation, num_sentences, "sentences")
+
+
+def number_trained_sentences(text: str, num_sentences: int, relation: str) -> Followed:
+    """As number_sentences, where nltk looks for them."""
+    seen = sum(1 for _ in islice(trained_sentences(text), max(num_sentences, 0)))
+    return counted(seen, relation, num_sentences, "sentences")
 
 
 def number_words(text: str, num_words: int, relation: str) -> Followed:
@@ -322,3 +328,4 @@ GROUPS: dict[str, tuple[Callable[..., Followed], ...]] = {
 INSTRUCTIONS: dict[str, Callable[..., Followed]] = {
     f"{group}:{rule.__name__}": rule for group, rules in GROUPS.items() for rule in rules
 }
+REFERENCE: dict[str, Callable[..., Followed]] = {"length_constraints:number_sentences": number_trained_sentences}

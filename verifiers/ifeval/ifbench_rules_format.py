@@ -10,7 +10,7 @@ from itertools import islice
 
 from verifiers.ifeval.google_rules import Followed, counted
 from verifiers.ifeval.openinstruct_rules_copies import copied_in_any_case, copy_span_idx
-from verifiers.ifeval.sentences import count_sentences, split_sentences
+from verifiers.ifeval.sentences import split_sentences, trained_sentences
 from verifiers.ifeval.words import ASCII_MARKS, MARKS, plain_words, tokens
 from verifiers.strings import shown
 
@@ -91,7 +91,7 @@ def quotes_with_apostrophes(text: str) -> Followed:
     return False, "no quotations three deep"
 
 
-QUOTED = re.compile(r'"[^"]*"|“[^”]*”')
+QUOTED = re.compile(r'"[^"]*"|“[^“”]*”')
 
 
 def quote_unquote(text: str) -> Followed:
@@ -248,7 +248,7 @@ def bullets_to_the_end(text: str) -> Followed:
                 return False, f"{sentences} sentences before the bullets"
             bullets += 1
         elif reading:
-            seen = count_sentences(line, 2)
+            seen = sum(1 for _ in islice(trained_sentences(line), 2))
             reading, sentences = seen > 0, sentences + seen
         else:
             return False, "something else among the bullets"
@@ -256,7 +256,7 @@ def bullets_to_the_end(text: str) -> Followed:
 
 
 HEADING = re.compile(r"(?m)^[ \t]*(?:#{1,6}[ \t][^\n]*|<h[1-6]>[^\n]*|\*\*[^*\n]+\*\*[ \t]*$)")
-THESIS = re.compile(r"\s*(?:<p>)?\s*<(i|em)>")
+THESIS = re.compile(r"\s*+(?:<p>\s*+)?<(i|em)>")
 
 
 def thesis(text: str) -> Followed:
@@ -307,18 +307,15 @@ def line_indent_as_removed(text: str) -> Followed:
 def without_some_blank_lines(lines: list[str]) -> list[str]:
     """What is left when a blank line is removed from the list that is being gone through: the line behind it is passed
     over, and what is removed is the first line that is the same."""
-    kept: list[str] = []
     removed: dict[str, int] = {}
     place = 0
     while place < len(lines):
-        kept.append(lines[place])
         if not lines[place].strip():
             removed[lines[place]] = removed.get(lines[place], 0) + 1
-            kept += lines[place + 1 : place + 2]
             place += 1
         place += 1
     left = []
-    for line in kept:
+    for line in lines:
         if removed.get(line, 0):
             removed[line] -= 1
         else:

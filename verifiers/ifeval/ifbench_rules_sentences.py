@@ -12,64 +12,72 @@ from itertools import islice, pairwise
 from verifiers.ifeval.emoji import EMOJI
 from verifiers.ifeval.google_rules import Followed, exactly
 from verifiers.ifeval.openinstruct_rules_words import all_different, last_plain_word
-from verifiers.ifeval.sentences import split_sentences
+from verifiers.ifeval.sentences import split_sentences, trained_sentences
 from verifiers.ifeval.words import ASCII_MARKS, blocks, plain_words, without_marks
 from verifiers.strings import shown
 
 ENDS = ASCII_MARKS + " "
 MAX_SENTENCES = 1000  # of a response whose sentences are all counted; one with more does not follow the instruction
+Split = Callable[[str], Iterator[str]]
 CLOSERS = "\"'”’)]}*_» "
 
 
-def all_sentences(text: str) -> list[str]:
+def all_sentences(text: str, split: Split = split_sentences) -> list[str]:
     """The sentences of the text, or none if they are more than MAX_SENTENCES."""
-    sentences = list(islice(split_sentences(text), MAX_SENTENCES + 1))
+    sentences = list(islice(split(text), MAX_SENTENCES + 1))
     return sentences if len(sentences) <= MAX_SENTENCES else []
 
 
 # --- kinds of sentences -----------------------------------------------------------------------------------------------
 
 
-def kinds(text: str, closers: str) -> tuple[int, ...]:
+def kinds(sentences: list[str], closers: str) -> tuple[int, ...]:
     """How many sentences end in '.', '?' and '!', with the closers behind them aside."""
-    ends = [sentence.rstrip(closers)[-1:] if closers else sentence[-1:] for sentence in all_sentences(text)]
+    ends = [sentence.rstrip(closers)[-1:] for sentence in sentences]
     return tuple(ends.count(mark) for mark in ".?!")
 
 
 def sentence_type(text: str) -> Followed:
     """Two sentences that end in '.' for each that ends in '?', of which there is one at least."""
-    statements, questions, _ = kinds(text, CLOSERS)
+    statements, questions, _ = kinds(all_sentences(text), CLOSERS)
     return statements == 2 * questions > 0, f"{statements} statements, {questions} questions"
 
 
 def sentence_type_or_none(text: str) -> Followed:
     """As sentence_type, but there may be none of either, and '."' ends in a quotation mark."""
-    statements, questions, _ = kinds(text, "")
-    same = statements == 2 * questions and bool(all_sentences(text))
+    sentences = all_sentences(text, trained_sentences)
+    statements, questions, _ = kinds(sentences, "")
+    same = statements == 2 * questions and bool(sentences)
     return same, f"{statements} statements, {questions} questions"
 
 
 def sentence_balance(text: str) -> Followed:
     """As many sentences that end in '.', in '?' and in '!', one at least of each."""
-    seen = kinds(text, CLOSERS)
+    seen = kinds(all_sentences(text), CLOSERS)
     return len(set(seen)) == 1 and seen[0] > 0, f"{seen} sentences that end in . ? !"
 
 
 def sentence_balance_or_none(text: str) -> Followed:
     """As sentence_balance, but there may be none of any, and '."' ends in a quotation mark."""
-    seen = kinds(text, "")
-    return len(set(seen)) == 1 and bool(all_sentences(text)), f"{seen} sentences that end in . ? !"
+    sentences = all_sentences(text, trained_sentences)
+    seen = kinds(sentences, "")
+    return len(set(seen)) == 1 and bool(sentences), f"{seen} sentences that end in . ? !"
 
 
 def sentence_words(text: str) -> Followed:
     """Three sentences of the same number of characters, in which no word comes twice."""
-    followed, seen = sentence_lengths(text)
+    followed, seen = three_lengths(split_sentences(text))
     return all_different(word.lower() for word in plain_words(text)) if followed else (followed, seen)
 
 
 def sentence_lengths(text: str) -> Followed:
     """Three sentences of the same number of characters."""
-    sentences = list(islice(split_sentences(text), 4))
+    return three_lengths(trained_sentences(text))
+
+
+def three_lengths(sentences: Iterable[str]) -> Followed:
+    """Whether there are three sentences, of the same number of characters."""
+    sentences = list(islice(sentences, 4))
     lengths = list(map(len, sentences))
     return len(lengths) == 3 and len(set(lengths)) == 1, f"sentences of {lengths[:3]} characters, wanted three the same"
 
@@ -124,15 +132,25 @@ def alliteration_increment(text: str) -> Followed:
 
 def alliteration_increment_in_all(text: str) -> Followed:
     """As alliteration_increment, but the words of all runs of a sentence are added."""
-    return rising(map(runs, split_sentences(text)), "alliterative words")
+    return rising(map(runs, trained_sentences(text)), "alliterative words")
 
 
 def keyword(text: str, word: str, N: int) -> Followed:
     """The N-th sentence has the word as a whole, in any case."""
-    sentences = list(islice(split_sentences(text), max(N, 1)))
+    return keyword_in(split_sentences(text), word.strip(), N)
+
+
+def keyword_in_trained(text: str, word: str, N: int) -> Followed:
+    """As keyword, with nltk's sentences."""
+    return keyword_in(trained_sentences(text), word, N)
+
+
+def keyword_in(sentences: Iterable[str], word: str, N: int) -> Followed:
+    """Whether the N-th of the sentences has the word as a whole, in any case."""
+    sentences = list(islice(sentences, N))
     if len(sentences) < N:
         return False, f"{len(sentences)} sentences, wanted {shown(word, 20)} in number {N}"
-    found = re.search(rf"(?<!\w){re.escape(word.strip())}(?!\w)", sentences[N - 1], re.IGNORECASE) is not None
+    found = re.search(rf"(?<!\w){re.escape(word)}(?!\w)", sentences[N - 1], re.IGNORECASE) is not None
     return found, f"{'' if found else 'no '}{shown(word, 20)} in sentence {N}"
 
 
@@ -143,7 +161,7 @@ def increment(text: str, small_n: int) -> Followed:
 
 def increment_of_bare_words(text: str, small_n: int) -> Followed:
     """As increment, but only ASCII marks are no words."""
-    return increments((len(without_marks(sentence).split()) for sentence in split_sentences(text)), small_n)
+    return increments((len(without_marks(sentence).split()) for sentence in trained_sentences(text)), small_n)
 
 
 def increments(counts: Iterable[int], n: int) -> Followed:
@@ -165,7 +183,7 @@ def last_first(text: str) -> Followed:
 
 def last_first_pieces(text: str) -> Followed:
     """As last_first, but only ASCII marks, and those at the sentence's end and beginning, are taken off."""
-    for before, now in pairwise(split_sentences(text)):
+    for before, now in pairwise(trained_sentences(text)):
         last = before.rstrip(ENDS).split()[-1:]
         first = now.lstrip(ENDS).split(None, 1)[:1]
         if not last or not first or last[0].lower() != first[0].lower():
@@ -175,19 +193,19 @@ def last_first_pieces(text: str) -> Followed:
 
 def sentence_alphabet(text: str) -> Followed:
     """26 sentences whose first words begin with a, b, c and so on, marks aside."""
-    return initials(text, lambda sentence: next(plain_words(sentence), ""))
+    return initials(next(plain_words(sentence), "") for sentence in split_sentences(text))
 
 
 def sentence_alphabet_with_marks(text: str) -> Followed:
     """As sentence_alphabet, but a mark before the first word is its first letter."""
-    return initials(text, str)
+    return initials(trained_sentences(text))
 
 
-def initials(text: str, first_word: Callable[[str], str]) -> Followed:
-    """Whether the text has 26 sentences that begin with the letters of the alphabet in order."""
+def initials(sentences: Iterable[str]) -> Followed:
+    """Whether there are 26 texts that begin with the letters of the alphabet in order."""
     count = 0
-    for count, sentence in enumerate(split_sentences(text), 1):
-        letter = first_word(sentence).lower()[:1]
+    for count, sentence in enumerate(sentences, 1):
+        letter = sentence.lower()[:1]
         if count > 26 or letter != chr(96 + count):
             return False, f"sentence {count} begins with {shown(letter)}"
     return exactly(count, 26, "sentences")
@@ -211,7 +229,7 @@ def emoji(text: str) -> Followed:
 
 def emoji_of_one_character(text: str) -> Followed:
     """As emoji, but the last character but one may be it, and one of several characters is often none."""
-    return emoji_at_ends(split_sentences(text), 2)
+    return emoji_at_ends(trained_sentences(text), 2)
 
 
 def emoji_at_ends(sentences: Iterator[str], last: int) -> Followed:
@@ -290,6 +308,7 @@ REFERENCE: dict[str, Callable[..., Followed]] = {
     "ratio:sentence_balance": sentence_balance_or_none,
     "ratio:sentence_words": sentence_lengths,
     "sentence:alliteration_increment": alliteration_increment_in_all,
+    "sentence:keyword": keyword_in_trained,
     "sentence:increment": increment_of_bare_words,
     "words:last_first": last_first_pieces,
     "words:paragraph_last_first": paragraph_last_first_pieces,

@@ -11,7 +11,7 @@ from itertools import islice, pairwise
 
 from verifiers.ifeval.google_rules import Followed, counted, exactly, with_marks_as_letters
 from verifiers.ifeval.parts_of_speech import starts_with_verb
-from verifiers.ifeval.sentences import split_sentences
+from verifiers.ifeval.sentences import split_sentences, trained_sentences
 from verifiers.ifeval.syllables import count_syllables
 from verifiers.ifeval.word_lists import CONJUNCTIONS, PERSON_NAMES, PRONOUNS, STOP_WORDS
 from verifiers.ifeval.words import ASCII_MARKS, MARKS, bare_words, plain_words, times_whole, tokens, without_marks
@@ -302,7 +302,7 @@ def keywords_specific_position(text: str, keyword: str, n: int, m: int) -> Follo
 
 def keyword_among_word_tokens(text: str, keyword: str, n: int, m: int) -> Followed:
     """As keywords_specific_position, but "don't" is two words."""
-    sentence = next(islice(split_sentences(text), n - 1, None), "")
+    sentence = next(islice(trained_sentences(text), n - 1, None), "")
     words = (token for token in tokens(sentence) if any(map(str.isalnum, token)))
     found = next(islice(words, m - 1, None), "")
     return found.lower() == keyword.strip().lower(), f"word {m} of sentence {n}: {shown(found, 20)}"

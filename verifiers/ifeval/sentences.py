@@ -17,6 +17,8 @@ ABBREVIATIONS = frozenset(
         "mich ill wis fla ariz p.s s.a w.r n.v c.o"
     )
 )
+MORE_ABBREVIATIONS = frozenset("adm ct fri ga kan ky mfg mg nev ok okla reps sens tues vt wash wed yr".split())
+TRAINED = ABBREVIATIONS | MORE_ABBREVIATIONS
 # Words that seldom follow an abbreviation inside a sentence with a capital: after 'etc.' they begin a new one.
 STARTERS = frozenset(
     str.split(
@@ -43,28 +45,56 @@ def split_sentences(text: str) -> Iterator[str]:
     text = text.strip()
     start = 0
     for match in END.finditer(text):
-        if _ends_sentence(match, text):
+        if _ends_sentence(text, match["stop"], match.start(), match.end()):
             yield text[start : match.end()].strip()
             start = match.end()
     if rest := text[start:].strip():
         yield rest
 
 
-def _ends_sentence(match: re.Match, text: str) -> bool:
-    stop = match["stop"]
+STOPPED = re.compile(r"[.?!]\S*+")  # the first stop of what stands between white space, and what is behind it
+LAST_STOP = re.compile(r"(?s).*[.?!](?=[)\";}\]*:@'({\[!?])")
+CLOSED = re.compile(r"""["')\]}]+(?:\s+|(?=--)|$)""")
+
+
+def trained_sentences(text: str) -> Iterator[str]:
+    """The sentences of `text` where nltk looks for them: as `split_sentences`, but a mark may stand behind the stop
+    where white space does ('**Yes!** No.' and 'Yes!!' at the very end are two), and 'Ok.' is an abbreviation."""
+    text = text.strip()
+    start = 0
+    for match in STOPPED.finditer(text):
+        inside = match.end()
+        if match[0][-1] not in ".?!" or inside == len(text):
+            found = LAST_STOP.match(match[0])
+            inside = match.start() + found.end() if found else 0
+        if inside > start:
+            stop = text[max(start, inside - MAX_WORD) : inside]
+            stop = stop[len(stop.rstrip(".?!")) :]
+            if _ends_sentence(text, stop, inside - len(stop), inside, TRAINED):
+                closed = CLOSED.match(text, inside)
+                end = closed.end() if closed else inside
+                yield text[start:end].strip()
+                start = end
+    if rest := text[start:].strip():
+        yield rest
+
+
+def _ends_sentence(
+    text: str, stop: str, start: int, end: int, abbreviations: frozenset[str] = ABBREVIATIONS
+) -> bool:
     if stop[-1] in "?!":
         return True
-    following = NEXT_WORD.match(text, match.end())
+    following = NEXT_WORD.match(text, end)
     after = following[1][:40] if following else ""
     if len(stop) > 1:
         return after[:1].isupper() and after.lower() in STARTERS
-    before = text[max(0, match.start() - MAX_WORD) : match.start()]
+    before = text[max(0, start - MAX_WORD) : start]
     word = "" if before[-1:].isspace() else (before.split() or [""])[-1].lstrip("\"'([{*_-«“‘").lower()
     if word.replace(",", "").isdigit():
         return not after[:1].islower()
     if len(word) == 1 and word.isalpha():
         return not after[:1].isalpha() or (after.lower() in STARTERS and after != "I")
-    if word in ABBREVIATIONS or word.rpartition("-")[2] in ABBREVIATIONS:
+    if word in abbreviations or word.rpartition("-")[2] in abbreviations:
         return after[:1].isupper() and after.lower() in STARTERS
     return True
 

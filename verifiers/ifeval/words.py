@@ -7,7 +7,7 @@ than it needs.
 import re
 from collections.abc import Iterator
 
-from verifiers.ifeval.sentences import split_sentences, word_tokens
+from verifiers.ifeval.sentences import trained_sentences, word_tokens
 
 ASCII_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 MARKS = ASCII_MARKS + "“”‘’‚„«»‹›…—–―·•¡¿§¶、。〈〉《》「」『』【】〔〕・！＂（），．：；？［］｛｝～"
@@ -51,7 +51,7 @@ def blocks(text: str) -> Iterator[str]:
 
 def tokens(text: str) -> Iterator[str]:
     """Words and punctuation marks, sentence after sentence, by the conventions of nltk's word_tokenize."""
-    for sentence in split_sentences(text):
+    for sentence in trained_sentences(text):
         yield from word_tokens(sentence)
 
 
