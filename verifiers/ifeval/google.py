@@ -4,9 +4,11 @@ Zhou et al. 2023, arXiv:2311.07911; Pyatkin et al. 2025, arXiv:2507.02833. The t
 instructions.py.
 """
 
-from verifiers.ifeval.instructions import IFBENCH, arguments, rule
+from verifiers.ifeval.instructions import GOOGLE, IFBENCH, arguments, rule
 from verifiers.strings import is_blank, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, error, failed, read_structure
+
+MAX_READ = 64 * 1024  # characters; a longer response follows no instruction of IFEvalG or IFBench
 
 
 def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]:
@@ -42,6 +44,8 @@ def follow(
     loose: any of eight texts may follow it: the response as it is or without '*', each whole, without its first line,
     without its last, without both (Zhou et al. 2023, section 2.3).
     """
+    if name not in GOOGLE and len(response) > MAX_READ:
+        return False, f"{len(response)} characters, more than {MAX_READ}"
     followed_by, blank = rule(name, mode), is_white if mode == "reference" else is_blank
     seen = "empty response"
     for text in variants(response) if loose else [response]:

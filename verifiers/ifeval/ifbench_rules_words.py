@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import islice, pairwise
 
-from verifiers.ifeval.google_rules import Followed, counted, exactly, with_marks_as_letters
+from verifiers.ifeval.google_rules import Followed, counted, exactly, word_pattern
 from verifiers.ifeval.parts_of_speech import starts_with_verb
 from verifiers.ifeval.sentences import split_sentences, trained_sentences
 from verifiers.ifeval.syllables import count_syllables
@@ -42,7 +42,7 @@ def every_if_any(words: Iterable[str], holds: Callable[[str], object], what: str
 
 def word_matches(text: str, limit: int) -> list[str]:
     """Runs of letters, marks, digits and '_', up to `limit`."""
-    return [match[0] for match in islice(re.finditer(r"\w+", with_marks_as_letters(text)), limit)]
+    return [match[0] for match in islice(word_pattern(text.isascii()).finditer(text), limit)]
 
 
 def word_count_range(text: str, min_words: int, max_words: int) -> Followed:
@@ -74,7 +74,7 @@ def unique_pieces(text: str, N: int) -> Followed:
 
 def stop_words(text: str, percentage: int | float) -> Followed:
     """No more than so many per cent of the words are stop words ("don't" is two, both stop words)."""
-    words = re.findall(r"\w+", with_marks_as_letters(text))
+    words = word_pattern(text.isascii()).findall(text)
     stops = sum(times for word, times in Counter(words).items() if word.lower() in STOP_WORDS)
     percent = 100 * stops / len(words) if words else 100.0
     return bool(words) and stops / len(words) * 100 <= percentage, f"{percent:.1f} % stop words, wanted {percentage}"

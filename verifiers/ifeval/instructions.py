@@ -114,7 +114,7 @@ def check_values(name: str, typed: dict, mode: str) -> None:
         if key in ("relation", "instruction"):
             continue
         if isinstance(value, (str, list)):
-            check_text(name, key, value, mode)
+            check_text(name, key, value)
         else:
             drawn = mode == "reference" and (name, key) in DRAWN
             least = int(drawn or (name, key) in COUNTS_FROM_1)
@@ -132,11 +132,8 @@ def check_values(name: str, typed: dict, mode: str) -> None:
             Regex(words[0]), Regex(words[-1])
 
 
-def check_text(name: str, key: str, value: str | list, mode: str) -> None:
-    """Raises GroundTruthError for a text that is blank, or a list of other than one word (of which open-instruct reads
-    the first)."""
+def check_text(name: str, key: str, value: str | list) -> None:
+    """Raises GroundTruthError for a text that is blank. Of a list the first is used, the one that the prompt shows."""
     words = [value] if isinstance(value, str) else value
     if not words or not all(isinstance(word, str) and word.strip() for word in words):
         raise GroundTruthError(f"{name}: {key} is blank: {shown(value)}")
-    if len(words) > 1 and mode != "reference":
-        raise GroundTruthError(f"{name}: {key} must be one word, found {shown(value)}")

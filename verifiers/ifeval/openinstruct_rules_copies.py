@@ -171,10 +171,10 @@ def counting_composition_in_tokens(text: str, n_sent: int, n_words: int) -> Foll
 
 
 def sentence_hyphens(text: str) -> Followed:
-    """Sentences joined by hyphens without spaces: no sentence ends before white space, no hyphen stands beside it."""
+    """Sentences joined by hyphens without spaces: no sentence or line ends before white space, no hyphen beside it."""
     text = text.strip()
-    if re.search(r"\s-|-\s", text):
-        return False, "white space beside a hyphen"
+    if re.search(r"\s-|-\s|\n", text):
+        return False, "white space beside a hyphen, or a line break"
     joined = count_sentences(text, 2) == 1
     return joined, "sentences joined" if joined else "white space between sentences"
 
@@ -193,7 +193,7 @@ def square_brackets(text: str) -> Followed:
     seen = 0
     for match in re.finditer(r"\S+", text):
         outside = re.sub(r"\[[^\[\]]*+\]", "", match[0])
-        if outside.strip(MARKS) or "[" in outside:
+        if outside.strip(MARKS):
             return False, f"{shown(match[0], 30)} is not in square brackets"
         seen += outside != match[0]
     return seen > 0, f"{seen} words in square brackets"

@@ -205,7 +205,7 @@ def last_tokens(text: str) -> list[str]:
 
 def lowercase_counting(text: str, N: int) -> Followed:
     """At most N words of a-z alone, counted with their repetitions."""
-    seen = sum(1 for _ in islice(re.finditer(r"\b[a-z]+\b", text), max(N, 0) + 1))
+    seen = sum(1 for _ in islice(re.finditer(r"[a-z](?<!\w[a-z])[a-z]*+(?!\w)", text), max(N, 0) + 1))
     return seen <= N, f"{seen} lower-case words, wanted at most {N}"
 
 

@@ -23,10 +23,10 @@ TRAINED = ABBREVIATIONS | MORE_ABBREVIATIONS
 STARTERS = frozenset(
     str.split(
         "the this that these those he she it they we i you in on at but and so if when while there here what his her "
-        "its their our my a an as for after before however meanwhile then one some many most no not"
+        "its their our my a an as for after before however meanwhile then one some many most no not let please to with by from is are do can also"
     )
 )
-END = re.compile(r"""(?<![.?!])(?P<stop>[.?!]++)["')\]}*_»”’]*+(?=\s)""")
+END = re.compile(r"""(?P<stop>[.?!](?<![.?!][.?!])[.?!]*+)["')\]}*_»”’]*+(?=\s)""")
 MAX_WORD = 40
 NEXT_WORD = re.compile(r"""[\s"'(\[{*_«“‘]*([^\s.,;:?!"')\]}*]*)""")
 
@@ -84,19 +84,26 @@ def _ends_sentence(
 ) -> bool:
     if stop[-1] in "?!":
         return True
-    following = NEXT_WORD.match(text, end)
-    after = following[1][:40] if following else ""
     if len(stop) > 1:
+        after = word_after(text, end)
         return after[:1].isupper() and after.lower() in STARTERS
     before = text[max(0, start - MAX_WORD) : start]
     word = "" if before[-1:].isspace() else (before.split() or [""])[-1].lstrip("\"'([{*_-«“‘").lower()
     if word.replace(",", "").isdigit():
-        return not after[:1].islower()
+        return not word_after(text, end)[:1].islower()
     if len(word) == 1 and word.isalpha():
+        after = word_after(text, end)
         return not after[:1].isalpha() or (after.lower() in STARTERS and after != "I")
     if word in abbreviations or word.rpartition("-")[2] in abbreviations:
+        after = word_after(text, end)
         return after[:1].isupper() and after.lower() in STARTERS
     return True
+
+
+def word_after(text: str, place: int) -> str:
+    """The word that follows the place, its first 40 characters; '' where none does."""
+    following = NEXT_WORD.match(text, place)
+    return following[1][:40] if following else ""
 
 
 OPENING_QUOTES = re.compile(r"([«“‘„]|`+)")
@@ -117,7 +124,7 @@ IT = re.compile(r"(?i) ('t)(is|was)\b")
 
 
 BLOCK = 4000
-MAYBE_CAPITALS = re.compile(r"(?<![a-z])[A-Z](?![a-z])|[A-Z]n't")
+MAYBE_CAPITALS = re.compile(r"[A-Z](?:(?![a-z])|n't)")
 
 
 def count_capital_words(text: str, limit: int) -> int:

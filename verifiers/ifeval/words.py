@@ -6,7 +6,9 @@ than it needs.
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 
+from verifiers.ifeval.google_rules import whole_words
 from verifiers.ifeval.sentences import trained_sentences, word_tokens
 
 ASCII_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
@@ -55,18 +57,6 @@ def tokens(text: str) -> Iterator[str]:
         yield from word_tokens(sentence)
 
 
-def whole_word(word: str) -> re.Pattern:
-    """The word or phrase where no letter, digit or '_' touches it, in any case."""
-    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", re.IGNORECASE)
-
-
 def times_whole(text: str, word: str, limit: int) -> int:
     """How often the word stands in the text as a whole word, in any case, counted up to `limit`."""
-    if text.isascii() and word.lower() not in text.lower():
-        return 0
-    count = 0
-    for _ in whole_word(word).finditer(text):
-        count += 1
-        if count >= limit:
-            break
-    return count
+    return sum(1 for _ in islice(whole_words(text, word), max(limit, 0)))
