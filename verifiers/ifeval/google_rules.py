@@ -129,12 +129,22 @@ def in_language(text: str, code: str) -> Followed:
 
 def english_capital(text: str) -> Followed:
     """All letters upper-case (at least one), in English."""
-    return in_language(text, "en") if text.isupper() else (False, "not all upper-case")
+    return in_language(text, "en") if all_upper(text) else (False, "not all upper-case")
 
 
 def english_lowercase(text: str) -> Followed:
     """All letters lower-case (at least one), in English."""
-    return in_language(text, "en") if text.islower() else (False, "not all lower-case")
+    return in_language(text, "en") if all_lower(text) else (False, "not all lower-case")
+
+
+def all_upper(text: str) -> bool:
+    """text.isupper(), which is slow."""
+    return text == text.upper() != text.lower() if text.isascii() else text.isupper()
+
+
+def all_lower(text: str) -> bool:
+    """text.islower(), which is slow."""
+    return text == text.lower() != text.upper() if text.isascii() else text.islower()
 
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> Followed:
@@ -172,8 +182,15 @@ def word_pattern(ascii_only: bool = False) -> re.Pattern:
     joiners besides what Python's has."""
     if ascii_only:
         return re.compile(r"\w+")
-    marks = [c for c in (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)) if unicodedata.category(chr(c))[0] == "M"]
-    return re.compile(rf"[\w\u200c\u200d{re.escape(''.join(map(chr, marks)))}]+")
+    ranges: list[list[int]] = []
+    for c in (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)):
+        if unicodedata.category(chr(c))[0] == "M":
+            if ranges and ranges[-1][1] == c - 1:
+                ranges[-1][1] = c
+            else:
+                ranges.append([c, c])
+    marks = "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+    return re.compile(rf"[\w\u200c\u200d{marks}]+")
 
 
 def number_paragraphs(text: str, num_paragraphs: int) -> Followed:
@@ -195,7 +212,8 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
     if not 1 <= nth_paragraph <= count:
         return False, f"{count} paragraphs, wanted the first word of number {nth_paragraph}"
     words = paragraphs[nth_paragraph - 1].strip().split(None, 1)
-    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'), maxsplit=1)[0].lower() if words else ""
+    word = words[0].lstrip("'").lstrip('"')[: 4 * len(first_word) + 40] if words else ""
+    word = re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower()
     same = count == num_paragraphs and word == first_word.lower()
     seen = f"{count} paragraphs, wanted {num_paragraphs}; first word {shown(word, 20)}, wanted {shown(first_word)}"
     return same, seen

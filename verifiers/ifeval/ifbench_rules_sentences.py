@@ -91,9 +91,9 @@ def overlap(text: str, reference_text: str, percentage: int | float) -> Followed
     return same, f"{100 * share:.1f} % of the trigrams, wanted {percentage}"
 
 
-def trigrams(text: str) -> set[str]:
+def trigrams(text: str) -> set[tuple[str, str, str]]:
     """The different runs of three characters."""
-    return {a + b + c for a, b, c in zip(text, text[1:], text[2:], strict=False)}
+    return set(zip(text, text[1:], text[2:], strict=False))
 
 
 # --- sentence after sentence ------------------------------------------------------------------------------------------

@@ -112,7 +112,11 @@ def numbers_without_marks(text: str, N: int) -> Followed:
 
 def pronouns(text: str, N: int) -> Followed:
     """At least N pronouns; 'she/her' is two."""
-    words = tokens(text.replace("/", " ").lower())
+    text = text.replace("/", " ").lower()
+    runs = re.finditer(r"[a-z]++", text)  # a pronoun is one, or the end of 'gimme' and 'lemme'
+    if sum(1 for _ in islice((run for run in runs if run[0] in PRONOUNS or run[0].endswith("me")), N)) < N:
+        return False, f"fewer than {N} pronouns"
+    words = tokens(text)
     seen = sum(1 for _ in islice((word for word in words if word in PRONOUNS), N))
     return counted(seen, "at least", N, "pronouns")
 

@@ -149,6 +149,8 @@ def counting_composition(text: str, n_sent: int, n_words: int) -> Followed:
 
 def counting_composition_in_tokens(text: str, n_sent: int, n_words: int) -> Followed:
     """Three pieces at '***' alone, a final full stop being a word, and an empty piece having no sentences."""
+    if text.count("***") < 2:
+        return False, "fewer than 3 paragraphs"
     parts = re.split(r"\s?\*\*\*\s?", text, maxsplit=5)
     count = len(parts)
     for place, part in enumerate(parts):

@@ -74,6 +74,8 @@ def keyword_specific_position(text: str, keyword: list | str, n: int, m: int) ->
 
 def keyword_among_tokens(text: str, keyword: list | str, n: int, m: int) -> Followed:
     """The m-th token of the n-th sentence is the keyword, in this case; marks are tokens."""
+    if first_of(keyword) not in text:
+        return False, f"no {shown(first_of(keyword), 20)}"
     sentence = next(islice(cut_sentences(text), n - 1, None), "")
     found = next(islice(tokens(sentence), m - 1, None), "")
     return found == first_of(keyword), f"token {m} of sentence {n}: {shown(found, 20)}"
@@ -83,10 +85,11 @@ def palindrome(text: str) -> Followed:
     """A word of three letters or more that is the same from either end, or such a line, sentence or quotation of
     several words; case, spaces and marks aside."""
     for word in plain_words(text):
-        if len(word) > 2 and is_palindrome(word):
+        if len(word) > 2 and word[0].lower() == word[-1].lower() and is_palindrome(word):
             return True, f"palindrome {shown(word, 20)}"
-    for part in re.split(r"[.?!\n\"“”]", text):
-        if " " in part.strip() and is_palindrome(part):
+    for match in re.finditer(r"[^.?!\n\"“”]++", text):
+        part = match[0].strip(MARKS + " ")
+        if " " in part and part[0].lower() == part[-1].lower() and is_palindrome(part):
             return True, f"palindrome {shown(part, 40)}"
     return False, "no palindrome"
 
@@ -124,8 +127,10 @@ def first_word_sent(text: str, first_word: list | str) -> Followed:
 
 def first_piece_of_sentences(text: str, first_word: list | str) -> Followed:
     """Every sentence begins with the word, which nothing but white space may follow."""
-    words = ((sentence.split(None, 1) or [""])[0] for sentence in cut_sentences(text))
-    return every_sentence(words, first_of(first_word), "first")
+    words, wanted = ((sentence.split(None, 1) or [""])[0] for sentence in cut_sentences(text)), first_of(first_word)
+    if not text.lstrip()[: 2 * len(wanted)].lower().startswith(wanted.lower()):  # soon said
+        return False, f"does not begin with {shown(wanted, 20)}"
+    return every_sentence(words, wanted, "first")
 
 
 def last_word_sent(text: str, last_word: list | str) -> Followed:
@@ -136,8 +141,10 @@ def last_word_sent(text: str, last_word: list | str) -> Followed:
 
 def last_piece_of_sentences(text: str, last_word: list | str) -> Followed:
     """Every sentence ends with the word: its last piece without any mark, which a piece of marks alone is not."""
-    words = (last_piece(sentence) for sentence in cut_sentences(text))
-    return every_sentence(words, first_of(last_word), "last")
+    words, wanted = (last_piece(sentence) for sentence in cut_sentences(text)), first_of(last_word)
+    if not last_piece(text[-1024 - len(wanted) :]).lower().endswith(wanted.lower()):  # soon said
+        return False, f"does not end with {shown(wanted, 20)}"
+    return every_sentence(words, wanted, "last")
 
 
 def last_plain_word(text: str) -> str:
@@ -148,7 +155,7 @@ def last_plain_word(text: str) -> str:
 
 def last_piece(text: str) -> str:
     """What follows the last white space, without what is neither letter, digit nor '_'."""
-    return re.sub(r"[^\w\s]", "", (text.rsplit(None, 1) or [""])[-1])
+    return re.sub(r"[^\w\s]+", "", (text.rsplit(None, 1) or [""])[-1])
 
 
 def first_word_answer(text: str, first_word: list | str) -> Followed:
@@ -197,7 +204,7 @@ def last_tokens(text: str) -> list[str]:
     start = len(end)
     for _ in range(3):  # more than the last piece between white space, which sentences and contractions may join
         start = max(end.rfind(" ", 0, start), end.rfind("\n", 0, start), 0)
-    return word_tokens(end[start:][-10_000:])
+    return word_tokens(end[start:][-2048:])
 
 
 # --- counts -----------------------------------------------------------------------------------------------------------

@@ -88,7 +88,7 @@ def _ends_sentence(
         after = word_after(text, end)
         return after[:1].isupper() and after.lower() in STARTERS
     before = text[max(0, start - MAX_WORD) : start]
-    word = "" if before[-1:].isspace() else (before.split() or [""])[-1].lstrip("\"'([{*_-«“‘").lower()
+    word = "" if before[-1:].isspace() else (before.rsplit(None, 1) or [""])[-1].lstrip("\"'([{*_-«“‘").lower()
     if word.replace(",", "").isdigit():
         return not word_after(text, end)[:1].islower()
     if len(word) == 1 and word.isalpha():
@@ -123,7 +123,7 @@ CONTRACTION = re.compile(
 IT = re.compile(r"(?i) ('t)(is|was)\b")
 
 
-BLOCK = 4000
+BLOCK = 1000
 MAYBE_CAPITALS = re.compile(r"[A-Z](?:(?![a-z])|n't)")
 
 
@@ -144,17 +144,17 @@ def count_capital_words(text: str, limit: int) -> int:
     return count
 
 
-def word_tokens(sentence: str) -> list[str]:
+def word_tokens(sentence: str, begins: bool = True, ends: bool = True) -> list[str]:
     """Words and punctuation marks of a sentence as separate tokens, contractions split ("CAN'T" is two, "AB/CD" one).
 
     Source: the conventions of the Penn Treebank as nltk's NLTKWordTokenizer (3.10) applies them; a quotation mark is
-    `` or ''.
+    `` or ''. begins, ends: whether the text is the beginning and the end of its sentence.
     """
     text = OPENING_QUOTES.sub(r" \1 ", sentence)
-    text = ("``" + text[1:] if text[:1] == '"' else text).replace("``", " `` ")
+    text = ("``" + text[1:] if begins and text[:1] == '"' else text).replace("``", " `` ")
     text = QUOTE_AFTER_OPENING.sub(r"\1 `` ", text)
     text = OPENING_APOSTROPHE.sub("' ", text)
-    text = FINAL_STOP.sub(" . ", text)
+    text = FINAL_STOP.sub(" . ", text) if ends else text
     text = LAST_COLON.sub(r" \g<0> ", COLON.sub(r" \1 \2", text))
     text = SPLIT_OFF.sub(lambda match: " '' " if match[0] == '"' else f" {match[0]} ", text)
     text = LAST_QUOTE.sub(r"\1 ' ", text)

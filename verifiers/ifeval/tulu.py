@@ -14,7 +14,7 @@ from itertools import islice
 
 from verifiers.ifeval import language
 from verifiers.ifeval.arguments import typed_arguments
-from verifiers.ifeval.google_rules import count_brackets, has_word, is_json, whole_words
+from verifiers.ifeval.google_rules import all_lower, all_upper, count_brackets, has_word, is_json, whole_words
 from verifiers.ifeval.google_rules import title as has_title
 from verifiers.strings import is_blank, nearest, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, error, failed, passed, read_structure
@@ -77,7 +77,7 @@ def verify_paragraph_count(text: str, N: int) -> bool:
 
 def validate_word_constraint(text: str, N: int, quantifier: str) -> bool:
     """So many words between white space, 'around' being ±10 %."""
-    return compare(len(text.split()), quantifier, N, tenth(N))
+    return compare(count(r"\S+", text, N + tenth(N) + 1), quantifier, N, tenth(N))
 
 
 SENTENCE_END = re.compile(r"[.?!]\s(?<!\w\.\w.\s)(?<![A-Z][a-z]\.\s)")
@@ -107,7 +107,7 @@ def validate_placeholders(text: str, N: int) -> bool:
 
 def verify_bullet_points(text: str, N: int) -> bool:
     """Exactly N lines that begin with '*' or '-'."""
-    return sum(line.strip().startswith(("*", "-")) for line in text.split("\n")) == N
+    return count(r"\n[^\S\n]*[*-]", "\n" + text, N + 1) == N
 
 
 def validate_title(text: str) -> bool:
@@ -123,7 +123,8 @@ def validate_choice(text: str, options: list | str) -> bool:
 
 def validate_highlighted_sections(text: str, N: int) -> bool:
     """*...* within a line, from any asterisk to the next: **bold** is two, '****' is two."""
-    return sum(line.count("*") // 2 for line in text.split("\n") if "*" in line) >= N
+    lines = text.split("\n") if "*" in text else ()
+    return sum(line.count("*") // 2 for line in lines if "*" in line) >= N
 
 
 def validate_sections(text: str, N: int, section_splitter: str) -> bool:
@@ -236,8 +237,8 @@ DEFAULT: dict[str, Callable[..., bool]] = {
     "validate_highlighted_sections": filled_highlights,
     "validate_quotation": filled_quotation,
     "validate_two_responses": filled_responses,
-    "validate_uppercase": lambda text: text.isupper(),
-    "validate_lowercase": lambda text: text.islower(),
+    "validate_uppercase": all_upper,
+    "validate_lowercase": all_lower,
 }
 
 

@@ -13,7 +13,8 @@ from verifiers.ifeval.sentences import trained_sentences, word_tokens
 
 ASCII_MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 MARKS = ASCII_MARKS + "“”‘’‚„«»‹›…—–―·•¡¿§¶、。〈〉《》「」『』【】〔〕・！＂（），．：；？［］｛｝～"
-BLOCK = 4096
+BLOCK = 1024
+MAX_PIECE = 4 * BLOCK  # characters that may stand between white space and be cut into tokens; no word is so long
 SPACE = re.compile(r"\s")
 
 
@@ -54,7 +55,13 @@ def blocks(text: str) -> Iterator[str]:
 def tokens(text: str) -> Iterator[str]:
     """Words and punctuation marks, sentence after sentence, by the conventions of nltk's word_tokenize."""
     for sentence in trained_sentences(text):
-        yield from word_tokens(sentence)
+        start = 0
+        while start < len(sentence):  # a long one in pieces that begin with white space, as no token has any in it
+            space = SPACE.search(sentence, start + BLOCK)
+            end = space.start() if space else len(sentence)
+            piece = sentence[start:end]
+            yield from word_tokens(piece, start == 0, end == len(sentence)) if end - start < MAX_PIECE else piece.split()
+            start = end
 
 
 def times_whole(text: str, word: str, limit: int) -> int:
