@@ -36,9 +36,7 @@ def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]
     return pairs
 
 
-def follow(
-    response: str, name: str, kwargs: dict, loose: bool = False, mode: str = "default"
-) -> tuple[bool, str]:
+def follow(response: str, name: str, kwargs: dict, loose: bool = False, mode: str = "default") -> tuple[bool, str]:
     """(whether one instruction is followed, what was seen). A blank response follows none.
 
     loose: any of eight texts may follow it: the response as it is or without '*', each whole, without its first line,

@@ -134,9 +134,7 @@ def punctuation(text: str) -> Followed:
 TIMES = (1, 2, 3, 5, 7)
 
 
-def keywords_multiple(
-    text: str, keyword1: str, keyword2: str, keyword3: str, keyword4: str, keyword5: str
-) -> Followed:
+def keywords_multiple(text: str, keyword1: str, keyword2: str, keyword3: str, keyword4: str, keyword5: str) -> Followed:
     """The keywords once, twice, three, five and seven times, as whole words, in any case."""
     keywords = (keyword1, keyword2, keyword3, keyword4, keyword5)
     seen = tuple(times_whole(text, word, n + 1) for word, n in zip(keywords, TIMES, strict=True))

@@ -79,9 +79,7 @@ def trained_sentences(text: str) -> Iterator[str]:
         yield rest
 
 
-def _ends_sentence(
-    text: str, stop: str, start: int, end: int, abbreviations: frozenset[str] = ABBREVIATIONS
-) -> bool:
+def _ends_sentence(text: str, stop: str, start: int, end: int, abbreviations: frozenset[str] = ABBREVIATIONS) -> bool:
     if stop[-1] in "?!":
         return True
     if len(stop) > 1:
@@ -168,7 +166,9 @@ def word_tokens(sentence: str, begins: bool = True, ends: bool = True) -> list[s
 
 TITLES = re.compile(r"(Mr|St|Mrs|Ms|Dr)\.")
 SITES = re.compile(r"\.(com|net|org|io|gov|edu|me)")
-STARTS = r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|He\s|She\s|It\s|They\s|Their\s|Our\s|We\s|But\s|However\s|That\s|This\s|Wherever)"
+STARTS = (
+    r"(Mr|Mrs|Ms|Dr|Prof|Capt|Cpt|Lt|He\s|She\s|It\s|They\s|Their\s|Our\s|We\s|But\s|However\s|That\s|This\s|Wherever)"
+)
 INSIDE = (  # in this order: full stops that end nothing, and those that end a sentence before a word that begins one
     (TITLES, r"\1<prd>"),
     (SITES, r"<prd>\1"),

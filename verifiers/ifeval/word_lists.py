@@ -45,6 +45,4 @@ AFRICA = (  # the 54 members of the United Nations, with other names in use; '='
     "Sao Tome and Principe|Senegal|Seychelles|Sierra Leone|Somalia|South Africa|South Sudan|Sudan|Tanzania|Togo|Tunisia|"
     "Uganda|Zambia|Zimbabwe"
 )
-AFRICAN_COUNTRIES = {
-    name.lower(): names.split("=")[0] for names in AFRICA.split("|") for name in names.split("=")
-}
+AFRICAN_COUNTRIES = {name.lower(): names.split("=")[0] for names in AFRICA.split("|") for name in names.split("=")}

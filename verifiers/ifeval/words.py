@@ -60,7 +60,9 @@ def tokens(text: str) -> Iterator[str]:
             space = SPACE.search(sentence, start + BLOCK)
             end = space.start() if space else len(sentence)
             piece = sentence[start:end]
-            yield from word_tokens(piece, start == 0, end == len(sentence)) if end - start < MAX_PIECE else piece.split()
+            yield from (
+                word_tokens(piece, start == 0, end == len(sentence)) if end - start < MAX_PIECE else piece.split()
+            )
             start = end
 
 
