@@ -2,8 +2,10 @@
 
 from random import Random
 
-WORDS = (
-    "river stone bread cloud lamp garden window tiger morning paper silver ocean kettle violin harbour meadow".split()
+WORDS = tuple(
+    str.split(
+        "river stone bread cloud lamp garden window tiger morning paper silver ocean kettle violin harbour meadow"
+    )
 )
 
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.verifiers import making_ifbench, making_ifevalg
+from tests.verifiers import making_ifbench, making_ifbench_forms, making_ifevalg
 from tests.verifiers.arguments_of import NEW
 from verifiers import check, verify
 from verifiers.ifeval import parts_of_speech
 from verifiers.ifeval.google import MAX_READ
 from verifiers.ifeval.instructions import GOOGLE, IFBENCH, INSTRUCTIONS, OPEN_INSTRUCT
 
-MAKE = making_ifevalg.MAKE | making_ifbench.MAKE
+MAKE = making_ifevalg.MAKE | making_ifbench.MAKE | making_ifbench_forms.MAKE
 few = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -106,7 +106,7 @@ def test_a_verb_needs_the_taggers_data():
         assert verify("Run to the river.", truth, "ifeval").score == 1
         assert verify("The river runs.", truth, "ifeval").score == 0
     else:
-        with pytest.raises(ValueError, match="needs nltk and its tagger: python -m nltk.downloader"):
+        with pytest.raises(ValueError, match=r"needs nltk and its tagger: python -m nltk\.downloader"):
             check("ifeval", truth)
 
 

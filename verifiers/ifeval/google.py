@@ -68,7 +68,8 @@ def verify(
 
     default: the response as it stands (Google's strict; `loose` for its loose metric).
     reference: open-instruct e6c3044, IFEvalVerifier: thinking and answer tags removed first, keywords are regular
-    expressions; a row with an instruction of IFBench as IFBench db69a6f, which removes nothing. Never raises: a bad ground truth is a Verdict with status 'error'.
+    expressions; a row with an instruction of IFBench as IFBench db69a6f, which removes nothing.
+    Never raises: a bad ground truth is a Verdict with status 'error'.
     """
     try:
         pairs = parse(ground_truth, mode)

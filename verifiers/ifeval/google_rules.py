@@ -178,8 +178,8 @@ def number_words(text: str, num_words: int, relation: str) -> Followed:
 
 @lru_cache(maxsize=2)
 def word_pattern(ascii_only: bool = False) -> re.Pattern:
-    r"""Words of letters, digits, '_' and combining marks, or 'हिन्दी' would be three: nltk 3.10's \w, which has marks and
-    joiners besides what Python's has."""
+    r"""Words of letters, digits, '_' and combining marks, or 'हिन्दी' would be three: nltk 3.10's \w has marks
+    and joiners besides what Python's has."""
     if ascii_only:
         return re.compile(r"\w+")
     ranges: list[list[int]] = []

@@ -10,7 +10,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from datetime import date
-from itertools import islice
+from itertools import islice, pairwise
 
 from verifiers.ifeval.google_rules import Followed, exactly
 from verifiers.ifeval.sentences import count_sentences
@@ -140,7 +140,7 @@ def mcq_count_length(text: str) -> Followed:
         if options != 5:
             return exactly(options, 5, "options of a question")
         lengths.append(len(question.strip()))
-    rising = all(a < b for a, b in zip(lengths, lengths[1:], strict=False))
+    rising = all(a < b for a, b in pairwise(lengths))
     return rising, f"questions of {lengths} characters"
 
 

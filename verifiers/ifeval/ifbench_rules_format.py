@@ -160,7 +160,9 @@ def output_headings(text: str) -> Followed:
     return found, f"{'all' if found else 'not all'} of the headings"
 
 
-MINOR = frozenset("a an the and but or nor for so yet as at by in into of off on onto per to up via with from".split())
+MINOR = frozenset(
+    str.split("a an the and but or nor for so yet as at by in into of off on onto per to up via with from")
+)
 
 
 def title_case(text: str) -> Followed:

@@ -1,4 +1,4 @@
-"""IFBench's instructions about words, names and numbers (Pyatkin et al. 2025, arXiv:2507.02833; allenai/IFBench db69a6f).
+"""IFBench's instructions about words, names and numbers (allenai/IFBench db69a6f), a function each.
 
 A rule is `name(text, **kwargs) -> (followed, what was seen)`. RULES are what the instructions say; REFERENCE the rules
 of IFBench's code where they do something else (docs/verifiers.md), to the letter. All are linear in the text.

@@ -6,7 +6,7 @@ IFEval's 25 (google_rules.py), the 29 that open-instruct's IFEvalG adds (openins
 
 import inspect
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 from verifiers.ifeval import (
     google_rules,
@@ -47,7 +47,7 @@ REGEX_OF_OTHERS = {
     "keywords:word_count_different_numbers": ("keyword",),
     "count:count_increment_word": ("keyword1", "keyword2"),
 }
-STRIPPED = frozenset("keyword section_spliter phrase keyword1 keyword2 keyword3 keyword4 keyword5".split())
+STRIPPED = frozenset(str.split("keyword section_spliter phrase keyword1 keyword2 keyword3 keyword4 keyword5"))
 # The least that a number may be: 0, or 1 for these, where no response could be right.
 COUNTS_FROM_1 = frozenset(
     [("copy:copying_multiple", "N"), ("copy:repeat_phrase", "small_n"), ("count:words_japanese", "N")]
@@ -68,7 +68,7 @@ def rule(name: str, mode: str) -> Callable[..., Followed]:
     return REFERENCE.get(name, INSTRUCTIONS[name]) if mode == "reference" else INSTRUCTIONS[name]
 
 
-@lru_cache(maxsize=None)
+@cache
 def parameters(name: str, mode: str) -> dict[str, inspect.Parameter]:
     """The parameters of the rule of an instruction."""
     return dict(inspect.signature(rule(name, mode)).parameters)
@@ -122,7 +122,8 @@ def check_values(name: str, typed: dict, mode: str) -> None:
                 why = " (open-instruct draws another number at random)" if drawn else ""
                 raise GroundTruthError(f"{name}: {key} must be at least {least}, found {value}{why}")
     if {"n_start", "n_end", "prompt_to_repeat"} <= set(typed):
-        if not typed["prompt_to_repeat"][typed["n_start"] : typed["n_end"] + (mode == "default")].strip():
+        span = typed["prompt_to_repeat"][typed["n_start"] : typed["n_end"] + (mode == "default")]
+        if not span.strip():
             raise GroundTruthError(f"{name}: no text from n_start {typed['n_start']} to n_end {typed['n_end']}")
     if name == "copy:repeat_phrase":
         words = typed["phrase"].split()

@@ -2,7 +2,7 @@
 
 Close to nltk 3.10's punkt and Treebank tokenizers, which define IFEval's `number_sentences` and
 `capital_word_frequency`; not equal to them: punkt learned its abbreviations and sentence starters from a corpus, here
-are short lists. open-instruct's IFEvalG has a splitter of its own: `cut_sentences`. Every function is linear in the text.
+are short lists. open-instruct's IFEvalG has a splitter of its own: `cut_sentences`. All is linear in the text.
 """
 
 import re
@@ -17,13 +17,14 @@ ABBREVIATIONS = frozenset(
         "mich ill wis fla ariz p.s s.a w.r n.v c.o"
     )
 )
-MORE_ABBREVIATIONS = frozenset("adm ct fri ga kan ky mfg mg nev ok okla reps sens tues vt wash wed yr".split())
+MORE_ABBREVIATIONS = frozenset(str.split("adm ct fri ga kan ky mfg mg nev ok okla reps sens tues vt wash wed yr"))
 TRAINED = ABBREVIATIONS | MORE_ABBREVIATIONS
 # Words that seldom follow an abbreviation inside a sentence with a capital: after 'etc.' they begin a new one.
 STARTERS = frozenset(
     str.split(
         "the this that these those he she it they we i you in on at but and so if when while there here what his her "
-        "its their our my a an as for after before however meanwhile then one some many most no not let please to with by from is are do can also"
+        "its their our my a an as for after before however meanwhile then one some many most no not "
+        "let please to with by from is are do can also"
     )
 )
 END = re.compile(r"""(?P<stop>[.?!](?<![.?!][.?!])[.?!]*+)["')\]}*_»”’]*+(?=\s)""")

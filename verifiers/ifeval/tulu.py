@@ -204,8 +204,7 @@ def any_option(text: str, options: list | str) -> bool:
     """One of the options stands in the text as a whole; a text of options is split at , / ; | and 'or'."""
     options = re.split(r"\s*[,/;|]\s*|\s+or\s+", options) if isinstance(options, str) else options
     options = [option for option in options if option.strip() and option in text]
-    options = map(re.escape, options)
-    return any(re.search(rf"{option}(?!\w)(?<!\w{option})", text) for option in options)
+    return any(re.search(rf"{option}(?!\w)(?<!\w{option})", text) for option in map(re.escape, options))
 
 
 def marked_sections(text: str, N: int, section_splitter: str) -> bool:

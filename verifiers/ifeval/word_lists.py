@@ -23,16 +23,18 @@ PRONOUNS = frozenset(
 PERSON_NAMES = tuple(  # as IFBench's prompt lists them
     str.split(
         "Emma Liam Sophia Jackson Olivia Noah Ava Lucas Isabella Mason Mia Ethan Charlotte Alexander Amelia Benjamin "
-        "Harper Leo Zoe Daniel Chloe Samuel Lily Matthew Grace Owen Abigail Gabriel Ella Jacob Scarlett Nathan Victoria "
-        "Elijah Layla Nicholas Audrey David Hannah Christopher Penelope Thomas Nora Andrew Aria Joseph Claire Ryan "
-        "Stella Jonathan"
+        "Harper Leo Zoe Daniel Chloe Samuel Lily Matthew Grace Owen Abigail Gabriel Ella Jacob Scarlett Nathan "
+        "Victoria Elijah Layla Nicholas Audrey David Hannah Christopher Penelope Thomas Nora Andrew Aria Joseph Claire "
+        "Ryan Stella Jonathan"
     )
 )
 # Capitals of Europe north of 45 degrees, from north to south. IFBench's list has no Kyiv (50.45 degrees).
-NORTHERN_CAPITALS = (
-    "Reykjavik Helsinki Oslo Tallinn Stockholm Riga Moscow Copenhagen Vilnius Minsk Dublin Berlin Amsterdam Warsaw "
-    "London Brussels Kyiv Prague Luxembourg Paris Vienna Bratislava Budapest Vaduz Chisinau Bern Ljubljana Zagreb"
-).split()
+NORTHERN_CAPITALS = tuple(
+    str.split(
+        "Reykjavik Helsinki Oslo Tallinn Stockholm Riga Moscow Copenhagen Vilnius Minsk Dublin Berlin Amsterdam Warsaw "
+        "London Brussels Kyiv Prague Luxembourg Paris Vienna Bratislava Budapest Vaduz Chisinau Bern Ljubljana Zagreb"
+    )
+)
 AFRICA = (  # the 54 members of the United Nations, with other names in use; '=' joins the names of one country
     "Algeria|Angola|Benin|Botswana|Burkina Faso|Burundi|Cabo Verde=Cape Verde|Cameroon|Central African Republic|Chad|"
     "Comoros=Union of the Comoros|Congo=Republic of the Congo=Congo Republic of the=Congo (Brazzaville)="
@@ -42,7 +44,7 @@ AFRICA = (  # the 54 members of the United Nations, with other names in use; '='
     "Cote d'Ivoire=Ivory Coast|Djibouti|Egypt|Equatorial Guinea|Eritrea|Eswatini=Swaziland=Eswatini (Swaziland)|"
     "Ethiopia|Gabon|Gambia=The Gambia=Gambia The|Ghana|Guinea|Guinea-Bissau=Guinea Bissau|Kenya|Lesotho|Liberia|Libya|"
     "Madagascar|Malawi|Mali|Mauritania|Mauritius|Morocco|Mozambique|Namibia|Niger|Nigeria|Rwanda|"
-    "Sao Tome and Principe|Senegal|Seychelles|Sierra Leone|Somalia|South Africa|South Sudan|Sudan|Tanzania|Togo|Tunisia|"
-    "Uganda|Zambia|Zimbabwe"
+    "Sao Tome and Principe|Senegal|Seychelles|Sierra Leone|Somalia|South Africa|South Sudan|Sudan|Tanzania|Togo|"
+    "Tunisia|Uganda|Zambia|Zimbabwe"
 )
 AFRICAN_COUNTRIES = {name.lower(): names.split("=")[0] for names in AFRICA.split("|") for name in names.split("=")}
