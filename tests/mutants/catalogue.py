@@ -423,6 +423,7 @@ LOSSES = (
 GSM8K = ("tests/verifiers/test_gsm8k.py",)
 ROUTE = ("tests/verifiers/test_route.py",)
 MATH = ("tests/verifiers/test_math.py",)
+NEWER = ("tests/verifiers/test_instructions.py",)
 IFEVAL = ("tests/verifiers/test_ifeval.py",)
 ANSWERS = ("tests/verifiers/test_answers.py",)
 CHOICE = ("tests/verifiers/test_choice.py",)
@@ -888,8 +889,8 @@ VERIFIERS = (
     Mutant(
         "ifeval_forbids_parts_of_words",
         "verifiers/ifeval/google_rules.py",
-        r'rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None',
-        r'rf"{re.escape(word)}", text, re.IGNORECASE) is not None',
+        r'rf"{word}(?!\w)(?<!\w{word})"',
+        'rf"{word}"',
         IFEVAL,
     ),
     Mutant(
@@ -902,8 +903,8 @@ VERIFIERS = (
     Mutant(
         "ifeval_words_at_white_space",
         "verifiers/ifeval/google_rules.py",
-        r're.finditer(r"\w+", with_marks_as_letters(part))',
-        r're.finditer(r"\S+", with_marks_as_letters(part))',
+        "word_pattern(part.isascii()).finditer(part)",
+        r're.finditer(r"\S+", part)',
         IFEVAL,
     ),
     Mutant(
@@ -920,13 +921,7 @@ VERIFIERS = (
         "paragraphs[nth_paragraph % len(paragraphs)]",
         IFEVAL,
     ),
-    Mutant(
-        "ifeval_counts_stars_alone",
-        "verifiers/ifeval/google_rules.py",
-        "exactly(len(stars) + len(dashes),",
-        "exactly(len(stars),",
-        IFEVAL,
-    ),
+    Mutant("ifeval_counts_stars_alone", "verifiers/ifeval/google_rules.py", r', r"\n[^\S\n]*-"):', "):", IFEVAL),
     Mutant(
         "ifeval_single_highlights_alone",
         "verifiers/ifeval/google_rules.py",
@@ -971,7 +966,7 @@ VERIFIERS = (
     ),
     Mutant(
         "ifeval_any_relation_is_taken",
-        "verifiers/ifeval/google.py",
+        "verifiers/ifeval/instructions.py",
         'for key in ("relation", "let_relation", "capital_relation"):',
         'for key in ("relation",):',
         IFEVAL,
@@ -989,6 +984,111 @@ VERIFIERS = (
         "if len(word) == 1 and word.isalpha():",
         "if not word:",
         IFEVAL,
+    ),
+    Mutant(
+        "ifevalg_copies_in_any_case",
+        "verifiers/ifeval/openinstruct_rules_copies.py",
+        "same = text.strip() == original.strip()",
+        "same = text.strip().lower() == original.strip().lower()",
+        NEWER,
+    ),
+    Mutant(
+        "ifevalg_a_span_without_its_end",
+        "verifiers/ifeval/openinstruct_rules_copies.py",
+        "return copied(text, prompt_to_repeat[n_start : n_end + 1])",
+        "return copied(text, prompt_to_repeat[n_start:n_end])",
+        NEWER,
+    ),
+    Mutant(
+        "ifevalg_any_number_of_words_replaced",
+        "verifiers/ifeval/openinstruct_rules_copies.py",
+        "changed + (different == 1)",
+        "changed + (different >= 1)",
+        NEWER,
+    ),
+    Mutant(
+        "ifevalg_a_word_at_least_so_often",
+        "verifiers/ifeval/openinstruct_rules_words.py",
+        "return exactly(times_whole(text, keyword, frequency + 1), frequency,",
+        "return exactly(times_whole(text, keyword, frequency), frequency,",
+        NEWER,
+    ),
+    Mutant(
+        "ifevalg_short_palindromes",
+        "verifiers/ifeval/openinstruct_rules_words.py",
+        "if len(word) > 2 and word[0]",
+        "if len(word) > 0 and word[0]",
+        NEWER,
+    ),
+    Mutant(
+        "ifevalg_a_mark_after_the_last_word",
+        "verifiers/ifeval/openinstruct_rules_words.py",
+        "last.lstrip(MARKS).lower()",
+        "last.strip(MARKS).lower()",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_a_lone_mark_is_a_word",
+        "verifiers/ifeval/words.py",
+        "if word := piece.strip(MARKS):",
+        "if (word := piece.strip(MARKS)) is not None:",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_no_questions_are_enough",
+        "verifiers/ifeval/ifbench_rules_sentences.py",
+        "return statements == 2 * questions > 0,",
+        "return statements == 2 * questions,",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_the_emoji_in_the_next_sentence_is_needed",
+        "verifiers/ifeval/ifbench_rules_sentences.py",
+        "if not now or (not EMOJI.search(now[-last:]) and",
+        "if not now or (not EMOJI.search(now[-last:]) or",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_brackets_four_deep",
+        "verifiers/ifeval/ifbench_rules_format.py",
+        "if height >= 5:",
+        "if height >= 4:",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_minor_words_in_capitals",
+        "verifiers/ifeval/ifbench_rules_format.py",
+        "(number == 0 or word not in MINOR)",
+        "(number == 0 or word in MINOR)",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_any_day",
+        "verifiers/ifeval/ifbench_rules_custom.py",
+        "        date(year, month, day)\n",
+        "        date(year, 1, 1)\n",
+        NEWER,
+    ),
+    Mutant(
+        "ifbench_twelve_countries",
+        "verifiers/ifeval/ifbench_rules_custom.py",
+        "len(set(countries)) < max(52, len(names))",
+        "len(set(countries)) < 0",
+        NEWER,
+    ),
+    Mutant(
+        "reference_is_the_default",
+        "verifiers/ifeval/instructions.py",
+        'return REFERENCE.get(name, INSTRUCTIONS[name]) if mode == "reference" else INSTRUCTIONS[name]',
+        "return INSTRUCTIONS[name]",
+        NEWER,
+    ),
+    Mutant(
+        "ifeval_long_responses_are_read",
+        "verifiers/ifeval/google.py",
+        "if name not in GOOGLE and len(response) > MAX_READ:",
+        "if len(response) < 0:",
+        NEWER,
     ),
     Mutant(
         "tulu_around_is_within", "verifiers/ifeval/tulu.py", "abs(seen - n) <= around", "abs(seen - n) < around", IFEVAL

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import verifiers
+from tests.verifiers.arguments_of import NEW
 from verifiers import Verdict, verify
 
 FAMILIES = verifiers.VERIFIERS
@@ -206,7 +207,7 @@ def truths(family: str) -> list:
             "validate_no_commas": {},
         }
         return [{"func_name": name, **arguments} for name, arguments in names.items()]
-    return [{"instruction_id": [name], "kwargs": [arguments]} for name, arguments in INSTRUCTIONS.items()]
+    return [{"instruction_id": [name], "kwargs": [arguments]} for name, arguments in (INSTRUCTIONS | NEW).items()]
 
 
 OPTIONS = {"answer": "B", "options": ["Rome", "Paris", "Oslo", "a dog"]}

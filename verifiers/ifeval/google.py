@@ -1,18 +1,14 @@
-"""IFEval: 25 instructions that a program can check (Zhou et al. 2023, arXiv:2311.07911): a row and its verdict.
+"""Instructions that a program can check: a row of IFEval, IFEvalG or IFBench and its verdict.
 
-The instructions themselves are in google_rules.py.
+Zhou et al. 2023, arXiv:2311.07911; Pyatkin et al. 2025, arXiv:2507.02833. The table of instructions is in
+instructions.py.
 """
 
-import inspect
-from collections.abc import Callable
-
-from verifiers.ifeval import language
-from verifiers.ifeval.arguments import typed_arguments
-from verifiers.ifeval.google_rules import INSTRUCTIONS, RELATIONS, Regex
-from verifiers.strings import is_blank, nearest, shown, without_thinking
+from verifiers.ifeval.instructions import GOOGLE, IFBENCH, arguments, rule
+from verifiers.strings import is_blank, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, error, failed, read_structure
 
-KEYWORDS = frozenset(("keyword", "keywords", "forbidden_words", "section_spliter"))  # arguments that hold keywords
+MAX_READ = 64 * 1024  # characters; a longer response follows no instruction of IFEvalG or IFBench
 
 
 def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]:
@@ -40,42 +36,19 @@ def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]
     return pairs
 
 
-def arguments(name: str, given: dict, mode: str) -> dict:
-    """The arguments of the instruction `name`, checked, without nulls; in mode 'reference' keywords as regular
-    expressions. Raises GroundTruthError."""
-    if not isinstance(name, str) or name not in INSTRUCTIONS:
-        raise GroundTruthError(f"ground_truth: unknown instruction {shown(name)}{nearest(name, INSTRUCTIONS)}")
-    if not isinstance(given, dict):
-        raise GroundTruthError(f"{name}: expected an object of arguments, found {shown(given)}")
-    given = {key: value for key, value in given.items() if value is not None}
-    typed = typed_arguments(name, inspect.signature(INSTRUCTIONS[name]).parameters, given)
-    for key in ("relation", "let_relation", "capital_relation"):
-        if key in typed and typed[key] not in RELATIONS:
-            raise GroundTruthError(f"{name}: {key} must be 'at least' or 'less than', found {shown(typed[key])}")
-    for key in {"keyword", "section_spliter"} & set(typed):
-        typed[key] = typed[key].strip()
-    if name.startswith(("language:", "change_case:english")) and not language.is_available():
-        raise GroundTruthError(f"{name} needs langdetect: pip install 'triptych[ifeval]'")
-    if mode == "reference":
-        for key in KEYWORDS & set(typed):
-            words = typed[key]
-            typed[key] = Regex(words) if isinstance(words, str) else [Regex(word) for word in words]
-    return typed
-
-
-def follow(
-    response: str, name: str, kwargs: dict, loose: bool = False, blank: Callable[[str], bool] = is_blank
-) -> tuple[bool, str]:
-    """(whether one instruction is followed, what was seen). A response that is `blank` follows none.
+def follow(response: str, name: str, kwargs: dict, loose: bool = False, mode: str = "default") -> tuple[bool, str]:
+    """(whether one instruction is followed, what was seen). A blank response follows none.
 
     loose: any of eight texts may follow it: the response as it is or without '*', each whole, without its first line,
     without its last, without both (Zhou et al. 2023, section 2.3).
     """
-    rule = INSTRUCTIONS[name]
+    if name not in GOOGLE and len(response) > MAX_READ:
+        return False, f"{len(response)} characters, more than {MAX_READ}"
+    followed_by, blank = rule(name, mode), is_white if mode == "reference" else is_blank
     seen = "empty response"
     for text in variants(response) if loose else [response]:
         if not blank(text):
-            followed, seen = rule(text, **kwargs)
+            followed, seen = followed_by(text, **kwargs)
             if followed:
                 return True, seen
     return False, seen
@@ -95,17 +68,18 @@ def verify(
 
     default: the response as it stands (Google's strict; `loose` for its loose metric).
     reference: open-instruct e6c3044, IFEvalVerifier: thinking and answer tags removed first, keywords are regular
-    expressions. Never raises: a bad ground truth is a Verdict with status 'error'.
+    expressions; a row with an instruction of IFBench as IFBench db69a6f, which removes nothing.
+    Never raises: a bad ground truth is a Verdict with status 'error'.
     """
     try:
         pairs = parse(ground_truth, mode)
     except GroundTruthError as problem:
         return error(str(problem))
-    text = without_thinking(response) if mode == "reference" else response
-    blank = is_blank if mode == "default" else is_white
-    if blank(text):
+    of_ifbench = any(name in IFBENCH for name, _ in pairs)
+    text = without_thinking(response) if mode == "reference" and not of_ifbench else response
+    if is_blank(text) if mode == "default" else is_white(text):
         return failed("empty response")
-    results = [(name, *follow(text, name, kwargs, loose, blank)) for name, kwargs in pairs]
+    results = [(name, *follow(text, name, kwargs, loose, mode)) for name, kwargs in pairs]
     score = sum(followed for _, followed, _ in results) / len(results)
     score = float(score == 1.0) if combine == "all" else score
     reasons = [f"{'' if followed else 'NOT '}{name}: {seen}" for name, followed, seen in results]

@@ -10,12 +10,12 @@ A rule is `name(text, **kwargs) -> (followed, what was seen)`; the annotations o
 import json
 import re
 import unicodedata
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from itertools import islice
 
 from verifiers.ifeval import language
-from verifiers.ifeval.sentences import count_capital_words, count_sentences
+from verifiers.ifeval.sentences import count_capital_words, count_sentences, trained_sentences
 from verifiers.strings import shown
 from verifiers.verdict import GroundTruthError
 
@@ -38,8 +38,15 @@ def exactly(seen: int, n: int, what: str) -> Followed:
 
 def occurrences(text: str, keyword: str, limit: int) -> int:
     """How often the keyword is in the text, in any case, counted up to `limit`."""
+    if keyword and text.isascii() and is_plain(keyword):
+        return min(text.lower().count(keyword.lower()), max(limit, 0))
     found = re.finditer(keyword_pattern(keyword), text, re.IGNORECASE) if keyword else ()
     return sum(1 for _ in islice(found, max(limit, 0)))
+
+
+def is_plain(keyword: str) -> bool:
+    """True for an ASCII keyword that means itself: that is no `Regex`, or one without a special character."""
+    return keyword.isascii() and (not isinstance(keyword, Regex) or re.escape(keyword) == keyword)
 
 
 def keyword_pattern(keyword: str) -> str:
@@ -67,7 +74,7 @@ class Regex(str):
 
 def existence(text: str, keywords: list) -> Followed:
     """Every keyword is in the text, as a substring, in any case."""
-    missing = [word for word in keywords if not re.search(keyword_pattern(word), text, re.IGNORECASE)]
+    missing = [word for word in keywords if word and not occurrences(text, word, 1)]
     return not missing, f"missing {shown(missing)}" if missing else "all keywords found"
 
 
@@ -86,9 +93,18 @@ def has_word(text: str, word: str) -> bool:
     """True if the word stands in the text as a whole word, in any case."""
     if isinstance(word, Regex):
         return re.search(rf"\b{word}\b", text, re.IGNORECASE) is not None
-    if text.isascii() and word.lower() not in text.lower():
-        return False  # most responses, and three times as fast
-    return re.search(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE) is not None
+    return next(whole_words(text, word), None) is not None
+
+
+def whole_words(text: str, word: str) -> Iterator[re.Match]:
+    """Where the word or phrase stands in the text with no letter, digit or '_' on either side, in any case."""
+    flags = re.IGNORECASE
+    if text.isascii():  # most responses, and ten times as fast
+        text, word, flags = text.lower(), word.lower(), re.NOFLAG
+        if word not in text:
+            return iter(())
+    word = re.escape(word)
+    return re.finditer(rf"{word}(?!\w)(?<!\w{word})", text, flags)
 
 
 def letter_frequency(text: str, letter: str, let_frequency: int, let_relation: str) -> Followed:
@@ -113,12 +129,22 @@ def in_language(text: str, code: str) -> Followed:
 
 def english_capital(text: str) -> Followed:
     """All letters upper-case (at least one), in English."""
-    return in_language(text, "en") if text.isupper() else (False, "not all upper-case")
+    return in_language(text, "en") if all_upper(text) else (False, "not all upper-case")
 
 
 def english_lowercase(text: str) -> Followed:
     """All letters lower-case (at least one), in English."""
-    return in_language(text, "en") if text.islower() else (False, "not all lower-case")
+    return in_language(text, "en") if all_lower(text) else (False, "not all lower-case")
+
+
+def all_upper(text: str) -> bool:
+    """text.isupper(), which is slow."""
+    return text == text.upper() != text.lower() if text.isascii() else text.isupper()
+
+
+def all_lower(text: str) -> bool:
+    """text.islower(), which is slow."""
+    return text == text.lower() != text.upper() if text.isascii() else text.islower()
 
 
 def capital_word_frequency(text: str, capital_frequency: int, capital_relation: str) -> Followed:
@@ -135,31 +161,41 @@ def number_sentences(text: str, num_sentences: int, relation: str) -> Followed:
     return counted(count_sentences(text, num_sentences), relation, num_sentences, "sentences")
 
 
+def number_trained_sentences(text: str, num_sentences: int, relation: str) -> Followed:
+    """As number_sentences, where nltk looks for them."""
+    seen = sum(1 for _ in islice(trained_sentences(text), max(num_sentences, 0)))
+    return counted(seen, relation, num_sentences, "sentences")
+
+
 def number_words(text: str, num_words: int, relation: str) -> Followed:
     """Maximal runs of letters, marks, digits and '_': "don't" is two."""
     seen = 0
     for part in (text[: 64 * (num_words + 1)], text):  # the beginning often settles it
         if seen <= num_words:
-            words = re.finditer(r"\w+", with_marks_as_letters(part))
-            seen = sum(1 for _ in islice(words, num_words + 1))
+            seen = sum(1 for _ in islice(word_pattern(part.isascii()).finditer(part), num_words + 1))
     return counted(seen, relation, num_words, "words")
 
 
-def with_marks_as_letters(text: str) -> str:
-    r"""Combining marks belong to a word (nltk 3.10's \w), or 'हिन्दी' would be three; Python's \w leaves them out."""
-    return text if text.isascii() else text.translate(marks())
-
-
-@lru_cache(maxsize=1)
-def marks() -> dict[int, str]:
-    """For str.translate: every combining mark and joiner as a letter."""
-    characters = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
-    return {c: "a" for c in characters if unicodedata.category(chr(c))[0] == "M" or c in (0x200C, 0x200D)}
+@lru_cache(maxsize=2)
+def word_pattern(ascii_only: bool = False) -> re.Pattern:
+    r"""Words of letters, digits, '_' and combining marks, or 'हिन्दी' would be three: nltk 3.10's \w has marks
+    and joiners besides what Python's has."""
+    if ascii_only:
+        return re.compile(r"\w+")
+    ranges: list[list[int]] = []
+    for c in (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)):
+        if unicodedata.category(chr(c))[0] == "M":
+            if ranges and ranges[-1][1] == c - 1:
+                ranges[-1][1] = c
+            else:
+                ranges.append([c, c])
+    marks = "".join(f"{chr(first)}-{chr(last)}" for first, last in ranges)
+    return re.compile(rf"[\w\u200c\u200d{marks}]+")
 
 
 def number_paragraphs(text: str, num_paragraphs: int) -> Followed:
     """Paragraphs between '***' dividers; an empty one is allowed only first or last and does not count."""
-    parts = re.split(r"\s?\*\*\*\s?", text)
+    parts = text.split("***")
     if any(not part.strip() for part in parts[1:-1]):
         return False, "an empty paragraph between dividers"
     return exactly(sum(bool(part.strip()) for part in parts), num_paragraphs, "paragraphs")
@@ -176,7 +212,8 @@ def nth_paragraph_first_word(text: str, num_paragraphs: int, nth_paragraph: int,
     if not 1 <= nth_paragraph <= count:
         return False, f"{count} paragraphs, wanted the first word of number {nth_paragraph}"
     words = paragraphs[nth_paragraph - 1].strip().split(None, 1)
-    word = re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() if words else ""
+    word = words[0].lstrip("'").lstrip('"')[: 4 * len(first_word) + 40] if words else ""
+    word = re.split(r"[.,?!'\"]", word, maxsplit=1)[0].lower()
     same = count == num_paragraphs and word == first_word.lower()
     seen = f"{count} paragraphs, wanted {num_paragraphs}; first word {shown(word, 20)}, wanted {shown(first_word)}"
     return same, seen
@@ -204,15 +241,17 @@ def postscript(text: str, postscript_marker: str) -> Followed:
     """The marker, in any case, anywhere; white space may stand after the first dot of 'P.S.' and 'P.P.S'."""
     spaced = {"P.S.": r"p\.\s?s\.", "P.P.S": r"p\.\s?p\.\s?s"}
     pattern = spaced.get(postscript_marker) or keyword_pattern(postscript_marker)
-    found = re.search(pattern, text, re.IGNORECASE) is not None
+    none = postscript_marker in spaced and text.isascii() and "p." not in text.lower()  # soon said, of most responses
+    found = not none and re.search(pattern, text, re.IGNORECASE) is not None
     return found, f"{'found' if found else 'no'} {shown(postscript_marker)}"
 
 
 def number_bullet_lists(text: str, num_bullets: int) -> Followed:
     """Lines that begin with '*' (but not '**') or with '-', so '---' is one."""
-    stars = re.findall(r"(?m)^[^\S\n]*\*[^*].*$", text)  # [^*] may be the line's end, and the next line its text
-    dashes = re.findall(r"(?m)^[^\S\n]*-.*$", text)
-    return exactly(len(stars) + len(dashes), num_bullets, "bullets")
+    lines, seen = "\n" + text, 0
+    for bullet in (r"\n[^\S\n]*\*[^*].*", r"\n[^\S\n]*-"):  # [^*] may be the line's end, and the next line its text
+        seen += sum(1 for _ in islice(re.finditer(bullet, lines), max(num_bullets, 0) + 1))
+    return exactly(seen, num_bullets, "bullets")
 
 
 def constrained_response(text: str) -> Followed:
@@ -293,7 +332,12 @@ def quotation(text: str) -> Followed:
 
 def no_comma(text: str) -> Followed:
     """No comma at all."""
-    return "," not in text, f"{text.count(',')} commas"
+    return no_mark(text, ",", "commas")
+
+
+def no_mark(text: str, mark: str, what: str) -> Followed:
+    """The mark is nowhere in the text."""
+    return mark not in text, f"{text.count(mark)} {what}"
 
 
 GROUPS: dict[str, tuple[Callable[..., Followed], ...]] = {
@@ -317,3 +361,4 @@ GROUPS: dict[str, tuple[Callable[..., Followed], ...]] = {
 INSTRUCTIONS: dict[str, Callable[..., Followed]] = {
     f"{group}:{rule.__name__}": rule for group, rules in GROUPS.items() for rule in rules
 }
+REFERENCE: dict[str, Callable[..., Followed]] = {"length_constraints:number_sentences": number_trained_sentences}

@@ -14,7 +14,7 @@ from itertools import islice
 
 from verifiers.ifeval import language
 from verifiers.ifeval.arguments import typed_arguments
-from verifiers.ifeval.google_rules import count_brackets, has_word, is_json
+from verifiers.ifeval.google_rules import all_lower, all_upper, count_brackets, has_word, is_json, whole_words
 from verifiers.ifeval.google_rules import title as has_title
 from verifiers.strings import is_blank, nearest, shown, without_thinking
 from verifiers.verdict import GroundTruthError, Verdict, error, failed, passed, read_structure
@@ -44,7 +44,8 @@ def verify_keywords(text: str, keyword_list: list) -> bool:
 
 def verify_keyword_frequency(text: str, word: str, N: int) -> bool:
     """Exactly N of the runs of word characters are the word, in any case: "don't" never is."""
-    found = count(rf"(?<!\w){word.lower()}(?!\w)", text.lower(), N + 1) if re.fullmatch(r"\w+", word) else 0
+    word = word.lower()
+    found = count(rf"{word}(?!\w)(?<!\w{word})", text.lower(), N + 1) if re.fullmatch(r"\w+", word) else 0
     return found == N
 
 
@@ -76,10 +77,10 @@ def verify_paragraph_count(text: str, N: int) -> bool:
 
 def validate_word_constraint(text: str, N: int, quantifier: str) -> bool:
     """So many words between white space, 'around' being ±10 %."""
-    return compare(len(text.split()), quantifier, N, tenth(N))
+    return compare(count(r"\S+", text, N + tenth(N) + 1), quantifier, N, tenth(N))
 
 
-SENTENCE_END = re.compile(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?!])\s")
+SENTENCE_END = re.compile(r"[.?!]\s(?<!\w\.\w.\s)(?<![A-Z][a-z]\.\s)")
 
 
 def verify_sentence_constraint(text: str, N: int, quantifier: str) -> bool:
@@ -106,7 +107,7 @@ def validate_placeholders(text: str, N: int) -> bool:
 
 def verify_bullet_points(text: str, N: int) -> bool:
     """Exactly N lines that begin with '*' or '-'."""
-    return sum(line.strip().startswith(("*", "-")) for line in text.split("\n")) == N
+    return count(r"\n[^\S\n]*[*-]", "\n" + text, N + 1) == N
 
 
 def validate_title(text: str) -> bool:
@@ -122,7 +123,8 @@ def validate_choice(text: str, options: list | str) -> bool:
 
 def validate_highlighted_sections(text: str, N: int) -> bool:
     """*...* within a line, from any asterisk to the next: **bold** is two, '****' is two."""
-    return sum(line.count("*") // 2 for line in text.split("\n") if "*" in line) >= N
+    lines = text.split("\n") if "*" in text else ()
+    return sum(line.count("*") // 2 for line in lines if "*" in line) >= N
 
 
 def validate_sections(text: str, N: int, section_splitter: str) -> bool:
@@ -157,9 +159,12 @@ def validate_lowercase(text: str) -> bool:
     return text == text.lower()
 
 
+CAPITALS = re.compile(r"[A-Z](?<!\w[A-Z])[A-Z]*+(?!\w)")  # what \b[A-Z]+\b finds, sooner
+
+
 def validate_frequency_capital_words(text: str, N: int, quantifier: str) -> bool:
     """So many words of A-Z alone, 'around' being ±10 %."""
-    return compare(count(r"\b[A-Z]+\b", text, N + tenth(N) + 1), quantifier, N, tenth(N))
+    return compare(count(CAPITALS, text, N + tenth(N) + 1), quantifier, N, tenth(N))
 
 
 def validate_end(text: str, end_phrase: str) -> bool:
@@ -192,14 +197,14 @@ FUNCTIONS: dict[str, Callable[..., bool]] = {
 
 def whole_word_frequency(text: str, word: str, N: int) -> bool:
     """Exactly N times the word or phrase as a whole, in any case."""
-    return len(re.findall(rf"(?<!\w){re.escape(word)}(?!\w)", text, re.IGNORECASE)) == N
+    return sum(1 for _ in islice(whole_words(text, word), max(N, 0) + 1)) == N
 
 
 def any_option(text: str, options: list | str) -> bool:
     """One of the options stands in the text as a whole; a text of options is split at , / ; | and 'or'."""
     options = re.split(r"\s*[,/;|]\s*|\s+or\s+", options) if isinstance(options, str) else options
     options = [option for option in options if option.strip() and option in text]
-    return any(re.search(rf"(?<!\w){re.escape(option)}(?!\w)", text) for option in options)
+    return any(re.search(rf"{option}(?!\w)(?<!\w{option})", text) for option in map(re.escape, options))
 
 
 def marked_sections(text: str, N: int, section_splitter: str) -> bool:
@@ -209,7 +214,7 @@ def marked_sections(text: str, N: int, section_splitter: str) -> bool:
 
 def filled_highlights(text: str, N: int) -> bool:
     """At least N parts between asterisks that are not blank; **bold** is one."""
-    return sum(bool(part.strip()) for part in re.findall(r"\*{1,3}([^\n*]+)\*{1,3}", text)) >= N
+    return sum(bool(part.strip()) for part in re.findall(r"\*(?![\n*])([^\n*]+)\*{1,3}", text)) >= N
 
 
 def filled_quotation(text: str) -> bool:
@@ -231,8 +236,8 @@ DEFAULT: dict[str, Callable[..., bool]] = {
     "validate_highlighted_sections": filled_highlights,
     "validate_quotation": filled_quotation,
     "validate_two_responses": filled_responses,
-    "validate_uppercase": lambda text: text.isupper(),
-    "validate_lowercase": lambda text: text.islower(),
+    "validate_uppercase": all_upper,
+    "validate_lowercase": all_lower,
 }
 
 
@@ -243,13 +248,13 @@ def choice_reversed(text: str, options: list | str) -> bool:
 
 def sentences_without_exclamation(text: str, N: int, quantifier: str) -> bool:
     """As verify_sentence_constraint, but '!' ends no sentence."""
-    ends = re.findall(r"(?<!\w\.\w.)(?<![A-Z][a-z]\.)(?<=[.?])\s", text)
-    return compare(1 + len(ends), quantifier, N, 1)
+    ends = count(r"[.?]\s(?<!\w\.\w.\s)(?<![A-Z][a-z]\.\s)", text, N + 2)
+    return compare(1 + ends, quantifier, N, 1)
 
 
 def capital_words_exactly(text: str, N: int, quantifier: str) -> bool:
     """As validate_frequency_capital_words, but 'around' is exact."""
-    return compare(len(re.findall(r"\b[A-Z]+\b", text)), quantifier, N, 0)
+    return compare(count(CAPITALS, text, N + 1), quantifier, N, 0)
 
 
 TULU3: dict[str, Callable[..., bool]] = {
