@@ -76,8 +76,9 @@ def habits_of(render: Render, special: re.Pattern) -> Habits:
     after_last = last.rpartition(ANSWER)[2]
     after_middle = middle.rpartition(ANSWER)[2].rpartition(RESULT)[0]
     calls, called = _calls(render)
-    ends, appended = _ends(after_last, after_middle, special)
-    call_end, appended_to_call = _end_of_call(render, called, appended, special)
+    openers = _run(last, special)  # what the conversation begins with cannot end a turn that ends otherwise
+    ends, appended = _ends(after_last, after_middle, special, openers)
+    call_end, appended_to_call = _end_of_call(render, called, appended, special, openers)
     thoughts, thinking = _thoughts(render)
     ends += [call_end] * (bool(call_end) and call_end not in ends)
     # a token that ends a channel inside a turn, as gpt-oss's <|end|> ends its analysis, does not end generation
@@ -85,6 +86,8 @@ def habits_of(render: Render, special: re.Pattern) -> Habits:
     stops = [special.findall(end)[-1] for end in ends]
     stops = [stop for i, stop in enumerate(stops) if i == 0 or stop not in inside]
     opening, prompt = _opening(render, middle or last, special)
+    if after_last.partition(ends[0])[2].strip() and not appended and prompt == opening:
+        opening = prompt = ""  # a prompt that is written whether it is asked for or not: the turn begins behind it
     return Habits(
         ends=tuple(ends),
         stops=tuple(dict.fromkeys(stops)),
@@ -104,22 +107,24 @@ def _attempt(render: Render, messages: list[Message], **options: Any) -> str | N
         return None
 
 
-def _run(text: str, special: re.Pattern, anywhere: bool = False) -> list[str]:
-    """The control tokens that follow each other without a gap, from the first one on (white space may precede it)."""
+def _run(text: str, special: re.Pattern, openers: Sequence[str] = (), anywhere: bool = False) -> list[str]:
+    """The control tokens that follow each other without a gap, from the first one on (white space may precede it), up
+    to one that opens a turn.
+    """
     found, at = [], None
     for match in special.finditer(text):
         if at is None and not anywhere and text[: match.start()].strip():
             break
-        if at is not None and match.start() != at:
+        if at is not None and (match.start() != at or match.group() in openers):
             break
         found.append(match.group())
         at = match.end()
     return found
 
 
-def _ends(after_last: str, after_middle: str, special: re.Pattern) -> tuple[list[str], str]:
+def _ends(after_last: str, after_middle: str, special: re.Pattern, openers: Sequence[str]) -> tuple[list[str], str]:
     """(the ends of turns, the marker that has to be appended to a last turn or ''). Raises Unusable."""
-    last, middle = _run(after_last, special, anywhere=True), _run(after_middle, special)
+    last, middle = _run(after_last, special, openers, anywhere=True), _run(after_middle, special, openers)
     if not last and not middle:
         raise Unusable("ends an assistant turn without an end token, so a model could never learn to stop")
     if not last:
@@ -147,20 +152,19 @@ def _call_text(render: Render, messages: list[Message]) -> str | None:
     return _attempt(render, messages, tools=[PROBE_TOOL]) or _attempt(render, messages)
 
 
-def _end_of_call(render: Render, turn: Message, appended: str, special: re.Pattern) -> tuple[str, str]:
+def _end_of_call(
+    render: Render, turn: Message, appended: str, special: re.Pattern, openers: Sequence[str]
+) -> tuple[str, str]:
     """(what ends a turn that calls a tool, what has to be appended to it if it is the last)."""
     if not turn:
         return "", ""
     said = (_call_text(render, [ASKED, turn]) or "").rstrip()
     written = said.rpartition(VALUE)[2]
     if not appended:
-        tokens = list(special.finditer(written))
-        run = ""
-        for match in reversed(tokens):
-            if match.end() != len(written) - len(run):
-                break
-            run = match.group() + run
-        return run, ""
+        begin = len(written)
+        for match in reversed(list(special.finditer(written))):
+            begin = match.start() if match.end() == begin else begin
+        return "".join(_run(written[begin:], special, openers)), ""
     result = {"role": "tool", "content": RESULT, "tool_call_id": "call00001", "name": TOOL}
     whole = _call_text(render, [ASKED, turn, result]) or ""
     marker = _run(whole[len(said) :].partition(RESULT)[0], special) if whole.startswith(said) else []
