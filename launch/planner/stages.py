@@ -136,7 +136,8 @@ def planned_base(case: Case, config: Any) -> open.Base:
     adapters = choose.choose(config, case.lm_config, start if start and start.is_dir() else None, keep_initial)
     how = How(dtype, "sdpa" if cpu else PLANNED, config.head, getattr(torch, config.master_dtype), adapters)
     chat: Any = None  # no text is read
-    return open.Base("", Path("."), "planned", case.lm_config, chat, how, "planned", config)
+    lm_config, how = open.untie(case.lm_config, how)
+    return open.Base("", Path("."), "planned", lm_config, chat, how, "planned", config)
 
 
 class _Stage:
