@@ -273,8 +273,9 @@ def load_tokenizer(
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
     added, known = add_special_tokens(tokenizer, tokens)
     vocab_size = max(vocab_size, *(i + 1 for i in added.values())) if added else vocab_size
-    origin = "the tokenizer's own"
+    origin, where = "the tokenizer's own", str(directory)
     if chat_template is not None:
+        where = f"--chat_template {chat_template}"
         tokenizer.chat_template = None if chat_template == TULU else read_template(chat_template)
         origin = chat_template
     if not tokenizer.chat_template:
@@ -291,9 +292,9 @@ def load_tokenizer(
     try:
         habits = habits_of(renderer(tokenizer, template, with_tools), control)
     except Refused as error:
-        raise UserError(f"{directory}: the chat template fails on a user and an assistant turn ({error})") from None
+        raise UserError(f"{where}: the chat template fails on a user and an assistant turn ({error})") from None
     except Unusable as why:
-        raise UserError(f"{directory}: the chat template {why}") from None
+        raise UserError(f"{where}: the chat template {why}") from None
     for stop in habits.stops:
         i: Any = tokenizer.convert_tokens_to_ids(stop)
         if i >= vocab_size:

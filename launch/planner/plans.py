@@ -175,8 +175,8 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
 
 
 def grown(lm_config: Any, config: Any) -> Any:
-    """With a row for each of --add_special_tokens, as if the tokenizer, which a plan does not read, had none of them and
-    the model no row to spare.
+    """With a row for each of --add_special_tokens, as if the tokenizer, which a plan does not read, had none of them
+    and the model no row to spare.
     """
     return open.grow(lm_config, lm_config.vocab_size + len(config.add_special_tokens or ()))[0]
 

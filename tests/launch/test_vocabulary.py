@@ -62,8 +62,10 @@ def test_two_steps_and_what_is_left(place):
     lm, tokenizer = AutoModelForCausalLM.from_pretrained(final), AutoTokenizer.from_pretrained(final)
     assert lm.config.vocab_size == len(lm.get_input_embeddings().weight) == len(tokenizer) == 514
     assert tokenizer.chat_template == CHATML
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "Hi."}], add_generation_prompt=True)
-    assert list(ids["input_ids"] if "input_ids" in ids else ids).count(512) == 2
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Hi."}], add_generation_prompt=True, return_dict=True
+    )
+    assert list(ids["input_ids"]).count(512) == 2
     assert lm.generation_config.eos_token_id[0] == 513 and not lm.config.tie_word_embeddings
     rows_VD = lm.get_input_embeddings().weight
     assert not torch.equal(rows_VD[512], rows_VD[513])  # equal rows part at the first step
