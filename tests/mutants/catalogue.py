@@ -1570,11 +1570,11 @@ MODEL = (
         (f"{ROWS}::test_a_new_row_is_the_mean",),
     ),
     Mutant(
-        "a_grown_row_is_read_from_beyond",
-        "engine/model/weights.py",
-        "rows if there is None else slice(min(rows.start, there), min(rows.stop, there))",
-        "rows",
-        (f"{ROWS}::test_a_grown_model_is_the_librarys_resized_one",),
+        "an_embedding_multiplies",
+        "engine/train/throughput.py",
+        "policy.num_trained - sum(module.weight.numel() for module in whole.values())",
+        "policy.num_trained",
+        (f"{ROWS}::test_gradients_of_what_is_trained_whole_are_those_of_the_whole_model",),
     ),
     Mutant(
         "one_new_row_too_many",
@@ -2219,8 +2219,8 @@ TRAIN = (
     Mutant(
         "frozen_weights_have_gradients",
         "engine/train/throughput.py",
-        "4 * body + 6 * policy.num_trained if frozen",
-        "6 * body + 6 * policy.num_trained if frozen",
+        "4 * body + 6 * adapters if frozen",
+        "6 * body + 6 * adapters if frozen",
         FLOPS,
     ),
     Mutant(

@@ -7,23 +7,27 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from engine import world
 from engine.data.batch import micro_batch
 from engine.errors import UserError
 from engine.flags import AdapterFlags, MemoryFlags
-from engine.model import build, load_policy, load_value_model, open_model
+from engine.model import build, load_policy, load_untrained, load_value_model, open_model
 from engine.model.adapters import files, lora
 from engine.model.adapters.saved import saved
 from engine.model.export import export
 from engine.model.shards import whole
+from engine.train.throughput import Throughput
 from tests import needs
 from tests.families import load, save_family
 
 TOKENS = ("<|im_start|>", "<|im_end|>")
 IDS = np.random.Generator(np.random.Philox(key=3)).integers(2, 500, 30)
 IDS[[4, 9, 20, 29]] = 512, 513, 512, 513  # the new tokens, as inputs and as targets
+
+LORA = {"use_lora": True, "lora_modules_to_save": ("embed_tokens", "lm_head")}
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +110,23 @@ def test_rows_to_spare_are_taken_first(here, tmp_path, embedded_dir, capsys):
         assert torch.equal(whole(policy.lm.get_input_embeddings().weight), theirs.get_input_embeddings().weight)
 
 
+def test_a_checkpoint_that_the_library_reads_grows_and_parts(here, tmp_path, embedded_dir):
+    """Of the bare body, without the prefix of its names: tied, grown, then trained whole and apart."""
+    source = save_family("llama_biased", tmp_path / "model", embedded_dir.model)
+    tensors = load_file(source / "model.safetensors")
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    save_file(bare, source / "model.safetensors", metadata={"format": "pt"})
+    for changes in ({}, LORA):
+        policy = load_policy(opened(source, here, add_special_tokens=TOKENS, **changes), here)
+        held = {n: read() for n, (_, read) in lora.dense(policy.lm).items()}
+        names = ["model.embed_tokens.weight", *(["lm_head.weight"] if changes else [])]
+        assert [n for n in held if n in ("model.embed_tokens.weight", "lm_head.weight")] == names
+        for n in names:
+            row = tensors["model.embed_tokens.weight"].double().mean(0).float()
+            assert torch.equal(whole(held[n])[:512], tensors["model.embed_tokens.weight"])
+            assert torch.equal(whole(held[n])[512:], row.expand(2, -1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 4096, 5000])
 def test_a_new_row_is_the_mean(rows, dtype):
@@ -184,8 +205,6 @@ def test_pefts_modules_to_save_both_ways(case, here, tmp_path, embedded_dir):
     torch.testing.assert_close(logprobs_of(merged, ids), expected, rtol=2e-5, atol=2e-5)
     assert json.loads((tmp_path / "final" / "config.json").read_text())["tie_word_embeddings"] is False
     assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["modules_to_save"] == modules
-    from safetensors.torch import load_file
-
     a, b = (load_file(tmp_path / d / "adapter_model.safetensors") for d in ("peft", "final/adapter"))
     assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
     again = PeftModel.from_pretrained(
@@ -203,9 +222,6 @@ def test_pefts_modules_to_save_both_ways(case, here, tmp_path, embedded_dir):
     assert (ours(policy, here, ids) - expected).abs().max() > 0.1
 
 
-LORA = {"use_lora": True, "lora_modules_to_save": ("embed_tokens", "lm_head")}
-
-
 @pytest.mark.parametrize("form", ["", pytest.param("nf4", marks=needs.bitsandbytes)])
 @pytest.mark.parametrize("name", ["llama", "gemma3"])
 def test_gradients_of_what_is_trained_whole_are_those_of_the_whole_model(name, form, here, tmp_path, embedded_dir):
@@ -221,6 +237,11 @@ def test_gradients_of_what_is_trained_whole_are_those_of_the_whole_model(name, f
         lm = resized(source, 514)
         assert torch.equal(whole(held["lm_head.weight"]), lm.lm_head.weight)
         return
+    adapters = load_policy(opened(source, here, use_lora=True), here)
+    whole_work, work = (Throughput(here, root, torch.float32) for root in (policy, adapters))
+    assert (
+        whole_work.per_token == work.per_token and whole_work.per_row == 6 * 514 * 64 and work.per_row == 4 * 512 * 64
+    )
     batch = micro_batch([(IDS, np.ones(30, bool))], (0,), here.device)
     full = load_policy(opened(source, here, add_special_tokens=TOKENS), here)
     for root in (policy, full):
@@ -288,13 +309,13 @@ def test_what_does_not_fit_is_one_line(here, tmp_path, embedded_dir):
     )
     again = opened(source, here, **start, add_special_tokens=TOKENS)
     assert load_policy(again, here).base_weights == load_policy(base, here).base_weights
+    looked_at = open_model(flags_for(source, **start, add_special_tokens=TOKENS), here)  # as launch.evaluate does
+    assert torch.equal(ours(load_untrained(looked_at, here), here), ours(load_policy(base, here), here))
     facts = json.loads((tmp_path / "final" / "base.json").read_text())
     assert facts["added_tokens"] == {"<|im_start|>": 512, "<|im_end|>": 513}
     (tmp_path / "final" / "base.json").write_text("[]")
     files.check_added(tmp_path / "final", {})
     weightless = tmp_path / "final" / "adapter_model.safetensors"
-    from safetensors.torch import load_file, save_file
-
     tensors = load_file(weightless)
     save_file({n: t for n, t in tensors.items() if not n.endswith("lm_head.weight")}, weightless)
     assert "no weight of lm_head" in refusal(**start, add_special_tokens=TOKENS)
