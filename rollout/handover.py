@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from engine.model.adapters import lora
+from engine.model.adapters.saved import checkpoint_name
 from engine.model.shards import local
 from engine.world import World
 
@@ -43,7 +44,7 @@ def load(target: Any, source: Any, world: World) -> None:
 
     Raises ValueError where the two are not the same model.
     """
-    buffers = dict(source.named_buffers())
+    buffers = {checkpoint_name(name): buffer for name, buffer in source.named_buffers()}
     own = dict(target.named_parameters())
     theirs = {name: read for name, (_, read) in lora.dense(source).items() if name not in buffers}
     if own.keys() != theirs.keys():

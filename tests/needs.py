@@ -10,3 +10,4 @@ bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 langdetect = pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect is not installed")
+peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from engine.data.messages import Message, Notes, texts_of
 from engine.data.rows import BadRow
 from engine.data.skeleton import Span, plain_skeleton, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
+from engine.data.vocabulary import TULU, add_special_tokens, read_template
 from engine.errors import UserError
 
 # The Tülu format: plain-text role markers, each turn ended by a newline but for the assistant's, which ends in the
@@ -64,6 +66,8 @@ class ChatTokenizer:
     vocab_size: int
     splits_faithfully: bool
     control: re.Pattern
+    added: dict[str, int] = field(default_factory=dict)  # by --add_special_tokens: token → its new id
+    known: dict[str, int] = field(default_factory=dict)  # of its tokens, those that were there already
 
     @property
     def end_of_turn(self) -> str:
@@ -251,8 +255,14 @@ def thought_of(message: Message) -> str:
     return MARK_OF_THOUGHT.sub("", thoughts[0]).strip() if thoughts else ""
 
 
-def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
-    """The tokenizer of a model directory. Raises UserError for one that cannot train a conversation."""
+def load_tokenizer(
+    directory: Path, vocab_size: int, tokens: Sequence[str] = (), chat_template: str | None = None
+) -> ChatTokenizer:
+    """The tokenizer of a model directory, with these control tokens and this chat template ('tulu' or a file) instead
+    of its own. Raises UserError for one that cannot train a conversation.
+
+    `vocab_size` are the model's rows; the result's are more where an added token is beyond them.
+    """
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
@@ -261,23 +271,30 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
         ) from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
-    origin = "the tokenizer's own"
+    added, known = add_special_tokens(tokenizer, tokens)
+    vocab_size = max(vocab_size, *(i + 1 for i in added.values())) if added else vocab_size
+    origin, where = "the tokenizer's own", str(directory)
+    if chat_template is not None:
+        where = f"--chat_template {chat_template}"
+        tokenizer.chat_template = None if chat_template == TULU else read_template(chat_template)
+        origin = chat_template
     if not tokenizer.chat_template:
         if tokenizer.eos_token is None:
             raise UserError(
                 f"{directory}: the tokenizer has neither a chat template nor an end-of-sequence token to use Tülu's"
                 " with"
             )
-        tokenizer.chat_template, origin = TULU_TEMPLATE, "Tülu's, since the tokenizer has none"
+        tokenizer.chat_template = TULU_TEMPLATE
+        origin = "Tülu's" if chat_template == TULU else "Tülu's, since the tokenizer has none"
     control = _control(tokenizer)
     template = FIXED_DATE + tokenizer.get_chat_template()
     with_tools = FIXED_DATE + tokenizer.get_chat_template(tools=[PROBE_TOOL])
     try:
         habits = habits_of(renderer(tokenizer, template, with_tools), control)
     except Refused as error:
-        raise UserError(f"{directory}: the chat template fails on a user and an assistant turn ({error})") from None
+        raise UserError(f"{where}: the chat template fails on a user and an assistant turn ({error})") from None
     except Unusable as why:
-        raise UserError(f"{directory}: the chat template {why}") from None
+        raise UserError(f"{where}: the chat template {why}") from None
     for stop in habits.stops:
         i: Any = tokenizer.convert_tokens_to_ids(stop)
         if i >= vocab_size:
@@ -294,6 +311,8 @@ def load_tokenizer(directory: Path, vocab_size: int) -> ChatTokenizer:
         vocab_size=vocab_size,
         splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),
         control=control,
+        added=added,
+        known=known,
     )
 
 

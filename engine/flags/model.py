@@ -19,6 +19,16 @@ class ModelFlags(Seeded):
         None, "local directory or hub id of a decoder; without it, a tiny Llama made on the spot", MODEL
     )
     model_revision: str | None = flag(None, "branch, tag or commit of the model on the hub", MODEL)
+    add_special_tokens: tuple[str, ...] | None = flag(
+        None,
+        "control tokens to add to the tokenizer ('<|im_start|>' '<|im_end|>'); where the model has no row for one,"
+        " embedding and head grow by a row that is the mean of theirs",
+        MODEL,
+        many=True,
+    )
+    chat_template: str | None = flag(
+        None, "a Jinja file, or tulu, instead of the tokenizer's own template; exported with the tokenizer", MODEL
+    )
     adapter_name_or_path: str | None = flag(
         None, "start from this adapter (PEFT's format): its rank, alpha and modules are taken", ADAPTERS
     )
@@ -52,6 +62,13 @@ class AdapterFlags(ModelFlags):
         ADAPTERS,
         many=True,
     )
+    lora_modules_to_save: tuple[str, ...] | None = flag(
+        None,
+        "of embedding and head (embed_tokens lm_head), what is trained whole beside the adapters",
+        ADAPTERS,
+        aliases=("modules_to_save",),
+        many=True,
+    )
     use_rslora: bool = flag(False, "scale by alpha / sqrt(r)", ADAPTERS)
     export_adapter: bool = flag(
         False,
@@ -66,7 +83,7 @@ class AdapterFlags(ModelFlags):
                 "--load_in_4bit needs --use_lora: weights in 4 bits cannot be trained, only adapters on them"
             )
         only_with_lora = ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora", "adapter_name_or_path")
-        for name in (*only_with_lora, "load_in_4bit", "double_quant", "export_adapter"):
+        for name in (*only_with_lora, "lora_modules_to_save", "load_in_4bit", "double_quant", "export_adapter"):
             if vars(self)[name] and not self.use_lora:
                 raise UserError(f"--{name} is not read without --use_lora")
         if self.double_quant and not self.load_in_4bit:
@@ -75,7 +92,7 @@ class AdapterFlags(ModelFlags):
             require("bitsandbytes", "--load_in_4bit")
         require_positive(self, "lora_rank", "lora_alpha")
         if self.adapter_name_or_path is not None:
-            for name in ("lora_rank", "lora_alpha", "lora_target_modules", "use_rslora"):
+            for name in ("lora_rank", "lora_alpha", "lora_target_modules", "lora_modules_to_save", "use_rslora"):
                 if vars(self)[name] not in (None, False):
                     raise UserError(f"--{name} is that of --adapter_name_or_path: give one of them")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -36,6 +36,8 @@ class How:
     head: str = "fused"
     master: torch.dtype = torch.float32
     adapters: Adapters | None = None
+    rows_there: int | None = None  # that the checkpoint has for tokens, where the model has more (--add_special_tokens)
+    untied: bool = False  # embedding and head are one tensor in the checkpoint and two in the model
     start: Path | None = None  # the adapter that training starts from
 
 
@@ -85,9 +87,13 @@ def load_policy(directory: Path, config: Any, world: World, how: How) -> Policy:
     return policy
 
 
-def load_value_config(directory: Path, vocab_size: int) -> Any:
-    """The configuration of a value model for a policy of this vocabulary. Raises UserError."""
+def load_value_config(directory: Path, vocab_size: int, rows_there: int | None = None) -> Any:
+    """The configuration of a value model for a policy of this vocabulary, which one of `rows_there` grows to. Raises
+    UserError.
+    """
     config = load_config(directory)
+    if config.vocab_size == rows_there:
+        config.vocab_size = vocab_size
     if config.vocab_size != vocab_size:
         raise UserError(
             f"{directory}: the value model has a vocabulary of {config.vocab_size}, the policy one of {vocab_size}"
@@ -111,8 +117,10 @@ def load_value_model(directory: Path, world: World, how: How, vocab_size: int) -
     """The sharded value model: a reward model with its head, or any decoder with a head of zeros. Collective. Raises
     UserError.
     """
-    value_model = build_value_model(load_value_config(directory, vocab_size), world, how)
-    _fill(value_model, directory, world, how)
+    config = load_value_config(directory, vocab_size, how.rows_there)
+    value_model = build_value_model(config, world, how)
+    grows = load_config(directory).vocab_size != vocab_size
+    _fill(value_model, directory, world, how if grows else replace(how, rows_there=None))
     return value_model
 
 
@@ -144,7 +152,8 @@ def _cut(root: AnyRoot, world: World, how: How) -> AnyRoot:
 def _fill(root: Root, directory: Path, world: World, how: How) -> None:
     """Weights from the checkpoint, adapters from `how.start` or new, and the root's identity."""
     weights.initialise_buffers(root.lm, directory)
-    root.identity = root.base_weights = f"{weights.stream(directory, root.lm, world):016x}"
+    fingerprint = weights.stream(directory, root.lm, world, rows_there=how.rows_there, untied=how.untied)
+    root.identity = root.base_weights = f"{fingerprint:016x}"
     if (adapters := root.adapters) is not None:
         start = how.start
         same = root.base_weights if isinstance(root, Policy) else None  # a value model's head is not its start's

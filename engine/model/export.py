@@ -42,9 +42,11 @@ def export(
     """
     if isinstance(root, Policy) and root.adapters is not None:
         facts: dict[str, Any] = {"base_name": base.name, "revision": base.revision, "base_weights": root.base_weights}
+        facts["added"] = base.chat.added
         forms = {"": "", "nf4": " held in NF4", "nf4-double": " held in NF4 with double quantisation"}
         if adapter_only:
-            files.save(root.lm, root.adapters, final, world, inside=inside, **facts)
+            tokenizer = base.chat.tokenizer if base.changes_tokenizer else None  # else it is the model's own
+            files.save(root.lm, root.adapters, final, world, tokenizer=tokenizer, inside=inside, **facts)
             on = f"{base.name}{forms[root.adapters.form]}"
             return f"{final} is an adapter on {on}, for --adapter_name_or_path or PeftModel.from_pretrained"
         files.save(root.lm, root.adapters, final.with_name(".adapter"), world, **facts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from engine.errors import UserError, require
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags
 from engine.model import attention, build, weights
 from engine.model.adapters import choose
+from engine.model.adapters.files import check_added
 from engine.model.adapters.lora import Adapters
 from engine.model.build import How
 from engine.model.layers import transform_layers
@@ -34,6 +36,7 @@ class Base:
     how: How
     why_backend: str
     memory: MemoryFlags
+    changes_tokenizer: bool = False  # --add_special_tokens or --chat_template
 
     @property
     def adapters(self) -> Adapters | None:
@@ -74,7 +77,9 @@ def open_model(
     dtype = compute_dtype(flags.dtype, world.device.type)
     backend, why = attention.choose_backend(flags.attention, world.device, lm_config, dtype)
     world.agree("attention backend", backend)
-    chat = load_tokenizer(directory, lm_config.vocab_size)
+    chat = load_tokenizer(directory, lm_config.vocab_size, flags.add_special_tokens or (), flags.chat_template)
+    lm_config, rows_there = grow(lm_config, chat.vocab_size)
+    world.say(*_describe_tokens(chat, rows_there or lm_config.vocab_size))
     start = _directory_of_adapter(flags.adapter_name_or_path, world)
     if flags.load_in_4bit:
         require("bitsandbytes", "--load_in_4bit")
@@ -84,9 +89,53 @@ def open_model(
     elif start is not None:
         as_it_is = choose.of_directory(start, lm_config)
         chosen = replace(as_it_is, four_bit=flags.load_in_4bit, double_quant=flags.double_quant)
+    if start is not None:
+        check_added(start, chat.added)
+    if adapters is not None and chosen is not None:
+        choose.check_new_tokens(chosen, lm_config, chat.added)
     memory = memory or MemoryFlags()
-    how = How(dtype, backend, memory.head, getattr(torch, memory.master_dtype), chosen, start)
-    return Base(flags.model_name_or_path, directory, revision, lm_config, chat, how, why, memory)
+    how = How(dtype, backend, memory.head, getattr(torch, memory.master_dtype), chosen, rows_there, start=start)
+    lm_config, how = untie(lm_config, how)
+    changes = bool(flags.add_special_tokens or flags.chat_template)
+    return Base(flags.model_name_or_path, directory, revision, lm_config, chat, how, why, memory, changes)
+
+
+def grow(lm_config: Any, vocab_size: int) -> tuple[Any, int | None]:
+    """(the configuration with rows for so many tokens, how many the checkpoint has if that is less)."""
+    there = lm_config.vocab_size
+    if vocab_size <= there:
+        return lm_config, None
+    grown = copy.deepcopy(lm_config)
+    grown.vocab_size = vocab_size
+    return grown, there
+
+
+def untie(lm_config: Any, how: How) -> tuple[Any, How]:
+    """Where embedding and head are one tensor, and one of them or both are trained whole, they part: the model has two,
+    and its configuration says so.
+    """
+    if not (how.adapters and how.adapters.saved and lm_config.tie_word_embeddings):
+        return lm_config, how
+    apart = copy.deepcopy(lm_config)
+    apart.tie_word_embeddings = False
+    return apart, replace(how, untied=True)
+
+
+def _describe_tokens(chat: ChatTokenizer, rows_there: int) -> list[str]:
+    """What became of --add_special_tokens, in a line each."""
+    there = [f"{token!r} is there already, as token {i}; it is not added" for token, i in chat.known.items()]
+    old = {token: i for token, i in chat.added.items() if i < rows_there}
+    new = {token: i for token, i in chat.added.items() if i >= rows_there}
+    names = lambda tokens: ", ".join(f"{token!r} ({i})" for token, i in tokens.items())
+    lines = (
+        [f"new tokens: {names(old)} in rows that the model has already, as they are in the checkpoint"] if old else []
+    )
+    if new:
+        lines.append(
+            f"new tokens: {names(new)}; embedding and head grow from {rows_there} to {chat.vocab_size} rows, each new"
+            " one the mean of those"
+        )
+    return [*there, *lines]
 
 
 def compute_dtype(requested: str, device_type: str) -> torch.dtype:
@@ -152,14 +201,14 @@ def value_how(base: Base, name: str | None) -> How:
     """
     if base.adapters is None or name is None:
         return replace(base.how, adapters=base.adapters and replace(base.adapters, keep_initial=False))
-    config = build.load_value_config(_directory_of_value_model(name), base.config.vocab_size)
+    config = build.load_value_config(_directory_of_value_model(name), base.config.vocab_size, base.how.rows_there)
     # another model: what the policy's adapter starts from does not fit it
     return replace(base.how, adapters=choose.for_value_model(base.adapters, config), start=None)
 
 
 def check_value_model(base: Base, name: str) -> None:
     """Raises UserError where this value model does not fit the policy."""
-    build.load_value_config(_directory_of_value_model(name), base.config.vocab_size)
+    build.load_value_config(_directory_of_value_model(name), base.config.vocab_size, base.how.rows_there)
     value_how(base, name)
 
 

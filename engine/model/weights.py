@@ -6,21 +6,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
+from engine.model.adapters.saved import ORIGINAL, SavedModule, checkpoint_name, vocabulary_modules
 from engine.model.shards import local, local_rows
 from engine.world import World
 
 INDEX = "model.safetensors.index.json"
 MIX_ELEMENTS = 2**22
+ROWS_TO_ADD = 2**12  # of an embedding that are in memory at a time
 SCALAR_HEAD = "score.weight"
 
 
@@ -92,28 +95,26 @@ def initialise_buffers(lm: Any, directory: Path) -> None:
 
 
 @torch.no_grad()
-def stream(directory: Path, lm: Any, world: World) -> int:
+def stream(directory: Path, lm: Any, world: World, *, rows_there: int | None = None, untied: bool = False) -> int:
     """Copies the checkpoint into this rank's shards, tensor by tensor and slice by slice; 4-bit layers quantise theirs
     as it comes.
 
     Returns the fingerprint of what was read (as float32, whatever dtype or form holds it). Collective. Adapters are
-    left alone. A scalar head (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that
-    `lm` lacks is left where it is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints
-    whose names differ from the module's (older layouts, mixtures of experts) go through transformers' own loader
-    instead, which holds the model in host memory once a rank.
+    left alone, but what is trained whole starts as it is read. Given `rows_there`, embedding and head have so many rows
+    in the checkpoint and more in `lm`: each further one is the mean of those (`mean_row`), and counts as read.
+    `untied`: the head starts as the embedding, whatever the checkpoint has under its name. A scalar head
+    (`score.weight`) that the checkpoint lacks starts at 0, and a language-model head that `lm` lacks is left where it
+    is. Raises UserError for other missing, unexpected or misshapen tensors. Checkpoints whose names differ from the
+    module's (older layouts, mixtures of experts) go through transformers' own loader instead, which holds the model in
+    host memory once a rank.
     """
     files = files_by_name(directory)
-    own: dict[str, Any] = {}  # tensors, and 4-bit layers, which take their matrix
-    for name, p in lm.named_parameters():
-        layer = lm.get_submodule(name.rpartition(".")[0])
-        four_bit = isinstance(layer, lora.AdaptedLinear) and layer.four_bit
-        if name.endswith(".codes") and four_bit:
-            own[name.removesuffix("codes") + "weight"] = layer
-        elif not (isinstance(layer, lora.AdaptedLinear) and name.endswith(lora.OWN)):
-            own[name] = p
-    persistent = lm.state_dict(keep_vars=True)
-    own |= {name: b for name, b in lm.named_buffers() if name in persistent}
-    tied = {name for name in persistent if name not in own and not name.endswith(lora.OWN)}
+    own, also, tied = _targets(lm)
+    vocabulary = [f"{name}.weight" for name in vocabulary_modules(lm)]
+    if untied and len(vocabulary) == 2:
+        embedding, head = vocabulary
+        also[embedding] = [*also.get(embedding, ()), own.pop(head), *also.pop(head, ())]
+        tied.add(head)
     if SCALAR_HEAD in own and SCALAR_HEAD not in files:
         own.pop(SCALAR_HEAD).zero_()
         tied.add("lm_head.weight")
@@ -129,19 +130,64 @@ def stream(directory: Path, lm: Any, world: World) -> int:
         four_bit = isinstance(target, lora.AdaptedLinear)
         rows = local_rows(target.codes if four_bit else target)
         expected = (target.out_features, target.in_features) if four_bit else tuple(target.shape)
-        shape, piece = read(rows)
+        there = rows_there if name in vocabulary else None
+        if there is not None:
+            expected = (there, *expected[1:])
+        shape, piece = read(rows if there is None else slice(min(rows.start, there), min(rows.stop, there)))
         if tuple(shape) != expected:
             raise UserError(f"{directory}: {name} has shape {tuple(shape)}, the config says {expected}")
+        if there is not None and rows.stop > (first := max(rows.start, there)):
+            piece = torch.cat([piece, mean_row(read, there).expand(rows.stop - first, -1)])
         if four_bit:
             target.fill(piece)
         else:
-            local(target).copy_(piece)
+            for p in (target, *also.get(name, ())):
+                local(p).copy_(piece)
         piece = piece.to(world.device)
         fingerprint = (fingerprint + _mix(name, piece, rows.start * (piece[0].numel() if piece.numel() else 0))) % 2**64
     parts = torch.tensor(
         [fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device
     )
     return int(world.sum(parts).item()) % 2**64
+
+
+def _targets(lm: Any) -> tuple[dict[str, Any], dict[str, list[Any]], set[str]]:
+    """By a checkpoint's names: (tensors to fill, and 4-bit layers, which take their matrix; of these names tensors that
+    take the same; names of tensors that are another's).
+    """
+    own: dict[str, Any] = {}
+    also: dict[str, list[Any]] = {}
+    for name, p in lm.named_parameters():
+        path, _, leaf = name.rpartition(".")
+        layer = lm.get_submodule(path)
+        four_bit = isinstance(layer, lora.AdaptedLinear) and layer.four_bit
+        if name.endswith(".codes") and four_bit:
+            own[name.removesuffix("codes") + "weight"] = layer
+        elif isinstance(layer, SavedModule):
+            if leaf == "saved_weight":
+                own[f"{path}.weight"] = p
+        elif ORIGINAL in name:
+            also.setdefault(checkpoint_name(name), []).append(p)
+        elif not (isinstance(layer, lora.AdaptedLinear) and name.endswith(lora.OWN)):
+            own[name] = p
+    persistent = {checkpoint_name(name) for name in lm.state_dict(keep_vars=True)}
+    own |= {name: b for n, b in lm.named_buffers() if (name := checkpoint_name(n)) in persistent}
+    return own, also, {name for name in persistent if name not in own and not name.endswith(lora.OWN)}
+
+
+def mean_row(read: Callable[[slice], tuple[Any, Tensor]], rows: int) -> Tensor:
+    """(1, D) the mean of a tensor's rows, in its dtype: what a new token starts with, the same for every sharding.
+
+    Added in float64, row after row and by one thread, so that the number of threads does not decide a bit. The library
+    draws new rows around the same mean; no draw is needed here: equal rows part at the first step, since no two tokens
+    stand in the same places.
+    """
+    total, dtype = np.zeros(0), torch.float32
+    for start in range(0, rows, ROWS_TO_ADD):
+        _, piece = read(slice(start, min(start + ROWS_TO_ADD, rows)))
+        part = np.add.reduce(piece.double().numpy(), axis=0)
+        total, dtype = (part if start == 0 else total + part), piece.dtype
+    return torch.from_numpy(total / rows)[None].to(dtype)
 
 
 def _by_slices(files: dict[str, Path], own: dict[str, Any]) -> Iterator[tuple[str, Any]]:

@@ -66,8 +66,18 @@ def _describe_adapters(base: Base) -> list[str]:
     start = f"from {base.how.start}" if base.how.start else "new"
     return [
         f"adapters: {start}, rank {a.rank}, alpha {a.alpha:g}{' (rsLoRA)' if a.rslora else ''}, on {len(a.modules)}"
-        f" layers ({names}); the model is frozen in {forms[a.form]}"
+        f" layers ({names}); the model is frozen in {forms[a.form]}",
+        *_describe_saved(base),
     ]
+
+
+def _describe_saved(base: Base) -> list[str]:
+    """One line, or none."""
+    if base.adapters is None or not base.adapters.saved:
+        return []
+    names = " and ".join(name.rpartition(".")[2] for name in base.adapters.saved)
+    apart = "; embedding and head, one tensor in the model, are two from now on" if base.how.untied else ""
+    return [f"trained whole beside the adapters: {names}{apart}"]
 
 
 def _plain(dtype: object) -> str:

@@ -17,6 +17,7 @@ import torch
 from engine.data.batch import MicroBatch
 from engine.hardware import of_gpu
 from engine.log import Totals
+from engine.model.adapters.saved import saved
 from engine.model.policy import Policy
 from engine.world import World
 
@@ -34,8 +35,10 @@ class Throughput:
         tied = lm_config.tie_word_embeddings
         body = policy.num_parameters - embedding - (0 if tied else head)
         frozen = policy.adapters is not None
-        self.per_token = 4 * body + 6 * policy.num_trained if frozen else 6 * body
-        self.per_row = (4 if frozen else 6) * head
+        whole = saved(policy.lm)  # of which an embedding multiplies nothing, and the head only rows that count
+        adapters = policy.num_trained - sum(module.weight.numel() for module in whole.values())
+        self.per_token = 4 * body + 6 * adapters if frozen else 6 * body
+        self.per_row = (4 if frozen and policy.lm.get_output_embeddings() not in whole.values() else 6) * head
         head_size = getattr(lm_config, "head_dim", None) or lm_config.hidden_size // lm_config.num_attention_heads
         self.attention = lm_config.num_hidden_layers * lm_config.num_attention_heads * head_size
         self.world, self.peak = world, peak_flops(world.device, dtype)

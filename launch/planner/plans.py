@@ -15,7 +15,7 @@ from engine.data import embedded
 from engine.errors import UserError, nearest
 from engine.flags import fill, flag, require_positive
 from engine.hardware import Device
-from engine.model import build
+from engine.model import build, open
 from engine.train.reference import resolve_reference
 from launch import dpo, ppo, sft
 from launch.planner.stages import Case, Rehearsed, Work, rehearse
@@ -159,7 +159,7 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
         require_positive(config, "num_ppo_epochs", "num_mini_batches")
         kind = resolve_reference(config.reference, config, without_lora="copy")
         config = dataclasses.replace(config, reference=kind)
-    lm_config = load_architecture(config.architecture, config.model_name_or_path, config.cache_dir)
+    lm_config = grown(load_architecture(config.architecture, config.model_name_or_path, config.cache_dir), config)
     reach = getattr(lm_config, "max_position_embeddings", config.max_seq_length)
     most = min(config.max_seq_length, reach, config.longest_tokens or config.max_seq_length)
     batch_size = min(config.batch_size, config.num_examples or config.batch_size)
@@ -169,9 +169,16 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     if config.response_length >= most:
         raise UserError(f"--response_length {config.response_length} leaves no room for a prompt in {most} tokens")
     name = config.value_model_name_or_path or config.model_name_or_path
-    value_config = load_architecture(config.architecture, name, config.cache_dir)
+    value_config = grown(load_architecture(config.architecture, name, config.cache_dir), config)
     value_config.num_labels = 1
     return config, lm_config, value_config
+
+
+def grown(lm_config: Any, config: Any) -> Any:
+    """With a row for each of --add_special_tokens, as if the tokenizer, which a plan does not read, had none of them
+    and the model no row to spare.
+    """
+    return open.grow(lm_config, lm_config.vocab_size + len(config.add_special_tokens or ()))[0]
 
 
 def load_architecture(file: str | None, name: str | None, cache_dir: str) -> Any:

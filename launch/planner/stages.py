@@ -134,9 +134,12 @@ def planned_base(case: Case, config: Any) -> open.Base:
     start = Path(config.adapter_name_or_path).expanduser() if config.adapter_name_or_path else None
     keep_initial = case.stage != "sft" and config.reference == "adapter"
     adapters = choose.choose(config, case.lm_config, start if start and start.is_dir() else None, keep_initial)
+    if adapters is not None:
+        choose.check_new_tokens(adapters, case.lm_config, dict.fromkeys(config.add_special_tokens or (), 0))
     how = How(dtype, "sdpa" if cpu else PLANNED, config.head, getattr(torch, config.master_dtype), adapters)
     chat: Any = None  # no text is read
-    return open.Base("", Path("."), "planned", case.lm_config, chat, how, "planned", config)
+    lm_config, how = open.untie(case.lm_config, how)
+    return open.Base("", Path("."), "planned", lm_config, chat, how, "planned", config)
 
 
 class _Stage:

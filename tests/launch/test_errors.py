@@ -202,6 +202,24 @@ CASES = {
         ("--gamma_beta_ratio", 0.5),
         "--gamma_beta_ratio is not read by --loss_type dpo_norm, which reads",
     ),
+    "no such template": (
+        ("--chat_template", "{place}/recipe.yml"),
+        "--chat_template {place}/recipe.yml: no such file; expected a Jinja file, or tulu (did you mean"
+        " {place}/recipe.yaml?)",
+    ),
+    "a template without an end": (
+        ("--chat_template", "{place}/recipe.yaml"),
+        "--chat_template {place}/recipe.yaml: the chat template",
+    ),
+    "new tokens that nothing trains": (
+        ("--add_special_tokens", "<a>", "--use_lora", "true"),
+        "--add_special_tokens with --use_lora: nothing would train the new tokens' rows of embed_tokens and lm_head;"
+        " give --lora_modules_to_save embed_tokens lm_head",
+    ),
+    "a module that is not saved": (
+        ("--lora_modules_to_save", "norm", "--use_lora", "true"),
+        "--lora_modules_to_save norm: only embedding and head of LlamaForCausalLM can be trained whole",
+    ),
     "label smoothing": (("--label_smoothing", 0.5), "--label_smoothing must be in [0, 0.5), got 0.5"),
     "batch size twice": (
         ("--batch_size", 4, "--per_device_train_batch_size", 2),

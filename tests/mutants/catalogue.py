@@ -1660,6 +1660,7 @@ SCALARS = (f"{ATTENTION}::test_against_scalar_loop",)
 OPERATOR = (f"{ATTENTION}::test_the_operator_of_compiled_layers_is_the_same_function_with_the_same_gradients",)
 FAMILY = "tests/engine/model/test_families.py::test_packed_logprobs_and_gradients_are_the_models_own"
 LORA = "tests/engine/model/test_lora.py"
+ROWS = "tests/engine/model/test_vocabulary.py"
 LAYER = (f"{LORA}::test_forward_and_gradients_are_the_formulas",)
 NF4 = "tests/engine/model/test_nf4.py"
 BITS = (f"{NF4}::test_numbers_are_bitsandbytes_own_and_rows_are_independent",)
@@ -1865,6 +1866,90 @@ MODEL = (
         "lm.requires_grad_(False)",
         "lm.requires_grad_(True)",
         (f"{LORA}::test_adapters_start_at_the_model_and_depend_on_seed_and_name_alone",),
+    ),
+    Mutant(
+        "new_rows_are_the_mean_of_a_part",
+        "engine/model/weights.py",
+        "part if start == 0 else total + part",
+        "part",
+        (f"{ROWS}::test_a_new_row_is_the_mean",),
+    ),
+    Mutant(
+        "an_embedding_multiplies",
+        "engine/train/throughput.py",
+        "policy.num_trained - sum(module.weight.numel() for module in whole.values())",
+        "policy.num_trained",
+        (f"{ROWS}::test_gradients_of_what_is_trained_whole_are_those_of_the_whole_model",),
+    ),
+    Mutant(
+        "one_new_row_too_many",
+        "engine/model/weights.py",
+        "first := max(rows.start, there)",
+        "first := there - 1",
+        (f"{ROWS}::test_a_grown_model_is_the_librarys_resized_one",),
+    ),
+    Mutant(
+        "a_head_that_parts_starts_empty",
+        "engine/model/weights.py",
+        "for p in (target, *also.get(name, ())):",
+        "for p in (target,):",
+        (f"{ROWS}::test_pefts_modules_to_save_both_ways",),
+    ),
+    Mutant(
+        "trained_weights_are_the_base_too",
+        "engine/model/adapters/saved.py",
+        "        if self.use == OFF:\n            return frozen",
+        "        if self.use == OFF:\n            return self.saved_weight.to(frozen.dtype)",
+        (f"{ROWS}::test_pefts_modules_to_save_both_ways",),
+    ),
+    Mutant(
+        "the_start_of_a_trained_vocabulary_moves",
+        "engine/model/adapters/saved.py",
+        "self.saved_weight if self.use == TRAINED else self.initial_weight",
+        "self.saved_weight",
+        (f"{ROWS}::test_pefts_modules_to_save_both_ways",),
+    ),
+    Mutant(
+        "what_is_trained_whole_starts_at_the_base",
+        "engine/model/adapters/lora.py",
+        "            local(p).copy_(start(name, local_rows(p)))",
+        "            pass",
+        (f"{ROWS}::test_pefts_modules_to_save_both_ways",),
+    ),
+    Mutant(
+        "an_export_of_the_frozen_vocabulary",
+        "engine/model/adapters/lora.py",
+        "lambda p=whole_modules[path].saved_weight: p",
+        "lambda p=whole_modules[path].original_module.weight: p",
+        (f"{ROWS}::test_pefts_modules_to_save_both_ways",),
+    ),
+    Mutant(
+        "parted_weights_are_called_tied",
+        "engine/model/open.py",
+        "    apart.tie_word_embeddings = False\n",
+        "",
+        (f"{ROWS}::test_pefts_modules_to_save_both_ways",),
+    ),
+    Mutant(
+        "new_tokens_that_nothing_trains",
+        "engine/model/adapters/choose.py",
+        "for name in vocabulary if name not in adapters.saved]",
+        "for name in vocabulary if not adapters.saved]",
+        (f"{ROWS}::test_what_does_not_fit_is_one_line",),
+    ),
+    Mutant(
+        "tokens_in_another_order",
+        "engine/model/adapters/files.py",
+        "if theirs is None or theirs == added:",
+        "if theirs is None or theirs.keys() == added.keys():",
+        (f"{ROWS}::test_what_does_not_fit_is_one_line",),
+    ),
+    Mutant(
+        "an_entry_of_the_vocabulary_is_new",
+        "engine/data/vocabulary.py",
+        "for token, i in ids.items() if token in vocabulary}",
+        "for token, i in ids.items() if i < 2}",
+        ("tests/engine/data/test_vocabulary.py",),
     ),
     Mutant(
         "nf4_groups_from_the_first_row",
@@ -2470,8 +2555,8 @@ TRAIN = (
     Mutant(
         "frozen_weights_have_gradients",
         "engine/train/throughput.py",
-        "4 * body + 6 * policy.num_trained if frozen",
-        "6 * body + 6 * policy.num_trained if frozen",
+        "4 * body + 6 * adapters if frozen",
+        "6 * body + 6 * adapters if frozen",
         FLOPS,
     ),
     Mutant(

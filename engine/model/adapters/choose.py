@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from engine.errors import UserError, nearest
 from engine.flags import AdapterFlags
 from engine.model.adapters import files, lora
 from engine.model.adapters.lora import Adapters
+from engine.model.adapters.saved import vocabulary_modules
 
 
 def choose(flags: AdapterFlags, lm_config: Any, directory: Path | None, keep_initial: bool) -> Adapters | None:
@@ -31,7 +33,7 @@ def choose(flags: AdapterFlags, lm_config: Any, directory: Path | None, keep_ini
     }
     if directory is not None:
         return replace(of_directory(directory, lm_config), **how)
-    layers, name = _layers_of(lm_config)
+    layers, vocabulary, name = _layers_of(lm_config)
     wanted = flags.lora_target_modules or ("all-linear",)
     known = sorted({n.rpartition(".")[2] for n in layers})
     for target in wanted:
@@ -42,34 +44,67 @@ def choose(flags: AdapterFlags, lm_config: Any, directory: Path | None, keep_ini
             )
     chosen = tuple(n for n in layers if "all-linear" in wanted or n in wanted or n.rpartition(".")[2] in wanted)
     rank, alpha = flags.lora_rank or 16, flags.lora_alpha or 32.0
-    return Adapters(rank, alpha, flags.use_rslora, chosen, everything="all-linear" in wanted, **how)
+    saved = _saved(flags.lora_modules_to_save or (), vocabulary, name, "--lora_modules_to_save ")
+    return Adapters(rank, alpha, flags.use_rslora, chosen, everything="all-linear" in wanted, saved=saved, **how)
 
 
 def of_directory(directory: Path, lm_config: Any) -> Adapters:
     """The adapters that an adapter's files describe, for this model. Raises UserError."""
     described = files.read_config(directory)
     rank, rslora = described["r"], described.get("use_rslora", False)
-    return Adapters(
-        rank, float(described["lora_alpha"]), rslora, files.modules_of(directory, rank, *_layers_of(lm_config)), seed=0
-    )
+    layers, vocabulary, name = _layers_of(lm_config)
+    saved = _saved(described.get("modules_to_save") or (), vocabulary, name, f"{directory}: modules_to_save ")
+    modules = files.modules_of(directory, rank, layers, {n: vocabulary[n] for n in saved}, name)
+    return Adapters(rank, float(described["lora_alpha"]), rslora, modules, seed=0, saved=saved)
 
 
 def for_value_model(adapters: Adapters, lm_config: Any) -> Adapters:
-    """The same adapters on another model: on all its linear layers, or on those of the same last names. Raises
-    UserError.
+    """The same adapters on another model: on all its linear layers, or on those of the same last names; and its
+    embedding whole, if one of this name is. Raises UserError.
     """
-    layers, name = _layers_of(lm_config)
+    layers, (embedding, *_), name = _layers_of(lm_config)
     wanted = {n.rpartition(".")[2] for n in adapters.modules}
     modules = tuple(n for n in layers if adapters.everything or n.rpartition(".")[2] in wanted)
     if not modules:
         raise UserError(
             f"--value_model_name_or_path: {name} has none of the layers {', '.join(sorted(wanted))}, which are adapted"
         )
-    return replace(adapters, modules=modules, keep_initial=False)
+    last = {n.rpartition(".")[2] for n in adapters.saved}
+    saved = (embedding,) if embedding.rpartition(".")[2] in last else ()
+    return replace(adapters, modules=modules, keep_initial=False, saved=saved)
 
 
-def _layers_of(lm_config: Any) -> tuple[dict[str, nn.Linear], str]:
-    """(the linear layers that can be adapted, the model's class)."""
+def check_new_tokens(adapters: Adapters, lm_config: Any, added: dict[str, int]) -> None:
+    """Raises UserError where tokens were added and nothing would train their rows of embedding and head."""
+    if not added:
+        return
+    _, vocabulary, _ = _layers_of(lm_config)
+    names = [name.rpartition(".")[2] for name in vocabulary]
+    if left := [name.rpartition(".")[2] for name in vocabulary if name not in adapters.saved]:
+        raise UserError(
+            f"--add_special_tokens with --use_lora: nothing would train the new tokens' rows of {' and '.join(left)};"
+            f" give --lora_modules_to_save {' '.join(names)}"
+        )
+
+
+def _saved(wanted: Sequence[str], vocabulary: dict[str, nn.Module], model: str, where: str) -> tuple[str, ...]:
+    """The modules that are to be trained whole, by full name. Raises UserError."""
+    short = {name: name.rpartition(".")[2] for name in vocabulary}
+    for name in wanted:
+        if name not in short and name not in short.values():
+            raise UserError(
+                f"{where}{str(name)[:80]}: only embedding and head of {model} can be trained whole,"
+                f" {' and '.join(short.values())}{nearest(str(name), list(short.values()))}"
+            )
+    chosen = tuple(name for name in vocabulary if name in wanted or short[name] in wanted)
+    for name in chosen:
+        if any(leaf != "weight" for leaf, _ in vocabulary[name].named_parameters()):
+            raise UserError(f"{where}{short[name]}: that of {model} has more than a weight, which is not supported")
+    return chosen
+
+
+def _layers_of(lm_config: Any) -> tuple[dict[str, nn.Linear], dict[str, nn.Module], str]:
+    """(the linear layers that can be adapted, embedding and head, the model's class)."""
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(lm_config))
-    return lora.linears(lm), type(lm).__name__
+    return lora.linears(lm), vocabulary_modules(lm), type(lm).__name__

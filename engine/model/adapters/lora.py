@@ -30,11 +30,13 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from engine.model.adapters import nf4
+from engine.model.adapters.saved import INITIAL, OFF, ORIGINAL, TRAINED, SavedModule, checkpoint_name, saved
 from engine.model.shards import local, local_rows, sharded_like, whole
 
-TRAINED, INITIAL, OFF = "trained", "initial", "off"  # which adapter a forward pass uses
+__all__ = ["INITIAL", "OFF", "TRAINED", "AdaptedLinear", "Adapters"]  # of which the first three are saved.py's
 # names that no checkpoint has
 OWN = tuple(f".{name}" for name in ("codes", "scales", "groups", "lora_A", "lora_B", "initial_A", "initial_B"))
+OWN += (".saved_weight", ".initial_weight")
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Adapters:
     double_quant: bool = False
     everything: bool = False  # every linear layer was asked for, whatever their names
     keep_initial: bool = False  # a frozen copy of the adapter that training starts from, as the reference
+    saved: tuple[str, ...] = ()  # full names of embedding and head, if they are trained whole
 
     @property
     def form(self) -> str:
@@ -166,6 +169,10 @@ def adapt(lm: Any, adapters: Adapters, *, frozen: torch.dtype, master: torch.dty
         how = adapters if not dense else replace(adapters, four_bit=False)
         setattr(lm.get_submodule(path), leaf, AdaptedLinear(source, how, rank, master))
     left += [name for name, p in lm.base_model.layers.named_parameters() if p.dim() > 2] if adapters.four_bit else []
+    there = dict(lm.named_modules())  # a value model has no head for tokens
+    for name in (name for name in adapters.saved if name in there):
+        path, _, leaf = name.rpartition(".")
+        setattr(lm.get_submodule(path), leaf, SavedModule(there[name], adapters.keep_initial, master))
     if (score := getattr(lm, "score", None)) is not None:
         score.weight.data = score.weight.data.to(master)
         score.requires_grad_(True)
@@ -179,7 +186,7 @@ def adapted(lm: Any) -> dict[str, AdaptedLinear]:
 @torch.no_grad()
 def initialise(lm: Any, seed: int, start: Callable[[str, slice], Tensor] | None = None) -> None:
     """Fills the adapters, and their initial copies, from `start` (of 'NAME.lora_A' some rows), or at random (A) and
-    with 0 (B).
+    with 0 (B). What is trained whole is filled from `start` (of NAME), or stays as the checkpoint filled it.
     """
     for name, module in adapted(lm).items():
         for leaf in ("A", "B") if module.rank else ():
@@ -192,6 +199,12 @@ def initialise(lm: Any, seed: int, start: Callable[[str, slice], Tensor] | None 
             local(p).copy_(values)
             if (kept := getattr(module, f"initial_{leaf}", None)) is not None:
                 local(kept).copy_(local(p))
+    for name, whole_module in saved(lm).items():
+        p, kept = whole_module.saved_weight, getattr(whole_module, "initial_weight", None)
+        if start:
+            local(p).copy_(start(name, local_rows(p)))
+        if kept is not None:
+            local(kept).copy_(local(p))
 
 
 def _uniform(seed: int, name: str, shape: torch.Size) -> Tensor:
@@ -204,7 +217,7 @@ def _uniform(seed: int, name: str, shape: torch.Size) -> Tensor:
 @contextlib.contextmanager
 def using(root: nn.Module, which: str) -> Iterator[None]:
     """Forward passes in the body use this adapter: TRAINED, INITIAL or OFF."""
-    modules = [module for module in root.modules() if isinstance(module, AdaptedLinear)]
+    modules = [module for module in root.modules() if isinstance(module, AdaptedLinear | SavedModule)]
     for module in modules:
         module.use = which
     try:
@@ -218,20 +231,23 @@ def dense(lm: Any) -> dict[str, tuple[torch.Size, Any]]:
     """The model as a checkpoint has it, without adapters: tensor name → (shape, a function that gives it, cut as it is
     held).
 
-    Adapted and 4-bit layers come merged, in fp32, one at a time when they are asked for (collective); others, and the
-    buffers that a checkpoint holds, as they are.
+    Adapted and 4-bit layers come merged, in fp32, one at a time when they are asked for (collective); of what is
+    trained whole its trained weight; others, and the buffers that a checkpoint holds, as they are.
     """
-    layers = adapted(lm)
+    layers, whole_modules = adapted(lm), saved(lm)
     found: dict[str, tuple[torch.Size, Any]] = {}
     for name, p in lm.named_parameters():
         path, _, leaf = name.rpartition(".")
         if path in layers and leaf != "bias":
             shape = torch.Size([layers[path].out_features, layers[path].in_features])
             found[f"{path}.weight"] = (shape, layers[path].merged)
-        else:
+        elif path in whole_modules:
+            found[f"{path}.weight"] = (p.shape, lambda p=whole_modules[path].saved_weight: p)
+        elif ORIGINAL not in name:
             found[name] = (p.shape, lambda p=p: p)
     persistent = lm.state_dict(keep_vars=True)
-    return found | {name: (b.shape, lambda b=b: b) for name, b in lm.named_buffers() if name in persistent}
+    buffers = {name: b for name, b in lm.named_buffers() if name in persistent}
+    return found | {checkpoint_name(name): (b.shape, lambda b=b: b) for name, b in buffers.items()}
 
 
 def count(lm: Any) -> tuple[int, int]:
