@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from engine.data.messages import Message
 from engine.data.rows import BadRow
+from engine.data.template import shared
 
 if TYPE_CHECKING:
     from engine.data.chat import ChatTokenizer
@@ -135,17 +136,21 @@ class _Turns:
         bare = _behind(mark, self._rendered(i))
         if prompt and prompt != bare and self.whole.startswith(prompt, anchor):
             return anchor + len(prompt)
-        if bare is not None and self.whole.startswith(bare + opening, anchor):
-            return anchor + len(bare + opening)
+        if bare is not None and self.whole.startswith(bare, anchor):
+            header = shared(opening, self.whole[anchor + len(bare) :][: len(opening)], self.chat.control)
+            if header or not opening:
+                return anchor + len(bare) + header
         # no prompt for it, or its beginning is written in another way by now
         behind = max([anchor, *(start + 1 for start in starts.values())])
-        found = self.whole.find(opening, behind) if opening else -1
-        content = self.places.get(i, (len(self.whole),))[0]
-        if 0 <= found <= content - len(opening):
-            prompt = self.chat.habits.prompt
-            return found + len(prompt if self.whole.startswith(prompt, found) else opening)
+        limit = self.places.get(i, self.places.get(i + 1, (len(self.whole),)))[0]
+        found = self.whole.find(opening, behind, limit) if opening else -1
+        if found >= 0:
+            whole_prompt = self.chat.habits.prompt
+            return found + len(whole_prompt if self.whole.startswith(whole_prompt, found) else opening)
         if i in self.places:
-            return content
+            return limit
+        if prompt and behind == anchor and (alike := shared(prompt, self.whole[anchor:limit], self.chat.control)):
+            return anchor + alike  # where the text departs from the prompt
         raise BadRow(f"the chat template drops, moves or repeats message {i} (role assistant)")
 
     def _end(self, i: int, start: int, after: int) -> int:

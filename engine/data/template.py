@@ -33,6 +33,9 @@ ASKED = {"role": "user", "content": QUESTION}
 SAID = {"role": "assistant", "content": ANSWER}
 
 
+TAG = re.compile(r"</?[\w:]{1,40}>")
+
+
 class Refused(Exception):
     """The template raised, with what it said."""
 
@@ -124,16 +127,23 @@ def _run(text: str, special: re.Pattern, openers: Sequence[str] = (), anywhere: 
 
 def _ends(after_last: str, after_middle: str, special: re.Pattern, openers: Sequence[str]) -> tuple[list[str], str]:
     """(the ends of turns, the marker that has to be appended to a last turn or ''). Raises Unusable."""
+    closing = after_last[: shared(after_middle, after_last, special)] or ("" if after_middle else after_last)
+    if run := _last_run(closing, special, openers):  # as a last turn ends, and one that others follow
+        return [run], ""
     last, middle = _run(after_last, special, openers, anywhere=True), _run(after_middle, special, openers)
     if not last and not middle:
         raise Unusable("ends an assistant turn without an end token, so a model could never learn to stop")
     if not last:
         return [middle[0]], middle[0]
-    if "".join(last) in after_middle:
-        return ["".join(last)], ""
-    if shared := _alike(last, middle):
-        return ["".join(last[:shared])], ""
     return ["".join(last), *middle[:1]], ""
+
+
+def _last_run(text: str, special: re.Pattern, openers: Sequence[str]) -> str:
+    """The last control tokens of the text that follow each other without a gap, up to one that opens a turn."""
+    begin = end = -1
+    for match in special.finditer(text):
+        begin, end = (begin if match.start() == end else match.start()), match.end()
+    return "".join(_run(text[begin:], special, openers)) if end >= 0 else ""
 
 
 def _calls(render: Render) -> tuple[str, Message]:
@@ -161,10 +171,7 @@ def _end_of_call(
     said = (_call_text(render, [ASKED, turn]) or "").rstrip()
     written = said.rpartition(VALUE)[2]
     if not appended:
-        begin = len(written)
-        for match in reversed(list(special.finditer(written))):
-            begin = match.start() if match.end() == begin else begin
-        return "".join(_run(written[begin:], special, openers)), ""
+        return _last_run(written, special, openers), ""
     result = {"role": "tool", "content": RESULT, "tool_call_id": "call00001", "name": TOOL}
     whole = _call_text(render, [ASKED, turn, result]) or ""
     marker = _run(whole[len(said) :].partition(RESULT)[0], special) if whole.startswith(said) else []
@@ -189,9 +196,9 @@ def _opening(render: Render, whole: str, special: re.Pattern) -> tuple[str, str]
         (_attempt(render, [ASKED], **options) or "").partition(QUESTION)[2]
         for options in ({}, {"add_generation_prompt": True})
     )
-    before = _shared(bare, header, special)
+    before = shared(bare, header, special)
     if prompt != bare:
-        return header[before : _shared(prompt, header, special)], prompt[before:]
+        return header[before : shared(prompt, header, special)], prompt[before:]
     opening = header[before:] if header[before:].strip() else ""
     return opening, opening
 
@@ -201,10 +208,11 @@ def _alike(one: Sequence, other: Sequence) -> int:
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
-def _shared(text: str, header: str, special: re.Pattern) -> int:
-    """How many characters of `header` the text begins with; a control token is shared whole or not at all."""
+def shared(text: str, header: str, special: re.Pattern) -> int:
+    """How many characters of `header` the text begins with; a control token or a tag is shared whole or not at all."""
     length = _alike(text, header)
-    return min([length, *(m.start() for m in special.finditer(header) if m.start() < length < m.end())])
+    tokens = [match for pattern in (special, TAG) for match in pattern.finditer(header)]
+    return min([length, *(m.start() for m in tokens if m.start() < length < m.end())])
 
 
 def renderer(tokenizer: Any, template: str, with_tools: str) -> Render:

@@ -258,6 +258,27 @@ STYLES: dict[str, tuple[str, Say, set[str]]] = {  # template, what a turn must s
         lambda m, at: m["content"].strip() + "<|end|>",
         {"system first"},
     ),
+    "a prompt that is always written": (
+        "<|bos|><|turn|><|system|>Be kind.<|END_OF_TURN|>{% for m in messages %}<|turn|>{% if m.role == 'assistant' %}"
+        "<|assistant|>{{ m.content }}<|END_RESPONSE|>{% else %}<|user|>{{ m.role }}: {{ m.content }}{% endif %}"
+        "<|END_OF_TURN|>{% endfor %}<|turn|><|assistant|>",
+        lambda m, at: m["content"] + "<|END_RESPONSE|><|END_OF_TURN|>",
+        {"system"},
+    ),
+    "a last turn that is left open": (
+        "<|bos|>{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>{{ m.content }}"
+        "{{ '<|end|>' if not loop.last }}{% else %}<|user|>{{ m.role }}: {{ m.content }}<|return|>{% endif %}"
+        "{% endfor %}" + PROMPT + "<|assistant|>{% endif %}",
+        lambda m, at: m["content"] + "<|end|>",
+        {"system"},
+    ),
+    "a thought opened by the prompt, closed by the turn": (
+        "<|bos|>{% for m in messages %}<|{{ 'user' if m.role == 'tool' else m.role }}|>{% if m.role == 'assistant' %}"
+        "{{ '<think>' + m.reasoning_content if m.reasoning_content }}</think>{% endif %}{{ m.content }}<|end|>"
+        "{% endfor %}" + PROMPT + "<|assistant|><think>{% endif %}",
+        lambda m, at: m.get("reasoning_content", "") + "</think>" + m["content"] + "<|end|>",
+        {"system", "thoughts in fields"},
+    ),
     "instructions in brackets": (
         "<|bos|>{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]"
         "{% elif m.role == 'tool' %}"
@@ -303,6 +324,12 @@ def make(style: str, declared: tuple[int, ...] = ()) -> ChatTokenizer:
         if declared:
             Path(directory, "generation_config.json").write_text(json.dumps({"eos_token_id": list(declared)}))
         return load_tokenizer(Path(directory), 10_000)
+
+
+DEPARTS = {  # turns without a thought do not go on as their prompt does: '<think>' against '</think>'
+    "an empty thought in earlier turns",
+    "a thought opened by the prompt, closed by the turn",
+}
 
 
 # --- random conversations ---------------------------------------------------------------------------------------------
@@ -381,9 +408,7 @@ def test_what_is_trained_is_what_the_model_has_to_write(style):
             except BadRow:
                 continue
             if not whole.startswith(prompt):
-                assert (
-                    i != turns[-1] or style == "an empty thought in earlier turns"
-                )  # '<think>\n' against '<think></think>'
+                assert i != turns[-1] or style in DEPARTS
                 continue
             assert start == len(prompt)
             if i == turns[-1]:
