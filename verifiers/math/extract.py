@@ -14,7 +14,7 @@ candidates of each kind are looked at, and none is longer than MAX_LENGTH.
 import itertools
 import re
 
-from verifiers.math.tokens import INVISIBLE, MAX_LENGTH
+from verifiers.math.tokens import FUNCTIONS, INVISIBLE, MAX_LENGTH
 
 MAX_CANDIDATES = 24
 ZERO_WIDTH = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")
@@ -169,7 +169,9 @@ def from_sentence(declared: str) -> str:
 def is_prose(text: str) -> bool:
     """True if words of running text stand outside formulas and \\text{...}: 'Answer $9$', 'the volume is 120'."""
     bare = re.sub(r"\\text[a-z]*\s*\{[^{}]*\}|\\mbox\s*\{[^{}]*\}|\\[A-Za-z]+|\$\$?[^$]*\$\$?", " ", text)
-    words = re.findall(r"[^\W\d_]{2,}", bare)
+    words = [
+        word for word in re.findall(r"[^\W\d_]{2,}", bare) if word not in FUNCTIONS and not set(word) <= set("xyz")
+    ]
     starts = re.match(r"\s*[^\W\d_]{2,}[\s:]", bare) is not None
     spoken = [word for word in words if word.lower() not in ("or", "and")]
     if len(spoken) <= (0 if starts else 1) or not (starts or len(words) > 3):

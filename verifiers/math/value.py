@@ -238,8 +238,10 @@ def same_up_to_factor(a: Node, b: Node, salt: str = "", positive: bool = False) 
     same. Raises NoValue."""
     ratios = []
     for x, y in values_at_points(a, b, number_of_points(a, b), salt):
-        if isinstance(x, tuple) or isinstance(y, tuple) or x == 0 or y == 0:
+        if isinstance(x, tuple) or isinstance(y, tuple) or (x == 0) != (y == 0):
             return False
+        if x == 0:  # a point on both curves says nothing of the factor
+            continue
         ratios.append(divide(x, y))
     same = len(ratios) >= MIN_POINTS and all(close(ratio, ratios[0]) for ratio in ratios)
     return same and (not positive or context.re(inexact(ratios[0])) > 0)

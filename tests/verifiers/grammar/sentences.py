@@ -18,8 +18,9 @@ def _number(rng: random.Random) -> Fraction:
     return Fraction(whole) if rng.random() < 0.8 else Fraction(whole * 100 + 25, 100)
 
 
-def _spelled(rng: random.Random, x: Fraction, sentence: bool = True) -> str:
-    """Digits, grouped or not, of this or another script, with currency and mark-up; spaces only where `sentence`."""
+def _spelled(rng: random.Random, x: Fraction, sentence: bool = True, spaced: bool = True) -> str:
+    """Digits, grouped or not, of this or another script, with currency; spaces as thousands only where
+    `sentence`, after a minus only where `spaced`."""
     digits = decimal(abs(x)) or ""
     whole, point, part = digits.partition(".")
     commas = f"{int(whole):,}"
@@ -28,7 +29,7 @@ def _spelled(rng: random.Random, x: Fraction, sentence: bool = True) -> str:
     text += point + part if point else rng.choice(("", "", ".0", ".00"))
     if rng.random() < 0.1:
         text = text.translate({ord(c): chr(0xFF10 + int(c)) for c in "0123456789"})
-    minus = rng.choice(("-", "−", "–", "- ")) if x < 0 else ""
+    minus = rng.choice(("-", "−", "–", "- ")[: 4 if spaced else 3]) if x < 0 else ""
     return minus + rng.choice(("", "", "", "$", "\\$", "€", "£")) + text
 
 
@@ -107,7 +108,7 @@ def undeclared(rng: random.Random) -> Case:
         )
     )
     sentence = "No." not in form and not form.endswith("= {}")
-    text = _spelled(rng, y, sentence)
+    text = _spelled(rng, y, sentence, spaced=False)  # "they need - 3" is a dash
     if "No." in form or "- {}" in form:
         text = (decimal(y) or "").removeprefix("-")
         y = abs(y)
