@@ -18,8 +18,9 @@ from tests.verifiers.test_hostile import FAMILIES, WITH_LANGUAGE, hostile, truth
 from verifiers import Pool, verify
 from verifiers.ifeval.google_rules import INSTRUCTIONS
 from verifiers.ifeval.language import log_likelihoods
-from verifiers.math.equal import plain_words, read
+from verifiers.math.equal import read
 from verifiers.math.open_instruct import prefix
+from verifiers.math.words import plain_words
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifiers"
 LANGUAGE = set(WITH_LANGUAGE)

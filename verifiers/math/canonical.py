@@ -1,5 +1,6 @@
 """One form for what can be written in several: the trees that verifiers.math.equal compares."""
 
+from fractions import Fraction
 from itertools import chain
 from typing import Any
 
@@ -9,6 +10,8 @@ from verifiers.math.tree import (
     LEAVES,
     Call,
     Div,
+    Matrix,
+    Minus,
     MinusPlus,
     Neg,
     Node,
@@ -27,6 +30,7 @@ from verifiers.math.tree import (
     bare_list,
 )
 
+COUNTS = {"hundred": Fraction(100), "thousand": Fraction(10**3), "million": Fraction(10**6), "billion": Fraction(10**9)}
 FLIPPED = {">": "<", ">=": "<="}
 
 
@@ -39,6 +43,11 @@ def canonical(tree: Node) -> Node:
             return Seq("", "or", parts) if any(map(is_set, parts)) else grouped(parts)
         case Seq("", "", items):
             return grouped(_flattened(items))
+        case Seq("[", "]", items) if items and all(isinstance(item, Seq) and item.opening == "[" for item in items):
+            rows = tuple(item.items for item in items if isinstance(item, Seq))
+            return Matrix(rows) if len({len(row) for row in rows}) == 1 else tree
+        case Sum((Sym("mathbb R") as whole, Neg(Seq("{", "}", _) as without))):
+            return Minus((whole, canonical(without)))
         case Seq("{", "}", items):
             return Seq("{", "}", _flattened(items))
         case Sym("emptyset"):
@@ -49,6 +58,10 @@ def canonical(tree: Node) -> Node:
             return canonical_relation(operators, sides)
         case Union(sets):
             return Union(tuple(chain.from_iterable(map(_sets_of_union, map(canonical, sets)))))
+        case Unit(amount, unit) if unit.partition(" ")[0] in COUNTS:
+            count, _, rest = unit.partition(" ")
+            tree = Prod((amount, Num(COUNTS[count], 0)))
+            return Unit(tree, rest) if rest else tree
         case Unit(amount, "%" | "°"):
             return canonical(amount)
         case Neg(Unit(amount, unit)):

@@ -18,7 +18,8 @@ from verifiers.math.assignments import is_family, orders, pairs_of
 from verifiers.math.canonical import canonical, is_name
 from verifiers.math.parse import parse
 from verifiers.math.regions import same_region
-from verifiers.math.tokens import MAX_LENGTH, THOUSANDS, Unparseable, normalise
+from verifiers.math.spellings import normalise
+from verifiers.math.tokens import MAX_LENGTH, THOUSANDS, Unparseable
 from verifiers.math.tree import (
     ONE,
     Based,
@@ -41,7 +42,7 @@ from verifiers.math.tree import (
 )
 from verifiers.math.units import same_units, without_unit
 from verifiers.math.value import Evaluator, NoValue, close, same_up_to_factor, same_value, variables
-from verifiers.math.words import choice, same_words
+from verifiers.math.words import choice, labels, same_words
 
 MAX_ITEMS = 30
 DECIMAL_COMMA = re.compile(r"([-+]?\s?[0-9]+),([0-9]+)(\s*(?:\\text\{[^{}]*\}|\\mathrm\{[^{}]*\}|\\%|°|[A-Za-z]*))")
@@ -70,6 +71,9 @@ def compared(prediction: str, answer: str) -> bool:
         return True
     if squeezed(TEXT.sub(r"\1", prediction)) == squeezed(TEXT.sub(r"\1", answer)):
         return True
+    several = labels(prediction), labels(answer)
+    if None not in several:
+        return several[0] == several[1]
     words = same_words(prediction, answer)
     if words is not None:
         return words

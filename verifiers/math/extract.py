@@ -14,7 +14,8 @@ candidates of each kind are looked at, and none is longer than MAX_LENGTH.
 import itertools
 import re
 
-from verifiers.math.tokens import FUNCTIONS, INVISIBLE, MAX_LENGTH
+from verifiers.math.spellings import INVISIBLE
+from verifiers.math.tokens import FUNCTIONS, MAX_LENGTH
 
 MAX_CANDIDATES = 24
 ZERO_WIDTH = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")

@@ -35,9 +35,10 @@ from verifiers.math.tree import (
     too_deep,
 )
 
-RELATIONS = frozenset(("=", "<", ">", "<=", ">=", "!=", "in"))
+RELATIONS = frozenset(("=", "~", "<", ">", "<=", ">=", "!=", "in"))
 OPENING = {"(": ")", "[": "]", "\\{": "\\}"}
 MATRICES = frozenset(["pmatrix", "bmatrix", "matrix", "vmatrix", "Bmatrix", "smallmatrix", "array"])
+LINES = frozenset(["cases", "aligned", "align", "align*", "gathered", "split"])
 APPLIED = frozenset("fghFGH")
 BASES = {
     **{
@@ -89,6 +90,11 @@ class Parser(Cursor):
         while operator := self.take(*RELATIONS):
             operators.append(operator)
             sides.append(self.ratio())
+        if "~" in operators:  # 'x ~ 3.5' is x = 3.5, '1/3 ~ 0.33' is 1/3
+            first = operators.index("~")
+            if first or not isinstance(sides[0], Sym):
+                operators, sides = operators[:first], sides[: first + 1]
+            operators = ["=" if operator == "~" else operator for operator in operators]
         return sides[0] if not operators else Rel(tuple(operators), tuple(sides))
 
     def ratio(self) -> Node:
@@ -341,7 +347,7 @@ class Parser(Cursor):
     def matrix(self) -> Node:
         r"""Rows up to \end{...}; the column specification of an array is skipped."""
         kind = "".join(self.raw_group())
-        if kind not in MATRICES:
+        if kind not in MATRICES | LINES:
             raise Unparseable(f"\\begin{{{kind}}}")
         if kind == "array":
             self.raw_group()
@@ -363,6 +369,8 @@ class Parser(Cursor):
         self.raw_group()
         if len({len(row) for row in rows}) != 1:
             raise Unparseable("a matrix of unequal rows")
+        if kind in LINES:
+            return bare_list(tuple(entry for row in rows for entry in row))
         tree = Matrix(tuple(rows))
         return Call("det", (tree,)) if kind == "vmatrix" else tree
 

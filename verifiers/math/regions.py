@@ -131,7 +131,7 @@ def region(tree: Node) -> Region:
             return Region(values, lambda x: any(close(x, value) for value in values))
         case Seq("", joined, items):
             parts = [region(item) for item in items]
-            if joined == "" and all(isinstance(item, Rel) for item in items):
+            if joined == "" and all(isinstance(item, Rel) or item == EVERYTHING for item in items):
                 both = all_of(parts)  # 'x > 1, x < 3' is both; 'x < 1, x > 3' can only be either
                 if any(map(both.has, probes(both.ends))):
                     return both

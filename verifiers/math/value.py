@@ -30,6 +30,7 @@ from verifiers.math.tree import Call, Const, Div, Matrix, Neg, Node, Num, Pow, P
 
 POINTS = 4
 MIN_POINTS = 2  # where a point falls on a pole it does not count
+MAX_DETERMINANT = 4  # rows
 MAX_WORK = 600  # operations on inexact numbers in one comparison
 
 
@@ -105,7 +106,9 @@ class Evaluator:
         values = [self.value(tree) for tree in arguments]
         self.work += 4
         if any(isinstance(value, tuple) for value in values):
-            raise NoValue("a function of a matrix")
+            if name != "det" or shape(values[0])[0] != shape(values[0])[1] or len(values[0]) > MAX_DETERMINANT:
+                raise NoValue("a function of a matrix")
+            return determinant(values[0])
         if name.startswith("apply "):
             return self._unknown_function(name, values)
         if name not in FUNCTIONS:
@@ -172,6 +175,17 @@ def dot(row: Iterable[Value], column: Iterable[Value]) -> Value:
     total = Fraction(0)
     for a, b in zip(row, column, strict=False):
         total = add(total, multiply(a, b))
+    return total
+
+
+def determinant(rows: tuple) -> Value:
+    """The determinant of a small square matrix, along its first row."""
+    if not rows:
+        return Fraction(1)
+    total = Fraction(0)
+    for at, entry in enumerate(rows[0]):
+        minor = tuple(row[:at] + row[at + 1 :] for row in rows[1:])
+        total = add(total, multiply(entry * (-1) ** at, determinant(minor)))
     return total
 
 

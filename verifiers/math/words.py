@@ -10,6 +10,7 @@ CHOICE = re.compile(
     r"|(?i:option|choice|answer)\s*:?\s*\(?([A-J])\)?\.?(?=\s|$))\s*(.*)"
 )
 LETTER = re.compile(rf"(?:\\(?:{FONTS})\s*\{{\s*)?\(?\s*(?:\\(?:{FONTS})\s*\{{\s*)?([A-J])\s*\}}?\s*\)?\s*\}}?[.:]?")
+LABELS = re.compile(r"(?:[A-J]|[IVX]{1,4})(?:\s*(?:,|and\b|&)\s*(?:and\s+)?(?:[A-J]|[IVX]{1,4})){1,8}")
 ARTICLE = re.compile(r"(?i)^(?:the|an|a)\s+(?=\S{3})")
 
 
@@ -21,6 +22,13 @@ def choice(text: str) -> tuple[str, str] | None:
         *letters, rest = match.groups()
         return next(letter for letter in letters if letter), rest.strip()
     return None
+
+
+def labels(text: str) -> list[str] | None:
+    """The labels that a text lists, sorted: of 'A and C' and '(C), (A)' ['A', 'C']; None for any other text."""
+    if not LABELS.fullmatch(bare := re.sub(r"[{}()]", "", FONT.sub("", text)).strip()):
+        return None
+    return sorted(re.findall(r"[A-Z]+", bare))
 
 
 def same_words(prediction: str, answer: str) -> bool | None:
