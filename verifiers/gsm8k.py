@@ -145,7 +145,7 @@ def declared(tail: str) -> tuple[re.Match | None, str | None]:
     if (hedged := unsure_remark(line)) is not None:
         return None, f"two answers: {shown(hedged)}"
     line = without_remarks(line)
-    part, numbers = "", []
+    part, numbers = "", list[re.Match]()
     for part in reversed(line.split("=")):  # '6 * 7 = 42' and '42 = 6 * 7'
         numbers = list(NUMBER.finditer(part)) or numbers
         if numbers and numbers[0].string is part and not is_arithmetic(part, numbers):

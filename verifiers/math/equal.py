@@ -138,8 +138,7 @@ def same(a: Node, b: Node, salt: str) -> bool:
         case Rel(), Rel():
             return same_relation(a, b, salt)
         case (Rel(), _) | (_, Rel()):
-            rel, other = (a, b) if isinstance(a, Rel) else (b, a)
-            return same_as_named(rel, other, salt)
+            return same_as_named(a, b, salt) if isinstance(a, Rel) else same_as_named(b, a, salt)
         case (Unit(), _) | (_, Unit()):
             return same_units(a, b) and same(without_unit(a), without_unit(b), salt)
         case Seq(), Seq():
@@ -255,13 +254,13 @@ def same_relation(a: Rel, b: Rel, salt: str) -> bool:
     if a.operators != b.operators or len(a.operators) != 1 or a.operators[0] == "in":
         return False
     try:
-        first, second = (Sum((side.sides[0], Neg(side.sides[1]))) for side in (a, b))
-        return same_up_to_factor(first, second, salt, positive=a.operators[0] in ("<", "<="))
+        left, right = (Sum((side.sides[0], Neg(side.sides[1]))) for side in (a, b))
+        return same_up_to_factor(left, right, salt, positive=a.operators[0] in ("<", "<="))
     except (NoValue, Undefined):
         return False
 
 
-def same_as_named(rel: Rel, other: Node, salt: str) -> bool:
+def same_as_named(rel: Node, other: Node, salt: str) -> bool:
     """'x = 5' as 5, 'x = 1, y = 2' as (1, 2) and as the list 1, 2."""
     pairs = pairs_of(rel)
     if pairs and isinstance(other, Seq) and other.opening in ("", "(") and other.closing in ("", ")"):

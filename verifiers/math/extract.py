@@ -38,7 +38,7 @@ def extract(response: str) -> str | None:
     """The text of the answer that the response settles on, or None."""
     text = response.rpartition("</think>")[2]
     if not text.isascii():
-        text = ZERO_WIDTH.sub("", text)
+        text = text[: -4 * MAX_LENGTH] + ZERO_WIDTH.sub("", text[-4 * MAX_LENGTH :])
     if "<think>" in text:
         return None
     sentence, box = last_sentence(text), last_box(text)

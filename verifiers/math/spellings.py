@@ -64,7 +64,7 @@ SPACE = re.compile(
     r"(?<!\\)\\(?:q?quad(?![a-z])|thinspace|medspace|thickspace|enspace|[,;:>/ ()\[\]])|~|\\quad(?=[a-z]_)|\s"
 )
 CHOOSE = re.compile(r"\{([^{}]{1,60})\\choose(?![a-z])\s*([^{}]{1,60})\}")
-QUOTED = re.compile(r"(?s)\$?(?:``|''|[\"'`])\s*([^\"`]+?)\s*(?:''|[\"'])[.,]?\$?")
+QUOTED = re.compile(r"(?s)\$?(?:``|''|[\"'`])([^\"`]+?)(?:''|[\"'])[.,]?\$?")
 STATED = re.compile(r"^(?:=|\\approx(?![a-z])|\\implies|\\Rightarrow|\\therefore|:)\s*")
 NOON = re.compile(r"(?i)(?<=[0-9])\s*(?:\\(?:text|mathrm|mbox)\s*\{)?\s*\b([ap])\.?\s?m\b\.?\s*\}?")
 COMPOUND_UNIT = re.compile(
@@ -75,7 +75,7 @@ PERCENT = re.compile(r"(?i)\s*\\?%|\s*(?:\\text(?:bf)?\{)?\s*\b(?:percentage|per
 
 # plain text's spellings, each one a search for a mark that LaTeX answers lack
 TEXT_GROUP = r"\\(?:text|mathrm|mbox)\s*\{\s*"
-SUCH_THAT = r"(?=.*(?:[<>=]|\\[lgn]e|\\[lg]t))^\\\{{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?\s*)?{}\s*(.+)\\\}}$"
+SUCH_THAT = r"^(?=.*(?:[<>=]|\\[lgn]e|\\[lg]t))\\\{{\s*[a-z]\s*(?:\\in\s*\\mathbb\s*\{{?R\}}?\s*)?{}\s*(.+)\\\}}$"
 POWER = re.compile(r"(?<=[\w)])\*\*(?=[\w(-])")
 PLAIN = (
     ("oo", re.compile(r"(?<![A-Za-z])oo(?![A-Za-z])"), r"\\infty "),
@@ -90,7 +90,7 @@ PLAIN = (
     ("mid", re.compile(SUCH_THAT.format(r"\\mid")), r"\1"),
     (":", re.compile(SUCH_THAT.format(":")), r"\1"),
     ("|", re.compile(SUCH_THAT.format(r"\|")), r"\1"),
-    ("approx", re.compile(r"\s*\(\s*\\approx[^()]*\)$"), ""),
+    ("approx", re.compile(r"\s?\(\s?\\approx[^()]*\)$"), ""),
 )
 TH = r"(?:st|nd|rd|th)\b\s*"
 ORDINAL = re.compile(rf"(?<=[0-9])\s*(?:\^?\s*{TEXT_GROUP}{TH}\}}|\^\s*\{{\s*(?:{TEXT_GROUP})?{TH}\}}{{1,2}}|{TH})")
@@ -101,7 +101,7 @@ def plain_as_latex(text: str) -> str:
     for mark, pattern, latex in PLAIN:
         if mark in text:
             text = pattern.sub(latex, text)
-    return ORDINAL.sub("", text) if re.search("[0-9].*(?:st|nd|rd|th)", text) else text
+    return ORDINAL.sub("", text) if any(ending in text for ending in ("st", "nd", "rd", "th")) else text
 
 
 def normalise(text: str) -> str:
