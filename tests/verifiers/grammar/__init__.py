@@ -6,6 +6,7 @@ polynomials and of sums of square roots): nothing here reads what it wrote, noth
 values.py     exact values: their normal forms, their spellings, and values next to them
 singles.py    kinds of one value: fractions, radicals, polynomials, units, percentages, bases, complex numbers, choices
 several.py    kinds of several values: tuples, sets, lists, intervals, matrices, assignments, boxes
+plainly.py    kinds in plain text, and mixtures: decimal commas, money, times, powers, rational functions
 sentences.py  GSM8K's sentences
 
     python -m tests.verifiers.grammar --pairs 20000 --seed 0     # counts by kind, and every wrong pair
@@ -15,7 +16,7 @@ import random
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tests.verifiers.grammar import sentences, several, singles
+from tests.verifiers.grammar import plainly, sentences, several, singles
 
 
 class Pair(NamedTuple):
@@ -36,7 +37,7 @@ FRAMES = (
     "We add them up.\n\\[\\boxed{{{}}}\\]",
     "Final Answer: The final answer is ${}$. I hope it is correct.",
 )
-MATH = {**singles.KINDS, **several.KINDS}
+MATH = {**singles.KINDS, **several.KINDS, **plainly.KINDS}
 WHOLE = {**several.RESPONSES}  # kinds that write a whole response
 GSM8K = sentences.KINDS
 
