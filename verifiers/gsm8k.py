@@ -37,10 +37,12 @@ OR = re.compile(r"[^0-9.,;:()]{0,40}\bor\b[^0-9.,;:()]{0,20}")  # '42 apples or 
 TIMES = re.compile(r"\s*(?:[*×·÷^x]|\\times|\\cdot|\\div)[\s(]*")
 REMARK = re.compile(r"(?<=[0-9A-Za-z%}$])[*_]*\s\(([^()\n]{0,300})\)?")
 UNSURE = re.compile(r"(?i)\s*(?:or|maybe|perhaps|possibly|alternatively)\b|[\s$]*-?[0-9][0-9,.]*\??\s*$")
+BEFORE_REMARK = re.compile(r"[^A-Za-z0-9]*[0-9][0-9.,]*%?(?:\s[A-Za-z]{1,20}){0,2}")
 TOTAL = re.compile(r"(?i)\b(?:total|so|answer|altogether|thus|therefore)\b|=|i\.e")
 STATED = re.compile(
-    r"\s*(?:%|[A-Za-z$€£]+(?:\s+[A-Za-z]+){0,3})?[*_\s]*(?:$|[.;:!?—(]|,\s*(?!which\s+(?:is|equals)\s+\S+[.\s]*$)|\bin\b|\bof\b)"
+    r"\s*(?:%|[A-Za-z$€£]+(?:\s+[A-Za-z]+){0,3})?[*_\s]*(?:$|[.;:!?—(]|,\s*(?!which\s[^0-9]{0,60}[0-9.,]+[^0-9]*$)|\bin\b|\bof\b)"
 )
+MEASURED = re.compile(r"[^0-9,;.]{0,40}\b(?:in|for|of|per|on|with|than|from)\b[^0-9,;.]{0,40}[0-9]")
 SAYS = frozenset(str.split("is are was were be equals equal to of by at get gets becomes about exactly only or and"))
 SENTENCE_END = re.compile(r"(?<=[0-9A-Za-z%)*}])[.!?]\s")
 BESIDE_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{([^{}]{0,80})\}\$?\s*(?:,|or|and|/)+\s*(?:or\s+|and\s+)?\$?$")
@@ -154,14 +156,15 @@ def declared(tail: str) -> tuple[re.Match | None, str | None]:
         return (None, f"not worked out: {shown(line)}") if numbers else (None, None)
     if len(numbers) > 1 and is_hedge(part, *numbers[:2]):
         return None, f"two answers: {shown(line)}"
-    immediate = re.fullmatch(r"[^A-Za-z0-9]*", part[: numbers[0].start()]) and STATED.match(part, numbers[0].end())
+    ends = STATED if line.startswith(part) else MEASURED  # 'so 5 * 66 = 330 pages in 2 weeks'
+    immediate = starts_with_number(part) and ends.match(part, numbers[0].end())
     certain = len(numbers) == 1 or mark[0][0] in "#\\<" or immediate
     return (numbers[0] if certain else None), None
 
 
 def declaration(tail: str, mark: re.Match) -> str:
-    """What a declaration says: the inside of a box and an 'or' after it, else the first sentence with a digit of its
-    line."""
+    """What a declaration says: the inside of a box and an 'or' after it, else its line; of that the first sentence, if
+    it begins with a number."""
     rest = tail[mark.end() :][:WINDOW]
     if mark[0].endswith("{"):
         depth = 1
@@ -172,17 +175,26 @@ def declaration(tail: str, mark: re.Match) -> str:
                 other = re.match(r"\$?\s*or\s+[^0-9\n]{0,20}[0-9][0-9.,]*", after)
                 return rest[: brace.start()] + (other[0] if other else "")
     line = rest.lstrip().split("\n", 1)[0].split("</answer>", 1)[0]
-    for end in SENTENCE_END.finditer(line):
-        if any(c in line[: end.start()] for c in "0123456789"):
-            return line[: end.start()]
-    return line
+    end = SENTENCE_END.search(line) if starts_with_number(line) else None
+    return line[: end.start()] if end else line
+
+
+def starts_with_number(line: str) -> bool:
+    """True if no letter stands before the first number of the line."""
+    first = NUMBER.search(line)
+    return first is not None and not any(c.isalnum() for c in line[: first.start()])
 
 
 def unsure_remark(line: str) -> str | None:
     """The line, if a remark in it offers another answer: '42 (or 43)', '42 (43?)'."""
     for remark in REMARK.finditer(line):
         numbers = NUMBER.search(line), NUMBER.search(remark[1])
-        if UNSURE.match(remark[1]) and None not in numbers and value(numbers[0]) != value(numbers[1]):
+        if (
+            UNSURE.match(remark[1])
+            and BEFORE_REMARK.fullmatch(line, 0, remark.start())
+            and None not in numbers
+            and value(numbers[0]) != value(numbers[1])
+        ):
             return line
     return None
 

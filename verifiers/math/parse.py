@@ -141,6 +141,8 @@ class Parser(Cursor):
             elif self.peek()[0] == "text" and not isinstance(left, Text):
                 left = Unit(left, self.raw_unit())
             elif self.begins_factor():
+                if isinstance(left, Unit) and left.unit not in ("%", "°"):
+                    raise Unparseable("words inside an expression")  # 5 \text{ if } x > 0
                 left = self.implicit(left)
             else:
                 return left
