@@ -40,7 +40,7 @@ UNSURE = re.compile(r"(?i)\s*(?:or|maybe|perhaps|possibly|alternatively)\b|[\s$]
 BEFORE_REMARK = re.compile(r"[^A-Za-z0-9]*[0-9][0-9.,]*%?(?:\s[A-Za-z]{1,20}){0,2}")
 TOTAL = re.compile(r"(?i)\b(?:total|so|answer|altogether|thus|therefore)\b|=|i\.e")
 STATED = re.compile(
-    r"\s*(?:%|[A-Za-z$€£]+(?:\s+[A-Za-z]+){0,3})?[*_\s]*(?:$|[.;:!?—(]|,\s*(?!which\s[^0-9]{0,60}[0-9.,]+[^0-9]*$)|\bin\b|\bof\b)"
+    r"\s*(?:%|[A-Za-z$€£]+(?:\s+[A-Za-z]+){0,3})?[*_\s]*(?:$|[.;:!?—(]|,(?!\s*which\s[^0-9]{0,60}[0-9.,]+[^0-9]*$)|\bin\b|\bof\b)"
 )
 MEASURED = re.compile(r"[^0-9,;.]{0,40}\b(?:in|for|of|per|on|with|than|from)\b[^0-9,;.]{0,40}[0-9]")
 SAYS = frozenset(str.split("is are was were be equals equal to of by at get gets becomes about exactly only or and"))

@@ -142,6 +142,86 @@ def test_what_is_no_fraction_of_two_integers_is_not_read_as_one(response):
     assert not any(right(response, label) for label in ("1/2", "0.5", "0.4", "1", "2", "2.5", "10", "20", "30", "1/60"))
 
 
+# --- what a reader would say ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "response, answer, wrong",
+    [
+        # a sign between two values is an operator
+        ("so we are left with 12 - 4", "4", "-4"),
+        ("in all 12 + 4", "4", "16"),
+        ("12 apples - 4 apples", "4", "-4"),
+        ("the difference is 10 -7", "7", "-7"),
+        ("Answer - 42", "42", "-42"),
+        ("Sums:\n- 41\n- 42", "42", "-42"),
+        ("the answer is - 5", "-5", "5"),
+        ("x = - 5", "-5", "5"),
+        ("it is -$5", "-5", "5"),
+        ("it is _-5_", "-5", "5"),
+        ("the total is –5", "-5", "5"),
+        # thousands
+        ("it is 1 080", "1080", "80"),
+        ("it costs $400 000.", "400000", "0"),
+        ("it is 1\u202f080\u202f500 km", "1080500", "500"),
+        ("#### 1\u00a0080", "1080", "80"),
+        ("\\boxed{1{,}080}", "1080", "80"),
+        ("Step 1 080", "80", "1080"),
+        ("it is 1 08", "8", "108"),
+        ("it is 1 0800", "800", "10800"),
+        # marks around a number
+        ("the bus No.42", "42", "0.42"),
+        ("the answer is...42", "42", "0.42"),
+        ("it is ４２", "42", "2"),
+        ("it is ٤٢", "42", "2"),
+        ("it is 42€", "42", "4"),
+        ("It has 42 m^2.", "42", "2"),
+        ("It has 42 cm2", "42", "2"),
+        # other numbers after it
+        ("So she has 42 apples (6 times 7).", "42", "7"),
+        ("So she has 3 apples (that makes a total of 42).", "42", "3"),
+        ("#### 42 (6 * 7)", "42", "7"),
+        ("#### 42 (so 6*7=42)", "42", "7"),
+        ("#### 6 * 7 = 42", "42", "7"),
+        ("#### 42 = 6 * 7", "42", "6"),
+        ("#### 42. Check: 2 + 3 = 5", "42", "5"),
+        ("\\boxed{42} since 2 + 3 = 5", "42", "5"),
+        ("\\boxed{42} took 6 steps. Answer: see above", "42", "6"),
+        ("The answer is 42, which is 6 times 7.", "42", "7"),
+        ("The answer is 15.4 bags, which rounds up to 16", "16", "15.4"),
+        ("The answer is 5 * 66 = 330 pages in 2 weeks.", "330", "2"),
+        ("<answer>42</answer> in 3 steps", "42", "3"),
+        ("#### Step 3: add\nSo it is 42", "42", "3"),
+        # mixed numbers
+        ("#### 2 1/2", "2.5", "2"),
+        ("it is 2\\frac{1}{2}", "5/2", "21/2"),
+        ("it is 2½", "2.5", "2"),
+        ("it is -2 1/2", "-2.5", "-1.5"),
+    ],
+)
+def test_what_a_reader_would_say(response, answer, wrong):
+    assert right(response, answer), verify(response, answer, "gsm8k")
+    assert not right(response, wrong)
+
+
+@pytest.mark.parametrize(
+    "response", ["#### 42 (or 43)", "#### 42 (43?)", "\\boxed{42} or \\boxed{43}", "\\boxed{42} or 43"]
+)
+def test_a_second_answer_in_brackets_or_in_a_box_is_a_hedge(response):
+    assert not right(response, "42") and not right(response, "43")
+
+
+@pytest.mark.parametrize("response", ["#### 6 * 7", "#### 40 + 2", "#### 50-8", "Answer: 6 × 7"])
+def test_arithmetic_that_is_not_worked_out_names_no_number(response):
+    verdict = verify(response, "42", "gsm8k")
+    assert verdict.score == 0 and verdict.reason.startswith("not worked out: ")
+    assert not any(right(response, label) for label in ("6", "7", "40", "2", "50", "8"))
+
+
+def test_a_number_in_a_chat_marker_is_not_said():
+    assert not right("<|reserved_42|>", "42")
+
+
 # --- signs, thinking, and the reference -------------------------------------------------------------------------------
 
 
