@@ -184,6 +184,8 @@ def test_what_is_no_fraction_of_two_integers_is_not_read_as_one(response):
         ("#### 42 (so 6*7=42)", "42", "7"),
         ("#### 6 * 7 = 42", "42", "7"),
         ("#### 42 = 6 * 7", "42", "6"),
+        ("#### 3 dozen = 36", "36", "3"),
+        ("#### 42 (and 6 + 1 = 7)", "42", "7"),
         ("#### 42. Check: 2 + 3 = 5", "42", "5"),
         ("\\boxed{42} since 2 + 3 = 5", "42", "5"),
         ("\\boxed{42} took 6 steps. Answer: see above", "42", "6"),
