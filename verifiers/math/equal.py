@@ -48,7 +48,7 @@ MAX_ITEMS = 30
 DECIMAL_COMMA = re.compile(r"([-+]?\s?[0-9]+),([0-9]+)(\s*(?:\\text\{[^{}]*\}|\\mathrm\{[^{}]*\}|\\%|°|[A-Za-z]*))")
 DECIMAL_POINT = re.compile(r"(?<![0-9.])[0-9]*\.[0-9]")
 BETWEEN_DIGITS = re.compile(r"(?<![0-9.])\s+|\s+(?![0-9.])")
-TEXT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{([^{}0-9]*)\}")
+TEXT = re.compile(r"\\(?:text|mbox|mathrm)\s*\{(\s*[^{}0-9\s][^{}]*|\s*)\}")
 
 
 def equal(prediction: str, answer: str) -> bool:

@@ -20,7 +20,7 @@ from verifiers.math.tokens import FUNCTIONS, MAX_LENGTH
 MAX_CANDIDATES = 24
 ZERO_WIDTH = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")
 Box = tuple[int, int, str]  # start, end, content
-DECLARATION = re.compile(r"(?i)answer\**\s*(?:is\b|:|\n)\**\s*:?|####")
+DECLARATION = re.compile(r"(?i)answers?\**\s*(?:is\b|are\b|:|\n)\**\s*:?|####")
 SENTENCE_END = re.compile(r"(?i)i hope|<\||\n\s*\n|(?<=\S)\n|(?<![0-9])\.\s+(?=[A-Z])|(?<=[0-9$])\.\s+(?=[A-Z])")
 FORMULA = re.compile(r"(?s)\$\$[^$]+\$\$|\$[^$]+\$|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]")
 BETWEEN_BOXES = re.compile(

@@ -74,6 +74,7 @@ PLAIN_WORDS = {
 UNITS = frozenset(str.split("cm mm km kg ft in mi ml mg hr hrs min sec yd yds oz lb lbs mph kph am pm"))
 CONSONANTS = frozenset("bcdfgjklmnpqrstvwxz")
 FONT_SWITCH = re.compile(r"\s*(?!\{)[A-Za-z. ]*")
+JOINED = re.compile(r"([^\s,]+),?\s(and|or)")
 DIGITS_FIRST = re.compile(r"[-+]?\s*\.?[0-9]")
 
 
@@ -121,6 +122,8 @@ def command_token(text: str, at: int, name: str, tokens: list[tuple[str, str]]) 
             tokens += tokenize(content)
         elif re.fullmatch(r"[A-Za-z]", content) and name.startswith("math"):
             tokens.append(("name", content))
+        elif joined := JOINED.fullmatch(content):  # 12\text{ cm and }5
+            tokens += [("text", joined[1]), ("mark", "or" if joined[2] == "or" else ",")]
         else:
             tokens.append(("text", content))
         return end
