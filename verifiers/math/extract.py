@@ -23,6 +23,7 @@ Box = tuple[int, int, str]  # start, end, content
 DECLARATION = re.compile(r"(?i)answers?\**\s*(?:is\b|are\b|:|\n)\**\s*:?|####")
 SENTENCE_END = re.compile(r"(?i)i hope|<\||\n\s*\n|(?<=\S)\n|(?<![0-9])\.\s+(?=[A-Z])|(?<=[0-9$])\.\s+(?=[A-Z])")
 FORMULA = re.compile(r"(?s)\$\$[^$]+\$\$|\$[^$]+\$|\\\(.{1,2000}?\\\)|\\\[.{1,2000}?\\\]")
+BEFORE_FORMULA = re.compile(r"\$([^$\n]{1,150})\$,?\s(?:and|or)\s$")
 BETWEEN_BOXES = re.compile(
     r"(?:\s|\$|\\\(|\\\)|\\\[|\\\]|\\q?quad|\\[,;: ]|[,;&]|\\text\s*\{|\}|\band\b|\bor\b|[A-Za-z](?:_\{?\w+\}?)?\s*=)*"
 )
@@ -181,15 +182,23 @@ def is_prose(text: str) -> bool:
 
 
 def last_formula(text: str) -> str | None:
-    """The content of the last pair of $ (single or double), \\(...\\) or \\[...\\]."""
+    """The content of the last pair of $ (single or double), \\(...\\) or \\[...\\], with that of the formulas joined to
+    it by 'and' or 'or'."""
     found: tuple[int, str | None] = (-1, None)
+    begin = 0
     for opening, closing in (("\\(", "\\)"), ("\\[", "\\]"), ("$$", "$$"), ("$", "$")):
         end = text.rfind(closing)
         start = text.rfind(opening, 0, max(end, 0))
         content = text[start + len(opening) : end].strip(" $\n")
         if 0 <= start < end and end > found[0] and content and len(content) <= MAX_LENGTH:
-            found = (end + len(closing) - 1, content)
-    return found[1]
+            found, begin = (end + len(closing) - 1, content), start
+    answer = found[1]
+    for _ in range(MAX_CANDIDATES):  # '$x = 3$ and $x = 5$' are one answer
+        before = BEFORE_FORMULA.search(text, max(0, begin - 200), begin) if answer else None
+        if before is None:
+            break
+        answer, begin = f"{before[1]} , {answer}", before.start()
+    return answer
 
 
 def last_number(text: str) -> str | None:
