@@ -13,7 +13,7 @@ Left out: numbers in words, '1.080,50', '1e3'.
 
 import collections
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from fractions import Fraction
 
 from verifiers.strings import is_blank, shown
@@ -149,7 +149,7 @@ def declared(tail: str) -> tuple[re.Match | None, str | None]:
     line = without_remarks(line)
     part, numbers = "", list[re.Match]()
     for part in reversed(line.split("=")):  # '6 * 7 = 42' and '42 = 6 * 7'
-        numbers = list(NUMBER.finditer(part)) or numbers
+        numbers = list(numbers_of(part)) or numbers
         if numbers and numbers[0].string is part and not is_arithmetic(part, numbers):
             break
     else:
@@ -179,16 +179,24 @@ def declaration(tail: str, mark: re.Match) -> str:
     return line[: end.start()] if end else line
 
 
+def numbers_of(text: str) -> Iterator[re.Match]:
+    """The matches of NUMBER in `text`, searched for between its first and its last digit alone."""
+    first = re.search("[0-9]", text)
+    if first is None:
+        return iter(())
+    return NUMBER.finditer(text, max(0, first.start() - 16), max(map(text.rfind, "0123456789")) + 1)
+
+
 def starts_with_number(line: str) -> bool:
     """True if no letter stands before the first number of the line."""
-    first = NUMBER.search(line)
-    return first is not None and not any(c.isalnum() for c in line[: first.start()])
+    first = next(numbers_of(line), None)
+    return first is not None and re.search(r"[^\W_]", line[: first.start()]) is None
 
 
 def unsure_remark(line: str) -> str | None:
     """The line, if a remark in it offers another answer: '42 (or 43)', '42 (43?)'."""
     for remark in REMARK.finditer(line):
-        numbers = NUMBER.search(line), NUMBER.search(remark[1])
+        numbers = next(numbers_of(line), None), NUMBER.search(remark[1])
         if (
             UNSURE.match(remark[1])
             and BEFORE_REMARK.fullmatch(line, 0, remark.start())
@@ -201,7 +209,7 @@ def unsure_remark(line: str) -> str | None:
 
 def without_remarks(line: str) -> str:
     """The line without the remarks in brackets after its first number: '42 (6 times 7)' is 42."""
-    first = NUMBER.search(line)
+    first = next(numbers_of(line), None)
     return line if first is None else line[: first.end()] + REMARK.sub(" ", line[first.end() - 1 :])[1:]
 
 
