@@ -193,8 +193,8 @@ def test_a_table_gives_every_row_every_key(model, capsys, tmp_path):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 
-    calls = [{"type": "function", "function": {"name": name, "arguments": arguments}} for name, arguments in
-             (("look_up", {"what": "door", "n": None}), ("add", {"what": None, "n": 2}))]  # fmt: skip
+    given = {"look_up": {"what": "door", "n": None}, "add": {"what": None, "n": 2}}
+    calls = [{"type": "function", "function": {"name": name, "arguments": given[name]}} for name in given]
     messages = [
         ASK,
         {"role": "assistant", "content": None, "tool_calls": calls},
