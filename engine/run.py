@@ -57,7 +57,8 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
             raise UserError(f"--output_dir {output_dir}: is a file")
         output_dir.mkdir(parents=True, exist_ok=True)
         lock = _lock(output_dir / ".lock")
-        _check_same_configuration(values, output_dir / "config.yaml")
+        defaults = {name: flag.default for name, flag in configuration.flags_of(type(flags)).items()}
+        _check_same_configuration(values, defaults, output_dir / "config.yaml")
         if any((output_dir / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
             return True
         partial = output_dir / ".config.yaml.partial"
@@ -111,7 +112,8 @@ def waiting_for(path: Path, world: World) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _check_same_configuration(values: dict[str, Any], path: Path) -> None:
+def _check_same_configuration(values: dict[str, Any], defaults: dict[str, Any], path: Path) -> None:
+    """A flag that an earlier version did not have, and that is at its default now, is the same. Raises UserError."""
     if not path.is_file():
         return
     try:
@@ -120,7 +122,7 @@ def _check_same_configuration(values: dict[str, Any], path: Path) -> None:
         raise UserError(f"{path} is damaged: delete it or give another --output_dir") from None
     now = settings(values)
     for name in sorted((earlier.keys() | now.keys()) - CHANGEABLE):
-        if earlier.get(name) != now.get(name):
+        if earlier.get(name) != now.get(name) and (name in earlier or now[name] != defaults.get(name)):
             raise UserError(
                 f"{path.parent} holds a run with --{name} {earlier.get(name)}, now it is {now.get(name)}: give another"
                 " --output_dir"

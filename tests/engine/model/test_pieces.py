@@ -251,7 +251,7 @@ def test_what_an_export_says_of_itself(tmp_path):
     tokenizer = SimpleNamespace(save_pretrained=lambda directory: None)
     with torch.device("meta"):
         lm = LlamaForCausalLM(LlamaConfig(**SMALL))
-    export._save_configs(lm, tokenizer, tmp_path / "source", tmp_path, torch.bfloat16, 3)
+    export._save_configs(lm, tokenizer, tmp_path / "source", tmp_path, torch.bfloat16, (3,))
     config, generation = (
         json.loads((tmp_path / f"{name}.json").read_text()) for name in ("config", "generation_config")
     )
