@@ -91,12 +91,17 @@ def suggestion(plan: Plan, change: dict[str, Any] | None, other: Plan | None) ->
             "no change of these flags makes it fit: "
             + ", ".join(dict.fromkeys(name for kind in changes(plan) for flags in kind for name in flags))
         ]
-    words = " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in change.items())
+    words = " ".join(f"--{name}{as_words(value)}" for name, value in change.items())
     rate, before = other.tokens / other.seconds, plan.tokens / plan.seconds
     return [
         f"it fits with {words}: {other.needed / GIB:.1f} of {other.device.memory / GIB:.1f} GiB, at best"
         f" {other.seconds:.3g} s a step, {rate:,.0f} tokens/s a rank ({rate / before - 1:+.0%})"
     ]
+
+
+def as_words(value: Any) -> str:
+    """A flag's value as it is given on a command line, with the space before it; a truth value has none."""
+    return "" if value is True else f" {' '.join(value) if isinstance(value, tuple) else value}"
 
 
 def as_json(plan: Plan, change: dict[str, Any] | None, other: Plan | None) -> dict[str, Any]:

@@ -37,10 +37,13 @@ def changes(plan: Plan) -> list[list[dict[str, Any]]]:
         precision.append({"optimizer": "adamw_8bit"})
     if config.master_dtype == "float32":
         precision.append({"master_dtype": "bfloat16"})
+    lora: Flags = {"use_lora": True}
+    if config.add_special_tokens and not config.use_lora:  # whose rows have to be trained
+        lora["lora_modules_to_save"] = plan.seen.vocabulary
     if not config.use_lora:
-        trained.append({"use_lora": True})
+        trained.append(lora)
     if not config.load_in_4bit:
-        trained.append({"use_lora": True, "load_in_4bit": True})
+        trained.append(lora | {"load_in_4bit": True})
     while config.gpus * config.nodes * 2 ** (len(nodes) + 1) <= MOST_GPUS:
         nodes.append({"nodes": config.nodes * 2 ** (len(nodes) + 1)})
     return [speed, precision, trained, nodes]

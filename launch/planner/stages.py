@@ -27,6 +27,7 @@ from engine.hardware import Device
 from engine.log import Totals
 from engine.model import build, open
 from engine.model.adapters import choose, lora
+from engine.model.adapters.saved import vocabulary_modules
 from engine.model.build import How
 from engine.model.layers import transform_layers
 from engine.model.policy import Root, ValueModel, release
@@ -99,6 +100,7 @@ class Rehearsed:
     # PPO: hand-over, prefill (a token), decode (a token of all slots), evaluate (a micro-batch)
     rollout: dict[str, Cost] = field(default_factory=dict)
     slots: int = 0
+    vocabulary: tuple[str, ...] = ()  # what embedding and head are called
     steady: dict[str, int] = field(default_factory=dict)  # live between two steps, by kind
 
 
@@ -220,6 +222,7 @@ class _Stage:
             tokens=tokens,
             model_flops=model_flops,
             gradient_sync=self.sync,
+            vocabulary=tuple(name.rpartition(".")[2] for name in vocabulary_modules(policy.lm)),
             dtype=self.base.config.dtype or torch.float32,
             compute=self.base.dtype,
             steady={kind: size for kind, size in ledger.live.items() if size},

@@ -6,12 +6,15 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from launch.planner import plans, report, search
 from tests.families import save_family
 from tests.launch.test_equivalence import digest, rows, trajectory
 from tests.ranks import launch
@@ -120,3 +123,26 @@ def test_the_plan_knows_the_vocabulary(place):
     assert planned == int(re.search(r"policy: .* parameters, ([\d,]+) trained", run)[1].replace(",", ""))
     assert planned > 2 * 514 * 32
     assert "<|im_start|>assistant\n[[" in said
+
+
+def test_a_plan_suggests_adapters_that_train_new_tokens():
+    """Else what it suggests would be refused."""
+    plan: Any = SimpleNamespace(
+        stage="sft",
+        ranks=1,
+        device=SimpleNamespace(name="cpu"),
+        seen=SimpleNamespace(gradient_sync=("every", ""), vocabulary=("embed_tokens", "lm_head")),
+    )
+    saved = {"lora_modules_to_save": ("embed_tokens", "lm_head")}
+    for flags, brought in (
+        ({"add_special_tokens": ("<a>",)}, saved),
+        ({}, {}),
+        ({"add_special_tokens": ("<a>",), "use_lora": True} | saved, {}),
+    ):
+        plan.config = plans.SftPlan(model_name_or_path="m", dataset_name="d", **flags)
+        found = [change for kind in search.changes(plan) for change in kind if "use_lora" in change]
+        assert found
+        for change in found:
+            assert {name: value for name, value in change.items() if name in saved} == brought
+    assert report.as_words(saved["lora_modules_to_save"]) == " embed_tokens lm_head"
+    assert (report.as_words(True), report.as_words(4)) == ("", " 4")
