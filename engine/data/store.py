@@ -114,10 +114,10 @@ class Examples:
 
     @property
     def fingerprint(self) -> str:
-        """Of the examples and their order."""
+        """Of the examples' tokens and masks, and their order: the same from any version that reads them alike."""
         digest = hashlib.sha256(self._store.tobytes() + self._index.tobytes())
         for store in self.stores:
-            digest.update(store.header["key"].encode())
+            digest.update(store.keys.tobytes())
         return digest.hexdigest()
 
 
