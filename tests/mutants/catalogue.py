@@ -1014,10 +1014,10 @@ VERIFIERS = (
         NEWER,
     ),
     Mutant(
-        "ifevalg_short_palindromes",
+        "ifevalg_palindromes_in_their_case",
         "verifiers/ifeval/openinstruct_rules_words.py",
-        "if len(word) > 2 and word[0]",
-        "if len(word) > 0 and word[0]",
+        "if len(word) > 2 and word[0].lower() == word[-1].lower()",
+        "if len(word) > 2 and word[0] == word[-1]",
         NEWER,
     ),
     Mutant(

@@ -115,7 +115,8 @@ def times(rng):
     text = [*rest, *[word] * n]
     rng.shuffle(text)
     arguments = {"keyword": word, "frequency": n, "relation": rng.choice(["at least", "less than"])}
-    return arguments, f"{' '.join(text)} {word}s", " ".join(text[text.index(word) + 1 :] or rest)
+    bad = rng.choice([[*text, word], text[text.index(word) + 1 :] or rest])
+    return arguments, f"{' '.join(text)} {word}s", " ".join(bad)
 
 
 def excluding(rng):
