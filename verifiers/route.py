@@ -95,8 +95,10 @@ def verify_all(
     own: Own | None = None,
 ) -> Verdict:
     """The sum over a row's verifiers; an error in one is an error of the row."""
-    if not isinstance(ground_truths, (list, tuple)) or len(ground_truths) != len(datasets) or not datasets:
-        return error(f"ground_truth: expected a list of {len(datasets)}, one for each of dataset")
+    try:
+        ground_truths = truths_for(datasets, ground_truths)
+    except GroundTruthError as problem:
+        return error(str(problem))
     verdicts = [
         verify(response, truth, name, mode, loose=loose, combine=combine, own=own)
         for truth, name in zip(ground_truths, datasets, strict=False)
@@ -111,9 +113,7 @@ def check(dataset: str | list[str], ground_truth: object, mode: str = "default",
     (naming the nearest), one that is not had here (saying why), a label without a number, constraints that do not
     exist, a missing extra, a label that the user's own verifier refuses."""
     if isinstance(dataset, (list, tuple)):
-        if not isinstance(ground_truth, (list, tuple)) or len(ground_truth) != len(dataset) or not dataset:
-            raise GroundTruthError(f"ground_truth: expected a list of {len(dataset)}, one for each of dataset")
-        for name, truth in zip(dataset, ground_truth, strict=False):
+        for name, truth in zip(dataset, truths_for(dataset, ground_truth), strict=True):
             check(name, truth, mode, own=own)
         return
     check_mode(mode)
@@ -156,6 +156,16 @@ def known_name(dataset: object, own: Own | None = None) -> str:
             raise GroundTruthError(f"dataset: {shown(dataset)} is not here: {why} (--verifier_module takes your own)")
     close = nearest(name, known) or f" (known: {', '.join(known)})"
     raise GroundTruthError(f"dataset: unknown verifier {shown(dataset)}{close}")
+
+
+def truths_for(datasets: list | tuple, ground_truth: object) -> list | tuple:
+    """A ground truth for each verifier of a row; for one verifier it need not stand in a list. Raises
+    GroundTruthError."""
+    if len(datasets) == 1 and not (isinstance(ground_truth, (list, tuple)) and len(ground_truth) == 1):
+        return [ground_truth]
+    if not isinstance(ground_truth, (list, tuple)) or len(ground_truth) != len(datasets) or not datasets:
+        raise GroundTruthError(f"ground_truth: expected a list of {len(datasets)}, one for each of dataset")
+    return ground_truth
 
 
 def check_mode(mode: str) -> None:

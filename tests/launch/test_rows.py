@@ -72,6 +72,7 @@ DPO: dict[str, tuple[list[dict], str, list[str]]] = {
     "binarized": ([{"prompt": "Who is it?", "chosen": [ASK, SAY], "rejected": [ASK, NO], "messages": [ASK, SAY], "score_chosen": 9.0}], "", ["not used: messages, score_chosen", "[[It is one.<|end|>]]"]),
 }  # fmt: skip
 MATHS = {"problem": "What is one and one?", "solution": r"It is $\boxed{2}$.", "level": "Level 1", "type": "Algebra"}
+SEVERAL = "[{'instruction_id': ['keywords:existence', 'count:lowercase_counting'], 'kwargs': [{'keywords': ['one']}, {'N': 5, 'x': None}]}]"
 PPO: dict[str, tuple[list[dict], str, list[str]]] = {
     "gsm8k": ([{"question": "One and one?", "answer": "1 + 1 = 2\n#### 2"}], "", ["1 prompts (1 gsm8k)", "user: One and one?\nassistant: "]),
     "math": ([MATHS], "", ["not used: level, type", "1 prompts (1 math)", "user: What is one and one?\n"]),
@@ -81,6 +82,7 @@ PPO: dict[str, tuple[list[dict], str, list[str]]] = {
     "verl": ([{"data_source": "openai/gsm8k", "prompt": [ASK], "ability": "math", "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 0}}], "", ["not used: ability, extra_info", "(1 gsm8k)"]),
     "dapo": ([{"data_source": "math_dapo", "prompt": [ASK], "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}}], "", ["(1 math)"]),
     "lists": ([{"messages": [ASK], "ground_truth": ["4"], "dataset": ["math"]}], "", ["(1 math)"]),
+    "several instructions": ([{"messages": [ASK], "ground_truth": truth, "dataset": dataset} for truth in (SEVERAL, [SEVERAL]) for dataset in ("ifeval", ["ifeval"])], "", ["4 rows, 4 kept", "4 prompts (4 ifeval)"]),
     "short answers": ([{"messages": [ASK], "ground_truth": "one", "dataset": "string_matcher"}, {"messages": [ASK], "ground_truth": "B", "dataset": "multiple_choice"}], "", ["1 string_matcher, 1 multiple_choice"]),
     "suffix": ([{"question": "One and one?", "answer": "#### 2"}], "--prompt_template|{prompt} Put it in \\boxed{}.|--system_prompt|Be kind.", ["system: Be kind.\nuser: One and one? Put it in \\boxed{}.\nassistant: "]),
     "worked": ([{"messages": [ASK, SAY], "ground_truth": "2", "dataset": "GSM8K", "source": "x"}], "", ["not used: source", "user: Who is it?\nassistant: "]),

@@ -18,7 +18,8 @@ def parse(ground_truth: object, mode: str = "default") -> list[tuple[str, dict]]
     object, as JSON or as a Python literal; nulls among the arguments are dropped. Raises GroundTruthError for an
     unknown id (naming the nearest), an unknown, missing or badly typed argument.
     """
-    rows = read_structure(ground_truth, "ground_truth")
+    given = ground_truth[0] if isinstance(ground_truth, list) and len(ground_truth) == 1 else ground_truth
+    rows = read_structure(given, "ground_truth")
     pairs: list[tuple[str, dict]] = []
     for row in rows if isinstance(rows, list) else [rows]:
         row = read_structure(row, "ground_truth")

@@ -529,8 +529,9 @@ def test_the_fingerprint_changes_with_what_changes_tokens(tmp_path):
         make("tulu").fingerprint,
         make("chatml", "first").fingerprint,
         make("chatml", vocab_size=9_999).fingerprint,
+        make(STYLES["chatml"][0].replace("Be kind.", "Be good.")).fingerprint,  # of the same habits
     ]
     tokenizer = make.__wrapped__("chatml")
     tokenizer.tokenizer.bos_token = "<|sep|>"
     others.append(tokenizer.fingerprint)
-    assert len({base, *others}) == 5
+    assert len({base, *others}) == 6
