@@ -44,9 +44,9 @@ def pairs_of(setting, here, max_seq_length=2048, last=True):
     source, path, cache = setting
     chat = load_tokenizer(source, 512)
     config = MixtureFlags(max_seq_length=max_seq_length, cache_dir=str(cache))
-    encode = lambda source: PairEncoder(chat, max_seq_length, last)
+    prepare = lambda source: (source, PairEncoder(chat, max_seq_length, last))
     return load_examples(
-        [(str(path), "")], config, here, chat, encode, split="train", per_example=2, kind={"last": last}
+        [(str(path), "")], config, here, chat, prepare, split="train", per_example=2, kind={"last": last}
     )
 
 
