@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from engine.data.messages import Message, Notes, texts_of
+from engine.data.messages import Message, Notes, leaves, texts_of
 from engine.data.rows import BadRow
-from engine.data.skeleton import Span, plain_skeleton, skeleton_around
+from engine.data.skeleton import Span, mark, plain_skeleton, refuse_unshown, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
 from engine.data.vocabulary import TULU, add_special_tokens, read_template
 from engine.errors import UserError
@@ -149,9 +149,35 @@ class ChatTokenizer:
             said, calls = messages[i]["content"], messages[i].get("tool_calls", [])
             if said.strip() not in whole[start:end] and CLOSED_THOUGHT.split(said)[-1].strip() not in whole[start:end]:
                 raise BadRow(f"the chat template changes the content of message {i} (assistant)")
-            if any(call["function"]["name"] not in whole[start:end] for call in calls):
-                raise BadRow(f"the chat template drops a call of message {i}")
+            if calls and not self._shows_calls(messages, tools, i, whole[start:end]):
+                raise BadRow(f"the chat template drops a call of message {i}, or what is said beside it")
         return whole, spans
+
+    def _shows_calls(self, messages: list[Message], tools: list | None, i: int, turn: str) -> bool:
+        """Whether every call of message i is in its turn, by name and arguments, and a content beside them too."""
+        names = [call["function"]["name"] for call in messages[i]["tool_calls"]]
+        said = [leaf for call in messages[i]["tool_calls"] for leaf in leaves(call["function"]["arguments"])]
+        written = [leaf if isinstance(leaf, str) else json.dumps(leaf) for leaf in said]
+        for text in {*names, *written}:
+            forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
+            if max(map(turn.count, forms)) < names.count(text) + written.count(text) and text not in ("true", "false"):
+                return False
+        if not messages[i]["content"].strip():
+            return True
+        marked = [*messages[:i], messages[i] | {"content": mark(i)}, *messages[i + 1 :]]
+        return mark(i) in self.render(marked, tools)
+
+    def _shown(self, messages: list[Message], tools: list | None, key: str, whole: str) -> list[bool]:
+        """Of the messages that have this key whether the template writes it, seen with marks in its place."""
+        holders = [i for i, message in enumerate(messages) if key in message]
+        if not holders:
+            return []
+        marked = [message | {key: mark(i)} if key in message else message for i, message in enumerate(messages)]
+        try:
+            text = self.render(marked, tools)
+        except BadRow:  # a template that wants ids of another form
+            return [messages[i][key] in whole for i in holders]
+        return [mark(i) in text for i in holders]
 
     def refuse_control(self, messages: list[Message], tools: list | None = None) -> None:
         """Raises BadRow for a control token in what the row says: it would be read as one."""
@@ -159,8 +185,9 @@ class ChatTokenizer:
             for where, text in texts_of(message):
                 if control := self.control.search(text):
                     raise BadRow(f"{where} of message {i} holds the control token {control.group()!r}")
-        if tools and (control := self.control.search(json.dumps(tools, ensure_ascii=False))):
-            raise BadRow(f"tools hold the control token {control.group()!r}")
+        for text in map(str, leaves(tools)):
+            if control := self.control.search(text):
+                raise BadRow(f"tools hold the control token {control.group()!r}")
 
     def encode(
         self, messages: list[Message], max_length: int, last_turn_only: bool, *, tools: list | None = None
@@ -171,6 +198,18 @@ class ChatTokenizer:
         whole, spans = self.spans(messages, tools)
         last = spans[-1:] if messages[-1]["role"] == "assistant" else []
         return self.tokens(whole, spans, last if last_turn_only else spans, max_length)
+
+    def encode_last(
+        self, messages: list[Message], max_length: int, tools: list | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `encode` with the last turn alone trained, which the messages end in; its prompt is one piece, as at
+        inference. Raises BadRow.
+        """
+        whole, prompt = self.written(messages, tools), self.render(messages[:-1], tools, add_generation_prompt=True)
+        if not whole.startswith(prompt):
+            return self.encode(messages, max_length, last_turn_only=True, tools=tools)
+        end = max((whole.rfind(end) + len(end) for end in self.habits.ends if end in whole), default=len(whole))
+        return self.tokens(whole, [(len(prompt), end)], [(len(prompt), end)], max_length)
 
     def tokens(
         self, whole: str, spans: list[Span], counted: list[Span], max_length: int
@@ -196,18 +235,18 @@ class ChatTokenizer:
         self._refuse_beyond(ids)
         return ids[:max_length], mask[:max_length]
 
-    def lost_thoughts(self, messages: list[Message], whole: str, spans: list[Span]) -> int:
+    def lost_thoughts(self, messages: list[Message], tools: list | None, whole: str, spans: list[Span]) -> int:
         """How many thoughts of the assistant, beside its contents or in them, are not in the turns as written."""
         turns = (message for message in messages if message["role"] == "assistant")
-        said = ((thought_of(message), whole[start:end]) for message, (start, end) in zip(turns, spans, strict=True))
-        return sum(thought not in written for thought, written in said if thought)
+        said = ((thought_in(message), whole[start:end]) for message, (start, end) in zip(turns, spans, strict=True))
+        beside = self._shown(messages, tools, "reasoning_content", whole)
+        return beside.count(False) + sum(thought not in written for thought, written in said if thought)
 
-    def note_unshown(self, messages: list[Message], whole: str, notes: Notes) -> None:
+    def note_unshown(self, messages: list[Message], tools: list | None, whole: str, notes: Notes) -> None:
         """Notes the names and ids of messages that the template does not write."""
-        for message in messages:
-            for key in ("name", "tool_call_id"):
-                if key in message and message[key] not in whole:
-                    notes["not used", f"messages[].{key}"] += 1
+        for key in ("name", "tool_call_id"):
+            if unshown := self._shown(messages, tools, key, whole).count(False):
+                notes["not used", f"messages[].{key}"] += unshown
 
     def plain_text(self, text: str, max_length: int) -> tuple[np.ndarray, np.ndarray]:
         """A text as (ids, mask), trained whole: with the tokens that the tokenizer puts around one, and an end-of-text
@@ -228,6 +267,7 @@ class ChatTokenizer:
         """The ids of the prompt for the next turn of the assistant. Raises BadRow."""
         self.refuse_control(messages, tools)
         text = self.render(messages, tools, add_generation_prompt=True)
+        refuse_unshown(self, messages, tools, text)
         ids = np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
         self._refuse_beyond(ids)
         return ids
@@ -247,10 +287,8 @@ class ChatTokenizer:
         return self.tokenizer.convert_tokens_to_ids(self.control.findall(end))
 
 
-def thought_of(message: Message) -> str:
-    """The thought of an assistant's turn, which stands beside its content or at its head; '' without one."""
-    if "reasoning_content" in message:
-        return message["reasoning_content"].strip()
+def thought_in(message: Message) -> str:
+    """The thought at the head of an assistant's content; '' without one."""
     *thoughts, _ = CLOSED_THOUGHT.split(message["content"])
     return MARK_OF_THOUGHT.sub("", thoughts[0]).strip() if thoughts else ""
 

@@ -38,6 +38,7 @@ BESIDE = {
     for form, columns in FORMS.items()
 }
 LABELS = ("label", "kto_tag")  # whether a person liked the answer: KTO's rows
+WORDS = {"true": True, "false": False, "1": True, "0": False, "desirable": True, "undesirable": False}
 SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -80,7 +81,8 @@ def conversation(row: dict, form: str, notes: Notes | None = None) -> Conversati
     said = messages.read(asked_turns(row, column), column, notes)
     if answered:
         answer = messages.read(asked_turns(row, answered[0], "assistant"), answered[0], notes)
-        said = messages.joined(Conversation(history(row)), messages.joined(said, answer))
+        earlier = history(row) if form == "instruction" else []
+        said = messages.joined(Conversation(earlier), messages.joined(said, answer))
     return with_system(replace(said, tools=messages.read_tools(row.get("tools"), "tools", notes)), row)
 
 
@@ -96,12 +98,15 @@ def asked_turns(row: dict, column: str, role: str = "user") -> Any:
     instruction; turns are as they are, for `messages.read`. Raises BadRow.
     """
     turns = turns_in(row[column])
+    has_input = column == "instruction" and row.get("input") not in (None, "")
     if isinstance(turns, list) or column in WHOLE:
+        if has_input:
+            raise BadRow("input: expected none beside an instruction that is a list of messages, got one")
         return renamed(turns, column)
     if not isinstance(turns, str):
         raise BadRow(f"{column}: expected text or a list of messages, got {rows.kind(turns)}")
     said = rows.text(row, column)
-    if column == "instruction" and row.get("input"):
+    if has_input:
         said += "\n\n" + rows.text(row, "input")
     return [{"role": role, "content": said}]
 
@@ -110,19 +115,23 @@ def turns_in(value: Any) -> Any:
     """A cell of a table that holds turns as JSON text, as a list; anything else, any other text too, as it is."""
     if isinstance(value, dict) and {"role", "from"} & value.keys():
         return [value]
-    if not isinstance(value, str) or not value.lstrip().startswith(("[{", "{")):
+    if not isinstance(value, str) or not value.lstrip().startswith("[{"):
         return value
     try:
         turns = rows.parse_json(value)
     except BadRow:
         return value
-    turns = [turns] if isinstance(turns, dict) else turns
-    return turns if all(isinstance(turn, dict) and {"role", "from"} & turn.keys() for turn in turns) else value
+    known = {*messages.ROLES, *messages.ALSO_ROLES, *SHAREGPT_ROLES}
+    are_turns = all(
+        isinstance(turn, dict) and {turn.get("role"), turn.get("from")} & known and {"content", "value"} & turn.keys()
+        for turn in turns
+    )
+    return turns if are_turns else value
 
 
 def history(row: dict) -> list[dict]:
     """Alpaca's earlier turns, [[question, answer], ...], as messages. Raises BadRow."""
-    turns = messages.parsed(row.get("history"), "history") if "instruction" in row else None
+    turns = messages.parsed(row.get("history"), "history")
     if not turns:
         return []
     if not isinstance(turns, list) or not all(
@@ -130,6 +139,7 @@ def history(row: dict) -> list[dict]:
     ):
         raise BadRow(f"history: expected a list of [question, answer], got {rows.kind(turns)} of something else")
     roles = ("user", "assistant")
+    messages.check_json(turns, "history")
     return [{"role": role, "content": text} for pair in turns for role, text in zip(roles, pair, strict=True)]
 
 
@@ -158,26 +168,35 @@ def renamed(turns: Any, field: str) -> Any:
 
 
 def _renamed(given: Any, where: str) -> Any:
-    if not isinstance(given, dict) or "from" not in given:  # a message under ShareGPT's column
+    if not isinstance(given, dict) or given.get("from") is None:  # a message under ShareGPT's column
         return given
-    role = given.get("from")
+    if given.get("role") is not None or given.get("content") is not None:
+        raise BadRow(f"{where}: expected from and value, or role and content, got both")
+    role = given["from"]
     if not isinstance(role, str) or role not in SHAREGPT_ROLES:
         raise BadRow(f"{where}.from: expected one of {', '.join(SHAREGPT_ROLES)}, got {str(role)[:40]!r}")
-    rest = {key: value for key, value in given.items() if key not in ("from", "value")}
+    rest = {key: value for key, value in given.items() if key not in ("from", "value", "role", "content")}
     if role == "function_call":
         return {"role": "assistant", "content": None, "tool_calls": given.get("value")} | rest
     return {"role": SHAREGPT_ROLES[role], "content": given.get("value")} | rest
 
 
-def label_of(row: dict) -> bool | None:
-    """What a KTO row says of its answer; None for a row that says nothing."""
-    words = {"true": True, "false": False}
+def label_of(row: dict, is_answer: bool = True) -> bool | None:
+    """What a KTO row says of its answer; None for a row that says nothing. Where one answer stands beside it
+    (`is_answer`), a number is a label as well, and anything else is refused. Raises BadRow.
+    """
+    found = {}
     for column in LABELS:
         value = row.get(column)
-        value = words.get(value.lower()) if isinstance(value, str) else value
-        if isinstance(value, bool):
-            return value
-    return None
+        word = str(value).strip().lower()
+        is_label = isinstance(value, bool) or (isinstance(value, str) and word in WORDS and not word.isdigit())
+        if is_label or (is_answer and isinstance(value, (int, str)) and word in WORDS):
+            found[column] = WORDS[word]
+        elif is_answer and value not in (None, ""):
+            raise BadRow(f"{column}: expected true or false, whether the answer was liked, got {word[:40]!r}")
+    if len(set(found.values())) > 1:
+        raise BadRow("kto_tag: expected the same as label, got the opposite")
+    return next(iter(found.values()), None)
 
 
 @dataclass(frozen=True)
@@ -199,7 +218,7 @@ class ConversationEncoder:
 
     def __call__(self, row: dict, notes: Notes | None = None) -> Encoded | str:
         notes = Counter() if notes is None else notes
-        if (label := label_of(row)) is not None:
+        if (label := label_of(row, is_answer=row.get("completion") is not None)) is not None:
             if not self.only_label:
                 raise BadRow(
                     "label: a KTO row (an answer and whether it was liked): expected --only_label true, which trains"
@@ -215,8 +234,8 @@ class ConversationEncoder:
             sequences = [self.chat.plain_text(rows.text(row, self.text_column), self.max_length)]
         else:
             sequences = self._sequences(self._conversation(row, notes), notes)
-        sequences = [(ids, mask) for ids, mask in sequences if mask[1:].any()]
-        return sequences or f"no trained token within {self.max_length} tokens"
+        kept = [(ids, mask) for ids, mask in sequences if mask[1:].any()]
+        return kept or (f"no trained token within {self.max_length} tokens" if sequences else "no turn that is trained")
 
     def _conversation(self, row: dict, notes: Notes) -> Conversation:
         form = form_of(row)
@@ -229,18 +248,15 @@ class ConversationEncoder:
     def _sequences(self, said: Conversation, notes: Notes) -> Encoded:
         whole, spans = self.chat.spans(said.messages, said.tools)
         turns = [i for i, message in enumerate(said.messages) if message["role"] == "assistant"]
-        self.chat.note_unshown(said.messages, whole, notes)
-        lost = self.chat.lost_thoughts(said.messages, whole, spans)
+        self.chat.note_unshown(said.messages, said.tools, whole, notes)
+        lost = self.chat.lost_thoughts(said.messages, said.tools, whole, spans)
         if lost and self.thoughts_each:
             parts = [replace(said, messages=said.messages[: i + 1]) for i in turns if i not in said.untrained]
             notes[
                 "conversations cut into an example for each turn, whose thought it keeps (--history_thoughts)", ""
             ] += 1
-            return [
-                self.chat.encode(part.messages, self.max_length, last_turn_only=True, tools=part.tools)
-                for part in parts
-            ]
+            return [self.chat.encode_last(part.messages, self.max_length, part.tools) for part in parts]
         if lost:
             notes["thoughts that the chat template leaves out (--history_thoughts each)", ""] += lost
         counted = [span for i, span in zip(turns, spans, strict=True) if i not in said.untrained]
-        return [self.chat.tokens(whole, spans, counted, self.max_length)]
+        return [] if not counted else [self.chat.tokens(whole, spans, counted, self.max_length)]

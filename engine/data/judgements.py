@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.data import rows
 from engine.data.files import Source
+from engine.data.messages import Notes, parsed
 from engine.data.rows import BadRow
 from engine.errors import UserError, nearest
 
@@ -29,6 +30,8 @@ ANSWERS = ("response", "content", "text", "completion", "answer")  # the names o
 LISTS = ("completions", "responses", "answers")
 SIGNED = ("overall_preference", "preference_strength")  # HelpSteer: below 0 the first is better, above it the second
 INDEXED = ("better_response_id",)  # PKU-SafeRLHF: the number in the answer's name
+PROMPTS = ("prompt", "question", "query", "instruction", "context", "conversations")
+TOGETHER = (*PROMPTS, "input", "system", "tools")  # rows of one answer that agree in these are answers to one prompt
 TIES = ("tie", "both", "neither", "equal", "none", "tie (bothbad)")
 
 
@@ -60,11 +63,13 @@ class Tie(Exception):
     """A pair of which neither answer is better, and why."""
 
 
-def judged(row: dict, judgement: Judgement) -> dict:
+def judged(row: dict, judgement: Judgement, notes: Notes) -> dict:
     """The row with `chosen` and `rejected` in place of what they were found by. Raises BadRow, and Tie."""
+    if (judgement.column or judgement.scores) and (row.get("chosen") is not None or row.get("rejected") is not None):
+        raise BadRow("chosen: expected answers to be judged (--preference_column, --chosen_by_score), got judged ones")
     pair = next((pair for pair in PAIRS if all(row.get(column) is not None for column in pair)), None)
     if judgement.scores and len(judgement.scores) == 1:
-        return _by_score(row, judgement.scores[0])
+        return _by_score(row, judgement.scores[0], notes)
     if judgement.column or judgement.scores:
         if pair is None:
             raise BadRow(
@@ -126,8 +131,9 @@ def _by_scores(row: dict, pair: tuple[str, str], columns: tuple[str, ...]) -> tu
     return pair if first > second else (pair[1], pair[0])
 
 
-def _by_score(row: dict, name: str) -> dict:
+def _by_score(row: dict, name: str, notes: Notes) -> dict:
     """The row with the best and the worst of its completions. Raises BadRow, and Tie."""
+    row = row | {column: parsed(row[column], column) for column in LISTS if isinstance(row.get(column), str)}
     column = next((column for column in LISTS if isinstance(row.get(column), list)), None)
     if column is None:
         raise BadRow(f"completions: expected a list of answers with {name}, got nothing{nearest('completions', row)}")
@@ -139,6 +145,8 @@ def _by_score(row: dict, name: str) -> dict:
         if key is None:
             raise BadRow(f"{column}[{i}]: expected one of {', '.join(ANSWERS)}, got {', '.join(sorted(given)[:6])}")
         answers.append((_score(given, name, f"{column}[{i}].{name}"), given[key]))
+        for unread in {k for k, value in given.items() if value is not None} - {key, name, name.split(".")[0]}:
+            notes["not used", f"{column}[].{unread}"] += 1
     if len(answers) < 2:
         raise Tie("only one answer")
     best, worst = max(answers, key=lambda answer: answer[0]), min(answers, key=lambda answer: answer[0])
@@ -183,20 +191,21 @@ def gathered(source: Source, judgement: Judgement) -> Source:
     name = judgement.scores[0].split(".")[0]
 
     def together() -> Iterator[tuple[str, dict | BadRow]]:
-        place, head, prompt = "", None, ""
+        place, head, key = "", None, ""
         for here, row in source.rows():
             if isinstance(row, BadRow):
                 yield here, row
                 continue
-            shared = {column: value for column, value in row.items() if column not in ("response", name)}
+            rest = {column: value for column, value in row.items() if column not in ("response", name)}
             answer = {column: row[column] for column in ("response", name) if column in row}
-            asked = json.dumps(row.get("prompt"), default=str)
-            if head is not None and asked == prompt:
+            asked = {column: rest[column] for column in TOGETHER if rest.get(column) is not None}
+            if head is not None and asked and json.dumps(asked, default=str) == key:
                 head["completions"].append(answer)
+                head |= {column: value for column, value in rest.items() if head.get(column) is None}
                 continue
             if head is not None:
                 yield place, head
-            place, head, prompt = here, shared | {"completions": [answer]}, asked
+            place, head, key = here, rest | {"completions": [answer]}, json.dumps(asked, default=str)
         if head is not None:
             yield place, head
 

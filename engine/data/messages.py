@@ -6,7 +6,7 @@ A key that is null says nothing: columns of a table give every row every key.
 
 from __future__ import annotations
 
-import json
+import math
 from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 from engine.data.rows import BadRow, checked_text, kind, parse_json
 from engine.errors import nearest
 
+MAX_DEPTH = 64  # of tools and arguments
 ROLES = ("system", "user", "assistant", "tool")
 ALSO_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 WEIGHTS = ("weight", "train", "training", "trainable", "loss_mask")  # OpenAI, axolotl, axolotl, verl, verl
@@ -148,10 +149,13 @@ def note_lines(notes: Notes) -> list[str]:
 
 def _tool_calls(said: dict, role: str, where: str, notes: Notes) -> list[dict]:
     """OpenAI's tool_calls, a list of {name, arguments}, or its older function_call; as text or not."""
-    key = "tool_calls" if said.get("tool_calls") else "function_call"
-    calls = parsed(said.get(key), f"{where}.{key}")
-    if not calls:
+    given = {key: parsed(said.get(key), f"{where}.{key}") for key in ("tool_calls", "function_call")}
+    given = {key: calls for key, calls in given.items() if calls}
+    if not given:
         return []
+    if len(given) > 1:
+        raise BadRow(f"{where}.function_call: expected tool_calls or function_call, got both")
+    [(key, calls)] = given.items()
     if role != "assistant":
         raise BadRow(f"{where}.{key}: expected on the assistant's turns, got it on the {role}'s")
     calls = [calls] if isinstance(calls, dict) else calls
@@ -168,18 +172,27 @@ def _tool_call(call: Any, where: str, notes: Notes) -> dict:
     name = function.get("name")
     if not isinstance(name, str) or not name:
         raise BadRow(f"{where}.name: expected the name of a function, got {kind(name)}")
-    given = function.get("arguments", function.get("parameters"))
+    given = function.get("arguments")
+    given = function.get("parameters") if given is None else given
     arguments = parsed(given, f"{where}.arguments")
     arguments = {} if arguments in (None, "") else arguments
     if not isinstance(arguments, dict):
         raise BadRow(f"{where}.arguments: expected an object, or its JSON text, got {kind(arguments)}")
-    if isinstance(given, dict) and None in arguments.values():  # a table gives every call every call's arguments
-        notes["nulls among a tool call's arguments, left out (JSON text keeps them)", ""] += 1
-        arguments = {key: value for key, value in arguments.items() if value is not None}
-    known = {"function", "type", "id", "index"} if function is not call else {"type", "id", "name", "arguments"}
-    for key in {k for k, v in call.items() if v is not None} - known - {"parameters"}:
+    check_json(arguments, f"{where}.arguments")
+    if isinstance(given, dict) and arguments != (kept := _without_nulls(arguments)):
+        # a table gives every call every call's arguments
+        notes["tool calls with null arguments, which are left out (JSON text keeps them)", ""] += 1
+        arguments = kept
+    named = {"name", "arguments", "parameters"}
+    unread = {key for key, value in call.items() if value is not None} - {"function", "type", "id", "index"} - named
+    unread |= {f"function.{key}" for key, value in function.items() if value is not None and key not in named}
+    unread -= {f"function.{key}" for key in ("type", "id", "index", "function")} if function is call else set()
+    unread |= {"id"} if call.get("id") is not None and not isinstance(call["id"], str) else set()
+    unread |= {"type"} if call.get("type") not in (None, "function") else set()
+    for key in unread:
         notes["not used", f"messages[].tool_calls[].{key}"] += 1
-    identity = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
+    checked_text(name, f"{where}.name")
+    identity = {"id": checked_text(call["id"], f"{where}.id")} if isinstance(call.get("id"), str) else {}
     return identity | {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -187,14 +200,18 @@ def read_tools(value: Any, field: str, notes: Notes) -> list[dict] | None:
     """Function schemas as {type: function, function: {name, ...}}, from a list or its JSON text; None for none. Raises
     BadRow.
     """
-    value = parsed(value, field)
+    is_text, value = isinstance(value, str), parsed(value, field)
     if value in (None, "", []):
         return None
     if not isinstance(value, list):
         raise BadRow(f"{field}: expected a list of tools, got {kind(value)}")
     tools = []
     for j, given in enumerate(value):
-        tool = _without_nulls(parsed(given, f"{field}[{j}]"))
+        tool = parsed(given, f"{field}[{j}]")
+        check_json(tool, f"{field}[{j}]")
+        if not is_text and not isinstance(given, str) and tool != (kept := _without_nulls(tool)):
+            notes["tools with nulls, which are left out (JSON text keeps them)", ""] += 1
+            tool = kept
         if not isinstance(tool, dict):
             raise BadRow(f"{field}[{j}]: expected an object, got {kind(tool)}")
         tool = tool if isinstance(tool.get("function"), dict) else {"type": "function", "function": tool}
@@ -204,6 +221,32 @@ def read_tools(value: Any, field: str, notes: Notes) -> list[dict] | None:
             )
         tools.append(tool)
     return tools
+
+
+def check_json(value: Any, where: str, depth: int = 0) -> None:
+    """Raises BadRow for what JSON cannot say, for text that is none, and for what is nested beyond reason."""
+    if depth > MAX_DEPTH:
+        raise BadRow(f"{where}: expected at most {MAX_DEPTH} levels, got more")
+    if isinstance(value, str):
+        checked_text(value, where)
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            checked_text(str(key), where)
+            check_json(inner, where, depth + 1)
+    elif isinstance(value, list):
+        for inner in value:
+            check_json(inner, where, depth + 1)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"{where}: expected a number, got {value}")
+    elif value is not None and not isinstance(value, (bool, int, float)):
+        raise BadRow(f"{where}: expected JSON, got {kind(value)}")
+
+
+def leaves(value: Any) -> list[Any]:
+    """The texts, numbers and truth values in a JSON value."""
+    if isinstance(value, (dict, list)):
+        return [leaf for inner in (value.values() if isinstance(value, dict) else value) for leaf in leaves(inner)]
+    return [] if value is None else [value]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -249,6 +292,8 @@ def texts_of(message: Message) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = [
         (key, message[key]) for key in ("content", "reasoning_content", "name", "tool_call_id") if key in message
     ]
-    if "tool_calls" in message:
-        found.append(("tool_calls", json.dumps(message["tool_calls"], ensure_ascii=False)))
+    for call in message.get("tool_calls", []):
+        arguments = call["function"]["arguments"]
+        said = [call.get("id", ""), call["function"]["name"], *map(str, [*arguments, *leaves(arguments)])]
+        found += [("tool_calls", text) for text in said]
     return found

@@ -21,7 +21,7 @@ import numpy as np
 from engine.data import messages, rows
 from engine.data.chat import ChatTokenizer
 from engine.data.conversations import asked_turns, label_of, note_unread, renamed, turns_in, with_system
-from engine.data.judgements import EITHER_IS_NAMED, Judgement, Tie, judged
+from engine.data.judgements import EITHER_IS_NAMED, PROMPTS, Judgement, Tie, judged
 from engine.data.messages import Conversation, Message, Notes
 from engine.data.rows import BadRow
 from engine.data.tokenise import Encoded
@@ -29,7 +29,6 @@ from engine.errors import nearest
 
 Messages = list[Message]
 
-PROMPTS = ("prompt", "question", "query", "instruction", "context", "conversations")
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -38,12 +37,12 @@ def conversations(
 ) -> tuple[Conversation, Conversation]:
     """(chosen, rejected) as whole conversations that end in the assistant's answer. Raises BadRow, and Tie."""
     notes = Counter() if notes is None else notes
-    if label_of(row) is not None and row.get("chosen") is None:
+    if row.get("chosen") is None and row.get("completion") is not None and label_of(row) is not None:
         raise BadRow(
             "label: a KTO row, one answer and whether it was liked: expected chosen and rejected answers to one prompt"
             " (launch.sft --only_label true trains those that were liked)"
         )
-    row = judged(row, judgement)
+    row = judged(row, judgement, notes)
     asked = next((column for column in PROMPTS if row.get(column) is not None), None)
     read = {"chosen", "rejected", "system", "tools", str(asked)} | ({"input"} if asked == "instruction" else set())
     note_unread(row, read, notes)
@@ -56,6 +55,9 @@ def conversations(
         for field in ("chosen", "rejected")
     )
     _check(row, chosen.messages, rejected.messages, has_prompt=prompt is not None)
+    repeated = asked is None or not isinstance(row[asked], str)
+    if not repeated and not any(row[asked].strip() in message["content"] for message in chosen.messages):
+        notes["not used", f"{asked} that the conversations do not hold"] += 1
     return chosen, rejected
 
 
@@ -146,8 +148,8 @@ class PairEncoder:
 
     def _sequence(self, side: Conversation, notes: Notes) -> tuple[np.ndarray, np.ndarray]:
         whole, spans = self.chat.spans(side.messages, side.tools)
-        self.chat.note_unshown(side.messages, whole, notes)
-        if lost := self.chat.lost_thoughts(side.messages, whole, spans):
+        self.chat.note_unshown(side.messages, side.tools, whole, notes)
+        if lost := self.chat.lost_thoughts(side.messages, side.tools, whole, spans):
             notes["thoughts that the chat template leaves out", ""] += lost
         turns = [i for i, message in enumerate(side.messages) if message["role"] == "assistant"]
         counted = [span for i, span in zip(turns, spans, strict=True) if i not in side.untrained]

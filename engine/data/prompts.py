@@ -32,7 +32,7 @@ LISTED = 20
 ASKED = ("messages", "prompt", "question", "problem", "query", "instruction", "conversations")
 ANSWERS = ("ground_truth", "reward_model", "answer", "solution")
 Check = Callable[[Any, Any], None]  # (dataset, ground truth); raises ValueError
-# what verl's rows call themselves, with the verifier that judges them; a name ends here, or goes on behind / _ or -
+# what verl's rows call themselves, with the verifier that judges them; a name may go on, but not with a letter
 SOURCES = {
     "openai/gsm8k": "gsm8k",
     "lighteval/math": "math",
@@ -85,7 +85,9 @@ class PromptReader:
         note_unread(row, read | ({"input"} if asked == "instruction" else set()), notes)
         said = self._asked(row, asked, notes)
         dataset, ground_truth = self._judged(row, asked, answered, notes)
-        return Prompt(self.chat.prompt_ids(said.messages, said.tools), ground_truth, dataset)
+        ids = self.chat.prompt_ids(said.messages, said.tools)
+        self.chat.note_unshown(said.messages, said.tools, "", notes)
+        return Prompt(ids, ground_truth, dataset)
 
     def _asked(self, row: dict, asked: str, notes: Notes) -> Conversation:
         """The conversation up to the turn that is to be written, with the command line's additions. Raises BadRow."""
@@ -93,6 +95,8 @@ class PromptReader:
         kept = said.messages
         while kept and kept[-1]["role"] == "assistant":  # a worked answer behind the question is no part of the prompt
             kept = kept[:-1]
+        if len(kept) < len(said.messages):
+            notes["not used", f"answers at the end of {asked}"] += 1
         if not kept:
             raise BadRow(f"{asked}: expected a turn to answer, got only the assistant's")
         if self.flags.prompt_template is not None:
@@ -114,22 +118,30 @@ class PromptReader:
         """(the verifier, what it compares with). Raises BadRow."""
         answer = row[answered]
         if answered == "reward_model":
+            answer = messages.parsed(answer, "reward_model")
             if not isinstance(answer, dict) or answer.get("ground_truth") is None:
                 raise BadRow("reward_model.ground_truth: missing")
+            for key in {key for key, value in answer.items() if value is not None} - {"ground_truth", "style"}:
+                notes["not used", f"reward_model.{key}"] += 1
+            if answer.get("style") not in (None, "rule") and not str(answer["style"]).startswith("rule"):
+                raise BadRow(f"reward_model.style: expected rule, got {str(answer['style'])[:40]!r}")
             answer = answer["ground_truth"]
         worked = isinstance(answer, str) and answered in ("answer", "solution")
         dataset, source = row.get("dataset"), row.get("data_source")
         named = [dataset, self.flags.verifier, source_verifier(dataset), source_verifier(source)]
-        form = "gsm8k" if worked and "####" in answer else "math" if worked and last_boxed(answer) is not None else None
-        if dataset is None and not any(named) and (verifier := form or ("math" if asked == "problem" else None)):
-            named = [verifier]
-            if source is not None:
-                notes["not used", "data_source"] += 1
+        form = "math" if asked == "problem" or (worked and last_boxed(answer) is not None) else None
+        form = "gsm8k" if form is None and worked and behind_hashes(answer) is not None else form
+        if dataset is None and not any(named) and form:
+            named = [form]
         problems = []
         for verifier in filter(None, named):
             truth = _own_answer(answer, verifier) if worked else answer
             try:
                 self.check(verifier, truth)
+                if dataset is not None and verifier != dataset and verifier != source_verifier(dataset):
+                    notes["not used", "dataset that is no verifier's name"] += 1
+                if source is not None and verifier != source_verifier(source):
+                    notes["not used", "data_source"] += 1
                 return verifier, truth
             except ValueError as problem:
                 problems.append(str(problem))
@@ -143,10 +155,16 @@ class PromptReader:
 
 def _own_answer(answer: str, verifier: str | list[str]) -> str:
     """The final answer of a worked one: behind GSM8K's '####', in MATH's last box; else all of it."""
-    if "####" in answer:
-        return answer.rpartition("####")[2].strip()
     boxed = last_boxed(answer) if verifier == "math" else None
-    return answer if boxed is None else boxed
+    marked = behind_hashes(answer) if boxed is None else None
+    return boxed if boxed is not None else marked if marked is not None else answer
+
+
+def behind_hashes(answer: str) -> str | None:
+    """What stands behind '####' in the last line, where it is a number as GSM8K has it; None for a heading."""
+    line = answer.rstrip().rpartition("\n")[2]
+    _, marks, final = line.partition("####")
+    return final.strip() if marks and re.search(r"\d", final) and "\\boxed" not in answer else None
 
 
 def last_boxed(text: str) -> str | None:

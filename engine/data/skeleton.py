@@ -13,6 +13,7 @@ begins behind its header, and ends at the last end of a turn before the next mes
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,44 +63,66 @@ class Skeleton:
 def plain_skeleton(chat: ChatTokenizer, roles: tuple[str, ...]) -> Skeleton:
     """Of messages with these roles that have nothing but contents, all of them marked. Raises BadRow."""
     return _skeleton(
-        chat, [{"role": role, "content": _mark(i)} for i, role in enumerate(roles)], None, range(len(roles))
+        chat, [{"role": role, "content": mark(i)} for i, role in enumerate(roles)], None, range(len(roles))
     )
 
 
 def skeleton_around(chat: ChatTokenizer, messages: list[Message], tools: list | None) -> Skeleton:
     """Of this conversation, with the assistant's turns as they are. Raises BadRow."""
+    marked, shown = _marked(messages)
+    return _skeleton(chat, shown, tools, marked)
+
+
+def mark(i: int) -> str:
+    """What stands for a text of message i: private-use characters, which no template looks at."""
+    return f"\ue000{i}\ue001"
+
+
+def refuse_unshown(chat: ChatTokenizer, messages: list[Message], tools: list | None, prompt: str) -> None:
+    """Raises BadRow where the prompt of these messages does not hold the contents of all that are not the assistant's,
+    in their order and as they are or trimmed.
+    """
+    marked, shown = _marked(messages)
+    pieces, _ = _pieces(chat.render(shown, tools, add_generation_prompt=True), shown, marked)
+    _, changed = Skeleton(pieces, tuple(marked), ()).place(prompt, messages)
+    if changed >= 0:
+        raise BadRow(f"the chat template changes the content of message {changed} ({messages[changed]['role']})")
+
+
+def _marked(messages: list[Message]) -> tuple[list[int], list[Message]]:
+    """(which messages are marked: all but the assistant's, the messages with marks in place of their contents)."""
     marked = [
         i
         for i, message in enumerate(messages)
         if message["role"] != "assistant" and not message["content"].startswith(TOOL_RESPONSE)
     ]
-    shown = [message | {"content": _mark(i)} if i in marked else message for i, message in enumerate(messages)]
-    return _skeleton(chat, shown, tools, marked)
+    chosen = set(marked)
+    return marked, [m | {"content": mark(i)} if i in chosen else m for i, m in enumerate(messages)]
 
 
-def _mark(i: int) -> str:
-    return f"\ue000{i}\ue001"  # private-use characters, which no template looks at
+def _pieces(whole: str, messages: list[Message], marked: list[int] | range) -> tuple[tuple[str, ...], dict[int, Span]]:
+    """(what the template writes before, between and behind the marks, where each mark stands). Raises BadRow."""
+    places, at = {}, 0
+    for i in marked:
+        start = whole.find(mark(i), at)
+        if start < 0 or whole.count(mark(i)) != 1:
+            raise BadRow(f"the chat template drops, moves or repeats message {i} (role {messages[i]['role']})")
+        places[i] = (start, at := start + len(mark(i)))
+    edges = [0, *(edge for place in places.values() for edge in place), len(whole)]
+    return tuple(whole[a:b] for a, b in zip(edges[::2], edges[1::2], strict=True)), places
 
 
 def _skeleton(chat: ChatTokenizer, messages: list[Message], tools: list | None, marked: list[int] | range) -> Skeleton:
     whole = chat.written(messages, tools)
-    places, at = {}, 0
-    for i in marked:
-        start = whole.find(_mark(i), at)
-        if start < 0 or whole.count(_mark(i)) != 1:
-            raise BadRow(f"the chat template drops, moves or repeats message {i} (role {messages[i]['role']})")
-        places[i] = (start, at := start + len(_mark(i)))
+    pieces, places = _pieces(whole, messages, marked)
     turns = _Turns(chat, messages, tools, whole, places).find()
-    edges = [0, *(edge for place in places.values() for edge in place), len(whole)]
-    pieces = list(zip(edges[::2], edges[1::2], strict=True))
+    starts = [0, *(end for _, end in places.values())]
 
     def edge(position: int) -> Edge:
-        piece = next(p for p, (start, end) in enumerate(pieces) if start <= position <= end)
-        return piece, position - pieces[piece][0]
+        piece = bisect_right(starts, position) - 1
+        return piece, position - starts[piece]
 
-    return Skeleton(
-        tuple(whole[a:b] for a, b in pieces), tuple(marked), tuple((edge(start), edge(end)) for start, end in turns)
-    )
+    return Skeleton(pieces, tuple(marked), tuple((edge(start), edge(end)) for start, end in turns))
 
 
 @dataclass(frozen=True)
@@ -126,16 +149,16 @@ class _Turns:
     def _anchor(self, i: int) -> tuple[str, int]:
         """(the last mark before message i or '', where it ends)."""
         before = max((j for j in self.places if j < i), default=None)
-        return ("", 0) if before is None else (_mark(before), self.places[before][1])
+        return ("", 0) if before is None else (mark(before), self.places[before][1])
 
     def _start(self, i: int, starts: dict[int, int]) -> int:
         """Where the model begins to write turn i: where its prompt ends, or else behind its header."""
         mark, anchor = self._anchor(i)
         opening = self.chat.habits.opening
         prompt = _behind(mark, self._rendered(i, add_generation_prompt=True))
-        bare = _behind(mark, self._rendered(i))
-        if prompt and prompt != bare and self.whole.startswith(prompt, anchor):
+        if prompt and self.chat.habits.asks and self.whole.startswith(prompt, anchor):
             return anchor + len(prompt)
+        bare = _behind(mark, self._rendered(i))
         if bare is not None and self.whole.startswith(bare, anchor):
             header = shared(opening, self.whole[anchor + len(bare) :][: len(opening)], self.chat.control)
             if header or not opening:
@@ -155,17 +178,17 @@ class _Turns:
 
     def _end(self, i: int, start: int, after: int) -> int:
         """Behind the end of turn i; the next message, or its content, stands at `after`."""
-        mark, anchor = self._anchor(i)
-        said = (
-            self.whole
-            if i + 1 == len(self.messages)
-            else self._try(lambda: self.chat.written(self.messages[: i + 1], self.tools))
-        )
-        said = _behind(mark, said)
-        length = 0 if said is None else self._behind_last_end(said)
-        if said is not None and anchor + length > start and self.whole.startswith(said[:length], anchor):
-            return anchor + length
-        if length := self._behind_last_end(self.whole[start:after]):
+        turn = self.whole[start:after]
+        length = self._behind_last_end(turn)
+        if length and sum(turn.count(end) for end in self.chat.habits.ends) == 1:
+            return start + length
+        # several: inside the turn, or in what the template writes before the next message
+        before, anchor = self._anchor(i)
+        said = _behind(before, self._try(lambda: self.chat.written(self.messages[: i + 1], self.tools)))
+        until = 0 if said is None else self._behind_last_end(said)
+        if said is not None and anchor + until > start and self.whole.startswith(said[:until], anchor):
+            return anchor + until
+        if length:
             return start + length
         ends = " or ".join(map(repr, self.chat.habits.ends))
         raise BadRow(f"the chat template does not end message {i} with {ends}")

@@ -54,6 +54,7 @@ class Habits:
         because the next role's marker is what ends a turn (GLM); '' elsewhere.
     opening: what the prompt and every turn of the assistant begin with, its header; '' where the turn follows directly.
     prompt: all that the prompt adds; the opening, and perhaps a thought that it begins or closes.
+    asks: whether a prompt is another text with add_generation_prompt than without.
     thoughts: the key under which the template takes thoughts; '' if it shows none.
     shows_tools: whether it writes out the tools.
     calls: 'object' or 'text', the form of a call's arguments; '' if it shows no calls.
@@ -64,6 +65,7 @@ class Habits:
     appended: tuple[str, str]
     opening: str
     prompt: str
+    asks: bool
     thoughts: str
     shows_tools: bool
     calls: str
@@ -88,7 +90,7 @@ def habits_of(render: Render, special: re.Pattern) -> Habits:
     inside = thinking.partition(THOUGHT)[2].rpartition(ANSWER)[0]
     stops = [special.findall(end)[-1] for end in ends]
     stops = [stop for i, stop in enumerate(stops) if i == 0 or stop not in inside]
-    opening, prompt = _opening(render, middle or last, special)
+    opening, prompt, asks = _opening(render, middle or last, special)
     if after_last.partition(ends[0])[2].strip() and not appended and prompt == opening:
         opening = prompt = ""  # a prompt that is written whether it is asked for or not: the turn begins behind it
     return Habits(
@@ -97,6 +99,7 @@ def habits_of(render: Render, special: re.Pattern) -> Habits:
         appended=(appended, appended_to_call or appended),
         opening=opening,
         prompt=prompt,
+        asks=asks,
         thoughts=thoughts,
         shows_tools=TOOL in (_attempt(render, [ASKED, SAID], tools=[PROBE_TOOL]) or ""),
         calls=calls,
@@ -187,9 +190,9 @@ def _thoughts(render: Render) -> tuple[str, str]:
     return "", ""
 
 
-def _opening(render: Render, whole: str, special: re.Pattern) -> tuple[str, str]:
+def _opening(render: Render, whole: str, special: re.Pattern) -> tuple[str, str, bool]:
     """(the header of the assistant's turns: what the prompt for one adds, as far as the turns themselves have it; all
-    that the prompt adds).
+    that the prompt adds; whether it is asked for).
     """
     header = whole.partition(QUESTION)[2].partition(ANSWER)[0]
     bare, prompt = (
@@ -198,9 +201,9 @@ def _opening(render: Render, whole: str, special: re.Pattern) -> tuple[str, str]
     )
     before = shared(bare, header, special)
     if prompt != bare:
-        return header[before : shared(prompt, header, special)], prompt[before:]
+        return header[before : shared(prompt, header, special)], prompt[before:], True
     opening = header[before:] if header[before:].strip() else ""
-    return opening, opening
+    return opening, opening, False
 
 
 def _alike(one: Sequence, other: Sequence) -> int:

@@ -52,8 +52,13 @@ SFT: dict[str, tuple[list[dict], str, list[str]]] = {
     "query": ([{"query": "Who is it?", "response": "It is one."}], "", ["user: Who is it?\nassistant: [[It is one.<|end|>]]"]),
     "text": ([{"text": "It is one of them.", "id": 1}], "--text_column text", ["not used: id", "[[It is one of them.<|end|>]]"]),
     "kto": ([{"prompt": "Who?", "completion": "One.", "label": True}, {"prompt": "Who?", "completion": "Two.", "label": False}], "--only_label true", ["2 rows, 1 kept, 1 dropped (labelled false)", "[[One.<|end|>]]"]),
+    "kto numbers": ([{"prompt": "Who?", "completion": "One.", "label": 1}, {"prompt": "Who?", "completion": "Two.", "label": "0"}], "--only_label true", ["1 dropped (labelled false)", "[[One.<|end|>]]"]),
+    "a class": ([{"messages": [ASK, SAY], "label": 1}], "", ["not used: label"]),
+    "an answer in JSON": ([{"question": "Who is it?", "answer": '{"role": "assistant", "content": "Hi"}'}], "", ['[[{"role": "assistant", "content": "Hi"}<|end|>]]']),
+    "a call's other keys": ([{"messages": [ASK, SAY | {"content": "", "tool_calls": [{"id": 7, "function": {"name": "look_up", "arguments": None, "parameters": {"a": 1}, "strict": True}}]}]}], "", ["not used: messages[].tool_calls[].function.strict, messages[].tool_calls[].id", '[[ call look_up {"a": 1}<|end|>]]']),
+    "a name that stands elsewhere": ([{"messages": [ASK | {"name": "Who"}, SAY]}], "", ["not used: messages[].name"]),
     "names": ([{"messages": [ASK | {"name": "Ann", "mood": "good"}, SAY]}], "", ["not used: messages[].mood, messages[].name"]),
-    "functions": ([{"messages": [ASK, {"role": "assistant", "content": None, "function_call": {"name": "look_up", "arguments": "{}"}}, {"role": "function", "name": "look_up", "content": "one"}, SAY]}], "", ["[[ call look_up {}<|end|>]]\ntool: one\n"]),
+    "functions": ([{"messages": [ASK, {"role": "assistant", "content": None, "function_call": {"name": "look_up", "arguments": "{}"}}, {"role": "function", "name": "look_up", "content": "one"}, SAY]}], "", ["not used: messages[].name", "[[ call look_up {}<|end|>]]\ntool: one\n"]),
     "developer": ([{"messages": [{"role": "developer", "content": "Be kind."}, ASK, SAY]}], "", ["system: Be kind.\n"]),
     "folded": ([{"messages": [{"role": "system", "content": "Be kind."}, ASK, SAY]}], "--system_role fold", ["user: Be kind.\n\nWho is it?\nassistant: [[It is one.<|end|>]]"]),
 }  # fmt: skip
@@ -65,6 +70,9 @@ DPO: dict[str, tuple[list[dict], str, list[str]]] = {
     "label": ([PAIR | {"better": "response_b", "id": 1}], "--preference_column better", ["not used: id", "[[Nobody.<|end|>]]", "[[It is one.<|end|>]]"]),
     "letters": ([PAIR | {"better": "A"}, PAIR | {"better": "tie"}], "--preference_column better", ["1 dropped (labelled a tie)", "[[It is one.<|end|>]]", "[[Nobody.<|end|>]]"]),
     "helpsteer": ([{"context": [ASK], "response1": "It is one.", "response2": "Nobody.", "overall_preference": 2}, {"context": [ASK], "response1": "It is one.", "response2": "Nobody.", "overall_preference": 0}], "--preference_column overall_preference", ["1 dropped (labelled a tie)", "[[Nobody.<|end|>]]", "[[It is one.<|end|>]]"]),
+    "other questions": ([{"question": "Who?", "response": "One.", "score": 5}, {"question": "Why?", "response": "Two.", "score": 1}, {"question": "Why?", "system": "Be kind.", "response": "So.", "score": 3}, {"question": "Why?", "system": "Be kind.", "response": "No.", "score": 4, "source": "x"}], "--chosen_by_score score", ["3 rows, 1 kept, 2 dropped (only one answer)", "not used: source", "system: Be kind.\nuser: Why?\nassistant: [[No.<|end|>]]", "[[So.<|end|>]]"]),
+    "another prompt": ([{"prompt": "Which one?", "chosen": [ASK, SAY], "rejected": [ASK, NO]}], "", ["not used: prompt that the conversations do not hold"]),
+    "keys of completions": ([SCORED | {"completions": [c | {"model": "m"} for c in SCORED["completions"]]}], "--chosen_by_score score", ["not used: completions[].model"]),
     "helpsteer scores": ([{"prompt": "Who?", "response": "One.", "helpfulness": 4, "verbosity": 1}, {"prompt": "Who?", "response": "Two.", "helpfulness": 1}, {"prompt": "Why?", "response": "So.", "helpfulness": 1}], "--chosen_by_score helpfulness", ["2 rows, 1 kept, 1 dropped (only one answer)", "not used: verbosity", "[[One.<|end|>]]", "[[Two.<|end|>]]"]),
     "index": ([PAIR | {"better": 1}], "--preference_column better --preference_numbers index", ["[[Nobody.<|end|>]]", "[[It is one.<|end|>]]"]),
     "ultrafeedback": ([SCORED, SCORED | {"completions": [{"response": "A", "score": 1}] * 2}], "--chosen_by_score score", ["1 dropped (equal scores)", "[[Two.<|end|>]]", "[[One.<|end|>]]"]),
@@ -77,15 +85,17 @@ PPO: dict[str, tuple[list[dict], str, list[str]]] = {
     "gsm8k": ([{"question": "One and one?", "answer": "1 + 1 = 2\n#### 2"}], "", ["1 prompts (1 gsm8k)", "user: One and one?\nassistant: "]),
     "math": ([MATHS], "", ["not used: level, type", "1 prompts (1 math)", "user: What is one and one?\n"]),
     "prompt and answer": ([{"prompt": "One and one?", "answer": "2"}], "--verifier gsm8k", ["1 prompts (1 gsm8k)"]),
-    "open r1": ([MATHS | {"answer": "2", "messages": [ASK, SAY]}], "--verifier math", ["not used: level, problem, solution, type", "(1 math)", "user: Who is it?\n"]),
+    "open r1": ([MATHS | {"answer": "2", "messages": [ASK, SAY]}], "--verifier math", ["not used: answers at the end of messages, level, problem, solution, type", "(1 math)", "user: Who is it?\n"]),
     "problem and answer": ([{"problem": "One and one?", "answer": "2"}], "", ["(1 math)"]),
     "verl": ([{"data_source": "openai/gsm8k", "prompt": [ASK], "ability": "math", "reward_model": {"style": "rule", "ground_truth": "2"}, "extra_info": {"index": 0}}], "", ["not used: ability, extra_info", "(1 gsm8k)"]),
     "dapo": ([{"data_source": "math_dapo", "prompt": [ASK], "reward_model": {"ground_truth": "34", "style": "rule-lighteval/MATH_v2"}}], "", ["(1 math)"]),
     "lists": ([{"messages": [ASK], "ground_truth": ["4"], "dataset": ["math"]}], "", ["(1 math)"]),
     "several instructions": ([{"messages": [ASK], "ground_truth": truth, "dataset": dataset} for truth in (SEVERAL, [SEVERAL]) for dataset in ("ifeval", ["ifeval"])], "", ["4 rows, 4 kept", "4 prompts (4 ifeval)"]),
+    "a heading": ([{"problem": "One half?", "solution": "#### Step 2\nSo \\boxed{\\frac{1}{2}}"}], "", ["(1 math)"]),
+    "a provenance": ([{"messages": [ASK], "ground_truth": "2", "dataset": "my/own", "data_source": "openai/gsm8k"}], "--verifier math", ["not used: data_source, dataset that is no verifier's name", "(1 math)"]),
     "short answers": ([{"messages": [ASK], "ground_truth": "one", "dataset": "string_matcher"}, {"messages": [ASK], "ground_truth": "B", "dataset": "multiple_choice"}], "", ["1 string_matcher, 1 multiple_choice"]),
     "suffix": ([{"question": "One and one?", "answer": "#### 2"}], "--prompt_template|{prompt} Put it in \\boxed{}.|--system_prompt|Be kind.", ["system: Be kind.\nuser: One and one? Put it in \\boxed{}.\nassistant: "]),
-    "worked": ([{"messages": [ASK, SAY], "ground_truth": "2", "dataset": "GSM8K", "source": "x"}], "", ["not used: source", "user: Who is it?\nassistant: "]),
+    "worked": ([{"messages": [ASK, SAY], "ground_truth": "2", "dataset": "GSM8K", "source": "x"}], "", ["not used: answers at the end of messages, source", "user: Who is it?\nassistant: "]),
 }  # fmt: skip
 REFUSED: dict[str, tuple[str, list[dict], str, str]] = {
     "a picture": ("sft", [{"messages": [ASK | {"content": [{"type": "image_url", "image_url": "x"}]}, SAY]}], "", r":1: messages\[0\].content\[0\]: expected a part of type text, got 'image_url'"),
@@ -94,6 +104,17 @@ REFUSED: dict[str, tuple[str, list[dict], str, str]] = {
     "opposite weights": ("sft", [{"messages": [ASK, SAY | {"weight": 0, "train": True}]}], "", r"messages\[1\].train: expected the same as weight"),
     "kto": ("sft", [{"prompt": "Who?", "completion": "One.", "label": False}], "", "label: a KTO row .*--only_label true"),
     "kto pairs": ("dpo", [{"prompt": "Who?", "completion": "One.", "label": False}], "", "label: a KTO row, .*expected chosen and rejected"),
+    "another label": ("sft", [{"prompt": "Who?", "completion": "One.", "label": "good"}], "", "label: expected true or false.*'good'"),
+    "two labels": ("sft", [{"prompt": "Who?", "completion": "One.", "label": True, "kto_tag": False}], "--only_label true", "kto_tag: expected the same as label"),
+    "two kinds of calls": ("sft", [{"messages": [ASK, SAY | {"tool_calls": [CALL], "function_call": {"name": "g", "arguments": "{}"}}]}], "", r"messages\[1\].function_call: expected tool_calls or function_call"),
+    "half of a character": ("sft", [{"instruction": "a", "output": "b", "history": [["\ud800", "x"]]}], "", "history: expected text, got a lone surrogate"),
+    "half of a character in arguments": ("sft", [{"messages": [ASK, SAY | {"tool_calls": [{"function": {"name": "f", "arguments": {"a": "\ud800"}}}]}]}], "", r"arguments: expected text, got a lone surrogate"),
+    "a deep schema": ("sft", [{"messages": [ASK, SAY], "tools": [{"name": "f", "parameters": json.loads('{"a":' * 90 + "1" + "}" * 90)}]}], "", r"tools\[0\]: expected at most 64 levels"),
+    "an input beside messages": ("sft", [{"instruction": [ASK], "input": "x", "output": "y"}], "", "input: expected none beside"),
+    "both names": ("sft", [{"conversations": [HUMAN | {"content": "x"}, GPT]}], "", r"conversations\[0\]: expected from and value, or role and content, got both"),
+    "judged already": ("dpo", [PAIR | {"chosen": "a", "rejected": "b", "better": "A"}], "--preference_column better", "chosen: expected answers to be judged"),
+    "a judge of another kind": ("ppo", [{"prompt": [ASK], "reward_model": {"style": "model", "ground_truth": "2"}, "data_source": "openai/gsm8k"}], "", "reward_model.style: expected rule"),
+    "nothing trained": ("sft", [{"messages": [ASK, SAY | {"weight": 0}]}], "", "no usable row|too small|no row|no turn"),
     "text": ("sft", [{"text": "It is one."}], "", "columns: expected messages or .*--text_column text"),
     "no label": ("sft", [{"prompt": "Who?", "completion": "One."}], "--only_label true", "label: expected true or false"),
     "two systems": ("sft", [{"system": "Be kind.", "messages": [{"role": "system", "content": "Be brief."}, ASK, SAY]}], "", "system: expected the conversation's own"),
@@ -209,7 +230,7 @@ def test_a_table_gives_every_row_every_key(model, capsys, tmp_path):
         '[[ call look_up {"what": "door"} call add {"n": 2}<|end|>]]\ntool: one\nassistant: [[It is one.<|end|>]]'
         in text
     )
-    assert "2 nulls among a tool call's arguments, left out" in text
+    assert "2 tool calls with null arguments, which are left out" in text
 
 
 @pytest.mark.parametrize("choice", ["rendered", "each"])
