@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,7 +144,7 @@ def test_a_cached_sum_of_another_number_of_tokens_is_not_found(tmp_path):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def every_seventh_and_every_tenth(row: dict):
+def every_seventh_and_every_tenth(row: dict, notes: Counter):
     """Which of them come to lie in every chunk."""
     n = row["n"]
     if n == 500:

@@ -1146,6 +1146,34 @@ STALE_ROWS = "tests/engine/train/test_refcache.py"
 
 DATA = (
     Mutant(
+        "answers_to_other_questions_are_one_pair",
+        "engine/data/judgements.py",
+        "if head is not None and asked and json.dumps(asked, default=str) == key:",
+        "if head is not None:",
+        ("tests/launch/test_rows.py",),
+    ),
+    Mutant(
+        "a_heading_is_an_answer",
+        "engine/data/prompts.py",
+        'form = "math" if asked == "problem" or',
+        'form = "gsm8k" if worked and "####" in answer else "math" if asked == "problem" or',
+        ("tests/launch/test_rows.py",),
+    ),
+    Mutant(
+        "a_name_is_seen_where_its_letters_stand",
+        "engine/data/chat.py",
+        "        return [mark(i) in text for i in holders]",
+        "        return [messages[i][key] in whole for i in holders]",
+        ("tests/launch/test_rows.py",),
+    ),
+    Mutant(
+        "nesting_without_a_bound",
+        "engine/data/messages.py",
+        "if depth > MAX_DEPTH:",
+        "if depth > 10**6:",
+        ("tests/launch/test_rows.py",),
+    ),
+    Mutant(
         "a_declared_end_does_not_stop",
         "engine/data/chat.py",
         "(*ours, *self.declared_ends)",
@@ -1190,7 +1218,7 @@ DATA = (
     Mutant(
         "a_dropped_call_is_silent",
         "engine/data/chat.py",
-        'if any(call["function"]["name"] not in whole[start:end] for call in calls):',
+        "if calls and not self._shows_calls(messages, tools, i, whole[start:end]):",
         "if False:",
         ("tests/engine/data/test_templates.py",),
     ),
@@ -1281,8 +1309,8 @@ DATA = (
     Mutant(
         "what_follows_the_prompt_is_not_trained",
         "engine/data/skeleton.py",
-        "        if prompt and prompt != bare and self.whole.startswith(prompt, anchor):",
-        "        if False:",
+        "if prompt and self.chat.habits.asks and self.whole.startswith(prompt, anchor):",
+        "if False:",
         ("tests/engine/data/test_templates.py",),
     ),
     Mutant(

@@ -18,6 +18,7 @@ from verifiers.math.spellings import INVISIBLE
 from verifiers.math.tokens import FUNCTIONS, MAX_LENGTH
 
 MAX_CANDIDATES = 24
+MAX_TAIL = 65_536  # characters before the end within which an answer is declared in words
 ZERO_WIDTH = re.compile("[" + "".join(map(chr, INVISIBLE)) + "]")
 Box = tuple[int, int, str]  # start, end, content
 DECLARATION = re.compile(r"(?i)answers?\**\s*(?:is\b|are\b|:|\n)\**\s*:?|####")
@@ -139,12 +140,17 @@ def belong_together(between: str) -> bool:
 
 
 def last_sentence(text: str) -> tuple[int, str] | None:
-    """(start, what is declared) of the last 'answer is ...' or 'answer: ...'."""
-    lower, before = text.lower(), len(text)
+    """(start, what is declared) of the last 'answer is ...' or 'answer: ...' among the last MAX_TAIL characters."""
+    skipped = max(0, len(text) - MAX_TAIL)
+    tail = text[skipped:]
+    lower = tail.lower()
+    lower = lower if len(lower) == len(tail) else tail  # a letter whose small form is two characters
+    before = len(lower)
     for _ in range(MAX_CANDIDATES):
-        start = max(lower.rfind("answer", 0, before), lower.rfind("####", 0, before))
-        if start < 0:
+        found = max(lower.rfind("answer", 0, before), lower.rfind("####", 0, before))
+        if found < 0:
             return None
+        start = skipped + found
         if match := DECLARATION.match(text, start):
             rest = text[match.end() : match.end() + MAX_LENGTH].lstrip()
             formula = FORMULA.match(rest)
@@ -154,7 +160,7 @@ def last_sentence(text: str) -> tuple[int, str] | None:
             declared = declared[inner.end() :].strip() if inner else declared
             if declared:
                 return start, declared
-        before = start
+        before = found
     return None
 
 
