@@ -106,7 +106,7 @@ def test_a_conversation_without_an_assistant_is_dropped(embedded_dir):
     from engine.data.chat import load_tokenizer
 
     encode = ConversationEncoder(load_tokenizer(embedded_dir.model, 512), 100, "messages")
-    assert encode({"messages": [USER]}) == "no trained token within 100 tokens"
+    assert encode({"messages": [USER]}) == "no turn that is trained"
     ((ids, mask),) = encode({"messages": [USER, ANSWER, USER, ANSWER]})
     assert encode.chat.tokenizer.decode(ids[mask]) == "b.<|end|>b.<|end|>"
 
