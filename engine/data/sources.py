@@ -145,7 +145,10 @@ def _why_empty(stores: list, flags: MixtureFlags) -> str:
         first = next(h["name"] + h["bad_list"][0] for h in headers if h["bad_list"])
         return f"no usable row, the first bad one is {first}"
     if dropped:
-        return f"--max_seq_length {flags.max_seq_length} is too small: no row keeps a counted token"
+        why = {reason for h in headers for reason in h["dropped"]}
+        if any("tokens" in reason for reason in why):
+            return f"--max_seq_length {flags.max_seq_length} is too small: no row keeps a counted token"
+        return f"no row is left, all were dropped ({', '.join(sorted(why))})"
     return "the mixture takes no row"
 
 

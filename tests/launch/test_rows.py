@@ -114,7 +114,7 @@ REFUSED: dict[str, tuple[str, list[dict], str, str]] = {
     "both names": ("sft", [{"conversations": [HUMAN | {"content": "x"}, GPT]}], "", r"conversations\[0\]: expected from and value, or role and content, got both"),
     "judged already": ("dpo", [PAIR | {"chosen": "a", "rejected": "b", "better": "A"}], "--preference_column better", "chosen: expected answers to be judged"),
     "a judge of another kind": ("ppo", [{"prompt": [ASK], "reward_model": {"style": "model", "ground_truth": "2"}, "data_source": "openai/gsm8k"}], "", "reward_model.style: expected rule"),
-    "nothing trained": ("sft", [{"messages": [ASK, SAY | {"weight": 0}]}], "", "no usable row|too small|no row|no turn"),
+    "nothing trained": ("sft", [{"messages": [ASK, SAY | {"weight": 0}]}], "", r"no row is left, all were dropped \(no turn that is trained\)"),
     "text": ("sft", [{"text": "It is one."}], "", "columns: expected messages or .*--text_column text"),
     "no label": ("sft", [{"prompt": "Who?", "completion": "One."}], "--only_label true", "label: expected true or false"),
     "two systems": ("sft", [{"system": "Be kind.", "messages": [{"role": "system", "content": "Be brief."}, ASK, SAY]}], "", "system: expected the conversation's own"),

@@ -315,7 +315,7 @@ def test_the_first_bad_row_stops_the_run_where_it_is_told_to(tmp_path, path):
         ([], "the dataset is empty"),
         ([{"bad": 1}, {"bad": 2}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
         (
-            [{"bad": 1}, {"drop": "x"}, {"drop": "x"}],
+            [{"bad": 1}, {"drop": "no counted token within 9 tokens"}, {"drop": "x"}],
             "--max_seq_length 2048 is too small: no row keeps a counted token",
         ),
     ],
