@@ -21,7 +21,7 @@ import torch
 
 import losses
 from engine.config import as_dict, parse
-from engine.data import Examples, Judgement, MicroBatch, Steps, read_pairs, sum_by_sequence
+from engine.data import Examples, MicroBatch, Steps, read_pairs, sum_by_sequence
 from engine.errors import UserError, nearest
 from engine.flags import PairFlags, ReferenceFlags, StageFlags, flag, override
 from engine.log import Totals
@@ -65,6 +65,10 @@ class Config(StageFlags, PairFlags, ReferenceFlags):
     )
     cache_logprobs_only: bool = flag(False, "fill the reference cache and stop")
 
+    def check(self) -> None:
+        super().check()
+        self.check_pairs()
+
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
@@ -90,11 +94,9 @@ def train(config: Config) -> None:
         data="pairs",
     )
     config, objective = resolve_loss(config)
-    judgement = Judgement(config.preference_column, config.preference_numbers, config.chosen_by_score)
-    judgement.check()
     keep_initial = config.reference == "adapter"
     base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
-    pairs, held_out = read_pairs(config, config.count_turns, judgement, base.chat, world)
+    pairs, held_out = read_pairs(config, config.count_turns, base.chat, world, rows=config)
     steps = Steps(len(pairs), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     hyper = ", ".join(f"{name} {value:g}" for name, value in objective.hyper.items())
     loss_line = f"loss: {config.loss_type} ({hyper}), learning rate {config.learning_rate:g}"

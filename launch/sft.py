@@ -59,7 +59,7 @@ def train(config: Config) -> None:
         data="conversations",
     )
     base = open_model(config, world, memory=config, adapters=config)
-    data, held_out = read_conversations(config, config, base.chat, world)
+    data, held_out = read_conversations(config, base.chat, world, rows=config)
     steps = Steps(len(data), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     trained = int(data.counts(np.arange(len(data))).sum())
     share = trained / data.tokens.sum()

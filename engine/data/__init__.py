@@ -3,7 +3,6 @@
 from engine.data.batch import MicroBatch, sum_by_sequence
 from engine.data.chat import ChatTokenizer
 from engine.data.embedded import embedded
-from engine.data.judgements import Judgement
 from engine.data.mixture import Steps, permutation
 from engine.data.prompts import Prompt, PromptReader, fingerprint_of
 from engine.data.sources import prompts_of, read_conversations, read_pairs, read_prompts
@@ -12,7 +11,6 @@ from engine.data.store import Examples
 __all__ = [
     "ChatTokenizer",
     "Examples",
-    "Judgement",
     "MicroBatch",
     "Prompt",
     "PromptReader",

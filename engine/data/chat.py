@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
@@ -23,7 +24,7 @@ from transformers import AutoTokenizer
 
 from engine.data.messages import Message, Notes, leaves, texts_of
 from engine.data.rows import BadRow
-from engine.data.skeleton import Span, mark, plain_skeleton, refuse_unshown, skeleton_around
+from engine.data.skeleton import Span, behind_last_end, mark, plain_skeleton, refuse_unshown, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
 from engine.data.vocabulary import TULU, add_special_tokens, read_template
 from engine.errors import UserError
@@ -155,12 +156,14 @@ class ChatTokenizer:
 
     def _shows_calls(self, messages: list[Message], tools: list | None, i: int, turn: str) -> bool:
         """Whether every call of message i is in its turn, by name and arguments, and a content beside them too."""
-        names = [call["function"]["name"] for call in messages[i]["tool_calls"]]
-        said = [leaf for call in messages[i]["tool_calls"] for leaf in leaves(call["function"]["arguments"])]
-        written = [leaf if isinstance(leaf, str) else json.dumps(leaf) for leaf in said]
-        for text in {*names, *written}:
+        functions = [call["function"] for call in messages[i]["tool_calls"]]
+        said = [leaf for function in functions for leaf in (function["name"], *leaves(function["arguments"]))]
+        times = Counter(
+            leaf if isinstance(leaf, str) else json.dumps(leaf) for leaf in said if not isinstance(leaf, bool)
+        )
+        for text, count in times.items():
             forms = (text, json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1])
-            if max(map(turn.count, forms)) < names.count(text) + written.count(text) and text not in ("true", "false"):
+            if max(map(turn.count, forms)) < count:
                 return False
         if not messages[i]["content"].strip():
             return True
@@ -206,10 +209,11 @@ class ChatTokenizer:
         inference. Raises BadRow.
         """
         whole, prompt = self.written(messages, tools), self.render(messages[:-1], tools, add_generation_prompt=True)
-        if not whole.startswith(prompt):
+        length = behind_last_end(whole[len(prompt) :], self.habits.ends)
+        if not whole.startswith(prompt) or not length:
             return self.encode(messages, max_length, last_turn_only=True, tools=tools)
-        end = max((whole.rfind(end) + len(end) for end in self.habits.ends if end in whole), default=len(whole))
-        return self.tokens(whole, [(len(prompt), end)], [(len(prompt), end)], max_length)
+        turn = (len(prompt), len(prompt) + length)
+        return self.tokens(whole, [turn], [turn], max_length)
 
     def tokens(
         self, whole: str, spans: list[Span], counted: list[Span], max_length: int
@@ -273,18 +277,12 @@ class ChatTokenizer:
         return ids
 
     def response_text(self, ids: np.ndarray) -> str:
-        """What a sampled response says: its tokens up to the end of turn, of which all tokens are left out."""
-        kept = len(ids)
-        if kept and ids[-1] in self.end_ids:
-            kept -= 1
-            end = next((end for end in self.habits.ends if self._ids_of(end)[-1] == ids[-1]), "")
-            before = self._ids_of(end)[:-1]
-            if before and list(ids[max(0, kept - len(before)) : kept]) == before:
-                kept -= len(before)
-        return self.tokenizer.decode(ids[:kept], skip_special_tokens=False)
-
-    def _ids_of(self, end: str) -> list[int]:
-        return self.tokenizer.convert_tokens_to_ids(self.control.findall(end))
+        """What a sampled response says: its tokens without those of the end of turn that it ends in, if it does."""
+        ends = [self.tokenizer.convert_tokens_to_ids(self.control.findall(end)) for end in self.habits.ends]
+        if len(ids) and ids[-1] in self.end_ids:
+            ends.append([ids[-1]])
+            ids = ids[: -max(len(end) for end in ends if list(ids[-len(end) :]) == end)]
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
 def thought_in(message: Message) -> str:

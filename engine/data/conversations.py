@@ -83,7 +83,7 @@ def conversation(row: dict, form: str, notes: Notes | None = None) -> Conversati
         answer = messages.read(asked_turns(row, answered[0], "assistant"), answered[0], notes)
         earlier = history(row) if form == "instruction" else []
         said = messages.joined(Conversation(earlier), messages.joined(said, answer))
-    return with_system(replace(said, tools=messages.read_tools(row.get("tools"), "tools", notes)), row)
+    return with_system(replace(said, tools=messages.tools_of(row, notes)), row)
 
 
 def note_unread(row: dict, read: set[str], notes: Notes) -> None:
@@ -121,12 +121,15 @@ def turns_in(value: Any) -> Any:
         turns = rows.parse_json(value)
     except BadRow:
         return value
-    known = {*messages.ROLES, *messages.ALSO_ROLES, *SHAREGPT_ROLES}
-    are_turns = all(
-        isinstance(turn, dict) and {turn.get("role"), turn.get("from")} & known and {"content", "value"} & turn.keys()
-        for turn in turns
-    )
-    return turns if are_turns else value
+    return turns if all(map(_is_turn, turns)) else value
+
+
+def _is_turn(value: Any) -> bool:
+    """Whether this is a message or ShareGPT's turn beyond doubt: of a known role, with something said."""
+    if not isinstance(value, dict):
+        return False
+    known = (*messages.ROLES, *messages.ALSO_ROLES, *SHAREGPT_ROLES)
+    return (value.get("role") in known and "content" in value) or (value.get("from") in known and "value" in value)
 
 
 def history(row: dict) -> list[dict]:
@@ -152,7 +155,7 @@ def with_system(said: Conversation, row: dict) -> Conversation:
         return said
     if said.messages[0]["role"] == "system":
         raise BadRow("system: expected the conversation's own system turn, got another one")
-    return replace(messages.joined(Conversation([system]), said), tools=said.tools)
+    return messages.joined(Conversation([system]), said)
 
 
 def renamed(turns: Any, field: str) -> Any:
@@ -189,8 +192,9 @@ def label_of(row: dict, is_answer: bool = True) -> bool | None:
     for column in LABELS:
         value = row.get(column)
         word = str(value).strip().lower()
-        is_label = isinstance(value, bool) or (isinstance(value, str) and word in WORDS and not word.isdigit())
-        if is_label or (is_answer and isinstance(value, (int, str)) and word in WORDS):
+        word = {"1.0": "1", "0.0": "0"}.get(word, word)
+        is_number = word in ("0", "1") and not isinstance(value, bool)
+        if word in WORDS and (is_answer or not is_number):
             found[column] = WORDS[word]
         elif is_answer and value not in (None, ""):
             raise BadRow(f"{column}: expected true or false, whether the answer was liked, got {word[:40]!r}")

@@ -17,7 +17,7 @@ from engine.data import rows
 from engine.data.files import Source
 from engine.data.messages import Notes, parsed
 from engine.data.rows import BadRow
-from engine.errors import UserError, nearest
+from engine.errors import nearest
 
 PAIRS = (
     ("response_a", "response_b"),
@@ -42,18 +42,6 @@ class Judgement:
     column: str | None = None
     numbers: str | None = None  # 'sign' or 'index'
     scores: tuple[str, ...] | None = None
-
-    def check(self) -> None:
-        """Raises UserError for flags that contradict each other."""
-        if self.column and self.scores:
-            raise UserError("--preference_column and --chosen_by_score are two ways to say one thing: give one of them")
-        if self.numbers and not self.column:
-            raise UserError("--preference_numbers is not read without --preference_column")
-        if self.scores and len(self.scores) > 2:
-            raise UserError(
-                "--chosen_by_score: expected the name of a score, or the columns of both answers' scores, got"
-                f" {len(self.scores)} words"
-            )
 
 
 EITHER_IS_NAMED = Judgement()  # the row says chosen and rejected itself
@@ -199,13 +187,14 @@ def gathered(source: Source, judgement: Judgement) -> Source:
             rest = {column: value for column, value in row.items() if column not in ("response", name)}
             answer = {column: row[column] for column in ("response", name) if column in row}
             asked = {column: rest[column] for column in TOGETHER if rest.get(column) is not None}
-            if head is not None and asked and json.dumps(asked, default=str) == key:
+            question = json.dumps(asked, default=str)
+            if head is not None and asked and question == key:
                 head["completions"].append(answer)
                 head |= {column: value for column, value in rest.items() if head.get(column) is None}
                 continue
             if head is not None:
                 yield place, head
-            place, head, key = here, rest | {"completions": [answer]}, json.dumps(asked, default=str)
+            place, head, key = here, rest | {"completions": [answer]}, question
         if head is not None:
             yield place, head
 

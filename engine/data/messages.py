@@ -38,8 +38,8 @@ class Conversation:
     untrained: frozenset[int] = frozenset()
 
 
-def read(value: Any, field: str, notes: Notes, tools: Any = None) -> Conversation:
-    """A non-empty list of messages (or its JSON text), and the row's tools. Raises BadRow."""
+def read(value: Any, field: str, notes: Notes) -> Conversation:
+    """A non-empty list of messages, or its JSON text. Raises BadRow."""
     value = parsed(value, field)
     if not isinstance(value, list):
         raise BadRow(f"{field}: expected a list of messages, got {kind(value)}")
@@ -51,7 +51,7 @@ def read(value: Any, field: str, notes: Notes, tools: Any = None) -> Conversatio
         messages.append(message)
         if message["role"] == "assistant" and not trained:
             untrained.add(i)
-    return Conversation(messages, read_tools(tools, "tools", notes), frozenset(untrained))
+    return Conversation(messages, untrained=frozenset(untrained))
 
 
 def _message(given: Any, where: str, notes: Notes) -> tuple[Message, bool]:
@@ -183,24 +183,25 @@ def _tool_call(call: Any, where: str, notes: Notes) -> dict:
         # a table gives every call every call's arguments
         notes["tool calls with null arguments, which are left out (JSON text keeps them)", ""] += 1
         arguments = kept
-    named = {"name", "arguments", "parameters"}
-    unread = {key for key, value in call.items() if value is not None} - {"function", "type", "id", "index"} - named
-    unread |= {f"function.{key}" for key, value in function.items() if value is not None and key not in named}
-    unread -= {f"function.{key}" for key in ("type", "id", "index", "function")} if function is call else set()
-    unread |= {"id"} if call.get("id") is not None and not isinstance(call["id"], str) else set()
-    unread |= {"type"} if call.get("type") not in (None, "function") else set()
-    for key in unread:
-        notes["not used", f"messages[].tool_calls[].{key}"] += 1
+    read = {"name": name, "arguments": given} if function is call else {"function": inner}
+    for key, value in call.items():
+        is_said = key in read or (key, value) == ("type", "function") or (key == "id" and isinstance(value, str))
+        if value is not None and value is not given and not is_said and key != "index":
+            notes["not used", f"messages[].tool_calls[].{key}"] += 1
+    for key, value in function.items() if function is not call else ():
+        if value is not None and value is not given and key != "name":
+            notes["not used", f"messages[].tool_calls[].function.{key}"] += 1
     checked_text(name, f"{where}.name")
     identity = {"id": checked_text(call["id"], f"{where}.id")} if isinstance(call.get("id"), str) else {}
     return identity | {"type": "function", "function": {"name": name, "arguments": arguments}}
 
 
-def read_tools(value: Any, field: str, notes: Notes) -> list[dict] | None:
-    """Function schemas as {type: function, function: {name, ...}}, from a list or its JSON text; None for none. Raises
-    BadRow.
+def tools_of(row: dict, notes: Notes) -> list[dict] | None:
+    """The row's function schemas as {type: function, function: {name, ...}}, from a list or its JSON text; None for
+    none. Raises BadRow.
     """
-    is_text, value = isinstance(value, str), parsed(value, field)
+    is_text, field = isinstance(row.get("tools"), str), "tools"
+    value = parsed(row.get("tools"), field)
     if value in (None, "", []):
         return None
     if not isinstance(value, list):
@@ -250,7 +251,7 @@ def leaves(value: Any) -> list[Any]:
 
 
 def _without_nulls(value: Any) -> Any:
-    """A schema without the keys that only other rows of its table have."""
+    """A JSON value without the keys that only other rows of its table have."""
     if isinstance(value, dict):
         return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
     return [_without_nulls(inner) for inner in value] if isinstance(value, list) else value
@@ -267,9 +268,9 @@ def parsed(value: Any, field: str) -> Any:
 
 
 def joined(first: Conversation, second: Conversation) -> Conversation:
-    """One conversation of both, with the tools of the first."""
+    """One conversation of both, with the tools of the second."""
     moved = frozenset(i + len(first.messages) for i in second.untrained)
-    return replace(first, messages=[*first.messages, *second.messages], untrained=first.untrained | moved)
+    return replace(second, messages=[*first.messages, *second.messages], untrained=first.untrained | moved)
 
 
 def folded(said: Conversation) -> Conversation:

@@ -28,7 +28,6 @@ from engine.data.tokenise import Encoded
 from engine.errors import nearest
 
 Messages = list[Message]
-
 _HH_TURN = re.compile(r"\n\n(Human|Assistant): ?")
 
 
@@ -46,14 +45,10 @@ def conversations(
     asked = next((column for column in PROMPTS if row.get(column) is not None), None)
     read = {"chosen", "rejected", "system", "tools", str(asked)} | ({"input"} if asked == "instruction" else set())
     note_unread(row, read, notes)
-    prompt = None
-    if asked is not None:
-        prompt = messages.read(asked_turns(row, asked), asked, notes).messages
-    chosen, rejected = (
-        with_system(replace(_whole(row, field, prompt, asked, notes), tools=tools), row)
-        for tools in [messages.read_tools(row.get("tools"), "tools", notes)]
-        for field in ("chosen", "rejected")
-    )
+    prompt = None if asked is None else messages.read(asked_turns(row, asked), asked, notes).messages
+    tools = messages.tools_of(row, notes)
+    chosen = with_system(replace(_whole(row, "chosen", prompt, asked, notes), tools=tools), row)
+    rejected = with_system(replace(_whole(row, "rejected", prompt, asked, notes), tools=tools), row)
     _check(row, chosen.messages, rejected.messages, has_prompt=prompt is not None)
     repeated = asked is None or not isinstance(row[asked], str)
     if not repeated and not any(row[asked].strip() in message["content"] for message in chosen.messages):

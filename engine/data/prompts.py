@@ -14,7 +14,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from engine.flags import PromptFlags
 LISTED = 20
 ASKED = ("messages", "prompt", "question", "problem", "query", "instruction", "conversations")
 ANSWERS = ("ground_truth", "reward_model", "answer", "solution")
+BOX, SHORT_ANSWER, BRACE = re.compile(r"\\(?:boxed|fbox)\s*"), re.compile(r"[^\s$\\]+"), re.compile(r"(?<!\\)[{}]")
 Check = Callable[[Any, Any], None]  # (dataset, ground truth); raises ValueError
 # what verl's rows call themselves, with the verifier that judges them; a name may go on, but not with a letter
 SOURCES = {
@@ -91,7 +92,8 @@ class PromptReader:
 
     def _asked(self, row: dict, asked: str, notes: Notes) -> Conversation:
         """The conversation up to the turn that is to be written, with the command line's additions. Raises BadRow."""
-        said = with_system(messages.read(asked_turns(row, asked), asked, notes, row.get("tools")), row)
+        said = messages.read(asked_turns(row, asked), asked, notes)
+        said = with_system(replace(said, tools=messages.tools_of(row, notes)), row)
         kept = said.messages
         while kept and kept[-1]["role"] == "assistant":  # a worked answer behind the question is no part of the prompt
             kept = kept[:-1]
@@ -116,48 +118,56 @@ class PromptReader:
 
     def _judged(self, row: dict, asked: str, answered: str, notes: Notes) -> tuple[str | list[str], Any]:
         """(the verifier, what it compares with). Raises BadRow."""
-        answer = row[answered]
-        if answered == "reward_model":
-            answer = messages.parsed(answer, "reward_model")
-            if not isinstance(answer, dict) or answer.get("ground_truth") is None:
-                raise BadRow("reward_model.ground_truth: missing")
-            for key in {key for key, value in answer.items() if value is not None} - {"ground_truth", "style"}:
-                notes["not used", f"reward_model.{key}"] += 1
-            if answer.get("style") not in (None, "rule") and not str(answer["style"]).startswith("rule"):
-                raise BadRow(f"reward_model.style: expected rule, got {str(answer['style'])[:40]!r}")
-            answer = answer["ground_truth"]
-        worked = isinstance(answer, str) and answered in ("answer", "solution")
+        answer = _rewarded(row[answered], notes) if answered == "reward_model" else row[answered]
+        is_worked = isinstance(answer, str) and answered in ("answer", "solution")
         dataset, source = row.get("dataset"), row.get("data_source")
         named = [dataset, self.flags.verifier, source_verifier(dataset), source_verifier(source)]
-        form = "math" if asked == "problem" or (worked and last_boxed(answer) is not None) else None
-        form = "gsm8k" if form is None and worked and behind_hashes(answer) is not None else form
-        if dataset is None and not any(named) and form:
-            named = [form]
-        problems = []
+        if dataset is None and not any(named):
+            named = [_verifier_by_form(asked, answer if is_worked else "")]
+        problem = None
         for verifier in filter(None, named):
-            truth = _own_answer(answer, verifier) if worked else answer
+            truth = _own_answer(answer, verifier) if is_worked else answer
             try:
                 self.check(verifier, truth)
-                if dataset is not None and verifier != dataset and verifier != source_verifier(dataset):
-                    notes["not used", "dataset that is no verifier's name"] += 1
-                if source is not None and verifier != source_verifier(source):
-                    notes["not used", "data_source"] += 1
-                return verifier, truth
-            except ValueError as problem:
-                problems.append(str(problem))
-            if not problems[-1].startswith("dataset"):  # the verifier is known, and this is no label for it
-                break
-        if problems:
-            raise BadRow(problems[0] if len(problems) == 1 else problems[-1])
+            except ValueError as error:
+                problem = str(error)
+                if not problem.startswith("dataset"):  # the verifier is known, and this is no label for it
+                    break
+                continue
+            if dataset is not None and verifier not in (dataset, source_verifier(dataset)):
+                notes["not used", "dataset that is no verifier's name"] += 1
+            if source is not None and verifier != source_verifier(source):
+                notes["not used", "data_source"] += 1
+            return verifier, truth
+        if problem is not None:
+            raise BadRow(problem)
         unknown = f", and data_source {str(source)[:40]!r} is not a known one" if source is not None else ""
         raise BadRow(f"dataset: missing (the verifier's name; or give --verifier){unknown}")
 
 
+def _rewarded(given: Any, notes: Notes) -> Any:
+    """The ground truth of verl's reward_model, an object or its JSON text. Raises BadRow."""
+    reward = messages.parsed(given, "reward_model")
+    if not isinstance(reward, dict) or reward.get("ground_truth") is None:
+        raise BadRow("reward_model.ground_truth: missing")
+    if not str(reward.get("style") or "rule").startswith("rule"):
+        raise BadRow(f"reward_model.style: expected rule, got {str(reward['style'])[:40]!r}")
+    for key in {key for key, value in reward.items() if value is not None} - {"ground_truth", "style"}:
+        notes["not used", f"reward_model.{key}"] += 1
+    return reward["ground_truth"]
+
+
+def _verifier_by_form(asked: str, worked: str) -> str | None:
+    """The verifier that the columns' names and the form of a worked answer stand for."""
+    if asked == "problem" or last_boxed(worked) is not None:
+        return "math"
+    return "gsm8k" if behind_hashes(worked) is not None else None
+
+
 def _own_answer(answer: str, verifier: str | list[str]) -> str:
     """The final answer of a worked one: behind GSM8K's '####', in MATH's last box; else all of it."""
-    boxed = last_boxed(answer) if verifier == "math" else None
-    marked = behind_hashes(answer) if boxed is None else None
-    return boxed if boxed is not None else marked if marked is not None else answer
+    boxed = last_boxed(answer) if str(verifier).lower() == "math" else None
+    return boxed or behind_hashes(answer) or answer
 
 
 def behind_hashes(answer: str) -> str | None:
@@ -170,15 +180,15 @@ def behind_hashes(answer: str) -> str | None:
 def last_boxed(text: str) -> str | None:
     """What stands in the last \\boxed{...}, or behind a \\boxed without braces; None without one that is closed."""
     start = max(text.rfind("\\boxed"), text.rfind("\\fbox"))
-    if start < 0:
+    opened = BOX.match(text, start) if start >= 0 else None
+    if opened is None:
         return None
-    match = re.compile(r"\\(?:boxed|fbox)\s*").match(text, start)
-    inside = match.end() if match else start
+    inside = opened.end()
     if not text.startswith("{", inside):
-        short = re.compile(r"[^\s$\\]+").match(text, inside)
+        short = SHORT_ANSWER.match(text, inside)
         return short.group().rstrip(".,;") if short else None
     depth = 0
-    for brace in re.compile(r"(?<!\\)[{}]").finditer(text, inside):
+    for brace in BRACE.finditer(text, inside):
         depth += 1 if brace.group() == "{" else -1
         if depth == 0:
             return text[inside + 1 : brace.start()].strip()

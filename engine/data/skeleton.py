@@ -56,6 +56,9 @@ class Skeleton:
             at += len(text) + len(piece)
         if at != len(whole):
             return None, self.marked[-1] if self.marked else 0
+        for i in {i for i, m in enumerate(messages) if m["role"] != "assistant"}.difference(self.marked):
+            if messages[i]["content"].strip() not in whole:
+                return None, i
         return [(starts[p] + a, starts[q] + b) for (p, a), (q, b) in self.turns], -1
 
 
@@ -153,12 +156,12 @@ class _Turns:
 
     def _start(self, i: int, starts: dict[int, int]) -> int:
         """Where the model begins to write turn i: where its prompt ends, or else behind its header."""
-        mark, anchor = self._anchor(i)
+        before, anchor = self._anchor(i)
         opening = self.chat.habits.opening
-        prompt = _behind(mark, self._rendered(i, add_generation_prompt=True))
+        prompt = _behind(before, self._rendered(i, add_generation_prompt=True))
         if prompt and self.chat.habits.asks and self.whole.startswith(prompt, anchor):
             return anchor + len(prompt)
-        bare = _behind(mark, self._rendered(i))
+        bare = _behind(before, self._rendered(i))
         if bare is not None and self.whole.startswith(bare, anchor):
             header = shared(opening, self.whole[anchor + len(bare) :][: len(opening)], self.chat.control)
             if header or not opening:
@@ -179,23 +182,19 @@ class _Turns:
     def _end(self, i: int, start: int, after: int) -> int:
         """Behind the end of turn i; the next message, or its content, stands at `after`."""
         turn = self.whole[start:after]
-        length = self._behind_last_end(turn)
+        length = behind_last_end(turn, self.chat.habits.ends)
         if length and sum(turn.count(end) for end in self.chat.habits.ends) == 1:
             return start + length
         # several: inside the turn, or in what the template writes before the next message
         before, anchor = self._anchor(i)
         said = _behind(before, self._try(lambda: self.chat.written(self.messages[: i + 1], self.tools)))
-        until = 0 if said is None else self._behind_last_end(said)
+        until = 0 if said is None else behind_last_end(said, self.chat.habits.ends)
         if said is not None and anchor + until > start and self.whole.startswith(said[:until], anchor):
             return anchor + until
         if length:
             return start + length
         ends = " or ".join(map(repr, self.chat.habits.ends))
         raise BadRow(f"the chat template does not end message {i} with {ends}")
-
-    def _behind_last_end(self, text: str) -> int:
-        """Where the last end of a turn in the text ends; 0 if there is none."""
-        return max((text.rfind(end) + len(end) for end in self.chat.habits.ends if end in text), default=0)
 
     def _rendered(self, i: int, **options: bool) -> str | None:
         return self._try(lambda: self.chat.render(self.messages[:i], self.tools, **options)) if i else None
@@ -207,6 +206,11 @@ class _Turns:
             return render()
         except BadRow:
             return None
+
+
+def behind_last_end(text: str, ends: tuple[str, ...]) -> int:
+    """Where the last end of a turn in the text ends; 0 if there is none."""
+    return max((text.rfind(end) + len(end) for end in ends if end in text), default=0)
 
 
 def _behind(mark: str, text: str | None) -> str | None:

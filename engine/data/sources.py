@@ -19,7 +19,7 @@ from engine.data.prompts import Prompt, PromptReader, fingerprint_of, load_promp
 from engine.data.store import Examples, open_or_build, summary
 from engine.data.tokenise import Encoder
 from engine.errors import UserError
-from engine.flags import ConversationFlags, DataFlags, MixtureFlags
+from engine.flags import ConversationFlags, DataFlags, MixtureFlags, PairFlags
 from engine.world import World, available_cores
 
 Prepare = Callable[[Source], tuple[Source, Encoder]]  # the rows as they are read, and what makes them sequences
@@ -64,7 +64,7 @@ def load_examples(
 
 
 def read_conversations(
-    flags: MixtureFlags, rows: ConversationFlags, chat: ChatTokenizer, world: World
+    flags: MixtureFlags, chat: ChatTokenizer, world: World, *, rows: ConversationFlags
 ) -> tuple[Examples, Examples | None]:
     """(training conversations, held-out conversations or None), every assistant turn trained. Raises UserError."""
     how: dict[str, Any] = {
@@ -83,9 +83,10 @@ def read_conversations(
 
 
 def read_pairs(
-    flags: MixtureFlags, count_turns: str, judgement: Judgement, chat: ChatTokenizer, world: World
+    flags: MixtureFlags, count_turns: str, chat: ChatTokenizer, world: World, *, rows: PairFlags
 ) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None), of which the `last` or `all` turns count. Raises UserError."""
+    judgement = Judgement(rows.preference_column, rows.preference_numbers, rows.chosen_by_score)
     fold_system = flags.system_role == "fold"
 
     def prepare(source: Source) -> tuple[Source, Encoder]:

@@ -31,8 +31,6 @@ PROBE_TOOL = {
 }
 ASKED = {"role": "user", "content": QUESTION}
 SAID = {"role": "assistant", "content": ANSWER}
-
-
 TAG = re.compile(r"</?[\w:]{1,40}>")
 
 

@@ -111,3 +111,15 @@ class PairFlags:
         DATA,
         many=True,
     )
+
+    def check_pairs(self) -> None:
+        """Raises UserError for flags that contradict each other."""
+        if self.preference_column and self.chosen_by_score:
+            raise UserError("--preference_column and --chosen_by_score are two ways to say one thing: give one of them")
+        if self.preference_numbers and not self.preference_column:
+            raise UserError("--preference_numbers is not read without --preference_column")
+        if self.chosen_by_score and len(self.chosen_by_score) > 2:
+            raise UserError(
+                "--chosen_by_score: expected the name of a score, or the columns of both answers' scores, got"
+                f" {len(self.chosen_by_score)} words"
+            )

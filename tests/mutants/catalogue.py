@@ -1148,15 +1148,15 @@ DATA = (
     Mutant(
         "answers_to_other_questions_are_one_pair",
         "engine/data/judgements.py",
-        "if head is not None and asked and json.dumps(asked, default=str) == key:",
+        "if head is not None and asked and question == key:",
         "if head is not None:",
         ("tests/launch/test_rows.py",),
     ),
     Mutant(
         "a_heading_is_an_answer",
         "engine/data/prompts.py",
-        'form = "math" if asked == "problem" or',
-        'form = "gsm8k" if worked and "####" in answer else "math" if asked == "problem" or',
+        '    if asked == "problem" or last_boxed(worked) is not None:\n        return "math"\n',
+        "",
         ("tests/launch/test_rows.py",),
     ),
     Mutant(
@@ -1281,7 +1281,7 @@ DATA = (
     Mutant(
         "a_label_for_another_verifier",
         "engine/data/prompts.py",
-        'if not problems[-1].startswith("dataset"):',
+        'if not problem.startswith("dataset"):',
         "if False:",
         ("tests/launch/test_rows.py",),
     ),
@@ -3298,8 +3298,8 @@ ROLLOUT = (
     Mutant(
         "the_last_token_is_never_verified",
         "engine/data/chat.py",
-        "        if kept and ids[-1] in self.end_ids:",
-        "        if kept:",
+        "        if len(ids) and ids[-1] in self.end_ids:",
+        "        if len(ids):",
         ("tests/engine/data/test_templates.py::test_what_a_response_says_ends_before_its_end",),
     ),
     Mutant(

@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.data.chat import load_tokenizer
-from engine.data.judgements import EITHER_IS_NAMED
 from engine.data.preferences import PairEncoder
 from engine.data.preferences import conversations as read_conversations
 from engine.data.rows import BadRow
@@ -323,7 +322,7 @@ def test_other_turns_are_another_store(tmp_path, embedded_dir, chat):
     """Both ways to count the same rows, one after the other: neither finds the other's masks."""
     from engine import world
     from engine.data.sources import read_pairs
-    from engine.flags import MixtureFlags
+    from engine.flags import MixtureFlags, PairFlags
 
     user, answer = {"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."}
     row = {"chosen": [user, answer, user, answer], "rejected": [user, answer, user, answer | {"content": "c."}]}
@@ -331,6 +330,6 @@ def test_other_turns_are_another_store(tmp_path, embedded_dir, chat):
     flags = MixtureFlags(dataset_name=str(tmp_path / "pairs.jsonl"), cache_dir=str(tmp_path / "cache"))
     counts = {}
     for turns in ("last", "all"):
-        pairs, _ = read_pairs(flags, turns, EITHER_IS_NAMED, chat, world.start())
+        pairs, _ = read_pairs(flags, turns, chat, world.start(), rows=PairFlags())
         counts[turns] = pairs.counts(np.arange(1)).tolist()
     assert all(2 * last == both for last, both in zip(counts["last"][0], counts["all"][0], strict=True))

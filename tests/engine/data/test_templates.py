@@ -540,3 +540,45 @@ def test_the_message_that_is_changed_is_named():
 def test_arguments_in_the_form_that_the_template_takes():
     assert make("instructions in brackets").habits.calls == "text"  # an object would be written as Python writes it
     assert make("thoughts of the last turns").habits.calls == "object"
+
+
+# --- what a reader of the code found ----------------------------------------------------------------------------------
+
+
+def test_every_end_is_taken_off_a_response():
+    """'two tokens' ends an answer with one pair and a call with another, of which the last token is the same."""
+    chat = make("two tokens end a turn")
+    ids = chat.tokenizer("a call<|END_ACTION|><|END_OF_TURN|>", add_special_tokens=False)["input_ids"]
+    assert chat.response_text(ids) == "a call"
+
+
+def test_a_last_turn_without_an_end_is_no_example():
+    """A template that ends a turn only where it says something: the end of an earlier turn is none of this one's."""
+    template = (
+        "{% for m in messages %}{{ m.role }}: {{ m.content }}{{ '<|end|>' if m.content }}\n{% endfor %}"
+        + PROMPT
+        + "assistant: {% endif %}"
+    )
+    with pytest.raises(BadRow, match="does not end message 3"):
+        make(template).encode_last([ASK, SAY, ASK, SAY | {"content": ""}], 100, None)
+
+
+def test_a_tools_result_in_a_users_turn_must_be_shown():
+    """It is not marked, since templates look at how it begins, and is looked for as it is."""
+    result = {"role": "user", "content": "<tool_response>\nzebra\n</tool_response>"}
+    messages = [ASK, SAY | {"reasoning_content": "Hm."}, result, SAY]
+    assert result["content"] in make("thoughts of the last turns").spans(messages)[0]
+    cuts = STYLES["thoughts of the last turns"][0].replace("{{ m.content }}", "{{ m.content | replace('zebra', '') }}")
+    with pytest.raises(BadRow, match="changes the content of message"):
+        make(cuts).spans(messages)
+
+
+def test_numbers_of_a_call_must_be_shown():
+    call = {"id": "1", "type": "function", "function": {"name": "add", "arguments": {"a": 1, "b": 0, "c": True}}}
+    messages = [ASK, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    assert make("thoughts of the last turns").spans(messages, [TOOL])
+    half = STYLES["thoughts of the last turns"][0].replace(
+        "c.function.arguments | tojson", "c.function.arguments | tojson | replace('\"b\": 0, ', '')"
+    )
+    with pytest.raises(BadRow, match="drops a call"):
+        make(half).spans(messages, [TOOL])
