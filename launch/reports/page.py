@@ -75,7 +75,7 @@ def render(
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True
     )
-    environment.filters |= {"shown": shown_text, "when": when, "dashes": plots.dash}
+    environment.filters |= {"shown": shown_text, "when": when, "dashes": plots.dash, "percent": plots.percent}
     return environment.get_template("page.html.jinja").render(
         title=title or heading(acts, results),
         acts=acts,
@@ -135,7 +135,7 @@ def card(run: Recorded, number: int, comparison: Comparison | None) -> dict[str,
         "marks": [mark for mark in marks if mark.level != health.OK],
         "fine": [mark for mark in marks if mark.level == health.OK],
         "worst": marks[0].level if marks else health.OK,
-        "tokens": plots.short(tokens.last, tokens.last / 100) if tokens and len(tokens) and tokens.last else "",
+        "tokens": plots.rounded(tokens.last) if tokens and len(tokens) and tokens.last else "",
         "duration": duration(run),
         "next": verdict.next_steps(run),
         "config": sorted((str(key), str(value)) for key, value in run.config.items()),
@@ -151,10 +151,11 @@ def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list
     xlabel = runs[0].unit
     names = {name for run in runs for name in run.series if not name.startswith(PHASES)}
     bounds = {n for n in names if n.endswith(("/low", "/high")) and f"{n.rpartition('/')[0]}/accuracy" in names}
-    groups: dict[str, list[Plot]] = {name: [] for name in catalogue.GROUPS}
+    groups: dict[str, list[Plot]] = {name: [] for name in catalogue.GROUPS[:3]}
     tabled = []
     for count, name in enumerate(catalogue.order_of(names - bounds)):
-        metric = catalogue.metric_of(name)
+        # PPO's `loss` is its policy loss, under the name that every stage has
+        metric = catalogue.metric_of("loss/policy" if (stage, name) == ("ppo", "loss") else name)
         lines = [
             plots.Line(run.series[name], number, *bounds_of(run, name))
             for number, run in enumerate(runs)
@@ -165,7 +166,7 @@ def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list
             continue
         svg = plots.lines_plot(lines, metric.unit, share=metric.share, xlabel=xlabel, name=f"{stage}{count}")
         values = [(line.number, ends(line.series, metric.share)) for line in lines]
-        groups[metric.group].append(Plot(name, metric.title, metric.caption, svg, values, []))
+        groups.setdefault(metric.group, []).append(Plot(name, metric.title, metric.caption, svg, values, []))
     for number, run in enumerate(runs):
         if phases := {
             name[len(PHASES) :]: s for name, s in sorted(run.series.items()) if name.startswith(PHASES) and len(s)
@@ -175,7 +176,7 @@ def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list
                 "Seconds of each phase of an iteration. Healthy: even; growth means longer responses or less memory."
             )
             svg = plots.bars_plot(phases, xlabel=xlabel, name=f"{stage}time{number}")
-            groups[catalogue.SPEED].insert(0, Plot(PHASES + "*", title, caption, svg, [], list(phases)))
+            groups[catalogue.MACHINE].insert(0, Plot(PHASES + "*", title, caption, svg, [], list(phases)))
     return [(name, of) for name, of in groups.items() if of], tabled
 
 
@@ -191,7 +192,9 @@ def ends(series: Series, share: bool) -> str:
     """First and last value, in words."""
     if not len(series):
         return f"never finite ({len(series.bad_steps):,} values)"
-    word = lambda x: f"{x:.1%}" if share else f"{x:,.0f}" if 1e4 <= abs(x) < 1e12 else f"{x:.4g}"
+    word = lambda x: (
+        plots.percent(x) if share else f"{x:,.0f}" if 1e4 <= abs(x) < 1e12 else f"{x:.4g}".replace("-", "−")
+    )
     return f"{word(series.first)} → {word(series.last)}" if len(series) > 1 else word(series.last)
 
 

@@ -169,7 +169,7 @@ def intervals_plot(rows: Sequence[tuple[str, float, float | None, float | None]]
         for side, spine in axes.spines.items():
             spine.set_visible(side == "bottom")
             spine.set_color(INK)
-        axes.tick_params(colors=INK, length=3, labelsize=9)
+        axes.tick_params(colors=INK, length=3, labelsize=9.5)
         axes.xaxis.set_major_formatter(Short(share=True))
         return _svg(figure, name)
 
@@ -177,12 +177,12 @@ def intervals_plot(rows: Sequence[tuple[str, float, float | None, float | None]]
 def _axes(unit: str, xlabel: str):
     figure = Figure(SIZE)
     axes = figure.add_axes((0.115, 0.15, 0.865, 0.75))
-    axes.set_title(unit, loc="left", fontsize=9, color=INK, pad=5, x=-0.11)
-    axes.set_xlabel(xlabel, fontsize=9, color=INK, loc="right", labelpad=1)
+    axes.set_title(unit, loc="left", fontsize=9.5, color=INK, pad=5, x=-0.11)
+    axes.set_xlabel(xlabel, fontsize=9.5, color=INK, loc="right", labelpad=1)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
         spine.set_color(INK)
-    axes.tick_params(axis="both", colors=INK, length=3, width=0.8, labelsize=9)
+    axes.tick_params(axis="both", colors=INK, length=3, width=0.8, labelsize=9.5)
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="y", color=FAINT, linewidth=0.7)
     axes.set_axisbelow(True)
@@ -190,8 +190,8 @@ def _axes(unit: str, xlabel: str):
 
 
 def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None:
-    """Of steps: all of them. Of values: all but the outermost thousandth of long lines, whose spikes would hide the rest;
-    a line that is level gets room around it.
+    """Of steps: all. Of values: all but the outermost thousandth of long lines, whose spikes would hide the rest; a
+    level line gets room around it.
     """
     steps = np.concatenate([np.concatenate([s.series.steps, s.series.bad_steps]) for s in lines])
     first, last = (float(steps.min()), float(steps.max())) if len(steps) else (0.0, 1.0)
@@ -210,49 +210,64 @@ def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None
     if high - low < 1e-9 * max(abs(high), abs(low)):
         room = max(0.05 * abs(high), 1e-300)
     low, high = low - room, high + room
-    if share and -1e-9 <= values.min() and values.max() <= 1 + 1e-9:
+    if share and values.min() >= -1e-9 and values.max() <= 1 + 1e-9:
         low, high = max(low, -0.02), min(high, 1.02)
     axes.set_ylim(low, high)
 
 
 def _ticks(axes, share: bool, logarithmic: bool) -> None:
-    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(Short())
     if logarithmic:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="y", which="minor", length=0)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5))
+        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.yaxis.set_major_formatter(Short(share))
 
 
 class Short(Formatter):
-    """Numbers of a few characters: 0.25, 12k, 3e-7, 40 %; as many digits as neighbouring ticks need."""
+    """Numbers of a few characters: 0.25, 12k, 3e−7, 40 %; as many digits as neighbouring ticks need."""
 
     def __init__(self, share: bool = False) -> None:
         self.share = share
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        gaps = np.diff(np.unique(self.locs)) if len(self.locs) > 1 else np.zeros(0)
-        return short(x, float(gaps.min()) if len(gaps) else abs(x), self.share)
+        places = np.unique(self.locs) if len(self.locs) else np.array([x])
+        gap = float(np.diff(places).min()) if len(places) > 1 else 0.0
+        logarithmic = len(places) > 2 and places[0] > 0 and places[-1] / places[0] >= 50
+        return short(x, 0.0, abs(x), self.share) if logarithmic else short(x, gap, np.abs(places).max(), self.share)
 
 
-def short(x: float, gap: float, share: bool = False) -> str:
+UNITS = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def short(x: float, gap: float, most: float, share: bool = False) -> str:
+    """`x` in the unit that suits the largest of its neighbours, in the digits of the gap between them (0: its own)."""
+    if x == 0 or abs(x) < 1e-9 * gap:
+        return percent(0, 0) if share else "0"
     if share:
-        x, gap = 100 * x, 100 * gap
-    if abs(x) < gap * 1e-6 or x == 0:
-        return "0 %" if share else "0"
-    most = max(abs(x), gap)
-    unit, word = next(
-        ((u, w) for u, w in ((1e9, "G"), (1e6, "M"), (1e3, "k")) if 10 * u <= most * 10 and most >= u), (1, "")
-    )
-    if not share and (most < 1e-3 or most >= 1e12):
-        digits = max(0, min(5, math.floor(math.log10(abs(x))) - math.floor(math.log10(gap)))) if gap > 0 else 2
-        mantissa, exponent = f"{x:.{digits}e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    decimals = max(0, min(6, -math.floor(math.log10(gap / unit) + 1e-9))) if gap > 0 else 2
-    text = f"{x / unit:.{decimals}f}"
-    return text.replace("-", "−") + word + (" %" if share else "")
+        return percent(x, digits_of(100 * (gap or x), 2))
+    if most < 1e-3 or most >= 1e12:
+        exponent = math.floor(math.log10(most) + 1e-12)
+        return f"{x / 10**exponent:.{digits_of((gap or x) / 10**exponent, 3)}f}e{exponent}".replace("-", "−")
+    unit, word = next(((u, w) for u, w in UNITS if most >= 10 * u or (most >= u and not gap)), (1.0, ""))
+    return f"{x / unit:.{digits_of((gap or x) / unit, 6)}f}".replace("-", "−") + word
+
+
+def digits_of(gap: float, most: int) -> int:
+    """Decimals in which the gap is written to a hundredth of itself."""
+    return next((d for d in range(most) if abs(gap - round(gap, d)) < 0.01 * abs(gap)), most)
+
+
+def rounded(x: float) -> str:
+    """Three digits and a unit, for a headline."""
+    unit, word = next(((u, w) for u, w in UNITS if abs(x) >= u), (1.0, ""))
+    return f"{x / unit:.3g}{word}"
+
+
+def percent(x: float, decimals: int = 1) -> str:
+    return f"{100 * x:.{decimals}f}\u00a0%".replace("-", "−")
 
 
 def _svg(figure: Figure, name: str) -> str:

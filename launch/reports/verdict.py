@@ -38,7 +38,7 @@ class Headline:
     outcome: str  # better | worse | unclear
 
     def shown(self, value: float) -> str:
-        return f"{value:.1%}" if metric_of(self.metric).share else f"{value:.4g}"
+        return f"{100 * value:.1f}\u00a0%" if metric_of(self.metric).share else f"{value:.4g}"
 
     @property
     def between(self) -> str:
@@ -95,18 +95,19 @@ def sentence(run: Recorded) -> str:
     h = headline(run)
     if h is None:
         return "Nothing to compare yet: no figure of this stage has been measured twice."
-    name = metric_of(h.metric).title[:1].lower() + metric_of(h.metric).title[1:]
-    name = name if metric_of(h.metric).title[1:2].islower() else metric_of(h.metric).title
+    title = metric_of(h.metric).title
+    name = title[:1].lower() + title[1:]
     change = f"{name} went from {h.shown(h.before)} to {h.shown(h.after)}"
     if h.after_interval is not None and h.before_interval is not None:
         apart = "the 95 % intervals do not overlap" if h.outcome != "unclear" else "the 95 % intervals overlap"
         change += f"; {apart}"
-    so_far = "So far it" if run.status == "running" else "It"
-    judged = {
-        "better": f"{so_far} worked",
-        "worse": f"{so_far} made the model worse",
-        "unclear": "No clear difference" if run.status != "running" else "No clear difference yet",
-    }
+    judged = {"better": "It worked", "worse": "It made the model worse", "unclear": "No clear difference"}
+    if run.status == "running":
+        judged = {
+            "better": "It works so far",
+            "worse": "The model is getting worse",
+            "unclear": "No clear difference yet",
+        }
     return f"{judged[h.outcome]}: {change}."
 
 
@@ -149,8 +150,8 @@ def batch_of(run: Recorded) -> str:
         return ""
     if run.stage == "ppo":
         return (
-            f"{size} prompts × {c.get('num_samples_per_prompt')} responses of at most {c.get('response_length')} tokens,"
-            f" {c.get('num_ppo_epochs')} × {c.get('num_mini_batches')} updates per iteration"
+            f"{size} prompts × {c.get('num_samples_per_prompt')} responses of at most {c.get('response_length')}"
+            f" tokens, {c.get('num_ppo_epochs')} × {c.get('num_mini_batches')} updates per iteration"
         )
     return f"{size} {'pairs' if run.stage == 'dpo' else 'conversations'} per step"
 
