@@ -21,7 +21,6 @@ from engine.config import parse
 from engine.errors import UserError, on_one_line
 from engine.flags import flag
 from launch import commands
-from launch.reports.page import render
 from launch.reports.results import read_evaluations, read_results
 from launch.reports.runs import read_runs
 
@@ -68,6 +67,8 @@ def report(
     UserError: matplotlib is missing, no run can be shown, a file of `results` or `evaluations` is damaged.
     """
     require_matplotlib()
+    from launch.reports.page import render  # which draws; the other commands know this one's flags without matplotlib
+
     shown, left_out = read_runs([Path(run) for run in runs])
     top = read_results(results) if results is not None else None
     evaluated = read_evaluations([Path(path) for path in evaluations])
@@ -83,7 +84,7 @@ def require_matplotlib() -> None:
     """Raises UserError."""
     try:
         import matplotlib  # noqa: F401
-    except ImportError:
+    except Exception:  # half an installation raises whatever it likes
         raise UserError("launch.report needs matplotlib: pip install -e '.[report]'") from None
 
 

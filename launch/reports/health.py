@@ -211,7 +211,7 @@ def rewards_vary(run: Recorded) -> Mark | None:
 
 def kl_is_bounded(run: Recorded) -> Mark | None:
     """Per token of a response, in the last tenth: at 0.2 nats texts read differently from the reference's, at 1 little
-    is left of it. Clearly below 0 the estimate is of other samples than the policy's. Without kl_coef nothing is measured.
+    is left of it. Clearly below 0 the estimate is of other samples than the policy's. Without kl_coef there is none.
     """
     kl, length = of(run, "objective/kl", FEW), of(run, "rollout/length", FEW)
     if kl is None or length is None or not run.config.get("kl_coef", 1):
@@ -315,8 +315,7 @@ def gradients_are_calm(run: Recorded) -> Mark | None:
     norm = of(run, "grad_norm", 2 * FEW + 1)
     if norm is None:
         return None
-    before = [np.median(norm.values[max(0, i - 20) : i]) for i in range(10, len(norm))]
-    times = norm.values[10:] / np.maximum(before, 1e-12)
+    times = norm.values[10:] / np.maximum(medians_before(norm.values), 1e-12)
     spikes, most = int((times > 10).sum()), float(times.max())
     seen = f"At most {most:.1f} times the median of the steps before."
     if spikes:
@@ -326,6 +325,14 @@ def gradients_are_calm(run: Recorded) -> Mark | None:
     advice = "Look at the data of that step; lower --max_grad_norm or --learning_rate if it recurs."
     wild = BAD if unstable else WARNING if spikes else OK
     return found(wild, ("Gradients are calm", "Gradient norm spikes"), seen, advice, "grad_norm")
+
+
+def medians_before(values: np.ndarray) -> np.ndarray:
+    """For every value from the eleventh on, the median of the 20 before it, or of as many as there are."""
+    few = [np.median(values[:i]) for i in range(10, min(20, len(values)))]
+    if len(values) <= 20:
+        return np.array(few)
+    return np.concatenate([few, np.median(np.lib.stride_tricks.sliding_window_view(values, 20), axis=1)[:-1]])
 
 
 def speed_holds(run: Recorded) -> Mark | None:

@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -27,7 +28,7 @@ PHASES = 8  # --p0 to --p7
 POINTS = 400  # of a line; more are bins
 BARS = 60
 SIZE = (5.2, 2.75)  # inches of 72 CSS pixels
-STYLE = {
+STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.size": 10,
@@ -198,7 +199,8 @@ def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None
     room = 0.02 * (last - first) or 0.5
     axes.set_xlim(first - room, last + room)
     values = np.concatenate(
-        [s.values for line in lines for s in (line.series, line.low, line.high) if s is not None and len(s)] or [[0.0]]
+        [s.values for line in lines for s in (line.series, line.low, line.high) if s is not None and len(s)]
+        or [np.zeros(1)]
     )
     low, high = float(values.min()), float(values.max())
     if len(values) > 2000:
