@@ -78,7 +78,9 @@ def parse(
     """
     flags = flags_of(config_class)
     try:
-        namespace, rest = _parser(config_class, flags).parse_known_args(argv)
+        parser = _parser(config_class, flags)
+        several = any(f.positional and f.many for f in flags.values())  # which may stand on both sides of a flag
+        namespace, rest = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"command line: {error}") from None
     words = vars(namespace)
@@ -230,7 +232,7 @@ def _say(lines: list[str]) -> None:
 def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentParser:
     """Reads words as they are; what they mean is _convert's, the same for a YAML file."""
     main = sys.modules["__main__"].__spec__ if config_class.__module__ == "__main__" else None
-    positional = [f.name.upper() for f in flags.values() if f.positional]
+    positional = [f.name.upper() + (" ..." if f.many else "") for f in flags.values() if f.positional]
     width = min(120, shutil.get_terminal_size().columns)
     parser = argparse.ArgumentParser(
         prog=f"python -m {main.name if main else config_class.__module__}",
@@ -267,7 +269,7 @@ def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentPars
         default = "" if f.default is None or f.default is False else f" [{f.default}]"
         help = (f.help + listed + also + default).replace("%", "%%")
         if f.positional:
-            group.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=help)
+            group.add_argument(f.name, nargs="*" if f.many else "?", metavar=f.name.upper(), help=help)
             continue
         group.add_argument(f"--{f.name}", help=help, **options)
         options.pop("metavar", None)

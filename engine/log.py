@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engine.elsewhere import Elsewhere, elsewhere
 from engine.terminal import Progress
 from engine.world import World
 
@@ -71,7 +72,7 @@ class Metrics:
         if world.is_main:
             self._file = JsonLines(output_dir / "metrics.jsonl", start)
             self._bar = Progress(unit, total, start)
-            self._elsewhere = _reporter(report_to, output_dir)
+            self._elsewhere: Elsewhere | None = elsewhere(report_to, output_dir, start)
 
     def write(self, step: int, row: dict[str, Any], postfix: str = "") -> None:
         """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then
@@ -82,12 +83,14 @@ class Metrics:
             if postfix:
                 self._bar.advance(postfix)
             if self._elsewhere:
-                self._elsewhere(step, row)
+                self._elsewhere.write(step, row)
 
     def close(self) -> None:
         if self.is_main:
             self._file.close()
             self._bar.close()
+            if self._elsewhere:
+                self._elsewhere.close()
 
 
 def _rows_before(path: Path, start: int) -> list[str]:
@@ -100,23 +103,3 @@ def _rows_before(path: Path, start: int) -> list[str]:
         except (ValueError, KeyError):
             break
     return kept
-
-
-def _reporter(report_to: str, output_dir: Path) -> Any:
-    if report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(output_dir / "tensorboard"))
-
-        def write(step: int, row: dict[str, Any]) -> None:
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(name, value, step)
-
-        return write
-    if report_to == "wandb":
-        import wandb
-
-        run = wandb.init(project="triptych", name=output_dir.name, dir=str(output_dir))
-        return lambda step, row: run.log(row, step=step)
-    return None

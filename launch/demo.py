@@ -7,7 +7,8 @@
     act III  launch.ppo   reinforces what a program verifies to be right
 
 With no argument: a tiny Llama that has read nothing and a small language of word problems
-(engine/data/word_problems.py), some minutes on two cores. With --model_name_or_path a real chat model on real data, some hours:
+(engine/data/word_problems.py), some minutes on two cores. With --model_name_or_path a real chat model on real data,
+some hours:
 
     python -m launch.demo --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --conversations gsm8k_train.jsonl
         --pairs preferences.jsonl

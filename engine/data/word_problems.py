@@ -1,5 +1,5 @@
-"""The demonstration's language: a small world of word problems, a tiny Llama that has never read one, and what the three
-acts are taught with. All of it is made from a seed on the spot.
+"""The demonstration's language: a small world of word problems, a tiny Llama that has never read one, and what the
+three acts are taught with. All of it is made from a seed on the spot.
 
 A problem tells of one or two changes to a number of things; a worked answer takes them in turn and ends in the number:
 

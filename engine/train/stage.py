@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine import provenance
 from engine import run as directories
 from engine.data.batch import Batchable, MicroBatch, MicroBatches
 from engine.data.mixture import Steps
@@ -71,7 +72,7 @@ class Run:
         self.throughput: Throughput
 
     def __enter__(self) -> Run:
-        facts = {"model_revision": self.base.revision}
+        facts = {"model_revision": self.base.revision} | provenance.facts(self.world, self.plan.total)
         opened = directories.open_run(self.flags, self.values, self.world, facts)
         self.is_finished = self._stack.enter_context(opened)
         if self.is_finished:
