@@ -200,7 +200,11 @@ REFUSED = [
         "command line: optimizer.lr is --learning_rate here (flags are given as --name value)",
     ),
     ("sft", "--adam.lr 2e-5", "command line: adam.lr is --learning_rate here"),
-    ("sft", "actor_rollout_ref.rollout.n=5", "is --num_samples_per_prompt here, which belongs to launch.ppo"),
+    (
+        "sft",
+        "actor_rollout_ref.rollout.n=5",
+        "is --num_samples_per_prompt here, which belongs to launch.ppo and launch.generate",
+    ),
     ("sft", "epochs=3", "command line: epochs=3: flags are given as --name value, this one is --num_train_epochs"),
     ("sft", "seed=3", "command line: seed=3: flags are given as --name value, this one is --seed"),
     ("sft", "color=3", "command line: unexpected word 'color=3'"),
