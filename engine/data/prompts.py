@@ -52,16 +52,22 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's ids, up to where the assistant begins to write, and what its answer is verified against."""
+    """A prompt's ids, up to where the assistant begins to write, and what its answer is verified against; the file that
+    its row stands in.
+    """
 
     ids: np.ndarray
     ground_truth: Any
     dataset: str | list[str]
+    source: str = ""
 
     @property
     def verifier(self) -> str:
         """The name, or names, of what judges its answer."""
         return self.dataset.lower() if isinstance(self.dataset, str) else "+".join(map(str.lower, self.dataset))
+
+
+ReadPrompt = Callable[[dict, Notes], Prompt]  # raises BadRow
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,11 @@ class PromptReader:
 
     def __call__(self, row: dict, notes: Notes) -> Prompt:
         """Raises BadRow."""
+        said, ground_truth, dataset = self.read(row, notes)
+        return Prompt(self.ids(self.worded(said, notes), notes), ground_truth, dataset)
+
+    def read(self, row: dict, notes: Notes) -> tuple[Conversation, Any, str | list[str]]:
+        """(what the row asks, its ground truth, its verifier). Raises BadRow."""
         asked = next((column for column in ASKED if row.get(column) is not None), None)
         if asked is None:
             got = ", ".join(sorted(row)[:6]) or "nothing"
@@ -86,12 +97,17 @@ class PromptReader:
         note_unread(row, read | ({"input"} if asked == "instruction" else set()), notes)
         said = self._asked(row, asked, notes)
         dataset, ground_truth = self._judged(row, asked, answered, notes)
+        return said, ground_truth, dataset
+
+    def ids(self, said: Conversation, notes: Notes) -> np.ndarray:
+        """The tokens of a conversation up to the turn that is to be written. Raises BadRow."""
+        said = messages.folded(said) if self.fold_system else said
         ids = self.chat.prompt_ids(said.messages, said.tools)
         self.chat.note_unshown(said.messages, said.tools, "", notes)
-        return Prompt(ids, ground_truth, dataset)
+        return ids
 
     def _asked(self, row: dict, asked: str, notes: Notes) -> Conversation:
-        """The conversation up to the turn that is to be written, with the command line's additions. Raises BadRow."""
+        """The conversation up to the turn that is to be written. Raises BadRow."""
         said = messages.read(asked_turns(row, asked), asked, notes)
         said = with_system(replace(said, tools=messages.tools_of(row, notes)), row)
         kept = said.messages
@@ -101,11 +117,14 @@ class PromptReader:
             notes["not used", f"answers at the end of {asked}"] += 1
         if not kept:
             raise BadRow(f"{asked}: expected a turn to answer, got only the assistant's")
+        if self.flags.prompt_template is not None and kept[-1]["role"] != "user":
+            raise BadRow(f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s")
+        return Conversation(kept, said.tools)
+
+    def worded(self, said: Conversation, notes: Notes) -> Conversation:
+        """The conversation with the command line's additions: the text around the question, a system turn."""
+        kept = said.messages
         if self.flags.prompt_template is not None:
-            if kept[-1]["role"] != "user":
-                raise BadRow(
-                    f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s"
-                )
             question = self.flags.prompt_template.replace("{prompt}", kept[-1]["content"])
             kept = [*kept[:-1], kept[-1] | {"content": question}]
         if self.flags.system_prompt is not None:
@@ -113,8 +132,7 @@ class PromptReader:
                 notes["rows keep their own system turn (--system_prompt)", ""] += 1
             else:
                 kept = [{"role": "system", "content": self.flags.system_prompt}, *kept]
-        said = Conversation(kept, said.tools)
-        return messages.folded(said) if self.fold_system else said
+        return Conversation(kept, said.tools)
 
     def _judged(self, row: dict, asked: str, answered: str, notes: Notes) -> tuple[str | list[str], Any]:
         """(the verifier, what it compares with). Raises BadRow."""
@@ -205,7 +223,7 @@ def source_verifier(data_source: Any) -> str | None:
 
 
 def load_prompts(
-    source: Source, read: PromptReader, max_prompt_tokens: int, on_bad_row: str
+    source: Source, read: ReadPrompt, max_prompt_tokens: int, on_bad_row: str
 ) -> tuple[list[Prompt], list[str]]:
     """(prompts, lines that say what was kept, dropped, not used and bad). A prompt longer than `max_prompt_tokens` is
     dropped and counted. Raises UserError.
@@ -228,7 +246,7 @@ def load_prompts(
         if len(prompt.ids) > max_prompt_tokens:
             too_long += 1
         else:
-            prompts.append(prompt)
+            prompts.append(prompt if prompt.source else replace(prompt, source=source.name + place.rpartition(":")[0]))
     dropped = f", {too_long} dropped (longer than {max_prompt_tokens} tokens)" if too_long else ""
     lines = [f"{source.name}: {total} rows, {len(prompts)} kept{dropped}" + (f", {len(bad)} bad" if bad else "")]
     lines += note_lines(notes) + [f"  bad row {line}" for line in bad[:LISTED]]

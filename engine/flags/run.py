@@ -13,6 +13,7 @@ from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_between, r
 class SamplingFlags:
     """How responses are drawn and judged."""
 
+    num_samples_per_prompt: int = flag(None, "responses to each prompt", SAMPLING)
     response_length: int = flag(None, "longest response in tokens; 1024, embedded 24", SAMPLING)
     temperature: float = flag(1.0, "of sampling; 0 is greedy", SAMPLING)
     top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)", SAMPLING)
