@@ -193,8 +193,8 @@ class _Given:
         if commands := self._commands(name):
             raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
         for row in table.rows_of(name):
-            ours = min(row.needs - self.flags.keys())
-            raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
+            for ours in sorted(row.needs - self.flags.keys()):
+                raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
         names = [*self.ours, "config"] if self.dash else [*self.ours]
         snake = name.replace("-", "_")
         close = f" (did you mean {snake}?)" if table.rows_of(snake) else nearest(name, names)

@@ -228,7 +228,7 @@ def _store(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def main(command: Callable[[], None]) -> None:
+def main(command: Callable[[], object]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """

@@ -67,6 +67,7 @@ class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, SamplesFlag
     __doc__ = __doc__
     output_dir: str = override("output/ppo")
     batch_size: int = override(None, "prompts per iteration, whatever the machine; 224, embedded 32")
+    num_samples_per_prompt: int = override(None, "responses per prompt; 1, embedded 4")
     learning_rate: float = override(
         None, "peak, of the policy; 3e-7 (Tülu 3 8B), with adapters 3e-6, for the embedded model 1e-3"
     )

@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import dpo, evaluate, generate, ppo, sft, verify
+from launch import compare, dpo, evaluate, generate, ppo, sft, verify
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -42,7 +42,11 @@ BELOW = {  # room → the rooms that it may import besides itself
     "launch.planner": {*sizes.ROOMS},
 }
 COMMANDS = {"sft": sft.Config, "dpo": dpo.Config, "ppo": ppo.Config, "evaluate": evaluate.Config}
-OTHERS = {"verify": verify.Config, "generate": generate.Config}  # with words of their own, such as --output
+OTHERS = {
+    "compare": compare.Config,
+    "verify": verify.Config,
+    "generate": generate.Config,
+}  # with words of their own, such as --output
 
 
 def imported(tree: ast.AST):

@@ -15,7 +15,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -53,11 +53,14 @@ SOURCES = {
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt's ids, up to where the assistant begins to write, and what its answer is verified against."""
+    """A prompt's ids, up to where the assistant begins to write, and what its answer is verified against; the file that
+    its row stands in.
+    """
 
     ids: np.ndarray
     ground_truth: Any
     dataset: str | list[str]
+    source: str = ""
 
     @property
     def verifier(self) -> str:
@@ -74,7 +77,14 @@ class Question:
     labels: dict[str, Any]
 
 
-P = TypeVar("P", Prompt, Question)
+class Asked(Protocol):
+    """What a reader of rows makes."""
+
+    @property
+    def ids(self) -> np.ndarray: ...
+
+
+P = TypeVar("P", bound=Asked)
 
 
 @dataclass(frozen=True)
@@ -90,7 +100,8 @@ class QuestionReader:
         asked = asked_column(row)
         labels = {column: row[column] for column in LABELS if row.get(column) is not None}
         note_unread(row, {asked, *LABELS, "system", "tools"} | read_beside(asked), notes)
-        said = asked_in(row, asked, self.flags, self.fold_system, notes)
+        said = worded(asked_in(row, asked, self.flags, notes), self.flags, notes)
+        said = messages.folded(said) if self.fold_system else said
         ids = self.chat.prompt_ids(said.messages, said.tools)
         self.chat.note_unshown(said.messages, said.tools, "", notes)
         return Question(ids, said.messages, labels)
@@ -107,17 +118,31 @@ class PromptReader:
 
     def __call__(self, row: dict, notes: Notes) -> Prompt:
         """Raises BadRow."""
+        said, ground_truth, dataset = self.read(row, notes)
+        return Prompt(self.ids(self.worded(said, notes), notes), ground_truth, dataset)
+
+    def read(self, row: dict, notes: Notes) -> tuple[Conversation, Any, str | list[str]]:
+        """(what the row asks, its ground truth, its verifier). Raises BadRow."""
         asked = asked_column(row)
         answered = next((column for column in ANSWERS if row.get(column) is not None), None)
         if answered is None:
             raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])})")
         read = {asked, answered, "dataset", "data_source", "system", "tools"}
         note_unread(row, read | read_beside(asked), notes)
-        said = asked_in(row, asked, self.flags, self.fold_system, notes)
+        said = asked_in(row, asked, self.flags, notes)
         dataset, ground_truth = self._judged(row, asked, answered, notes)
+        return said, ground_truth, dataset
+
+    def ids(self, said: Conversation, notes: Notes) -> np.ndarray:
+        """The tokens of a conversation up to the turn that is to be written. Raises BadRow."""
+        said = messages.folded(said) if self.fold_system else said
         ids = self.chat.prompt_ids(said.messages, said.tools)
         self.chat.note_unshown(said.messages, said.tools, "", notes)
-        return Prompt(ids, ground_truth, dataset)
+        return ids
+
+    def worded(self, said: Conversation, notes: Notes) -> Conversation:
+        """The conversation with the command line's additions: the text around the question, a system turn."""
+        return worded(said, self.flags, notes)
 
     def _judged(self, row: dict, asked: str, answered: str, notes: Notes) -> tuple[str | list[str], Any]:
         """(the verifier, what it compares with). Raises BadRow."""
@@ -162,8 +187,8 @@ def read_beside(asked: str) -> set[str]:
     return {"input", "history"} if asked == "instruction" else set()
 
 
-def asked_in(row: dict, asked: str, flags: QuestionFlags, fold_system: bool, notes: Notes) -> Conversation:
-    """The conversation up to the turn that is to be written, with the command line's additions. Raises BadRow."""
+def asked_in(row: dict, asked: str, flags: QuestionFlags, notes: Notes) -> Conversation:
+    """The conversation up to the turn that is to be written. Raises BadRow."""
     said = messages.read(asked_turns(row, asked), asked, notes)
     if asked == "instruction" and (earlier := history(row)):
         said = messages.joined(Conversation(earlier), said)
@@ -175,9 +200,15 @@ def asked_in(row: dict, asked: str, flags: QuestionFlags, fold_system: bool, not
         notes["not used", f"answers at the end of {asked}"] += 1
     if not kept:
         raise BadRow(f"{asked}: expected a turn to answer, got only the assistant's")
+    if flags.prompt_template is not None and kept[-1]["role"] != "user":
+        raise BadRow(f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s")
+    return Conversation(kept, said.tools)
+
+
+def worded(said: Conversation, flags: QuestionFlags, notes: Notes) -> Conversation:
+    """The conversation with the command line's additions: the text around the question, a system turn."""
+    kept = said.messages
     if flags.prompt_template is not None:
-        if kept[-1]["role"] != "user":
-            raise BadRow(f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s")
         question = flags.prompt_template.replace("{prompt}", kept[-1]["content"])
         kept = [*kept[:-1], kept[-1] | {"content": question}]
     if flags.system_prompt is not None:
@@ -185,8 +216,7 @@ def asked_in(row: dict, asked: str, flags: QuestionFlags, fold_system: bool, not
             notes["rows keep their own system turn (--system_prompt)", ""] += 1
         else:
             kept = [{"role": "system", "content": flags.system_prompt}, *kept]
-    said = Conversation(kept, said.tools)
-    return messages.folded(said) if fold_system else said
+    return Conversation(kept, said.tools)
 
 
 def _rewarded(given: Any, notes: Notes) -> Any:
@@ -272,7 +302,7 @@ def load_prompts(
         if len(prompt.ids) > max_prompt_tokens:
             too_long += 1
         else:
-            prompts.append(prompt)
+            prompts.append(prompt if prompt.source else replace(prompt, source=source.name + place.rpartition(":")[0]))
     dropped = f", {too_long} dropped (longer than {max_prompt_tokens} tokens)" if too_long else ""
     lines = [f"{source.name}: {total} rows, {len(prompts)} kept{dropped}" + (f", {len(bad)} bad" if bad else "")]
     lines += note_lines(notes) + [f"  bad row {line}" for line in bad[:LISTED]]

@@ -36,7 +36,7 @@ class RolloutFlags(DecodingFlags):
 class SamplesFlags:
     """How many responses a prompt gets."""
 
-    num_samples_per_prompt: int = flag(None, "responses per prompt; 1, embedded 4", SAMPLING)
+    num_samples_per_prompt: int = flag(None, "responses to each prompt", SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)
