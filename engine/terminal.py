@@ -223,7 +223,8 @@ class Progress:
         """The end, which a file is told of."""
         if self._bar is not None:
             self._bar.close()
-        elif not self.passing and not is_terminal(sys.stderr) and self.n > 0:
+        elif not self.passing and not is_terminal(sys.stderr) and not _state.quiet and self.n > 0:
+            self.doing = ""
             self._write()
         if _state.current is self:
             _state.current = None

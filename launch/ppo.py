@@ -377,7 +377,7 @@ def describe(config: Config, prompts: list[Prompt], held_out: list[Prompt], step
     sampled = f"{config.num_samples_per_prompt} responses to each prompt, of at most {config.response_length} tokens"
     reward = f"{config.verification_reward:g} x verdict, less kl_coef {config.kl_coef:g} x KL ({config.kl_estimator})"
     clipped = f"cliprange {config.cliprange:g}, value clipping {config.cliprange_value or 'off'}"
-    steps_of = screen.of_steps(len(prompts), steps, "prompts")
+    steps_of = screen.of_steps(len(prompts), steps, "prompts", "iteration")
     training: list[str] = [
         row("iteration", f"{sampled}; {config.num_ppo_epochs} x {config.num_mini_batches} updates"),
         row("reward", reward),

@@ -54,16 +54,16 @@ def of_prompts(verifiers: Sequence[str]) -> Row:
     return Row("training", f"{len(verifiers):,} prompts ({kinds})")
 
 
-def of_steps(n: int, steps: Steps, unit: str) -> Row:
+def of_steps(n: int, steps: Steps, unit: str, step: str = "step") -> Row:
     """How many steps of how much."""
     epochs = steps.total / steps.per_epoch
-    return Row("steps", f"{min(steps.batch_size, n)} {unit} per step, {steps.total:,} steps, {epochs:.2g} epochs")
+    return Row(f"{step}s", f"{min(steps.batch_size, n)} {unit} per {step}, {steps.total:,} {step}s, {epochs:.2g} epochs")
 
 
 def of_training(flags: OptimizerFlags, output_dir: str, steps: Steps) -> list[Row]:
     """How far a step goes, and where the run is written."""
     warmup = warmup_steps(flags, steps.total)
-    schedule = f"{flags.lr_scheduler_type} after {warmup:,} steps of warm-up" if warmup else flags.lr_scheduler_type
+    schedule = f"{flags.lr_scheduler_type} after a warm-up of {warmup:,}" if warmup else flags.lr_scheduler_type
     return [
         Row("optimizer", f"{flags.optimizer}, learning rate {flags.learning_rate:g}, {schedule}"),
         Row("output", output_dir),
