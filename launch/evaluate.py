@@ -30,8 +30,9 @@ from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill
 from engine.model import Base, open_model
 from engine.world import World, main, start
 from launch import commands
-from launch.compare import compared
-from launch.evaluation import answers, few_shot, file, results, table
+from launch.compare import compared, matched
+from launch.evaluation import answers, few_shot, results, table
+from launch.evaluation.file import ResponseFile, read_responses
 from launch.judges import checker, pinned
 from verifiers import MODES
 
@@ -93,7 +94,7 @@ def evaluate(config: Config) -> results.Evaluation:
     """
     world = start()
     config = resolve(config, world)
-    baseline = world.on_main("baseline", lambda: config.baseline and file.read_responses(Path(config.baseline)))
+    baseline = world.on_main("baseline", lambda: config.baseline and read_responses(Path(config.baseline)))
     base = open_model(config, world)
     examples, questions = read_questions(config, base, world)
     wanted = {
@@ -102,8 +103,11 @@ def evaluate(config: Config) -> results.Evaluation:
         for question in questions
         for sample in range(config.num_samples_per_prompt)
     }
+    if config.baseline:
+        judged_by = {question.key: question.verifier for question in questions}
+        world.on_main("matched", lambda: matched({of.key: of.verifier for of in baseline[0]}, judged_by))
     output = Path(config.output) if config.output else None
-    there = world.on_main("output", lambda: file.ResponseFile(output, wanted))
+    there = world.on_main("output", lambda: ResponseFile(output, wanted))
     try:
         settings = settings_of(config, base, examples)
         world.on_main("settings", lambda: there.check(settings, unknown=("weights",)))
@@ -164,7 +168,8 @@ def first_screen(
     """What is evaluated, on what, and how."""
     drawn = table.sampled_how(config, config.num_seeds, config.seed)
     how = [table.examples_how(examples, config.few_shot_file), drawn]
-    return table.first_screen(questions, base.name, config.dataset_name, how)
+    end = base.chat.tokenizer.decode(questions[0].ids, skip_special_tokens=False)[-100:]
+    return table.first_screen(questions, base.name, config.dataset_name, how, end)
 
 
 def last_lines(config: Config, responses: int) -> list[str]:

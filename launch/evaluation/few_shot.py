@@ -112,7 +112,7 @@ def read_exemplars(
             raise UserError(f"--few_shot_file {source.name}{place}: {problem}") from None
     if len(found) < count:
         raise UserError(f"--few_shot_file {name}: holds {len(found)} examples, --num_few_shot asks for {count}")
-    return FewShot(tuple(found), count, form, drawn, seed), note_lines(notes)
+    return FewShot(tuple(found), count, form, drawn, seed), [f"{source.name}: {count} examples", *note_lines(notes)]
 
 
 def _exemplar(said: Conversation, chat: ChatTokenizer, form: str, notes: Notes) -> Exemplar:
