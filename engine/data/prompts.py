@@ -3,7 +3,7 @@
 what is asked     `messages`, `prompt` (text or messages), `question`, `problem`, `query`, `instruction` (and `input`),
                   ShareGPT's `conversations`; `system` and `tools` may stand beside it
 the answer        `ground_truth`, verl's `reward_model.ground_truth`, `answer`, `solution`; behind '####' as GSM8K has
-                  it, in the last \\boxed as MATH has it
+                  it, in the last \\boxed as MATH has it; IFEval's `instruction_id_list` and `kwargs`
 the verifier      `dataset`, or --verifier, or what `data_source` is known to need, or what the answer's form says
 """
 
@@ -86,6 +86,7 @@ class PromptReader:
 
     def read(self, row: dict, notes: Notes) -> tuple[Conversation, Any, str | list[str]]:
         """(what the row asks, its ground truth, its verifier). Raises BadRow."""
+        row = with_instructions(row)
         asked = next((column for column in ASKED if row.get(column) is not None), None)
         if asked is None:
             got = ", ".join(sorted(row)[:6]) or "nothing"
@@ -161,6 +162,17 @@ class PromptReader:
             raise BadRow(problem)
         unknown = f", and data_source {str(source)[:40]!r} is not a known one" if source is not None else ""
         raise BadRow(f"dataset: missing (the verifier's name; or give --verifier){unknown}")
+
+
+def with_instructions(row: dict) -> dict:
+    """A row of IFEval itself, whose instructions stand beside the prompt, with them as ground truth of `ifeval`; other
+    rows as they are.
+    """
+    if row.get("instruction_id_list") is None or any(row.get(column) is not None for column in ANSWERS):
+        return row
+    told = {"instruction_id": row["instruction_id_list"], "kwargs": row.get("kwargs")}
+    rest = {column: value for column, value in row.items() if column not in ("instruction_id_list", "kwargs")}
+    return rest | {"dataset": row.get("dataset") or "ifeval", "ground_truth": told}
 
 
 def _rewarded(given: Any, notes: Notes) -> Any:

@@ -90,6 +90,8 @@ def remarks(found: Evaluation, responses: Sequence[Response]) -> list[str]:
     if found.without_verdict:
         prompts = prompts_without(found)
         lines.append(f"left out: {prompts} prompts with {found.without_verdict} responses that could not be verified")
+    if found.too_long:
+        lines.append(f"left out: {found.too_long} prompts too long for --max_seq_length, and --response_length in it")
     mute = sorted({response.verifier for response in responses if not votes(response.verifier)})
     if found.pass_at and mute:
         lines.append(f"majority is not defined for {', '.join(mute)}: no answer that could be counted is read there")

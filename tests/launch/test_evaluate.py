@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 
+from engine.data import embedded
 from engine.errors import UserError
 from engine.train.interval import accuracy, wilson
 from launch import evaluate, verify
@@ -157,8 +158,8 @@ def refuse_to_load():
 
 def test_from_python_with_examples_before_the_question(place, tmp_path, capsys):
     """evaluate() returns what it prints; examples count for the room; greedy answers are one."""
-    problems = next(place.root.glob("cache/*/held_out_problems.jsonl"))
-    examples = next(place.root.glob("cache/*/train_sums.jsonl"))
+    made = embedded(place.root / "cache")
+    problems, examples = made.held_out_problems, made.train_sums
     flags = {"model_name_or_path": str(problems.parent / "model"), "dataset_name": str(problems), "num_prompts": 8}
     flags |= {"temperature": 0.0, "response_length": 8, "num_few_shot": 2, "few_shot_file": str(examples)}
     found = evaluate.evaluate(evaluate.Config(**flags, output=str(tmp_path / "a")))
@@ -174,6 +175,12 @@ def test_from_python_with_examples_before_the_question(place, tmp_path, capsys):
     assert all(row["prompt"].count("<|user|>") == 3 for row in rows)
     with pytest.raises(UserError, match="no usable prompt, none has at most"):
         evaluate.evaluate(evaluate.Config(**flags, max_seq_length=50))
+    longer = rows[0] | {"prompt": "How many are there, if each of them has one more of each of them?"}
+    (tmp_path / "p").write_text("".join(json.dumps(r) + "\n" for r in [json.loads(next(problems.open())), longer]))
+    limited = flags | {"dataset_name": str(tmp_path / "p"), "max_seq_length": rows[0]["prompt_tokens"] + 8}
+    short = evaluate.evaluate(evaluate.Config(**limited))
+    assert (len(short.keys), short.too_long, found.too_long) == (1, 1, 0)
+    assert "left out: 1 prompts too long for --max_seq_length" in capsys.readouterr().out
     plain = evaluate.evaluate(evaluate.Config(**flags | {"num_few_shot": 0, "few_shot_file": None}))
     assert plain.keys == found.keys and plain.output is None
     assert "nothing was written: --output FILE keeps the responses" in capsys.readouterr().out

@@ -10,6 +10,7 @@ import pytest
 from engine.config import parse
 from engine.data import PromptReader
 from engine.data.chat import load_tokenizer
+from engine.data.rows import BadRow
 from engine.errors import UserError
 from launch import evaluate
 from launch.evaluation import few_shot
@@ -133,6 +134,20 @@ def test_the_key_is_of_the_question_and_its_answer_alone(chat, tmp_path):
     notes = Counter()
     assert plain(QUESTION | {"source": "olympiad", "id": 1}, notes).source == "olympiad"
     assert notes == {("not used", "id"): 1}
+
+
+def test_a_column_says_where_a_row_is_from(chat):
+    def source(row, column=None):
+        config = evaluate.Config()
+        read = few_shot.QuestionReader(PromptReader(chat, config, lambda *_: None), few_shot.FewShot(), column)
+        return read(QUESTION | row, notes).source
+
+    notes = Counter()
+    assert source({"type": "Algebra", "source": "x"}, "type") == "Algebra" and notes == {("not used", "source"): 1}
+    assert source({"data_source": "openai/gsm8k"}) == "openai/gsm8k" and source({}) == ""
+    for row in ({}, {"typ": "a"}, {"type": 3}):
+        with pytest.raises(BadRow, match=r"type: expected text \(--source_column\)"):
+            source(row, "type")
 
 
 CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
