@@ -176,8 +176,10 @@ def test_from_python_with_examples_before_the_question(place, tmp_path, capsys):
     with pytest.raises(UserError, match="no usable prompt, none has at most"):
         evaluate.evaluate(evaluate.Config(**flags, max_seq_length=50))
     longer = rows[0] | {"prompt": "How many are there, if each of them has one more of each of them?"}
-    (tmp_path / "p").write_text("".join(json.dumps(r) + "\n" for r in [json.loads(next(problems.open())), longer]))
-    limited = flags | {"dataset_name": str(tmp_path / "p"), "max_seq_length": rows[0]["prompt_tokens"] + 8}
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [json.loads(next(problems.open())), longer])
+    )
+    limited = flags | {"dataset_name": str(tmp_path / "p.jsonl"), "max_seq_length": rows[0]["prompt_tokens"] + 8}
     short = evaluate.evaluate(evaluate.Config(**limited))
     assert (len(short.keys), short.too_long, found.too_long) == (1, 1, 0)
     assert "left out: 1 prompts too long for --max_seq_length" in capsys.readouterr().out
