@@ -3946,4 +3946,161 @@ PLANNER = (
     ),
 )
 
-MUTANTS: tuple[Mutant, ...] = (*LOSSES, *VERIFIERS, *DATA, *MODEL, *TRAIN, *ENGINE, *ROLLOUT, *LAUNCH, *PLANNER)
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+PAIRED = ("tests/engine/train/test_paired.py",)
+COMPARE = ("tests/launch/test_compare.py",)
+RESPONSES = ("tests/launch/test_responses_file.py",)
+FEW_SHOT = ("tests/launch/test_few_shot.py",)
+RESULTS = ("tests/launch/test_results.py",)
+FURTHER = ("tests/verifiers/test_further.py",)
+
+EVALUATION = (
+    Mutant(
+        "a_score_interval_of_two_proportions_apart",
+        "engine/train/paired.py",
+        "linear = (2 * n - b + c) * d - b - c",
+        "linear = (2 * n - b - c) * d - b - c",
+        PAIRED,
+    ),
+    Mutant(
+        "mcnemar_of_one_side", "engine/train/paired.py", "min(1.0, 2 * float(np.exp(", "min(1.0, float(np.exp(", PAIRED
+    ),
+    Mutant(
+        "nothing_differs_and_that_is_certain",
+        "engine/train/paired.py",
+        "np.concatenate([d_N, [s, -s]])",
+        "np.concatenate([d_N, [0.0, 0.0]])",
+        PAIRED,
+    ),
+    Mutant(
+        "signs_flipped_one_way",
+        "engine/train/paired.py",
+        "(np.abs((1 - 2 * signs_FN) @ d_N) >= bound)",
+        "((1 - 2 * signs_FN) @ d_N >= bound)",
+        PAIRED,
+    ),
+    Mutant(
+        "drawn_flips_without_the_signs_as_they_are",
+        "engine/train/paired.py",
+        "np.abs(d_N.sum() - 2 * (bits_FN @ d_N))",
+        "np.abs(d_N.sum() - (bits_FN @ d_N))",
+        PAIRED,
+    ),
+    Mutant("pass_at_k_with_replacement", "engine/train/interval.py", "factors[:k] = 0", "factors[:0] = 0", PAIRED),
+    Mutant(
+        "clusters_are_trials",
+        "engine/train/interval.py",
+        "p * (1 - p) * total * total * (n - 1) / (n * squares)",
+        "total",
+        PAIRED,
+    ),
+    Mutant(
+        "the_interval_of_the_better_is_that_of_b",
+        "launch/compare.py",
+        "if sign > 0 else (-found.high, -found.low)",
+        "if sign > 0 else (found.low, found.high)",
+        COMPARE,
+    ),
+    Mutant(
+        "an_unverified_response_is_compared",
+        "launch/compare.py",
+        "if not any(np.isnan(r.score) for r in by_key_a[key] + by_key_b[key])",
+        "if not any(np.isnan(r.score) for r in by_key_a[key])",
+        COMPARE,
+    ),
+    Mutant(
+        "a_torn_line_is_gone_on_with",
+        "launch/evaluation/file.py",
+        "                self._file.truncate(self._end)  # a torn line, if there is one\n",
+        "",
+        RESPONSES,
+    ),
+    Mutant(
+        "responses_stay_in_a_buffer", "launch/evaluation/file.py", "                self._file.flush()\n", "", RESPONSES
+    ),
+    Mutant(
+        "lines_stay_as_they_came",
+        "launch/evaluation/file.py",
+        "for name in self.wanted:\n                self._file.seek",
+        "for name in self._places:\n                self._file.seek",
+        RESPONSES,
+    ),
+    Mutant(
+        "any_settings_are_gone_on_with",
+        "launch/evaluation/file.py",
+        "if there.get(name) != settings.get(name):",
+        "if name not in there:",
+        RESPONSES,
+    ),
+    Mutant(
+        "the_example_that_asks_the_question_stays",
+        "launch/evaluation/few_shot.py",
+        "            if asked in self.exemplars[i].asked:",
+        "            if asked in ():",
+        FEW_SHOT,
+    ),
+    Mutant(
+        "examples_before_the_system_turn",
+        "launch/evaluation/few_shot.py",
+        'if message["role"] != "system")\n        return',
+        'if message["role"])\n        return',
+        FEW_SHOT,
+    ),
+    Mutant(
+        "drawn_examples_are_those_of_every_question",
+        "launch/evaluation/few_shot.py",
+        'self.seed, "few_shot", key)',
+        'self.seed, "few_shot")',
+        FEW_SHOT,
+    ),
+    Mutant(
+        "the_last_of_equal_votes_wins",
+        "launch/evaluation/results.py",
+        "first[count.index(max(count))]",
+        "first[len(count) - 1 - count[::-1].index(max(count))]",
+        RESULTS,
+    ),
+    Mutant(
+        "no_answer_is_a_vote",
+        "launch/evaluation/results.py",
+        "        if response.answer is None:\n            continue\n",
+        "",
+        RESULTS,
+    ),
+    Mutant(
+        "a_loose_prompt_is_a_strict_one",
+        "launch/evaluation/results.py",
+        'r.score if how == "strict" else r.loose',
+        "r.score",
+        RESULTS,
+    ),
+    Mutant(
+        "instructions_are_weighed_by_prompt",
+        "launch/evaluation/results.py",
+        "np.rint(share_NK * per_prompt_N[:, None]).sum(1)",
+        "np.rint(share_NK * per_prompt_N.mean()).sum(1)",
+        RESULTS,
+    ),
+    Mutant("a_majority_of_spellings", "verifiers/further.py", "return a == b or (", "return a == b and (", RESULTS),
+    Mutant(
+        "an_unfinished_thought_votes",
+        "verifiers/further.py",
+        'if "<think>" in text or is_blank(text):',
+        "if is_blank(text):",
+        FURTHER,
+    ),
+)
+
+MUTANTS: tuple[Mutant, ...] = (
+    *LOSSES,
+    *VERIFIERS,
+    *DATA,
+    *MODEL,
+    *TRAIN,
+    *ENGINE,
+    *ROLLOUT,
+    *LAUNCH,
+    *PLANNER,
+    *EVALUATION,
+)
