@@ -281,7 +281,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r' id="[a-z]+(?:2d)?(?:\.[a-z0-9]+)?_[0-9]+"', "", text)
+    text = re.sub(r' id="[A-Za-z]+(?:2d)?(?:\.[a-z0-9]+)?_[0-9]+"', "", text)
     text = re.sub(r' (?:xmlns:xlink|version|width|height)="[^"]*"', "", text, count=4)
     text = text.replace("xlink:href", "href")
     text = re.sub(r'<g>\s*<path d="[^"]*" style="fill: #ffffff"/>\s*</g>\s*', "", text)  # paper
