@@ -149,13 +149,12 @@ def card(run: Recorded, number: int, comparison: Comparison | None) -> dict[str,
 def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list[Plot]]], list[tuple[str, list[str]]]]:
     """(plots by group, a row for each metric that is too many to be drawn or has no finite value)."""
     xlabel = runs[0].unit
-    names = {name for run in runs for name in run.series if not name.startswith(PHASES)}
+    names = {name for run in runs for name, s in run.series.items() if not (name.startswith(PHASES) and len(s))}
     bounds = {n for n in names if n.endswith(("/low", "/high")) and f"{n.rpartition('/')[0]}/accuracy" in names}
     groups: dict[str, list[Plot]] = {name: [] for name in catalogue.GROUPS[:3]}
     tabled = []
     for count, name in enumerate(catalogue.order_of(names - bounds)):
-        # PPO's `loss` is its policy loss, under the name that every stage has
-        metric = catalogue.metric_of("loss/policy" if (stage, name) == ("ppo", "loss") else name)
+        metric = catalogue.PPO_LOSS if (stage, name) == ("ppo", "loss") else catalogue.metric_of(name)
         lines = [
             plots.Line(run.series[name], number, *bounds_of(run, name))
             for number, run in enumerate(runs)
@@ -167,17 +166,22 @@ def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list
         svg = plots.lines_plot(lines, metric.unit, share=metric.share, xlabel=xlabel, name=f"{stage}{count}")
         values = [(line.number, ends(line.series, metric.share)) for line in lines]
         groups.setdefault(metric.group, []).append(Plot(name, metric.title, metric.caption, svg, values, []))
-    for number, run in enumerate(runs):
-        if phases := {
-            name[len(PHASES) :]: s for name, s in sorted(run.series.items()) if name.startswith(PHASES) and len(s)
-        }:
-            title = "Where the time goes" + (f": {run.name}" if len(runs) > 1 else "")
-            caption = (
-                "Seconds of each phase of an iteration. Healthy: even; growth means longer responses or less memory."
-            )
-            svg = plots.bars_plot(phases, xlabel=xlabel, name=f"{stage}time{number}")
-            groups[catalogue.MACHINE].insert(0, Plot(PHASES + "*", title, caption, svg, [], list(phases)))
+    groups[catalogue.MACHINE] = [*phases_of(stage, runs), *groups[catalogue.MACHINE]]
     return [(name, of) for name, of in groups.items() if of], tabled
+
+
+def phases_of(stage: str, runs: Sequence[Recorded]) -> list[Plot]:
+    """Stacked bars of time/*, for each run that has any, in the order in which the phases are written."""
+    found = []
+    caption = "Seconds of each phase of an iteration. Healthy: even; growth means longer responses or less memory."
+    for number, run in enumerate(runs):
+        phases = {name[len(PHASES) :]: s for name, s in run.series.items() if name.startswith(PHASES) and len(s)}
+        if phases:
+            whose = f": {run.name}" if len(runs) > 1 else ""
+            svg = plots.bars_plot(phases, xlabel=run.unit, name=f"{stage}time{number}")
+            name, title = PHASES + "*" + whose, "Where the time goes" + whose
+            found.append(Plot(name, title, caption, svg, [], list(phases)))
+    return found
 
 
 def bounds_of(run: Recorded, name: str) -> tuple[Series | None, Series | None]:

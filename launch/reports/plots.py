@@ -211,7 +211,7 @@ def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None
     room = 0.07 * (high - low) if high > low else 0.05 * abs(high) or 0.5
     if high - low < 1e-9 * max(abs(high), abs(low)):
         room = max(0.05 * abs(high), 1e-300)
-    low, high = low - room, high + room
+    low, high = (low - room, high + room) if low or high else (-0.05, 1.05)
     if share and values.min() >= -1e-9 and values.max() <= 1 + 1e-9:
         low, high = max(low, -0.02), min(high, 1.02)
     axes.set_ylim(low, high)

@@ -270,6 +270,10 @@ def test_every_rule_is_raised_by_one_and_passed_by_one():
         ("dpo", {"grad_norm": np.geomspace(3, 0.003, N)}),
         ("ppo", {"val__ratio": [0.0] * 10 + [1.0] * (N - 10)}),
         ("ppo", {"config": {"kl_coef": 0}, "objective__kl": curve(0, 90.0)}),
+        (
+            "ppo",
+            {"samples": [{"prompt": str(i), "response": "11", "score": 1, "reason": "expected 11"} for i in range(8)]},
+        ),
         ("ppo", {"learning_rate": [0.0, *[1e-3] * (N - 2), 0.0]}),
     ],
 )
@@ -451,7 +455,9 @@ def test_every_metric_is_on_the_page(page):
     shown = {dict(attributes).get("id") for tag, attributes in Seen(page).tags if tag == "figure"}
     for name in names - with_band - phases:
         assert any(f"{stage}-{name}" in shown for stage in ("sft", "dpo", "ppo")), name
-    assert "ppo-time/*" in shown and all(f">{phase[5:]}</span>" in page for phase in phases)
+    assert {"ppo-time/*: ppo", "ppo-time/*: <b>other</b>"} <= shown and all(
+        f">{phase[5:]}</span>" in page for phase in phases
+    )
 
 
 def test_nothing_that_a_model_says_is_more_than_text(page):
