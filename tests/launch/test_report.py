@@ -395,7 +395,7 @@ def page(tmp_path_factory) -> str:
         '{"step": 60, "prompt": "torn',
     ]
     acts = [write(root / stage, stage) for stage in ("ppo", "sft", "dpo")]
-    other = write(root / "<b>other</b>", "ppo", kept=kept, kl_coef=0.2, seed=7)
+    other = write(root / "<b>other", "ppo", kept=kept, kl_coef=0.2, seed=7)
     with (other / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "<img src=x onerror=1>": 1.0, "$x_{1}$": 2.0, "only/nan": NaN}\n')
     (acts[0] / "plan.json").write_text(json.dumps({"needed": 2**30, "seconds": 1.75, "ranks": 2}))
@@ -455,7 +455,7 @@ def test_every_metric_is_on_the_page(page):
     shown = {dict(attributes).get("id") for tag, attributes in Seen(page).tags if tag == "figure"}
     for name in names - with_band - phases:
         assert any(f"{stage}-{name}" in shown for stage in ("sft", "dpo", "ppo")), name
-    assert {"ppo-time/*: ppo", "ppo-time/*: <b>other</b>"} <= shown and all(
+    assert {"ppo-time/*: ppo", "ppo-time/*: <b>other"} <= shown and all(
         f">{phase[5:]}</span>" in page for phase in phases
     )
 
