@@ -1,5 +1,5 @@
-"""python -m benchmarks.pictures RUN [RUN ...] [--results FILE]: docs/report-light.png and docs/report-dark.png, the page
-of these runs as headless Chromium shows it.
+"""python -m benchmarks.pictures RUN [RUN ...] [--results FILE]: docs/report-light.png and docs/report-dark.png, the
+page of these runs as headless Chromium shows it.
 
 The runs of the pictures are those of the embedded model, with --eval_steps 20 (sft), 10 (dpo) and 5 (ppo).
 """
@@ -36,7 +36,7 @@ def chromium(page: Path, *flags: str, dark: bool = False) -> str:
 
 
 def photograph(page: Path, picture: Path, width: int, height: int, *, dark: bool = False) -> None:
-    """The upper part of the page as a PNG of at most 256 colours, which suits drawings and keeps the repository small."""
+    """The upper part of the page as a PNG of at most 256 colours, which suits drawings and keeps the file small."""
     from PIL import Image  # arrives with matplotlib
 
     chromium(page, f"--screenshot={picture.absolute()}", f"--window-size={width},{height}", dark=dark)

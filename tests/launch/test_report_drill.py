@@ -1,5 +1,5 @@
-"""The page in headless Chromium: what its script does, what its policy forbids, and that it can be seen, light and dark,
-wide and narrow.
+"""The page in headless Chromium: what its script does, what its policy forbids, and that it can be seen, light and
+dark, wide and narrow.
 """
 
 from __future__ import annotations
@@ -27,20 +27,36 @@ HOSTILE = '</script><img src=x onerror="document.title=\'broken\'"><script>docum
 DRIVER = """
 const box = document.querySelector(".samples"), seen = {};
 const shown = () => [...box.querySelectorAll("tbody tr")].filter((row) => !row.hidden);
-const set = (name, value) => { const e = box.querySelector(name); e.value = value; e.dispatchEvent(new Event("input", {bubbles: true})); };
-const press = (key) => (box.querySelector(".here") || box.querySelector("table")).dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
-const here = () => { const row = box.querySelector(".here"); return row ? [Number(row.dataset.step), row.querySelector(".prompt").textContent] : null; };
+const first = (key) => shown()[0].dataset[key];
+const set = (name, value) => {
+  const field = box.querySelector(name);
+  field.value = value;
+  field.dispatchEvent(new Event("input", {bubbles: true}));
+};
+const here = () => {
+  const row = box.querySelector(".here");
+  return row ? [Number(row.dataset.step), row.querySelector(".prompt").textContent] : null;
+};
+const press = (key) => {
+  const target = box.querySelector(".here") || box.querySelector("table");
+  target.dispatchEvent(new KeyboardEvent("keydown", {key, bubbles: true}));
+  return here();
+};
 seen.all = shown().length;
-set(".find", "IT IS 7"); seen.found = shown().map((row) => row.textContent.trim()).length; set(".find", "");
-set(".which", "high"); seen.right = shown().length; set(".which", "low"); seen.wrong = shown().length;
+set(".find", "IT IS 7"); seen.found = shown().length; set(".find", "");
+set(".which", "high"); seen.right = shown().length;
+set(".which", "low"); seen.wrong = shown().length;
 set(".which", "none"); seen.none = shown().length; set(".which", "");
-set(".order", "-score"); seen.best = shown()[0].dataset.score; set(".order", "-step"); seen.latest = shown()[0].dataset.step;
-set(".order", "-length"); seen.longest = shown()[0].dataset.length; set(".order", "step");
-press("ArrowDown"); seen.first = here(); press("ArrowDown"); seen.second = here();
-press("ArrowRight"); seen.later = here(); press("ArrowLeft"); seen.earlier = here(); press("ArrowUp"); seen.up = here();
-press("ArrowUp"); seen.top = here(); seen.output = box.querySelector("output").textContent;
+set(".order", "-score"); seen.best = first("score");
+set(".order", "-step"); seen.latest = first("step");
+set(".order", "-length"); seen.longest = first("length"); set(".order", "step");
+seen.first = press("ArrowDown"); seen.second = press("ArrowDown");
+seen.later = press("ArrowRight"); seen.earlier = press("ArrowLeft");
+seen.up = press("ArrowUp"); seen.top = press("ArrowUp");
+seen.output = box.querySelector("output").textContent;
 seen.wide = document.documentElement.scrollWidth; seen.window = innerWidth;
-document.body.insertAdjacentHTML("beforeend", "<pre id=seen></pre>"); document.getElementById("seen").textContent = JSON.stringify(seen);
+document.body.insertAdjacentHTML("beforeend", "<pre id=seen></pre>");
+document.getElementById("seen").textContent = JSON.stringify(seen);
 """
 
 
