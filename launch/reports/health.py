@@ -69,7 +69,7 @@ def numbers_are_finite(run: Recorded) -> Mark:
     return Mark(
         BAD,
         "Numbers that are not finite",
-        f"{sum(bad.values()):,} values are NaN or infinite: {names}; the first at {run.unit} {first}.",
+        f"NaN or infinite: {names}; the first at {run.unit} {first}.",
         "Read the rows before it: lower --learning_rate, check the data of that step, or use --dtype float32.",
         next(iter(bad)),
     )

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,6 +136,9 @@ def card(run: Recorded, number: int, comparison: Comparison | None) -> dict[str,
         "marks": [mark for mark in marks if mark.level != health.OK],
         "fine": [mark for mark in marks if mark.level == health.OK],
         "worst": marks[0].level if marks else health.OK,
+        "levels": [
+            (n, level) for level in (health.BAD, health.WARNING) if (n := [m.level for m in marks].count(level))
+        ],
         "tokens": plots.rounded(tokens.last) if tokens and len(tokens) and tokens.last else "",
         "duration": duration(run),
         "next": verdict.next_steps(run),
@@ -196,10 +200,13 @@ def ends(series: Series, share: bool) -> str:
     """First and last value, in words."""
     if not len(series):
         return f"never finite ({len(series.bad_steps):,} values)"
-    word = lambda x: (
-        plots.percent(x) if share else f"{x:,.0f}" if 1e4 <= abs(x) < 1e12 else f"{x:.4g}".replace("-", "−")
-    )
+    word = lambda x: plots.percent(x) if share else f"{x:,.0f}" if 1e4 <= abs(x) < 1e12 else figure(x)
     return f"{word(series.first)} → {word(series.last)}" if len(series) > 1 else word(series.last)
+
+
+def figure(x: float) -> str:
+    """Four digits, an exponent without its zeros."""
+    return re.sub(r"e([+-])0*", lambda e: "e" + e[1].strip("+"), f"{x:.4g}").replace("-", "−")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

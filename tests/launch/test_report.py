@@ -431,7 +431,7 @@ def test_the_page_says_what_was_done(page):
         "python -m launch.evaluate --model_name_or_path",
         "60 of 60",
         "samples.jsonl: 1 line torn or without a response, left out",
-        "Numbers that are not finite",
+        "NaN or infinite: only/nan (1); the first at iteration 61.",
         "No samples were kept",
         "66.7 %",
         "peak memory of a rank 1 GiB 0.5 GiB 0.5 × the plan",
