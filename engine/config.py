@@ -44,6 +44,7 @@ class Flag:
     aliases: tuple[str, ...]
     excludes: tuple[str, ...]
     many: bool
+    texts: bool
     positional: bool
 
 
@@ -192,8 +193,8 @@ class _Given:
         if commands := self._commands(name):
             raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
         for row in table.rows_of(name):
-            ours = min(row.needs - self.flags.keys())
-            raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
+            for ours in sorted(row.needs - self.flags.keys()):
+                raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
         names = [*self.ours, "config"] if self.dash else [*self.ours]
         snake = name.replace("-", "_")
         close = f" (did you mean {snake}?)" if table.rows_of(snake) else nearest(name, names)
@@ -271,6 +272,8 @@ def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentPars
         if f.positional:
             group.add_argument(f.name, nargs="*" if f.many else "?", metavar=f.name.upper(), help=help)
             continue
+        if options.get("nargs") == "+":  # a flag that is given twice says both
+            options["action"] = "extend"
         group.add_argument(f"--{f.name}", help=help, **options)
         options.pop("metavar", None)
         for alias in f.aliases:
@@ -345,7 +348,7 @@ def _convert(f: Flag, value: Any, where: str) -> Any:
         f.type, "words"
     )
     try:
-        converted = _many(value) if f.many else _one(f.type, value)
+        converted = _many(value, f.texts) if f.many else _one(f.type, value)
     except (ValueError, OverflowError):
         raise UserError(f"{where}: expected {expected}, got {reprlib.repr(value)}") from None
     if f.choices and converted not in f.choices:
@@ -369,9 +372,9 @@ def _one(kind: type, value: Any) -> Any:
     raise ValueError(value)
 
 
-def _many(value: Any) -> tuple[str, ...]:
-    """Words: of the command line, of a YAML text, or of a YAML list of texts and numbers."""
-    words = value.split() if isinstance(value, str) else value
+def _many(value: Any, texts: bool) -> tuple[str, ...]:
+    """Words: of the command line, of a YAML text (one, if they are `texts`), or of a YAML list of texts and numbers."""
+    words = ([value] if texts else value.split()) if isinstance(value, str) else value
     if (
         not isinstance(words, list)
         or not words

@@ -28,6 +28,7 @@ CHANGEABLE = {
     "resume",
     "on_bad_row",
     "dry_run",
+    "quiet",
     "report_to",
     "profile",
     "export_dtype",

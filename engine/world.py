@@ -8,18 +8,20 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from tqdm import tqdm
 
+from engine import terminal
 from engine.errors import UserError, on_one_line
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 POLL = timedelta(seconds=30)
@@ -72,12 +74,23 @@ class World:
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
 
-    def say(self, *lines: str) -> None:
-        """Prints on rank 0, above a progress bar if there is one."""
+    def say(self, *lines: str, last: bool = False) -> None:
+        """Prints on rank 0, as engine/terminal.py says, above the bar if there is one."""
         if self.is_main:
-            for line in lines:
-                tqdm.write(line)
-            sys.stdout.flush()
+            terminal.say(*lines, last=last)
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Shows on rank 0 what goes on: on the bar of the run, or where there is none as a bar of its own. `done` may
+        count as if every rank were as far as this one.
+        """
+        if self.is_main:
+            terminal.phase(what, min(done, total) if total else done, total)
+
+    def each(self, what: str, items: Sequence[T]) -> Iterator[T]:
+        """The items, one after the other, as a phase."""
+        for number, item in enumerate(items, start=1):
+            self.phase(what, number, len(items))
+            yield item
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """Runs `work` on the first rank of every machine and then, against what that one left on disk, on the others.
@@ -162,8 +175,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def start(deterministic: bool = False) -> World:
-    """Joins the process group that the environment describes (none: a group of one). Raises UserError."""
+def start(deterministic: bool = False, quiet: bool = False) -> World:
+    """Joins the process group that the environment describes (none: a group of one). `quiet`: only warnings, errors and
+    the last line are shown. Raises UserError.
+    """
+    _configure_terminal(quiet)
     rank, size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -194,6 +210,12 @@ def start(deterministic: bool = False) -> World:
     return World(rank, size, local_rank, device, mesh, store, memory)
 
 
+def _configure_terminal(quiet: bool = False) -> None:
+    """As the user's environment says (https://no-color.org)."""
+    dumb, colour = os.environ.get("TERM") == "dumb", not os.environ.get("NO_COLOR")
+    terminal.configure(dumb=dumb, colour=colour, quiet=quiet)
+
+
 def _store(rank: int, size: int) -> dist.Store:
     """A store scoped to this restart: under `torchrun --max-restarts`, a dead generation's addresses stay in the
     agent's store.
@@ -206,11 +228,12 @@ def _store(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def main(command: Callable[[], None]) -> None:
+def main(command: Callable[[], object]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """
     rank = int(os.environ.get("RANK", 0))
+    _configure_terminal()
     status, line = 0, ""
     try:
         command()
@@ -233,7 +256,7 @@ def main(command: Callable[[], None]) -> None:
             f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})"
         )
     if line:
-        print(on_one_line(line), file=sys.stderr, flush=True)
+        terminal.error(on_one_line(line))
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)

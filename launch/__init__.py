@@ -1,11 +1,16 @@
 """The algorithms, one file a stage: `python -m launch.dpo --help`."""
 
+from importlib import import_module
+
+COMMANDS = (  # in the order of the recipe
+    *("sft", "dpo", "ppo"),
+    *("demo", "generate", "evaluate", "compare", "verify", "report"),
+)
+
 
 def commands() -> dict[str, type]:
     """Every command's configuration, by the command: where a flag belongs. Imported when it is asked for."""
-    from launch import dpo, evaluate, ppo, report, sft, verify
     from launch.planner.plans import PlanFlags
 
-    modules = {f"launch.{name}": of.Config for name, of in (("sft", sft), ("dpo", dpo), ("ppo", ppo))}
-    modules |= {"launch.evaluate": evaluate.Config, "launch.verify": verify.Config, "launch.report": report.Config}
-    return modules | {"launch.plan": PlanFlags}
+    configurations = {f"launch.{name}": import_module(f"launch.{name}").Config for name in COMMANDS}
+    return configurations | {"launch.plan": PlanFlags}

@@ -8,17 +8,18 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine import run
+from engine import run, terminal
 from engine.data.embedded import embedded
 from engine.errors import UserError
 from engine.flags import MemoryFlags, StageFlags, fill
 from engine.model import layers
 from engine.world import World
 from launch import commands
+from launch.after import after
 from launch.judges import checker, pinned
 from launch.planner.dry_run import show_plan
 
-__all__ = ["checker", "commands", "pinned", "resolve", "show_plan", "with_tuned_model"]
+__all__ = ["after", "checker", "commands", "pinned", "resolve", "show_plan", "with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
 PATHS = ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume")
 
@@ -88,7 +89,7 @@ def with_tuned_model(config: Config, world: World) -> Config:
             world.say(
                 "fine-tuning the embedded tiny Llama on sums of which half are wrong (once; it is kept in --cache_dir)"
             )
-            _fine_tune(str(made.model), str(made.train_sums), str(tuned), config.cache_dir)
+            _fine_tune(str(made.model), str(made.train_sums), str(tuned), config.cache_dir, config.quiet)
     config = dataclasses.replace(config, model_name_or_path=str(tuned / "final"))
     if config.names_data:
         return config
@@ -96,19 +97,21 @@ def with_tuned_model(config: Config, world: World) -> Config:
     return dataclasses.replace(config, dataset_name=str(made.train_problems), eval_dataset_name=held_out)
 
 
-def _fine_tune(model: str, sums: str, output_dir: str, cache_dir: str) -> None:
+def _fine_tune(model: str, sums: str, output_dir: str, cache_dir: str, quiet: bool) -> None:
     from launch import sft  # which imports this file
 
-    sft.train(
-        sft.Config(
-            model_name_or_path=model,
-            dataset_name=sums,
-            output_dir=output_dir,
-            cache_dir=cache_dir,
-            batch_size=48,
-            num_train_epochs=8,
-            learning_rate=5e-3,
-            sample_tokens=0,
-            max_seq_length=128,
+    with terminal.subdued():
+        sft.train(
+            sft.Config(
+                model_name_or_path=model,
+                dataset_name=sums,
+                output_dir=output_dir,
+                cache_dir=cache_dir,
+                batch_size=48,
+                num_train_epochs=8,
+                learning_rate=5e-3,
+                sample_tokens=0,
+                max_seq_length=128,
+                quiet=quiet,
+            )
         )
-    )

@@ -25,7 +25,7 @@ from engine.log import Totals
 from engine.model import Policy, load_policy, open_model
 from engine.train import Run, optim, sample, screen
 from engine.world import main, start
-from launch.resolve import commands, resolve, show_plan
+from launch.resolve import after, commands, resolve, show_plan
 from losses.sft import REDUCTIONS, denominator, token_weights
 
 DEFAULTS = {"batch_size": 128}
@@ -50,7 +50,7 @@ class Config(StageFlags, ConversationFlags):
 
 def train(config: Config) -> None:
     """Descends L of this file's head, from the model as it is to `final/`."""
-    world = start(config.deterministic)
+    world = start(config.deterministic, config.quiet)
     config = resolve(
         config,
         world,
@@ -63,10 +63,15 @@ def train(config: Config) -> None:
     steps = Steps(len(data), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     trained = int(data.counts(np.arange(len(data))).sum())
     share = trained / data.tokens.sum()
-    loss_line = (
-        f"loss: {config.reduce_loss}, {trained:,} trained tokens ({share:.0%}), learning rate {config.learning_rate:g}"
+    screen.show(
+        base,
+        world,
+        data=screen.of_examples(data, held_out, steps, base, "conversations"),
+        training=[
+            screen.Row("loss", f"{config.reduce_loss}, of {trained:,} trained tokens ({share:.0%})"),
+            *screen.of_training(config, config.output_dir, steps),
+        ],
     )
-    world.say(*screen.describe(base, world), *screen.describe_data(data, steps, base, "conversations"), loss_line)
     if config.dry_run:
         world.say(*screen.first_example(data, base.chat))
         show_plan("sft", config, world, data.tokens + 1, share)
@@ -98,7 +103,7 @@ def train(config: Config) -> None:
             run.write(step, row, sums, f"loss {sums['loss']:.4f}")
             if run.evaluates(step + 1):
                 evaluate(policy, held_out, prompt, config.sample_tokens, run, step + 1)
-        run.export(policy)
+        run.export(policy, after("sft", config, world))
 
 
 def sft_loss(policy: Policy, batch: MicroBatch, reduce: str, n: int, totals: Totals) -> torch.Tensor:
@@ -136,7 +141,7 @@ def evaluate(
     if sample_tokens:
         chat = run.base.chat
         text = sample.greedy(policy, chat, prompt, sample_tokens, run.world)
-        run.say(f"greedy sample after step {done}: {chat.tokenizer.decode(prompt)[-120:]!r} -> {text!r}")
+        run.world.say(f"greedy sample after step {done}: {chat.tokenizer.decode(prompt)[-120:]!r} -> {text!r}")
 
 
 if __name__ == "__main__":

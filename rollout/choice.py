@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from engine.flags import SamplingFlags
+from engine.flags import DecodingFlags
 from rollout.noise import gumbel
 
 NUCLEUS = 256  # likeliest tokens that top-p looks at first
@@ -42,7 +42,7 @@ class SamplingParams:
     stop_strings: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, flags: SamplingFlags, *stop_ids: int) -> SamplingParams:
+    def of(cls, flags: DecodingFlags, *stop_ids: int) -> SamplingParams:
         """As the command line says; responses end with one of `stop_ids`."""
         return cls(flags.response_length, flags.temperature, flags.top_k, flags.top_p, stop_ids)
 

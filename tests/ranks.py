@@ -50,7 +50,7 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
         plant = getattr(importlib.import_module(name), function)
         plant(argv) if inspect.signature(plant).parameters else plant()
     with contextlib.suppress(BrokenPipeError):
-        entry = stage.evaluate if module == "launch.evaluate" else stage.train
+        entry = stage.train if hasattr(stage, "train") else getattr(stage, module.rpartition(".")[2])
         world.main(lambda: entry(config.parse(stage.Config, argv, elsewhere=commands)))
 
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from engine import terminal
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
@@ -171,7 +171,7 @@ def open_or_build(
         try:
             return TokenStore(directory).header["key"] == key
         except Damaged as damage:
-            tqdm.write(f"{directory}: damaged ({damage}), tokenising again")
+            terminal.say(f"warning: {directory}: damaged ({damage}), tokenising again")
             return False
 
     def build(partial: Path) -> None:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from engine import terminal
 from engine.data.files import Source
 from engine.data.messages import Notes
 from engine.data.rows import BadRow
@@ -90,7 +90,7 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
             name: stack.enter_context(open(directory / name, "wb"))
             for name in ("ids", "mask", "keys", "counts", "offsets")
         }
-        bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", delay=2, leave=False))
+        stack.callback(terminal.rest)
         files["offsets"].write(np.int64(0).tobytes())
         for chunk in stack.enter_context(_Chunks(source.rows(), encode, workers)):
             if chunk.bad and on_bad_row == "error":
@@ -109,7 +109,7 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
             header["bad_list"] += [
                 f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
             ]
-            bar.update(chunk.rows)
+            terminal.phase("tokenising, rows", header["rows"])
     listed = [[what, which, count] for (what, which), count in sorted(notes.items())]
     return header | {"dropped": dict(dropped), "notes": listed}
 

@@ -10,7 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engine.errors import UserError
-from engine.flags.data import ConversationFlags, DataFlags, MixtureFlags, PairFlags, PromptFlags
+from engine.flags.data import (
+    ConversationFlags,
+    DataFlags,
+    MixtureFlags,
+    PairFlags,
+    PromptFlags,
+    QuestionFlags,
+    SystemFlags,
+    TextFlags,
+)
 from engine.flags.declare import (
     HEADINGS,
     Seeded,
@@ -21,6 +30,7 @@ from engine.flags.declare import (
     require_not_negative,
     require_positive,
 )
+from engine.flags.inference import DecodingFlags, InferenceFlags, RolloutFlags, SamplesFlags
 from engine.flags.model import AdapterFlags, ModelFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
@@ -30,17 +40,24 @@ __all__ = [
     "AdapterFlags",
     "ConversationFlags",
     "DataFlags",
+    "DecodingFlags",
+    "InferenceFlags",
     "MemoryFlags",
     "MixtureFlags",
     "ModelFlags",
     "OptimizerFlags",
     "PairFlags",
     "PromptFlags",
+    "QuestionFlags",
     "ReferenceFlags",
+    "RolloutFlags",
     "RunFlags",
+    "SamplesFlags",
     "SamplingFlags",
     "Seeded",
     "StageFlags",
+    "SystemFlags",
+    "TextFlags",
     "fill",
     "flag",
     "override",

@@ -9,7 +9,17 @@ from engine.flags.declare import DATA, RUN, Seeded, flag
 
 
 @dataclass(frozen=True, kw_only=True)
-class DataFlags(Seeded):
+class TextFlags(Seeded):
+    """How much of a text, and where what is made of texts is kept."""
+
+    max_seq_length: int = flag(2048, "prompt + response, in tokens", DATA, aliases=("max_length",))
+    cache_dir: str = flag(
+        "~/.cache/triptych", "tokenised data and reference log-probs, shared by all runs of a user", RUN
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataFlags(TextFlags):
     """Which rows, and how much of each."""
 
     dataset_name: str = flag(
@@ -23,7 +33,6 @@ class DataFlags(Seeded):
     dataset_split: str = flag(
         "train", "split of a hub dataset, or of a directory whose files are named after splits", DATA
     )
-    max_seq_length: int = flag(2048, "prompt + response, in tokens", DATA, aliases=("max_length",))
     on_bad_row: str = flag(
         "skip", "a malformed row stops the run or is skipped, counted and listed", DATA, choices=("error", "skip")
     )
@@ -32,9 +41,6 @@ class DataFlags(Seeded):
         "a system turn is left to the chat template, or folded into the first turn of the user",
         DATA,
         choices=("template", "fold"),
-    )
-    cache_dir: str = flag(
-        "~/.cache/triptych", "tokenised data and reference log-probs, shared by all runs of a user", RUN
     )
 
 
@@ -59,19 +65,31 @@ class MixtureFlags(DataFlags):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PromptFlags:
-    """What a problem's row leaves to the command line."""
+class SystemFlags:
+    """What stands before the first turn."""
 
-    verifier: str | None = flag(None, "what judges the rows that name no verifier themselves", DATA)
+    system_prompt: str | None = flag(None, "system turn of the rows that have none", DATA, aliases=("system",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuestionFlags(SystemFlags):
+    """What is said around a question."""
+
     prompt_template: str | None = flag(
         None, "text around the question, with {prompt} in its place: '{prompt} Put the answer in \\boxed{}.'", DATA
     )
-    system_prompt: str | None = flag(None, "system turn of the rows that have none", DATA)
 
     def check_prompts(self) -> None:
         """Raises UserError for a template without a place for the prompt."""
         if self.prompt_template is not None and self.prompt_template.count("{prompt}") != 1:
             raise UserError(f"--prompt_template: expected {{prompt}} once, got {self.prompt_template[:80]!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptFlags(QuestionFlags):
+    """What a problem's row leaves to the command line."""
+
+    verifier: str | None = flag(None, "what judges the rows that name no verifier themselves", DATA)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,16 +24,20 @@ def flag(
     aliases: Sequence[str] = (),
     excludes: Sequence[str] = (),
     many: bool = False,
+    texts: bool = False,
     positional: bool = False,
 ) -> Any:
     """A dataclass field that is a command-line flag, under a `heading` of --help.
 
     `aliases` are other names that people know it by; `excludes` names flags that say the same in another way, of which
-    only one may be given; `many` takes several words; `positional` is given without its name.
+    only one may be given; `many` takes several words, `texts` several texts, which may hold spaces; `positional` is
+    given without its name.
     """
     metadata = {"help": help, "heading": heading, "choices": tuple(choices), "aliases": tuple(aliases)}
     return field(
-        default=default, metadata=metadata | {"excludes": tuple(excludes), "many": many, "positional": positional}
+        default=default,
+        metadata=metadata
+        | {"excludes": tuple(excludes), "many": many or texts, "texts": texts, "positional": positional},
     )
 
 

@@ -6,18 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError, nearest, require
-from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_between, require_not_negative, require_positive
+from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_not_negative, require_positive
+from engine.flags.inference import RolloutFlags
 
 
 @dataclass(frozen=True, kw_only=True)
-class SamplingFlags:
+class SamplingFlags(RolloutFlags):
     """How responses are drawn and judged."""
 
-    response_length: int = flag(None, "longest response in tokens; 1024, embedded 24", SAMPLING)
-    temperature: float = flag(1.0, "of sampling; 0 is greedy", SAMPLING)
-    top_k: int = flag(0, "sample from the k likeliest tokens (0: from all)", SAMPLING)
-    top_p: float = flag(1.0, "sample from the likeliest tokens of this total probability", SAMPLING)
-    rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
     verifier_mode: str = flag(
         "default", "reference: the published verifiers' exact behaviour, also where it is wrong", SAMPLING
     )
@@ -29,8 +25,8 @@ class SamplingFlags:
 
     def check_sampling(self) -> None:
         """Raises UserError for what cannot be."""
-        require_positive(self, "response_length", "rollout_slots")
-        require_between(self, top_p=(1e-9, 1), temperature=(0, 1e3), top_k=(0, 1e9))
+        self.check_decoding()
+        require_positive(self, "rollout_slots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +96,7 @@ class RunFlags:
         " the weights are loaded",
         RUN,
     )
+    quiet: bool = flag(False, "show only warnings, errors and the last line", RUN)
     profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto", RUN)
     report_to: str = flag(
         "none", "a second home for metrics.jsonl's rows", RUN, choices=("none", "tensorboard", "wandb")
@@ -108,6 +105,8 @@ class RunFlags:
     def check_run(self) -> None:
         """Raises UserError for what cannot be."""
         require_not_negative(self, "save_steps", "eval_steps")
+        if self.quiet and self.dry_run:
+            raise UserError("--quiet would hide what --dry_run is for: give one of them")
         if self.save_total_limit < 1:
             raise UserError(f"--save_total_limit must be at least 1, got {self.save_total_limit}")
         checkpoint = Path(self.resume).expanduser() / "COMPLETE"

@@ -15,7 +15,7 @@ import math
 import numpy as np
 
 
-def wilson(successes: float, n: int, z: float = 1.96) -> tuple[float, float]:
+def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
     """The 95 % score interval of a proportion (Wilson 1927)."""
     if n == 0:
         return 0.0, 1.0
@@ -45,3 +45,37 @@ def accuracy(scores_NK: np.ndarray) -> tuple[float, float, float]:
         rho = min(1.0, max(0.0, (between - within) / total)) if total > 0 else 1.0
     effective = n * k / (1 + (k - 1) * rho)
     return mean, *wilson(mean * effective, effective)
+
+
+def clustered(hits_N: np.ndarray, trials_N: np.ndarray, most: float | None = None) -> tuple[float, float, float]:
+    """(share, low, high) of hits among trials that come in prompts of different sizes: Wilson's interval for
+
+        n_eff = p (1 - p) / var,    var = N / (N - 1) sum (hits_i - p trials_i)^2 / (sum trials_i)^2
+
+    the variance of a ratio over clusters (Cochran 1977, section 11.12). n_eff is at most `most` (all trials) and, where
+    nothing spreads, N. Without any trial, (NaN, 0, 1). Left out: as above.
+    """
+    hits_N, trials_N = hits_N[trials_N > 0].astype(float), trials_N[trials_N > 0].astype(float)
+    n, total = len(trials_N), float(trials_N.sum())
+    if not n:
+        return math.nan, 0.0, 1.0
+    p = min(1.0, max(0.0, float(hits_N.sum()) / total))
+    squares = float(((hits_N - p * trials_N) ** 2).sum())
+    most = total if most is None else most
+    effective = float(n)
+    if n > 1 and squares > 1e-12 and 0 < p < 1:
+        effective = min(most, p * (1 - p) * total * total * (n - 1) / (n * squares))
+    return p, *wilson(p * effective, effective)
+
+
+def pass_at_k(right_N: np.ndarray, samples: int, k: int) -> np.ndarray:
+    """The unbiased estimate, of each prompt, that one of k samples is right, from c right ones of n = `samples`:
+
+        1 - C(n - c, k) / C(n, k) = 1 - product over i = n - c + 1 .. n of (1 - k / i)
+
+    Source: Chen et al. 2021 (arXiv:2107.03374), equation 1.
+    """
+    factors = 1 - k / np.arange(1, samples + 1)
+    factors[:k] = 0  # fewer than k wrong ones: k of them hold a right one
+    products = np.concatenate([[1.0], np.cumprod(factors[::-1])])  # of the last c factors
+    return 1 - products[np.asarray(right_N, dtype=int)]

@@ -20,7 +20,9 @@ from launch import commands
 from launch.planner.plans import STAGES
 from tests import flags_page
 
-COMMANDS = {name: c for name, c in commands().items() if name not in ("launch.plan", "launch.verify")}
+# a command whose file stands without a name has no flags of other trainers
+POSITIONAL = {name: c for name, c in commands().items() if any(f.positional for f in flags_of(c).values())}
+COMMANDS = {name: c for name, c in commands().items() if name != "launch.plan" and name not in POSITIONAL}
 WORDS = {bool: "true", int: "3", float: "0.25", str: "word"}
 STRANGE = "no_such_word_7"
 NAMES = [(row, name.replace("*", "mode")) for row in table.TABLE for name in row.names]
@@ -60,6 +62,14 @@ def what(config_class: type, name: str, word: str, recipe: Path | None = None) -
             said.append(str(error).replace(f"{recipe}: ", "").removeprefix("command line: ").replace("--", ""))
     assert said[0] == said[-1], (name, word)
     return said[0]
+
+
+@pytest.mark.parametrize("command", POSITIONAL)
+def test_a_command_without_them_refuses_every_name_in_one_line(command):
+    for name in dict.fromkeys(name for _, name in NAMES):
+        if name not in flags_of(POSITIONAL[command]):
+            with pytest.raises(UserError, match=r"unknown flag|belongs to launch|here"):
+                parse(POSITIONAL[command], ["file", f"--{name}", "true"], elsewhere=commands)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -200,7 +210,11 @@ REFUSED = [
         "command line: optimizer.lr is --learning_rate here (flags are given as --name value)",
     ),
     ("sft", "--adam.lr 2e-5", "command line: adam.lr is --learning_rate here"),
-    ("sft", "actor_rollout_ref.rollout.n=5", "is --num_samples_per_prompt here, which belongs to launch.ppo"),
+    (
+        "sft",
+        "actor_rollout_ref.rollout.n=5",
+        "is --num_samples_per_prompt here, which belongs to launch.ppo and launch.generate",
+    ),
     ("sft", "epochs=3", "command line: epochs=3: flags are given as --name value, this one is --num_train_epochs"),
     ("sft", "seed=3", "command line: seed=3: flags are given as --name value, this one is --seed"),
     ("sft", "color=3", "command line: unexpected word 'color=3'"),

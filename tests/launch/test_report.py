@@ -621,7 +621,7 @@ def test_an_evaluation_is_that_of_the_command(tmp_path):
     (table,) = results.read_evaluations([tmp_path / "x.jsonl"])
     of = {row.name: row for row in table.rows}
     assert (of["math"].accuracy, of["math"].low, of["math"].high) == pytest.approx(interval.accuracy(scores))
-    assert of["math"].also == {"prompts": "40", "seeds": "3"}
+    assert of["math"].also == {"prompts": "40", "samples": "3"}
     assert of["ifeval"].accuracy == 1 and of["ifeval"].also["left out"] == "1 prompts without all verdicts"
     assert set(of) == {"math", "ifeval", "all"}
 

@@ -1,0 +1,79 @@
+"""Text on a terminal: what a model says is shown and cannot drive it; widths are those of the screen."""
+
+from __future__ import annotations
+
+import unicodedata
+
+JOINERS = "\u200c\u200d"  # between letters of Persian or parts of one picture; they move nothing
+TAB = "    "
+
+
+def shown(text: str) -> str:
+    """The text with nothing in it that a terminal acts on but line breaks.
+
+    A control character (ESC, which begins a sequence that colours, moves, or types for the user; carriage return; the
+    8-bit ones) becomes a picture of itself, other invisible ones (that turn the reading direction, say) become U+FFFD.
+    """
+    text = text.replace("\r\n", "\n")
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(map(_shown, text))
+
+
+def _shown(c: str) -> str:
+    if c.isprintable() or c == "\n" or c in JOINERS:
+        return c
+    if c == "\t":
+        return TAB
+    if c < " ":
+        return chr(0x2400 + ord(c))
+    if c == "\x7f":
+        return "\u2421"
+    return " " if unicodedata.category(c) == "Zs" else "\ufffd"
+
+
+def width(text: str) -> int:
+    """Columns that the text takes: two for wide characters, none for those that stand on another."""
+    return sum(map(_width, text))
+
+
+def _width(c: str) -> int:
+    if " " <= c <= "~":
+        return 1
+    if unicodedata.combining(c) or unicodedata.category(c) in ("Mn", "Me", "Cf"):
+        return 0
+    return 2 if unicodedata.east_asian_width(c) in "WF" else 1
+
+
+def wrapped(text: str, columns: int) -> list[str]:
+    """The text in lines of at most so many columns, broken between words where there are some. A line but the last
+    never changes when the text goes on.
+    """
+    return [line for paragraph in text.split("\n") for line in _wrapped(paragraph, columns)]
+
+
+def _wrapped(paragraph: str, columns: int) -> list[str]:
+    lines, line, used = [], "", 0
+    space, used_at_space = -1, 0  # the last place to break: the index of a space, and the columns up to it
+    for c in paragraph:
+        w = _width(c)
+        if used + w > columns and line:
+            if c == " ":  # it hangs over the edge, unseen
+                lines.append(line)
+                line, used, space = "", 0, -1
+                continue
+            if space > 0:
+                lines.append(line[:space])
+                line, used, space = line[space + 1 :], used - used_at_space - 1, -1
+            else:
+                lines.append(line)
+                line, used = "", 0
+        if c == " ":
+            space, used_at_space = len(line), used
+        line, used = line + c, used + w
+    return [*lines, line]
+
+
+def padded(line: str, columns: int) -> str:
+    """The line with spaces up to so many columns."""
+    return line + " " * (columns - width(line))
