@@ -184,13 +184,13 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
         if line.startswith("#") and colon:
             facts[key.strip()] = value.strip()
     try:
-        flags = yaml.safe_load(text)
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        flags = None
-    if not isinstance(flags, dict):
+        found = None
+    if not isinstance(found, dict):
         notes.append("config.yaml is damaged")
         return {}, facts
-    return {str(key): value for key, value in flags.items()}, facts
+    return {str(key): value for key, value in found.items()}, facts
 
 
 def rows_of(path: Path, count: Callable[[str], None]) -> Iterator[dict[str, Any]]:
