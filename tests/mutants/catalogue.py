@@ -4092,6 +4092,130 @@ EVALUATION = (
     ),
 )
 
+# --- the report -------------------------------------------------------------------------------------------------------
+
+REPORT = (
+    Mutant(
+        "a_report_keeps_the_first_of_a_doubled_step",
+        "launch/reports/runs.py",
+        "                of_key[step] = number\n",
+        "                of_key.setdefault(step, number)\n",
+        ("tests/launch/test_report.py::test_what_is_wrong_with_a_file_is_counted",),
+    ),
+    Mutant(
+        "infinite_numbers_are_drawn",
+        "launch/reports/runs.py",
+        "finite = np.abs(numbers) < 1e300",
+        "finite = np.abs(numbers) <= np.inf",
+        ("tests/launch/test_report.py::test_infinite_numbers_are_kept_apart",),
+    ),
+    Mutant(
+        "what_a_model_says_is_markup",
+        "launch/reports/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        ("tests/launch/test_report.py::test_nothing_that_a_model_says_is_more_than_text",),
+    ),
+    Mutant(
+        "directions_of_writing_are_kept",
+        "launch/reports/samples.py",
+        "if code in DIRECTIONS or ",
+        "if ",
+        ("tests/launch/test_report.py::test_nothing_that_a_model_says_is_more_than_text",),
+    ),
+    Mutant(
+        "spikes_are_thinned_away",
+        "launch/reports/plots.py",
+        "np.maximum.reduceat(series.values, edges)",
+        "np.minimum.reduceat(series.values, edges)",
+        ("tests/launch/test_report.py::test_thinning_keeps_peaks_and_means",),
+    ),
+    Mutant(
+        "all_colours_are_the_lights",
+        "launch/reports/plots.py",
+        'r"var(--c\\1)"',
+        'r"#0072b2"',
+        ("tests/launch/test_report.py::test_drawings_are_whole_and_in_the_pages_colours",),
+    ),
+    Mutant(
+        "ticks_are_rounded_together",
+        "launch/reports/plots.py",
+        "return next((d for d in range(most) if abs(gap - round(gap, d)) < 0.01 * abs(gap)), most)",
+        "return 0",
+        ("tests/launch/test_report.py::test_tick_labels",),
+    ),
+    Mutant(
+        "overlapping_intervals_are_a_difference",
+        "launch/reports/verdict.py",
+        "up, down = last[0] > first[1], last[1] < first[0]",
+        "up, down = after > before, after < before",
+        ("tests/launch/test_report.py::test_whether_it_worked",),
+    ),
+    Mutant(
+        "a_fall_of_the_loss_is_worse",
+        "launch/reports/verdict.py",
+        "(up, down) if more_is_better else (down, up)",
+        "(up, down)",
+        ("tests/launch/test_report.py::test_whether_it_worked",),
+    ),
+    Mutant(
+        "the_reference_is_not_looked_at",
+        "launch/reports/health.py",
+        "BAD if off > 0.05 else OK, titles",
+        "OK, titles",
+        ("tests/launch/test_report.py::test_a_rule_is_raised_by_a_run_that_should",),
+    ),
+    Mutant(
+        "spikes_are_measured_by_the_whole_run",
+        "launch/reports/health.py",
+        "times = norm.values[10:] / np.maximum(medians_before(norm.values), 1e-12)",
+        "times = norm.values[10:] / np.median(norm.values)",
+        ("tests/launch/test_report.py::test_what_looks_like_a_fault_and_is_none",),
+    ),
+    Mutant(
+        "right_answers_that_are_alike_are_a_fault",
+        "launch/reports/health.py",
+        "if is_right[prompt] else prompt",
+        "if not prompt else prompt",
+        ("tests/launch/test_report.py::test_what_looks_like_a_fault_and_is_none",),
+    ),
+    Mutant(
+        "an_error_is_a_wrong_answer_on_the_page",
+        "launch/reports/results.py",
+        ' and row.get("status") != "error"',
+        "",
+        ("tests/launch/test_report.py::test_an_evaluation_is_that_of_the_command",),
+    ),
+    Mutant(
+        "samples_of_a_seed_are_other_prompts",
+        "launch/reports/results.py",
+        "sample = f\"{row.get('seed')}/{row.get('sample')}\"",
+        "sample = str(row.get('sample'))",
+        ("tests/launch/test_report.py::test_an_evaluation_is_that_of_the_command",),
+    ),
+    Mutant(
+        "tensorboard_keeps_what_was_cut_back",
+        "engine/elsewhere.py",
+        "purge = start + 1 if start else 0",
+        "purge = None",
+        ("tests/engine/test_elsewhere.py::test_tensorboard_has_every_step_once",),
+    ),
+    Mutant(
+        "tensorboard_forgets_the_resumed_step",
+        "engine/elsewhere.py",
+        "purge = start + 1 if start else 0",
+        "purge = start",
+        ("tests/engine/test_elsewhere.py::test_tensorboard_has_every_step_once",),
+    ),
+    Mutant(
+        "a_resumed_run_has_another_name",
+        "engine/elsewhere.py",
+        "if not start or not name.is_file():",
+        "if True:",
+        ("tests/engine/test_elsewhere.py::test_weights_and_biases_goes_on_with_the_same_run",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -4103,4 +4227,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *LAUNCH,
     *PLANNER,
     *EVALUATION,
+    *REPORT,
 )
