@@ -249,7 +249,7 @@ class Progress:
         if self._bar is None:
             self._bar = tqdm(total=self.total or None, file=sys.stderr, leave=False, ncols=width)
         left, right = self._left(), self._right()
-        while len(right) > 2 and len(left) + len(", ".join(right)) + 16 > width:
+        while len(right) > 1 and len(left) + len(", ".join(right)) + 12 > width:
             del right[-2]  # the last is what goes on now
         text = ", ".join(filter(None, right)).replace("{", "{{").replace("}", "}}")
         self._bar.bar_format = f"{left} {'|{bar}| ' if self.total else ''}{text}"

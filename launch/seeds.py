@@ -134,12 +134,10 @@ def _figures(root: Path, seeds: list[int]) -> list[Figure]:
     """What every run has of HELD_OUT, else of TRAINING; the first is the headline. Raises UserError."""
     rows = [_last_rows(root / f"seed-{seed}" / "metrics.jsonl") for seed in seeds]
     for candidates in (HELD_OUT, TRAINING):
-        found = []
+        found: list[Figure] = []
         for key, name, is_share in candidates:
             if all(key in row for row in rows):
-                bounds = [
-                    (row["eval/low"], row["eval/high"]) for row in rows if {"eval/low", "eval/high"} <= row.keys()
-                ]
+                bounds = [(row["eval/low"], row["eval/high"]) for row in rows if "eval/low" in row]
                 mine = bounds if not found and candidates is HELD_OUT and len(bounds) == len(rows) else []
                 found.append(Figure(key, name, is_share, [row[key] for row in rows], mine))
         if found:
