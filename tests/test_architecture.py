@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import dpo, evaluate, ppo, sft, verify
+from launch import doctor, dpo, evaluate, ppo, sft, verify
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -162,7 +162,9 @@ def test_every_flag_is_declared_once():
 def test_the_command_lines_flags_are_these():
     """A flag that goes or changes its name breaks recipes: it stands here, and in CHANGELOG.md."""
     plans = {f"plan {stage}": config for stage, (_, config) in STAGES.items()}
-    found = {name: flags_of(c) for name, c in (COMMANDS | {"verify": verify.Config} | plans).items()}
+    found = {
+        name: flags_of(c) for name, c in (COMMANDS | {"verify": verify.Config, "doctor": doctor.Config} | plans).items()
+    }
     lines = [f"{name}: {' '.join(sorted(found[name]))}" for name in sorted(found) if not name.startswith("plan")]
     of_the_plan = [set(found[f"plan {stage}"]) - set(found[stage]) for stage in STAGES]
     assert of_the_plan[0] == of_the_plan[1] == of_the_plan[2]

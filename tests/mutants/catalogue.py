@@ -1940,8 +1940,8 @@ MODEL = (
     Mutant(
         "a_backend_that_is_not_here_is_chosen",
         "engine/model/attention.py",
-        "if why_not := _unavailable(requested, device, dtype):",
-        "if (why_not := _unavailable(requested, device, dtype)) and False:",
+        "if why_not := unavailable(requested, device, dtype):",
+        "if (why_not := unavailable(requested, device, dtype)) and False:",
         (f"{ATTENTION}::test_choice_of_backend",),
     ),
     Mutant(
