@@ -7,9 +7,6 @@ sent anywhere. It ends with status 2 where a stage could not start at all.
     python -m launch.doctor --output_dir /data/runs          also how much room is there
 """
 
-from __future__ import annotations
-
-import importlib.util
 import platform
 import shutil
 from collections.abc import Iterator
@@ -18,15 +15,14 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
-from engine import terminal, world
 from engine.config import parse
 from engine.errors import UserError
 from engine.flags import flag
 from engine.hardware import of_gpu
 from engine.model import attention, layers
-from engine.terminal import Heading, Row
+from engine.terminal import Heading, Row, say
+from engine.world import available_cores, host_memory, main
 from launch import commands
 
 GIB = 2**30
@@ -60,14 +56,14 @@ class Config:
 def examine(config: Config) -> None:
     """Prints what is here. Raises UserError where no stage could start."""
     lacking: list[str] = []
-    terminal.say(Heading("software"), *software(lacking))
-    terminal.say(Heading("devices"), *devices())
-    terminal.say(Heading("attention"), *backends())
-    terminal.say(Heading("room"), *room(config))
-    terminal.say(Heading("optional"), *optional(), "")
+    say(Heading("software"), *software(lacking))
+    say(Heading("devices"), *devices())
+    say(Heading("attention"), *backends())
+    say(Heading("room"), *room(config))
+    say(Heading("optional"), *optional(), "")
     if lacking:
         raise UserError(f"training cannot start here: {'; '.join(lacking)}")
-    terminal.say("done: training can start here; try python -m launch.dpo, which needs no argument", last=True)
+    say("done: training can start here; try python -m launch.dpo, which needs no argument", last=True)
 
 
 def software(lacking: list[str]) -> Iterator[Row]:
@@ -101,9 +97,11 @@ def devices() -> Iterator[Row]:
         built = torch.version.cuda or torch.version.hip
         why = f"this torch is built for {built}: is the driver there?" if built else "this torch is built for the CPU"
         yield Row("GPU", f"none ({why}); small models train on the CPU")
-    yield Row("CPU", f"{world.available_cores()} cores of {platform.machine()}")
+    yield Row("CPU", f"{available_cores()} cores of {platform.machine()}")
     yield Row("bf16", bf16())
-    gloo, nccl = (available() for available in (dist.is_gloo_available, dist.is_nccl_available))
+    gloo, nccl = (
+        available() for available in (torch.distributed.is_gloo_available, torch.distributed.is_nccl_available)
+    )
     backends = ", ".join(name for name, there in (("gloo", gloo), ("nccl", nccl)) if there) or "none"
     missing = "" if gloo and (nccl or not count) else "; several ranks need gloo, on GPUs also nccl: another torch"
     yield Row("collectives", backends + missing)
@@ -138,7 +136,7 @@ def backends() -> Iterator[Row]:
 
 def room(config: Config) -> Iterator[Row]:
     """Memory of the host, and what is free on disk."""
-    yield Row("memory", f"{world.host_memory() / GIB:.0f} GiB")
+    yield Row("memory", f"{host_memory() / GIB:.0f} GiB")
     for name in ("output_dir", "cache_dir"):
         path = Path(vars(config)[name]).expanduser().absolute()
         there = next(parent for parent in (path, *path.parents) if parent.exists())
@@ -160,11 +158,11 @@ def device() -> torch.device:
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None where it is not, or cannot be found by its module."""
+    """Of an installed package; None where it is not."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "installed" if importlib.util.find_spec(package.replace("-", "_")) else None
+        return None
 
 
 def numbers(version: str) -> tuple[int, ...]:
@@ -174,4 +172,4 @@ def numbers(version: str) -> tuple[int, ...]:
 
 
 if __name__ == "__main__":
-    world.main(lambda: examine(parse(Config, elsewhere=commands)))
+    main(lambda: examine(parse(Config, elsewhere=commands)))
