@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import compare, dpo, evaluate, generate, ppo, report, sft, verify
+from launch import commands, dpo, evaluate, ppo, sft
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -43,7 +43,11 @@ BELOW = {  # room → the rooms that it may import besides itself
     "launch.reports": {"engine", "engine.train", "launch.planner"},
 }
 COMMANDS = {"sft": sft.Config, "dpo": dpo.Config, "ppo": ppo.Config, "evaluate": evaluate.Config}
-OTHERS = {
+OTHERS = {  # with words of their own, such as --output
+    command.removeprefix("launch."): of
+    for command, of in commands().items()
+    if of not in COMMANDS.values() and command != "launch.plan"
+}
     "compare": compare.Config,
     "verify": verify.Config,
     "generate": generate.Config,

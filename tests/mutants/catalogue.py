@@ -1940,8 +1940,8 @@ MODEL = (
     Mutant(
         "a_backend_that_is_not_here_is_chosen",
         "engine/model/attention.py",
-        "if why_not := _unavailable(requested, device, dtype):",
-        "if (why_not := _unavailable(requested, device, dtype)) and False:",
+        "if why_not := unavailable(requested, device, dtype):",
+        "if (why_not := unavailable(requested, device, dtype)) and False:",
         (f"{ATTENTION}::test_choice_of_backend",),
     ),
     Mutant(
@@ -2772,6 +2772,8 @@ FLAGS = ("tests/engine/test_flags.py",)
 FOREIGN = ("tests/engine/test_foreign.py",)
 LOG = ("tests/engine/test_log.py",)
 WORLD = ("tests/engine/test_world.py",)
+TERMINAL = ("tests/engine/test_terminal.py",)
+OF_SEEDS = ("tests/engine/train/test_interval.py",)
 
 ENGINE = (
     Mutant(
@@ -2973,6 +2975,67 @@ ENGINE = (
         LOG,
     ),
     Mutant("rows_are_not_written_out", "engine/log.py", "        self._file.flush()\n", "", LOG),
+    Mutant("quiet_hides_warnings", "engine/terminal.py", 'if line.startswith("warning: ") or not', "if not", TERMINAL),
+    Mutant(
+        "control_characters_of_data_reach_the_terminal",
+        "engine/terminal.py",
+        '_columns(f"  {line.label}", CONTROL.sub(" ", line.value), width, "label")',
+        '_columns(f"  {line.label}", line.value, width, "label")',
+        TERMINAL,
+    ),
+    Mutant(
+        "a_file_gets_every_look_of_the_bar", "engine/terminal.py", "elif now - self._said >= EVERY:", "else:", TERMINAL
+    ),
+    Mutant(
+        "a_file_is_not_told_of_the_end",
+        "engine/terminal.py",
+        "            self._write()\n        if",
+        "        if",
+        TERMINAL,
+    ),
+    Mutant(
+        "the_first_evaluation_is_a_part_of_the_first_step",
+        "engine/terminal.py",
+        "self._ends[0] = time.monotonic()",
+        "pass",
+        TERMINAL,
+    ),
+    Mutant("what_goes_on_is_left_out_first", "engine/terminal.py", "del right[-2]", "del right[-1]", TERMINAL),
+    Mutant(
+        "colours_for_whoever_wants_none",
+        "engine/terminal.py",
+        "return text if not _state.colour else f",
+        "return f",
+        TERMINAL,
+    ),
+    Mutant(
+        "every_rank_shows_what_goes_on",
+        "engine/world.py",
+        "        if self.is_main:\n            terminal.phase(",
+        "        if True:\n            terminal.phase(",
+        TERMINAL,
+    ),
+    Mutant(
+        "seeds_by_the_normal_distribution",
+        "engine/train/interval.py",
+        "_quantile(lambda t: _student(t, k - 1), 0.975)",
+        "1.96",
+        OF_SEEDS,
+    ),
+    Mutant(
+        "the_sds_bounds_change_places",
+        "engine/train/interval.py",
+        "for share in (0.975, 0.025)]",
+        "for share in (0.025, 0.975)]",
+        OF_SEEDS,
+    ),
+    Mutant(
+        "tokens_of_a_row_are_independent",
+        "engine/train/interval.py",
+        '- 2 * r * sums["ab"]',
+        '- r * sums["ab"]',
+        OF_SEEDS,
+    ),
     Mutant(
         "ranks_agree_on_anything",
         "engine/world.py",
@@ -3351,7 +3414,33 @@ VERDICTS = (
     "tests/launch/test_ppo.py::test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_the_run",
 )
 
+SEEDS = tuple(
+    f"tests/launch/test_seeds.py::{name}"
+    for name in (
+        "test_what_the_figures_say",
+        "test_what_is_finished_is_not_run_again_and_what_was_interrupted_goes_on",
+        "test_seeds_that_cannot_be",
+        "test_a_directory_belongs_to_one_run_or_to_several",
+    )
+)
+
 LAUNCH = (
+    Mutant("two_runs_differ_by_one_sd", "launch/seeds.py", "2 * math.sqrt(2) * interval", "2 * interval", SEEDS),
+    Mutant("a_seed_counts_twice", "launch/seeds.py", "if seed in seeds[:i]", "if seed in seeds[i + 1:i]", SEEDS),
+    Mutant(
+        "seeds_write_over_a_run",
+        "launch/seeds.py",
+        'if (root / "config.yaml").is_file():',
+        'if (root / "config.yml").is_file():',
+        SEEDS,
+    ),
+    Mutant(
+        "the_first_evaluation_is_compared",
+        "launch/seeds.py",
+        "row |= json.loads(line)",
+        "row = json.loads(line) | row",
+        SEEDS,
+    ),
     Mutant(
         "sft_is_not_divided",
         "launch/sft.py",
