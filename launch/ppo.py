@@ -30,7 +30,6 @@ from engine.errors import UserError
 from engine.flags import (
     PromptFlags,
     ReferenceFlags,
-    SamplesFlags,
     SamplingFlags,
     StageFlags,
     flag,
@@ -63,10 +62,11 @@ METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, SamplesFlags):
+class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
     __doc__ = __doc__
     output_dir: str = override("output/ppo")
     batch_size: int = override(None, "prompts per iteration, whatever the machine; 224, embedded 32")
+    num_samples_per_prompt: int = override(None, "responses per prompt; 1, embedded 4")
     learning_rate: float = override(
         None, "peak, of the policy; 3e-7 (Tülu 3 8B), with adapters 3e-6, for the embedded model 1e-3"
     )
