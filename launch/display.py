@@ -102,9 +102,7 @@ def side_by_side(texts: Sequence[Iterator[str]], columns: int) -> Iterator[str]:
             piece = next(pieces, None) if live[i] else None
             live[i] = piece is not None
             said[i] += shown(piece or "")
-        lines = [
-            wrapped(text.rstrip() if not goes_on else text, each) for text, goes_on in zip(said, live, strict=True)
-        ]
+        lines = [wrapped(text, each) for text in said]
         ready = [len(part) - 1 for part, goes_on in zip(lines, live, strict=True) if goes_on]
         upto = min(ready) if ready else max(map(len, lines))
         for row in range(done, upto):

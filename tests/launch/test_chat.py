@@ -8,10 +8,12 @@ import io
 import json
 import os
 import pty
+import select
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ from launch.chat import Config, Room
 from launch.conversation import Answer, Streamed, Talk
 from launch.display import Ink
 from launch.inference import cautions, open_sampler, opened_thought
-from rollout import Request, SamplingParams
+from rollout import Request, Sampler, SamplingParams
 from tests import ranks
 
 NO_SYSTEM = (
@@ -106,22 +108,13 @@ def test_no_piece_is_half_a_character_or_an_end(chat):
     assert Streamed(chat).more(chat.tokenizer("a <|end|>")["input_ids"]) == "a"
 
 
-def test_a_text_that_is_taken_back_is_told_to_the_end(chat):
-    """Byte fallback: two bytes were a character until a third made all of them none."""
-
-    class Tokenizer:
-        added_tokens_decoder: dict = {}
-
-        def decode(self, ids, **_):
-            return {1: "é", 2: "\ufffd\ufffd\ufffdx", 3: "\ufffd\ufffd\ufffdx"}[len(ids)]
-
-    fake = replace(chat, tokenizer=Tokenizer())
-    object.__setattr__(fake, "response_text", lambda ids: "\ufffd\ufffd\ufffdx")
-    type(fake).end_ids  # a property of the real one
-    streamed = Streamed.__new__(Streamed)
-    streamed.chat, streamed.text, streamed._control = fake, "", set()
-    assert [streamed.more([1] * n) for n in (1, 2)] == ["é", ""]
-    assert streamed.rest([1, 1, 1]) == "\ufffd\ufffd\ufffdx"
+def test_a_text_that_is_taken_back_is_told_to_the_end():
+    """Byte fallback: bytes that were characters and, with the next one, are none."""
+    texts = {1: "\u00e9", 2: "\ufffd\ufffd\ufffdx", 3: "\ufffd\ufffd\ufffdx."}
+    tokenizer = SimpleNamespace(decode=lambda ids, **_: texts[len(ids)], added_tokens_decoder={})
+    streamed = Streamed(SimpleNamespace(tokenizer=tokenizer, end_ids=(), response_text=lambda ids: texts[len(ids)]))
+    assert [streamed.more([1] * n) for n in (1, 2)] == ["\u00e9", ""]
+    assert streamed.rest([1, 1, 1]) == texts[3]
 
 
 # --- a conversation ---------------------------------------------------------------------------------------------------
@@ -198,7 +191,7 @@ def test_a_system_turn_is_folded_where_the_template_has_none(talk, embedded_dir,
     folding = Talk(chat, talk.sampler, talk.params, 1)
     assert "no system turn" in folding.set_system("Be kind.")
     folding.say("a")
-    assert chat.tokenizer.decode(folding.prompt()) == "<|user|>\nBe kind.\n\na\n<|assistant|>\n"
+    assert chat.tokenizer.decode(folding.prompt()).startswith("<|user|>\nBe kind.\n\na")
     with pytest.raises(BadRow, match="control token"):
         folding.set_system("a <|end|>")
     assert folding.system == "Be kind."
@@ -297,6 +290,14 @@ def in_terminal(slave: str, argv: list[str], no_color: str) -> None:
     os.environ |= {"TERM": "xterm", "NO_COLOR": no_color}
     from engine import config
 
+    tokens = Sampler.tokens
+
+    def slowly(*args, **options):
+        for found in tokens(*args, **options):
+            time.sleep(0.05)
+            yield found
+
+    Sampler.tokens = slowly
     world.main(lambda: launch_chat.chat(config.parse(Config, argv)))
 
 
@@ -305,7 +306,7 @@ def test_a_terminal(no_color, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "terminal"
     embedded(cache)
     master, slave = pty.openpty()
-    argv = ["--cache_dir", str(cache), "--response_length", "400", "--temperature", "0"]
+    argv = ["--cache_dir", str(cache), "--response_length", "400"]
     process = ranks.context.Process(target=in_terminal, args=(os.ttyname(slave), argv, no_color))
     process.start()
     seen = b""
@@ -313,21 +314,25 @@ def test_a_terminal(no_color, tmp_path_factory):
     def until(word: bytes) -> None:
         nonlocal seen
         begun, start = time.monotonic(), len(seen)
-        while word not in seen[start:] and time.monotonic() - begun < 60:
-            seen += os.read(master, 4096)
+        while word not in seen[start:]:
+            ready, _, _ = select.select([master], [], [], 1)
+            assert process.is_alive() and time.monotonic() - begun < 60, seen
+            seen += os.read(master, 4096) if ready else b""
 
     until(b"> ")
     os.write(master, b"Hello\n")
-    until(b"gar")  # of the answer
+    until(b"Hello\r\n")
+    while len(seen.rpartition(b"Hello\r\n")[2]) < 20:  # of the answer
+        seen += os.read(master, 4096)
     os.write(master, b"\x03")
     until(b"what was said is kept")
+    until(b"> ")
     os.write(master, b"\x04")
     process.join(60)
     os.close(slave)
     os.close(master)
     assert process.exitcode == 0, seen
     assert (b"\x1b[2m" in seen) == (no_color == "") and (b"\x1b[1;36m" in seen) == (no_color == "")
-    assert "␃".encode() in seen  # what the model says is drawn
 
 
 @pytest.mark.parametrize(

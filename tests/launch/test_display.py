@@ -23,14 +23,8 @@ def test_nothing_that_drives_a_terminal_is_left(text):
 
 @given(HOSTILE)
 def test_what_can_be_seen_stays_as_it_is(text):
-    assert (
-        [c for c in text if c.isprintable()]
-        == [c for c in shown(text) if c in text and c.isprintable() and not (c == " " and c not in text)]
-        or any(c in text for c in "\t\u2028\u2029")
-        or any(not c.isprintable() for c in text)
-    )
-    if text.isprintable():
-        assert shown(text) == text
+    text = text.replace("\r\n", "")
+    assert shown(text) == "".join(c if c.isprintable() else shown(c) for c in text)
 
 
 @pytest.mark.parametrize(
@@ -76,7 +70,7 @@ def test_side_by_side_is_the_same_however_it_comes(left, right, size):
 
     whole = list(side_by_side([pieces(left, 99), pieces(right, 99)], 23))
     assert list(side_by_side([pieces(left, size), pieces(right, 3)], 23)) == whole
-    columns = [wrapped(text.rstrip(), 10) for text in (left, right)]
+    columns = [wrapped(text, 10) for text in (left, right)]
     assert len(whole) == max(map(len, columns))
     for row, line in enumerate(whole):
         parts = [part[row] if row < len(part) else "" for part in columns]
