@@ -3,9 +3,14 @@
 
 def commands() -> dict[str, type]:
     """Every command's configuration, by the command: where a flag belongs. Imported when it is asked for."""
-    from launch import chat, dpo, evaluate, generate, ppo, sft, verify
+    from launch import chat, dpo, evaluate, export, generate, ppo, sft, verify
     from launch.planner.plans import PlanFlags
 
     modules = {f"launch.{name}": of.Config for name, of in (("sft", sft), ("dpo", dpo), ("ppo", ppo))}
-    modules |= {"launch.evaluate": evaluate.Config, "launch.generate": generate.Config, "launch.chat": chat.Config}
+    modules |= {
+        "launch.evaluate": evaluate.Config,
+        "launch.generate": generate.Config,
+        "launch.chat": chat.Config,
+        "launch.export": export.Config,
+    }
     return modules | {"launch.verify": verify.Config, "launch.plan": PlanFlags}

@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import dpo, evaluate, generate, ppo, sft, verify
+from launch import chat, dpo, evaluate, export, generate, ppo, sft, verify
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -42,7 +42,7 @@ BELOW = {  # room → the rooms that it may import besides itself
     "launch.planner": {*sizes.ROOMS},
 }
 COMMANDS = {"sft": sft.Config, "dpo": dpo.Config, "ppo": ppo.Config, "evaluate": evaluate.Config}
-OTHERS = {"verify": verify.Config, "generate": generate.Config}  # with words of their own, such as --output
+OTHERS = {"verify": verify.Config, "generate": generate.Config, "chat": chat.Config, "export": export.Config}
 
 
 def imported(tree: ast.AST):

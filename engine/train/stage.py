@@ -32,6 +32,7 @@ from engine.log import JsonLines, Metrics, Totals
 from engine.model.export import export
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
+from engine.train import card
 from engine.train.checkpoint import Checkpoints
 from engine.train.throughput import Throughput
 from engine.world import World
@@ -106,7 +107,8 @@ class Run:
             if profile is not None:
                 profile.step()
             if flags.save_steps and done < total and done % flags.save_steps == 0:
-                checkpoints.save(done, {"num_tokens": self.throughput.num_tokens})
+                facts = {"total_steps": total, "examples": self.plan.n}  # for a card
+                checkpoints.save(done, {"num_tokens": self.throughput.num_tokens, **facts})
         checkpoints.wait()
 
     def evaluates(self, done: int) -> bool:
@@ -170,6 +172,23 @@ class Run:
         """Lines above the bar."""
         self.metrics.say("\n".join(lines))
 
+    def _card(self, policy: Policy, is_adapter: bool) -> str:
+        facts = card.Facts(
+            self.values,
+            self.base.name,
+            self.base.revision,
+            policy.base_weights,
+            type(policy.lm).__name__,
+            step=self.plan.total,
+            total=self.plan.total,
+            data=self.data,
+            rows=self.plan.n,
+            metrics=card.metrics_in(self.output_dir / "metrics.jsonl"),
+            recorded=card.recorded_in(self.output_dir / "config.yaml"),
+            is_adapter=is_adapter,
+        )
+        return card.text(facts)
+
     def export(self, policy: Policy, **inside: Root) -> None:
         """Writes final/: the policy, and other roots under their names in it. Collective."""
         self.metrics.close()
@@ -179,7 +198,14 @@ class Run:
             export(root, self.base, self.world, done[name], dtype=flags.export_dtype)
         final = self.output_dir / "final"
         how = export(
-            policy, self.base, self.world, final, dtype=flags.export_dtype, adapter_only=adapter_only, inside=done
+            policy,
+            self.base,
+            self.world,
+            final,
+            dtype=flags.export_dtype,
+            adapter_only=adapter_only,
+            inside=done,
+            card=self._card(policy, adapter_only),
         )
         also = "".join(f", its {name}/ as a sequence classifier" for name in inside)
         self.world.say(f"done: {how}{also}")
