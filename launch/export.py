@@ -18,7 +18,7 @@ from typing import Any
 from engine.config import parse
 from engine.errors import UserError
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags, flag
-from engine.model import Base, Policy, load_untrained, load_value_model, open_model
+from engine.model import Base, Policy, ValueModel, load_untrained, load_value_model, open_model
 from engine.model import export as exporting
 from engine.train import card, checkpoint
 from engine.world import World, main, start
@@ -72,46 +72,20 @@ def export(config: Config) -> None:
 def export_checkpoint(config: Config, world: World) -> None:
     """What a run had trained at some step. Raises UserError."""
     refuse(config, WITHOUT_RUN, "is not read with RUN, whose flags say it")
-    if config.merge and config.adapter_only:
-        raise UserError("--merge and --adapter_only are two things: give one of them")
     name = str(config.run)
-    if config.step is None and any(
-        (Path(name) / "final" / n).is_file() for n in ("config.json", "adapter_config.json")
-    ):
-        steps = ", ".join(str(step_of(path)) for path in checkpoint.complete(Path(name) / "checkpoints")) or "none"
-        return world.say(
-            f"{name}/final is the model after the last step already: nothing to do (--step exports a checkpoint, of which"
-            f" there are {steps}; --model_name_or_path {name}/final with --dtype converts it)"
-        )
+    if config.step is None and (final := final_of(name)):
+        return world.say(final)
     path = find(name, config.step)
     run = run_of(path)
+    own = flags_in(run)
     output_dir = output(config, (run or path.parent) / f"step-{step_of(path)}")
     state = read_state(path, world)
-    values, own = state["settings"], flags_in(run)
-    adapters = as_flags(AdapterFlags, values)
-    if config.model_name_or_path is not None:
-        adapters = replace(adapters, model_name_or_path=config.model_name_or_path)
-    adapter_only = config.adapter_only or (bool(own.get("export_adapter")) and not config.merge)
-    for word, given in (("adapter_only", config.adapter_only), ("merge", config.merge)):
-        if given and not adapters.use_lora:
-            raise UserError(f"--{word} is not read: {name} trained no adapter")
-    if adapter_only and config.dtype:
-        raise UserError("--dtype is not read with an adapter alone, which is written as it is held; --merge merges it")
+    adapter_only = is_adapter_wanted(config, state["settings"], own)
     if config.value_model and "value" not in state["optimizer_steps"]:
         raise UserError(f"--value_model: {name} has none, only launch.ppo trains one")
-    base = open_model(adapters, world, memory=as_flags(MemoryFlags, values), adapters=adapters)
-    policy = load_untrained(base, world)
-    if policy.identity != state["identity"]["model"]:
-        raise UserError(
-            f"{base.directory}: is another model ({policy.identity}) than the one that the run started from"
-            f" ({state['identity']['model']}); --model_name_or_path says where that lies now"
-        )
-    parts: dict[str, Any] = {"policy": policy}
-    if config.value_model:
-        parts["value"] = load_value_model(base, world, values.get("value_model_name_or_path"), policy)
-    checkpoint.load_masters(path, parts)
+    base, policy, value_model = trained(config, path, state, world)
     facts = replace(
-        facts_of(base, policy, values, adapter_only),
+        facts_of(base, policy, state["settings"], adapter_only),
         step=state["step"],
         total=state.get("total_steps"),
         data=state["identity"].get("dataset", ""),
@@ -119,10 +93,12 @@ def export_checkpoint(config: Config, world: World) -> None:
         metrics=card.metrics_in(run / "metrics.jsonl", state["step"]) if run else (),
         recorded=card.recorded_in(run / "config.yaml") if run else None,
     )
-    dtype, inside, notes = config.dtype or own.get("export_dtype"), {}, []
-    if config.value_model:
+    dtype = config.dtype or own.get("export_dtype")
+    inside: dict[str, Path] = {}
+    if value_model is not None:
         inside["value"] = output_dir.with_name(f".{output_dir.name}.value")
-        exporting.export(parts["value"], base, world, inside["value"], dtype=dtype)
+        exporting.export(value_model, base, world, inside["value"], dtype=dtype)
+    notes: list[str] = []
     how = exporting.export(
         policy,
         base,
@@ -136,6 +112,52 @@ def export_checkpoint(config: Config, world: World) -> None:
         notes=notes,
     )
     world.say(*notes, f"done: step {state['step']} of {name}: {how}")
+
+
+def final_of(name: str) -> str:
+    """What is to be said of a run that has ended; '' for one that has not."""
+    run = Path(name).expanduser()
+    if not any((run / "final" / n).is_file() for n in ("config.json", "adapter_config.json")):
+        return ""
+    steps = ", ".join(str(step_of(path)) for path in checkpoint.complete(run / "checkpoints")) or "none"
+    return (
+        f"{name}/final is the model after the last step already: nothing to do (--step exports a checkpoint, there are:"
+        f" {steps}; --model_name_or_path {name}/final with --dtype converts it)"
+    )
+
+
+def is_adapter_wanted(config: Config, values: dict[str, Any], own: dict[str, Any]) -> bool:
+    """Alone, as the command line says, or else as the run's --export_adapter. Raises UserError."""
+    if config.merge and config.adapter_only:
+        raise UserError("--merge and --adapter_only are two things: give one of them")
+    for word, given in (("adapter_only", config.adapter_only), ("merge", config.merge)):
+        if given and not values.get("use_lora"):
+            raise UserError(f"--{word} is not read: {config.run} trained no adapter")
+    alone = config.adapter_only or (bool(own.get("export_adapter")) and not config.merge)
+    if alone and config.dtype:
+        raise UserError("--dtype is not read with an adapter alone, which is written as it is held; --merge merges it")
+    return alone
+
+
+def trained(config: Config, path: Path, state: dict[str, Any], world: World) -> tuple[Base, Policy, ValueModel | None]:
+    """The model that the run started from, with what it had trained. Collective. Raises UserError."""
+    values = state["settings"]
+    flags = as_flags(AdapterFlags, values)
+    if config.model_name_or_path is not None:
+        flags = replace(flags, model_name_or_path=config.model_name_or_path)
+    base = open_model(flags, world, memory=as_flags(MemoryFlags, values), adapters=flags)
+    policy = load_untrained(base, world)
+    if policy.identity != state["identity"]["model"]:
+        raise UserError(
+            f"{base.directory} is another model ({policy.identity}) than the one that the run started from"
+            f" ({state['identity']['model']}); --model_name_or_path says where that lies now"
+        )
+    value_model = None
+    if config.value_model:
+        value_model = load_value_model(base, world, values.get("value_model_name_or_path"), policy)
+    parts = {"policy": policy} if value_model is None else {"policy": policy, "value": value_model}
+    checkpoint.load_masters(path, parts)
+    return base, policy, value_model
 
 
 def export_model(config: Config, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def save_model(
                 tensors[name] = tensor.cpu().contiguous().clone()
                 total += tensors[name].nbytes
                 weight_map[name] = file
-        output.write(lambda tensors=tensors, file=file: save_file(tensors, partial / file, metadata={"format": "pt"}))
+        output.write(functools.partial(save_file, tensors, partial / file, metadata={"format": "pt"}))
     index = json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}, indent=2)
     if len(plan) > 1:
         output.write(lambda: (partial / INDEX).write_text(index, encoding="utf-8"))

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -249,7 +249,7 @@ def damage(path: Path, world: World) -> str:
     return ""
 
 
-def load_masters(path: Path, parts: dict[str, nn.Module]) -> None:
+def load_masters(path: Path, parts: Mapping[str, nn.Module]) -> None:
     """What was trained of these parts (policy, value), from a sound checkpoint that any number of ranks wrote; what
     their optimizers know is left there. Collective. Raises UserError.
     """
