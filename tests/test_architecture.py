@@ -48,11 +48,6 @@ OTHERS = {  # with words of their own, such as --output
     for command, of in commands().items()
     if of not in COMMANDS.values() and command != "launch.plan"
 }
-    "compare": compare.Config,
-    "verify": verify.Config,
-    "generate": generate.Config,
-    "report": report.Config,
-}  # with words of their own, such as --output
 
 
 def imported(tree: ast.AST):

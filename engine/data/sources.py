@@ -13,10 +13,9 @@ from engine.data.chat import ChatTokenizer
 from engine.data.conversations import ConversationEncoder, first_form
 from engine.data.files import Source, open_source
 from engine.data.judgements import Judgement, gathered
-from engine.data.messages import Notes
 from engine.data.mixture import mixture_index
 from engine.data.preferences import PairEncoder
-from engine.data.prompts import P, Prompt, PromptReader, fingerprint_of, load_prompts
+from engine.data.prompts import Prompt, PromptReader, ReadPrompt, fingerprint_of, load_prompts
 from engine.data.store import Examples, open_or_build, summary
 from engine.data.tokenise import Encoder
 from engine.errors import UserError
@@ -111,8 +110,8 @@ def _both_splits(
 
 
 def prompts_of(
-    name: str, split: str, flags: DataFlags, read: Callable[[dict, Notes], P], world: World, *, longest: int
-) -> list[P]:
+    name: str, split: str, flags: DataFlags, read: ReadPrompt, world: World, *, longest: int
+) -> list[Prompt]:
     """The prompts of one dataset of at most `longest` tokens; says what was kept, dropped and bad. Raises UserError."""
     source = open_source(name, split, flags.dataset_revision)
     found, lines = load_prompts(source, read, longest, flags.on_bad_row)

@@ -2242,8 +2242,8 @@ MODEL = (
     Mutant(
         "an_export_of_one_file_more",
         "engine/model/export.py",
-        "if plan[-1] and filled + size > MAX_FILE_BYTES:",
-        "if filled + size > MAX_FILE_BYTES:",
+        "if plan[-1] and filled + size > (most or MAX_FILE_BYTES):",
+        "if filled + size > (most or MAX_FILE_BYTES):",
         PIECES,
     ),
     Mutant(
@@ -2523,7 +2523,7 @@ TRAIN = (
     Mutant(
         "a_flipped_bit_is_loaded",
         "engine/train/checkpoint.py",
-        'or _sha256(path / name) != files[name][\n                    "sha256"\n                ]',
+        ' or _sha256(path / name) != files[name]["sha256"]',
         "",
         CHECKPOINT,
     ),
