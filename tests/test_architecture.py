@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import dpo, evaluate, ppo, sft, verify
+from launch import data, dpo, evaluate, ppo, sft, verify
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     | {"yaml", "jinja2", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "bitsandbytes", "wandb"}
     | {"flash_attn", "flash_attn_interface"},
     "rollout": ENGINE,
-    "launch": ENGINE,
+    "launch": ENGINE | {"jinja2"},
 }
 BELOW = {  # room → the rooms that it may import besides itself
     "losses": set(),
@@ -170,6 +170,9 @@ def test_the_command_lines_flags_are_these():
     lines.append(
         f"also known as: {' '.join(sorted({a for of in found.values() for f in of.values() for a in f.aliases}))}"
     )
+    of_the_data = [set(flags_of(config)) - set(found[stage]) for stage, config in data.CONFIGS.items()]
+    assert of_the_data[0] == of_the_data[1] == of_the_data[2]
+    lines.append(f"data, besides the stage's: {' '.join(sorted(of_the_data[0]))}")
     expected = (Path(__file__).parent / "flags.txt").read_text(encoding="utf-8").splitlines()
     assert lines == expected
 

@@ -67,6 +67,14 @@ def read_conversations(
     flags: MixtureFlags, chat: ChatTokenizer, world: World, *, rows: ConversationFlags
 ) -> tuple[Examples, Examples | None]:
     """(training conversations, held-out conversations or None), every assistant turn trained. Raises UserError."""
+    kind, prepare = conversations_prepared(flags, chat, rows, flags.max_seq_length)
+    return _both_splits(flags, world, chat, prepare, per_example=1, kind=kind, unit="conversations")
+
+
+def conversations_prepared(
+    flags: DataFlags, chat: ChatTokenizer, rows: ConversationFlags, max_length: int
+) -> tuple[dict[str, Any], Prepare]:
+    """(what besides the tokenizer decides how rows become sequences, how a source of conversations is read)."""
     how: dict[str, Any] = {
         "text_column": rows.text_column,
         "only_label": rows.only_label,
@@ -76,25 +84,31 @@ def read_conversations(
 
     def prepare(source: Source) -> tuple[Source, Encoder]:
         form = None if rows.text_column else first_form(source)
-        return source, ConversationEncoder(chat, flags.max_seq_length, form, **how)
+        return source, ConversationEncoder(chat, max_length, form, **how)
 
-    kind = {"conversations": "all turns", **how}
-    return _both_splits(flags, world, chat, prepare, per_example=1, kind=kind, unit="conversations")
+    return {"conversations": "all turns", **how}, prepare
 
 
 def read_pairs(
     flags: MixtureFlags, count_turns: str, chat: ChatTokenizer, world: World, *, rows: PairFlags
 ) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None), of which the `last` or `all` turns count. Raises UserError."""
+    kind, prepare = pairs_prepared(flags, count_turns, chat, rows, flags.max_seq_length)
+    return _both_splits(flags, world, chat, prepare, per_example=2, kind=kind, unit="pairs")
+
+
+def pairs_prepared(
+    flags: DataFlags, count_turns: str, chat: ChatTokenizer, rows: PairFlags, max_length: int
+) -> tuple[dict[str, Any], Prepare]:
+    """As `conversations_prepared`, of pairs."""
     judgement = Judgement(rows.preference_column, rows.preference_numbers, rows.chosen_by_score)
     fold_system = flags.system_role == "fold"
 
     def prepare(source: Source) -> tuple[Source, Encoder]:
-        encode = PairEncoder(chat, flags.max_seq_length, count_turns == "last", judgement, fold_system)
+        encode = PairEncoder(chat, max_length, count_turns == "last", judgement, fold_system)
         return gathered(source, judgement), encode
 
-    kind = {"pairs": count_turns, "judgement": asdict(judgement), "fold_system": fold_system}
-    return _both_splits(flags, world, chat, prepare, per_example=2, kind=kind, unit="pairs")
+    return {"pairs": count_turns, "judgement": asdict(judgement), "fold_system": fold_system}, prepare
 
 
 def _both_splits(
