@@ -192,6 +192,24 @@ def test_problems(screen, tmp_path):
     assert lines[-1].startswith("next        keep one ground truth for each prompt")
 
 
+def test_plain_text_trains_all_but_its_first_token(screen, tmp_path):
+    """The embedded tokenizer puts nothing before a text: its first token is nobody's target."""
+    name = jsonl(tmp_path / "x.jsonl", [{"text": "abc" * 40}, {"text": "x" * 9}])
+    lines = screen("sft", "--dataset_name", name, "--text_column", "text")
+    numbers = re.search(r"\(([\d,]+) of ([\d,]+)\)", said(lines, "trained"))
+    trained, fed = (int(n.replace(",", "")) for n in numbers.groups())
+    assert fed - trained == 2
+
+
+def test_rows_of_every_chunk_are_named(screen, tmp_path):
+    """Rows are read in chunks of 256."""
+    rows = [talk(f"Question {i}?", f"Answer {i}.") for i in range(600)]
+    rows[599], rows[400] = talk("Long?", "word " * 50), rows[300]
+    lines = screen("sft", "--dataset_name", jsonl(tmp_path / "x.jsonl", rows))
+    assert "(x.jsonl:600)" in said(lines, "tokens")
+    assert "x.jsonl:401 as x.jsonl:301" in said(lines, "duplicates")
+
+
 def test_a_mixture_by_source(screen, tmp_path):
     one = jsonl(tmp_path / "one.jsonl", [talk(f"One {i}?", "Yes.", source=f"s{i % 2}") for i in range(8)])
     two = jsonl(tmp_path / "two.jsonl", [talk(f"Two {i}?", "word " * 20) for i in range(8)])
@@ -319,6 +337,21 @@ def test_near_duplicates_are_found_and_others_are_not():
     assert (groups[200:] == np.arange(50)).mean() > 0.95
 
 
+def test_rows_that_share_a_part_are_no_duplicates():
+    """A third in common: some agree in a band of four places, and none in 80 % of all."""
+    generator = np.random.Generator(np.random.Philox(key=2))
+    texts = generator.integers(0, 2**40, (300, 120)).astype(np.uint64)
+    texts[:, :70] = texts[0, :70]
+    sketches = np.array([sketch_of(text) for text in texts])
+    assert any(len(np.unique(band)) < 300 for band in sketches.view(np.uint64).T)
+    assert (near_duplicates(sketches) == np.arange(300)).all()
+
+
+def test_the_order_of_words_counts():
+    words = words_of("the dog bit the man and then it ran away from him over the old wall")
+    assert likeness.likeness(sketch_of(words), sketch_of(words[::-1])) < 0.2
+
+
 def test_words_of_scripts_without_spaces():
     assert len(words_of("Das ist 1_2, oder?")) == 5
     assert len(words_of("日本語 テキスト")) == 7
@@ -417,5 +450,6 @@ def test_pieces_are_the_text(embedded_dir):
         trained = "".join(piece.text for piece in shown if piece.trained)
         assert trained == text + "<|end|>"
         assert sum(len(piece.ids.split()) for piece in shown if not piece.cut) >= min(limit, len(ids))
+        assert all(piece.cut for piece in shown[limit:]) and (limit >= len(shown) or shown[-1].cut)
 
     check()
