@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
+from engine.disk import writing
 from engine.model.adapters import files, lora
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
@@ -102,7 +103,8 @@ def save_model(
                 total += tensors[name].nbytes
                 weight_map[name] = file
         if world.is_main:
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            with writing(partial / file):
+                save_file(tensors, partial / file, metadata={"format": "pt"})
     if world.is_main:
         if len(plan) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}

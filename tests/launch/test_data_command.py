@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.config import parse
@@ -296,12 +296,23 @@ def test_refused_in_one_line(case, screen, tmp_path):
 # --- likeness ---------------------------------------------------------------------------------------------------------
 
 WORDS = st.lists(st.sampled_from([f"w{i}" for i in range(6)]), max_size=40)
+PARTS = st.lists(st.tuples(st.integers(0, 5), st.integers(0, 40), st.integers(0, 24)), max_size=4)
 
 
-@given(st.lists(WORDS, min_size=1, max_size=6), st.lists(WORDS, min_size=1, max_size=3))
+@given(st.lists(WORDS, min_size=1, max_size=6), st.lists(WORDS | PARTS, min_size=1, max_size=3))
+@example([[f"w{i}" for i in range(16)]], [[f"w{i}" for i in range(8)]])
+@example([[f"w{i}" for i in range(30)]], [[f"w{i}" for i in (*range(11), *range(20, 30))]])
 @settings(max_examples=150, deadline=None)
 def test_overlap_is_that_of_the_definition(prompts, row):
-    """Word by word: covered if it stands in 8 words in a row that the training row holds too."""
+    """Word by word: covered if it stands in 8 words in a row that the training row holds too. Rows hold parts of
+    prompts, half of one as well.
+    """
+    row = [
+        [w for part in message for w in (prompts[part[0] % len(prompts)][part[1] : part[1] + part[2]])]
+        if message and isinstance(message[0], tuple)
+        else message
+        for message in row
+    ]
     evaluation = EvaluationSet.of("e", [(f":{i}", " ".join(prompt)) for i, prompt in enumerate(prompts)])
     training = [word for message in row for word in message]
     grams = {tuple(training[i : i + 8]) for i in range(len(training) - 7)}
