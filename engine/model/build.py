@@ -57,9 +57,7 @@ def load_config(directory: Path) -> Any:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a configuration's own checks raise whatever they do: the user reads one line
         why = disguised_in(directory) or "no usable config.json"
-        raise UserError(
-            f"{directory}: {why} ({(str(error).splitlines() or [type(error).__name__])[0][:200]})"
-        ) from None
+        raise UserError(f"{directory}: {why} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
         raise UserError(f"{directory}: {name} is no decoder: an encoder writes no text; give a model {CAUSAL}")
@@ -155,7 +153,7 @@ def _on_meta(family: Any, config: Any, how: How) -> nn.Module:
         try:
             return family.from_config(copy.deepcopy(config), dtype=how.master, attn_implementation=implementation)
         except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-            why = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            why = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"{config.model_type}: its config.json describes no model that can be built ({why})"
             ) from None
