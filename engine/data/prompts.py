@@ -93,7 +93,8 @@ class PromptReader:
             raise BadRow(f"messages: expected what is asked, as one of {', '.join(ASKED)}, got {got}")
         answered = next((column for column in ANSWERS if row.get(column) is not None), None)
         if answered is None:
-            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])})")
+            others = "; conversations are read by launch.sft, pairs by launch.dpo"
+            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])}{others})")
         read = {asked, answered, "dataset", "data_source", "system", "tools"}
         note_unread(row, read | ({"input"} if asked == "instruction" else set()), notes)
         said = self._asked(row, asked, notes)
@@ -267,7 +268,7 @@ def load_prompts(
         why = (
             f"the first bad row is {bad[0]}"
             if bad
-            else f"none has at most {max_prompt_tokens} tokens"
+            else f"none has at most {max_prompt_tokens} tokens: raise --max_seq_length, or lower --response_length"
             if too_long
             else "it is empty"
         )
