@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -214,6 +215,11 @@ def _configure_terminal(quiet: bool = False) -> None:
     """As the user's environment says (https://no-color.org)."""
     dumb, colour = os.environ.get("TERM") == "dumb", not os.environ.get("NO_COLOR")
     terminal.configure(dumb=dumb, colour=colour, quiet=quiet)
+    if quiet or not terminal.is_terminal(sys.stderr):
+        disable_progress_bars()
+        os.environ.setdefault(
+            "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
+        )  # read when datasets is imported, which is later
 
 
 def _store(rank: int, size: int) -> dist.Store:

@@ -4,7 +4,7 @@ from importlib import import_module
 
 COMMANDS = (  # in the order of the recipe
     *("sft", "dpo", "ppo"),
-    *("demo", "generate", "evaluate", "compare", "verify", "report"),
+    *("demo", "generate", "evaluate", "compare", "verify", "report", "doctor"),
 )
 
 

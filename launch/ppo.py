@@ -52,7 +52,7 @@ from engine.model import (
 )
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import after, checker, commands, pinned, resolve, show_plan, with_tuned_model
+from launch.resolve import after, checker, commands, each_seed, pinned, resolve, show_plan, with_tuned_model
 from rollout import Collector, Experience, Rollout, Sampler, evaluate
 from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict
 
@@ -392,4 +392,4 @@ def describe(config: Config, prompts: list[Prompt], held_out: list[Prompt], step
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

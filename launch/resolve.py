@@ -18,8 +18,9 @@ from launch import commands
 from launch.after import after
 from launch.judges import checker, pinned
 from launch.planner.dry_run import show_plan
+from launch.seeds import each_seed
 
-__all__ = ["after", "checker", "commands", "pinned", "resolve", "show_plan", "with_tuned_model"]
+__all__ = ["after", "checker", "commands", "each_seed", "pinned", "resolve", "show_plan", "with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
 PATHS = ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume")
 

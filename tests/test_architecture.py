@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import compare, dpo, evaluate, generate, ppo, sft, verify
+from launch import commands, dpo, evaluate, ppo, sft
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     | {"yaml", "jinja2", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "bitsandbytes", "wandb"}
     | {"flash_attn", "flash_attn_interface"},
     "rollout": ENGINE,
-    "launch": ENGINE,
+    "launch": ENGINE | {"yaml", "jinja2", "matplotlib"},
 }
 BELOW = {  # room → the rooms that it may import besides itself
     "losses": set(),
@@ -40,12 +40,18 @@ BELOW = {  # room → the rooms that it may import besides itself
     "rollout": {"engine", "engine.data", "engine.model", "engine.train", "verifiers"},
     "launch": {*sizes.ROOMS},
     "launch.planner": {*sizes.ROOMS},
+    "launch.reports": {"engine", "engine.train", "launch.planner"},
 }
 COMMANDS = {"sft": sft.Config, "dpo": dpo.Config, "ppo": ppo.Config, "evaluate": evaluate.Config}
-OTHERS = {
+OTHERS = {  # with words of their own, such as --output
+    command.removeprefix("launch."): of
+    for command, of in commands().items()
+    if of not in COMMANDS.values() and command != "launch.plan"
+}
     "compare": compare.Config,
     "verify": verify.Config,
     "generate": generate.Config,
+    "report": report.Config,
 }  # with words of their own, such as --output
 
 

@@ -3,7 +3,7 @@
 what is asked     `messages`, `prompt` (text or messages), `question`, `problem`, `query`, `instruction` (and `input`),
                   ShareGPT's `conversations`; `system` and `tools` may stand beside it
 the answer        `ground_truth`, verl's `reward_model.ground_truth`, `answer`, `solution`; behind '####' as GSM8K has
-                  it, in the last \\boxed as MATH has it
+                  it, in the last \\boxed as MATH has it; IFEval's `instruction_id_list` and `kwargs`
 the verifier      `dataset`, or --verifier, or what `data_source` is known to need, or what the answer's form says
 """
 
@@ -123,6 +123,7 @@ class PromptReader:
 
     def read(self, row: dict, notes: Notes) -> tuple[Conversation, Any, str | list[str]]:
         """(what the row asks, its ground truth, its verifier). Raises BadRow."""
+        row = with_instructions(row)
         asked = asked_column(row)
         answered = next((column for column in ANSWERS if row.get(column) is not None), None)
         if answered is None:
@@ -217,6 +218,17 @@ def worded(said: Conversation, flags: QuestionFlags, notes: Notes) -> Conversati
         else:
             kept = [{"role": "system", "content": flags.system_prompt}, *kept]
     return Conversation(kept, said.tools)
+
+
+def with_instructions(row: dict) -> dict:
+    """A row of IFEval itself, whose instructions stand beside the prompt, with them as ground truth of `ifeval`; other
+    rows as they are.
+    """
+    if row.get("instruction_id_list") is None or any(row.get(column) is not None for column in ANSWERS):
+        return row
+    told = {"instruction_id": row["instruction_id_list"], "kwargs": row.get("kwargs")}
+    rest = {column: value for column, value in row.items() if column not in ("instruction_id_list", "kwargs")}
+    return rest | {"dataset": row.get("dataset") or "ifeval", "ground_truth": told}
 
 
 def _rewarded(given: Any, notes: Notes) -> Any:

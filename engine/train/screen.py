@@ -57,7 +57,9 @@ def of_prompts(verifiers: Sequence[str]) -> Row:
 def of_steps(n: int, steps: Steps, unit: str, step: str = "step") -> Row:
     """How many steps of how much."""
     epochs = steps.total / steps.per_epoch
-    return Row(f"{step}s", f"{min(steps.batch_size, n)} {unit} per {step}, {steps.total:,} {step}s, {epochs:.2g} epochs")
+    return Row(
+        f"{step}s", f"{min(steps.batch_size, n)} {unit} per {step}, {steps.total:,} {step}s, {epochs:.2g} epochs"
+    )
 
 
 def of_training(flags: OptimizerFlags, output_dir: str, steps: Steps) -> list[Row]:

@@ -27,6 +27,7 @@ def _share(title: str, of: str, caption: str, group: str = LEARNING) -> Metric:
 
 PER_TOKEN, PER_ANSWER, REWARD = "nats per token", "nats per answer", "β × nats"
 HELD_OUT_LOSS = Metric("Held-out loss", "nats", "Healthy: falls with the training loss; turning up is overfitting.")
+PPO_LOSS = Metric("Loss", "", "Of the policy, under the name that every stage has. Read the scores instead.")
 KNOWN = {
     "accuracy": _share("Verified accuracy", "responses", "With its 95 % interval. Healthy: leaves the first interval."),
     "objective/scores": Metric("Score", "reward", "Mean reward of the iteration's responses. Healthy: rises, noisily."),

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launch.reports.catalogue import TOKENS_PER_SECOND
-from launch.reports.runs import Recorded, Series
+from launch.reports.runs import Recorded, Series, as_number
 from launch.reports.verdict import headline, interval_at
 
 OK, WARNING, BAD = "ok", "warning", "bad"
@@ -69,7 +69,7 @@ def numbers_are_finite(run: Recorded) -> Mark:
     return Mark(
         BAD,
         "Numbers that are not finite",
-        f"{sum(bad.values()):,} values are NaN or infinite: {names}; the first at {run.unit} {first}.",
+        f"NaN or infinite: {names}; the first at {run.unit} {first}.",
         "Read the rows before it: lower --learning_rate, check the data of that step, or use --dtype float32.",
         next(iter(bad)),
     )
@@ -280,16 +280,21 @@ def responses_end(run: Recorded) -> Mark | None:
 
 def responses_differ(run: Recorded) -> Mark | None:
     """Of the last responses that were kept, one to a prompt: less than half different is suspicious, one and the same
-    is a collapse.
+    is a collapse. Right answers that the verifier says the same of are one: their prompts ask the same.
     """
     last = [row for row in run.samples if isinstance(row.get("prompt"), str)][-12:]
-    asked = {row["prompt"]: row["response"].strip() for row in last}
-    if len(asked) < 4:
+    asked = {row["prompt"]: row for row in last}
+    is_right = {prompt: (as_number(row.get("score")) or 0) >= 1 for prompt, row in asked.items()}
+    answers = [
+        (row["response"].strip(), str(row.get("reason")) if is_right[prompt] else prompt)
+        for prompt, row in asked.items()
+    ]
+    texts = [text for text, _ in set(answers)]
+    if len(texts) < 4:
         return None
-    different = len(set(asked.values()))
-    alike = BAD if different == 1 else WARNING if different < len(asked) / 2 else OK
-    seen = f"{different} different ones to the last {len(asked)} prompts that were kept."
-    advice = "Read them below: has it found one answer that is rewarded?"
+    alike = BAD if len(set(texts)) == 1 else WARNING if len(set(texts)) < len(texts) / 2 else OK
+    seen = f"{len(set(texts))} different ones to the last {len(texts)} prompts that were kept."
+    advice = "Read them below: does it say one thing whatever is asked?"
     return found(alike, ("Responses differ", "Responses are alike"), seen, advice)
 
 

@@ -5,6 +5,7 @@ for (const box of document.querySelectorAll(".samples")) {
   const body = box.querySelector("tbody"), rows = [...body.rows], form = box.querySelector("form");
   const find = form.querySelector(".find"), which = form.querySelector(".which"), order = form.querySelector(".order");
   const texts = new Map(rows.map((row) => [row, row.textContent.toLowerCase()]));
+  const place = new Map(rows.map((row, number) => [row, number]));
   let here = null;
 
   const wanted = (row) => {
@@ -17,7 +18,7 @@ for (const box of document.querySelectorAll(".samples")) {
   const update = () => {
     const key = order.value.replace("-", ""), sign = order.value.startsWith("-") ? -1 : 1;
     const value = (row) => (row.dataset[key] === undefined ? -Infinity : Number(row.dataset[key]));
-    rows.sort((a, b) => sign * (value(a) - value(b)) || 0);
+    rows.sort((a, b) => sign * (value(a) - value(b)) || place.get(a) - place.get(b));
     body.append(...rows);
     let count = 0;
     for (const row of rows) { row.hidden = !wanted(row); count += !row.hidden; }

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -135,6 +136,9 @@ def card(run: Recorded, number: int, comparison: Comparison | None) -> dict[str,
         "marks": [mark for mark in marks if mark.level != health.OK],
         "fine": [mark for mark in marks if mark.level == health.OK],
         "worst": marks[0].level if marks else health.OK,
+        "levels": [
+            (n, level) for level in (health.BAD, health.WARNING) if (n := [m.level for m in marks].count(level))
+        ],
         "tokens": plots.rounded(tokens.last) if tokens and len(tokens) and tokens.last else "",
         "duration": duration(run),
         "next": verdict.next_steps(run),
@@ -149,13 +153,12 @@ def card(run: Recorded, number: int, comparison: Comparison | None) -> dict[str,
 def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list[Plot]]], list[tuple[str, list[str]]]]:
     """(plots by group, a row for each metric that is too many to be drawn or has no finite value)."""
     xlabel = runs[0].unit
-    names = {name for run in runs for name in run.series if not name.startswith(PHASES)}
+    names = {name for run in runs for name, s in run.series.items() if not (name.startswith(PHASES) and len(s))}
     bounds = {n for n in names if n.endswith(("/low", "/high")) and f"{n.rpartition('/')[0]}/accuracy" in names}
     groups: dict[str, list[Plot]] = {name: [] for name in catalogue.GROUPS[:3]}
     tabled = []
     for count, name in enumerate(catalogue.order_of(names - bounds)):
-        # PPO's `loss` is its policy loss, under the name that every stage has
-        metric = catalogue.metric_of("loss/policy" if (stage, name) == ("ppo", "loss") else name)
+        metric = catalogue.PPO_LOSS if (stage, name) == ("ppo", "loss") else catalogue.metric_of(name)
         lines = [
             plots.Line(run.series[name], number, *bounds_of(run, name))
             for number, run in enumerate(runs)
@@ -167,17 +170,22 @@ def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list
         svg = plots.lines_plot(lines, metric.unit, share=metric.share, xlabel=xlabel, name=f"{stage}{count}")
         values = [(line.number, ends(line.series, metric.share)) for line in lines]
         groups.setdefault(metric.group, []).append(Plot(name, metric.title, metric.caption, svg, values, []))
-    for number, run in enumerate(runs):
-        if phases := {
-            name[len(PHASES) :]: s for name, s in sorted(run.series.items()) if name.startswith(PHASES) and len(s)
-        }:
-            title = "Where the time goes" + (f": {run.name}" if len(runs) > 1 else "")
-            caption = (
-                "Seconds of each phase of an iteration. Healthy: even; growth means longer responses or less memory."
-            )
-            svg = plots.bars_plot(phases, xlabel=xlabel, name=f"{stage}time{number}")
-            groups[catalogue.MACHINE].insert(0, Plot(PHASES + "*", title, caption, svg, [], list(phases)))
+    groups[catalogue.MACHINE] = [*phases_of(stage, runs), *groups[catalogue.MACHINE]]
     return [(name, of) for name, of in groups.items() if of], tabled
+
+
+def phases_of(stage: str, runs: Sequence[Recorded]) -> list[Plot]:
+    """Stacked bars of time/*, for each run that has any, in the order in which the phases are written."""
+    found = []
+    caption = "Seconds of each phase of an iteration. Healthy: even; growth means longer responses or less memory."
+    for number, run in enumerate(runs):
+        phases = {name[len(PHASES) :]: s for name, s in run.series.items() if name.startswith(PHASES) and len(s)}
+        if phases:
+            whose = f": {run.name}" if len(runs) > 1 else ""
+            svg = plots.bars_plot(phases, xlabel=run.unit, name=f"{stage}time{number}")
+            name, title = PHASES + "*" + whose, "Where the time goes" + whose
+            found.append(Plot(name, title, caption, svg, [], list(phases)))
+    return found
 
 
 def bounds_of(run: Recorded, name: str) -> tuple[Series | None, Series | None]:
@@ -192,10 +200,13 @@ def ends(series: Series, share: bool) -> str:
     """First and last value, in words."""
     if not len(series):
         return f"never finite ({len(series.bad_steps):,} values)"
-    word = lambda x: (
-        plots.percent(x) if share else f"{x:,.0f}" if 1e4 <= abs(x) < 1e12 else f"{x:.4g}".replace("-", "−")
-    )
+    word = lambda x: plots.percent(x) if share else f"{x:,.0f}" if 1e4 <= abs(x) < 1e12 else figure(x)
     return f"{word(series.first)} → {word(series.last)}" if len(series) > 1 else word(series.last)
+
+
+def figure(x: float) -> str:
+    """Four digits, an exponent without its zeros."""
+    return re.sub(r"e([+-])0*", lambda e: "e" + e[1].strip("+"), f"{x:.4g}").replace("-", "−")
 
 
 # --- words ------------------------------------------------------------------------------------------------------------

@@ -89,7 +89,8 @@ def rehearsed(run: Recorded) -> tuple[dict[str, Any], str]:
     config, lm_config, value_config = resolve(run.stage, parse(STAGES[run.stage][1], words))
     device = hardware.device(config.gpu, config.gpus)
     made = as_json(make(run.stage, config, lm_config, value_config, device), None, None)
-    return made, f"Planned now for {ranks} × {gpu}, with sequences of --max_seq_length: real ones are shorter."
+    whole = " Measured is the whole process, Python and its libraries too." if gpu == "cpu" else ""
+    return made, f"Planned now for {ranks} × {gpu}, with sequences of --max_seq_length: real ones are shorter.{whole}"
 
 
 def machine_of(run: Recorded) -> tuple[int, str]:

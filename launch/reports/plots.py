@@ -106,13 +106,13 @@ def lines_plot(lines: Sequence[Line], unit: str, *, share: bool, xlabel: str, na
         if logarithmic:
             axes.set_yscale("log")
         for line in lines:
-            _draw(axes, line)
+            _draw(axes, line, faint=0.22 if len(lines) == 1 else 0.1)
         _limits(axes, lines, share, logarithmic)
-        _ticks(axes, share, logarithmic)
+        _ticks(axes, share, logarithmic, unit)
         return _svg(figure, name)
 
 
-def _draw(axes, line: Line) -> None:
+def _draw(axes, line: Line, faint: float) -> None:
     ink, width = colour(line.number), 1.7
     dashes = tuple(map(float, dash(line.number).split()))
     style = {"linestyle": (0, tuple(d / width for d in dashes)) if dashes else "-", "linewidth": width}
@@ -120,15 +120,15 @@ def _draw(axes, line: Line) -> None:
     if line.low is not None and line.high is not None:
         both = np.intersect1d(line.low.steps, line.high.steps)
         low, high = (s.values[np.isin(s.steps, both)] for s in (line.low, line.high))
-        axes.fill_between(both, low, high, color=ink, alpha=0.16, linewidth=0)
+        axes.fill_between(both, low, high, color=ink, alpha=0.16, linewidth=0, zorder=1)
     if len(steps) > 40:
         if len(line.series) > POINTS:
-            axes.fill_between(steps, lowest, highest, color=ink, alpha=0.22, linewidth=0)
+            axes.fill_between(steps, lowest, highest, color=ink, alpha=faint, linewidth=0, zorder=1)
         else:
-            axes.plot(steps, means, color=ink, alpha=0.3, linewidth=0.9)
+            axes.plot(steps, means, color=ink, alpha=0.3, linewidth=0.9, zorder=1.5)
         means = smoothed(means)
     marks = {"marker": "o", "markersize": 3.2} if len(steps) <= 12 else {}
-    axes.plot(steps, means, color=ink, **style, **marks)
+    axes.plot(steps, means, color=ink, zorder=3, **style, **marks)
     if len(line.series.bad_steps):
         at = thinned(Series(line.series.bad_steps, line.series.bad_steps.astype(np.float64)), 100)[0]
         axes.plot(at, np.zeros(len(at)), "|", color=BAD_INK, markersize=9, transform=axes.get_xaxis_transform())
@@ -178,7 +178,7 @@ def intervals_plot(rows: Sequence[tuple[str, float, float | None, float | None]]
 def _axes(unit: str, xlabel: str):
     figure = Figure(SIZE)
     axes = figure.add_axes((0.115, 0.15, 0.865, 0.75))
-    axes.set_title(unit, loc="left", fontsize=9.5, color=INK, pad=5, x=-0.11)
+    axes.set_title(unit, loc="left", fontsize=9.5, color=INK, pad=7, x=-0.11)
     axes.set_xlabel(xlabel, fontsize=9.5, color=INK, loc="right", labelpad=1)
     for side, spine in axes.spines.items():
         spine.set_visible(side == "bottom")
@@ -211,31 +211,40 @@ def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None
     room = 0.07 * (high - low) if high > low else 0.05 * abs(high) or 0.5
     if high - low < 1e-9 * max(abs(high), abs(low)):
         room = max(0.05 * abs(high), 1e-300)
-    low, high = low - room, high + room
+    low, high = (low - room, high + room) if low or high else (-0.05, 1.05)
     if share and values.min() >= -1e-9 and values.max() <= 1 + 1e-9:
         low, high = max(low, -0.02), min(high, 1.02)
     axes.set_ylim(low, high)
 
 
-def _ticks(axes, share: bool, logarithmic: bool) -> None:
+def _ticks(axes, share: bool, logarithmic: bool, unit: str = "") -> None:
+    """Few of them, in few characters: a power of ten that all have stands beside the unit."""
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(Short())
+    scale = 1.0
     if logarithmic:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="y", which="minor", length=0)
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.yaxis.set_major_formatter(Short(share))
+        most = max(map(abs, axes.get_ylim()))
+        if not share and (most < 1e-3 or most >= 1e12):
+            exponent = math.floor(math.log10(most))
+            scale, power = 10.0**exponent, str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+            axes.set_title(f"{unit} × 10{power}".strip(), loc="left", fontsize=9.5, color=INK, pad=7, x=-0.11)
+    axes.yaxis.set_major_formatter(Short(share, scale))
 
 
 class Short(Formatter):
-    """Numbers of a few characters: 0.25, 12k, 3e−7, 40 %; as many digits as neighbouring ticks need."""
+    """Numbers of a few characters: 0.25, 12k, 3e−7, 40 %; in multiples of `scale`, with the digits that neighbours
+    need.
+    """
 
-    def __init__(self, share: bool = False) -> None:
-        self.share = share
+    def __init__(self, share: bool = False, scale: float = 1.0) -> None:
+        self.share, self.scale = share, scale
 
     def __call__(self, x: float, pos: int | None = None) -> str:
-        places = np.unique(self.locs) if len(self.locs) else np.array([x])
+        x, places = x / self.scale, np.unique(self.locs) / self.scale if len(self.locs) else np.array([x / self.scale])
         gap = float(np.diff(places).min()) if len(places) > 1 else 0.0
         logarithmic = len(places) > 2 and places[0] > 0 and places[-1] / places[0] >= 50
         return short(x, 0.0, abs(x), self.share) if logarithmic else short(x, gap, np.abs(places).max(), self.share)
@@ -281,7 +290,7 @@ def _svg(figure: Figure, name: str) -> str:
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", text, flags=re.S)
-    text = re.sub(r' id="[a-z]+(?:2d)?(?:\.[a-z0-9]+)?_[0-9]+"', "", text)
+    text = re.sub(r' id="[A-Za-z]+(?:2d)?(?:\.[a-z0-9]+)?_[0-9]+"', "", text)
     text = re.sub(r' (?:xmlns:xlink|version|width|height)="[^"]*"', "", text, count=4)
     text = text.replace("xlink:href", "href")
     text = re.sub(r'<g>\s*<path d="[^"]*" style="fill: #ffffff"/>\s*</g>\s*', "", text)  # paper

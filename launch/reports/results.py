@@ -156,20 +156,23 @@ def label(dataset: Any) -> str:
 
 
 def _accuracy(name: str, rows: list[dict[str, Any]]) -> Row:
-    """Prompts by seeds, as launch.evaluate has them. A prompt that stands several times in the data is several."""
+    """Prompts by samples, as launch.evaluate has them: a prompt is its `key`, else its text, of which there may be
+    several.
+    """
     from engine.train import interval  # takes torch along, which nothing else here does
 
-    seen: Counter[tuple[str, Any]] = Counter()
+    seen: Counter[tuple[str, str]] = Counter()
     scores: dict[tuple[str, int], list[float]] = {}
     for row in rows:
-        prompt, seed = json.dumps([row.get("prompt"), row.get("ground_truth")]), str(row.get("seed"))
-        nth = seen[prompt, seed] = seen[prompt, seed] + 1
-        scores.setdefault((prompt, nth), []).append(_score(row))
+        prompt = json.dumps([row["key"]] if "key" in row else [row.get("prompt"), row.get("ground_truth")])
+        sample = f"{row.get('seed')}/{row.get('sample')}"
+        seen[prompt, sample] += 1
+        scores.setdefault((prompt, seen[prompt, sample]), []).append(_score(row))
     k = max(Counter(map(len, scores.values())).items(), key=lambda item: (item[1], item[0]))[0]
     whole = np.array([s for s in scores.values() if len(s) == k])
     mean, low, high = interval.accuracy(whole)
     left_out = len(scores) - len(whole) + int(np.isnan(whole).any(1).sum())
-    also = {"prompts": f"{len(scores):,}", "seeds": str(k)}
+    also = {"prompts": f"{len(scores):,}", "samples": str(k)}
     if left_out:
         also["left out"] = f"{left_out:,} prompts without all verdicts"
     return Row(name, 0.0 if math.isnan(mean) else mean, low, high, also)

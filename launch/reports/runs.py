@@ -184,13 +184,13 @@ def read_config(path: Path, notes: list[str]) -> tuple[dict[str, Any], dict[str,
         if line.startswith("#") and colon:
             facts[key.strip()] = value.strip()
     try:
-        config = yaml.safe_load(text)
+        found = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError):
-        config = None
-    if not isinstance(config, dict):
+        found = None
+    if not isinstance(found, dict):
         notes.append("config.yaml is damaged")
         return {}, facts
-    return {str(key): value for key, value in config.items()}, facts
+    return {str(key): value for key, value in found.items()}, facts
 
 
 def rows_of(path: Path, count: Callable[[str], None]) -> Iterator[dict[str, Any]]:

@@ -140,7 +140,11 @@ def loss_of(run: Recorded) -> str:
         "dpo": ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio", "rpo_alpha"),
         "ppo": ("kl_coef", "kl_estimator", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef"),
     }.get(run.stage, ())
-    shown = [f"{name} {c[name]}" for name in names if c.get(name) not in (None, 0, 0.0) or name == "kl_coef"]
+    shown = [
+        f"{name} {c[name]:g}" if isinstance(c[name], float) else f"{name} {c[name]}"
+        for name in names
+        if c.get(name) not in (None, 0, 0.0) or name == "kl_coef"
+    ]
     return ", ".join(shown) if any(name in c for name in names) else ""
 
 
@@ -148,12 +152,12 @@ def batch_of(run: Recorded) -> str:
     size, c = run.config.get("batch_size"), run.config
     if size is None:
         return ""
-    if run.stage == "ppo":
-        return (
-            f"{size} prompts × {c.get('num_samples_per_prompt')} responses of at most {c.get('response_length')}"
-            f" tokens, {c.get('num_ppo_epochs')} × {c.get('num_mini_batches')} updates per iteration"
-        )
-    return f"{size} {'pairs' if run.stage == 'dpo' else 'conversations'} per step"
+    if run.stage != "ppo":
+        return f"{size} {'pairs' if run.stage == 'dpo' else 'conversations'} per step"
+    parts = [f"{size} prompts × {c.get('num_samples_per_prompt', 1)} responses"]
+    parts += [f"of at most {c['response_length']} tokens"] if "response_length" in c else []
+    parts += [f"updated on {c['num_ppo_epochs']} times"] if "num_ppo_epochs" in c else []
+    return ", ".join(parts) + " per iteration"
 
 
 def next_steps(run: Recorded) -> list[tuple[str, str]]:

