@@ -28,6 +28,7 @@ PATIENCE = 1.0  # seconds after which something under way is shown
 BESIDE = "held out"  # how a phase begins that is part of no step
 RECENT = 20  # steps, of which the time that is left is estimated
 COLOURS = {"heading": 1, "label": 36, "warning": 33, "error": 31, "done": 32}
+WARNINGS = ("warning: ", "  bad row ")  # how lines begin that --quiet leaves
 COMMANDS = ("next", "or")  # labels of what may be copied and typed, which is not wrapped
 LABEL = re.compile(r"[a-z][a-z0-9 ,'-]{0,40}(?=: )")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -87,11 +88,11 @@ def subdued(all_but_the_bar: bool = True) -> Iterator[None]:
 def say(*lines: str, last: bool = False) -> None:
     """Prints lines above the bar. `last`: what a command ends with, which --quiet shows too.
 
-    A line that begins with 'warning: ' is one, and always shown. Control characters, which data may hold, are spaces.
+    A line that begins as WARNINGS do is one, and always shown. Control characters, which data may hold, are spaces.
     """
     for line in lines:
         inner = _state.within == 2 or (_state.within and line.startswith(tuple(f"{word}: " for word in COMMANDS)))
-        if line.startswith("warning: ") or not (inner or (_state.quiet and (_state.within or not last))):
+        if line.startswith(WARNINGS) or not (inner or (_state.quiet and (_state.within or not last))):
             tqdm.write(shown(line, sys.stdout))
     sys.stdout.flush()
 

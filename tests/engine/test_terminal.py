@@ -120,11 +120,11 @@ def test_what_quiet_leaves(capsys):
     start(quiet=True)
     progress = terminal.Progress("step", 3)
     progress.advance("loss 1")
-    terminal.say("model: x", Row("a", "b"), "warning: careful")
+    terminal.say("model: x", Row("a", "b"), "warning: careful", "  bad row x.jsonl:3: no text")
     terminal.say("done: all of it", last=True)
     progress.close()
     out, err = capsys.readouterr()
-    assert out == "warning: careful\ndone: all of it\n" and not err
+    assert out == "warning: careful\n  bad row x.jsonl:3: no text\ndone: all of it\n" and not err
 
 
 def test_a_run_within_a_run_has_not_the_last_word(capsys):
