@@ -115,7 +115,9 @@ def paint(text: str, kind: str) -> str:
 
 
 def error(line: str) -> None:
-    """The last word of a command that failed, on standard error."""
+    """The last word of a command that failed, on standard error; whatever moved has come to its end."""
+    if _state.current is not None:
+        _state.current.close()
     tqdm.write(paint(line, "error") if is_terminal(sys.stderr) else line, file=sys.stderr)
     sys.stderr.flush()
 

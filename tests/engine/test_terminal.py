@@ -205,6 +205,16 @@ def test_what_is_over_soon_is_not_shown_and_what_is_long_is(clock, monkeypatch):
     assert "reference log-probs 5/10" in after and after.endswith("\r")
 
 
+def test_a_failure_ends_the_bar(capsys, clock):
+    progress = terminal.Progress("step", 3)
+    progress.advance("loss 1")
+    terminal.error("interrupted; the same command goes on from the last checkpoint")
+    assert capsys.readouterr().err.splitlines() == [
+        "step 1/3: 0:00, 0:00 left, loss 1",
+        "interrupted; the same command goes on from the last checkpoint",
+    ]
+
+
 def test_only_the_first_rank_shows_what_goes_on(capsys, clock):
     world = start()
     for rank in (1, 0):
