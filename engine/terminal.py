@@ -42,7 +42,7 @@ class Row(str):
 
     def __new__(cls, label: str, value: str) -> Row:
         """As text it is what a file gets."""
-        row = super().__new__(cls, f"  {label:<{COLUMN - 2}}{value}".rstrip())
+        row = super().__new__(cls, f"  {label:<{COLUMN - 3}} {value}".rstrip())
         row.label, row.value = label, value
         return row
 
