@@ -115,9 +115,9 @@ def paint(text: str, kind: str) -> str:
 
 
 def error(line: str) -> None:
-    """The last word of a command that failed, on standard error; whatever moved has come to its end."""
+    """The last word of a command that failed, on standard error, and its only one: whatever moved goes first."""
     if _state.current is not None:
-        _state.current.close()
+        _state.current.close(failed=True)
     tqdm.write(paint(line, "error") if is_terminal(sys.stderr) else line, file=sys.stderr)
     sys.stderr.flush()
 
@@ -225,11 +225,11 @@ class Progress:
             self.doing = f"{what} {done:,} of {total:,}" if total else what
         self._look()
 
-    def close(self) -> None:
-        """The end, which a file is told of."""
+    def close(self, failed: bool = False) -> None:
+        """The end, which a file is told of unless something else is to be said."""
         if self._bar is not None:
             self._bar.close()
-        elif not self.passing and not is_terminal(sys.stderr) and not _state.quiet and self.n > 0:
+        elif not (self.passing or failed or _state.quiet or is_terminal(sys.stderr)) and self.n > 0:
             self.doing = ""
             self._write()
         if _state.current is self:
