@@ -2975,7 +2975,7 @@ ENGINE = (
         LOG,
     ),
     Mutant("rows_are_not_written_out", "engine/log.py", "        self._file.flush()\n", "", LOG),
-    Mutant("quiet_hides_warnings", "engine/terminal.py", 'if line.startswith("warning: ") or not', "if not", TERMINAL),
+    Mutant("quiet_hides_warnings", "engine/terminal.py", "if line.startswith(WARNINGS) or not", "if not", TERMINAL),
     Mutant(
         "control_characters_of_data_reach_the_terminal",
         "engine/terminal.py",
