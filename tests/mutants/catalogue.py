@@ -4076,7 +4076,13 @@ EVALUATION = (
         "np.abs(d_N.sum() - (bits_FN @ d_N))",
         PAIRED,
     ),
-    Mutant("pass_at_k_with_replacement", "engine/train/interval.py", "factors[:k] = 0", "factors[:0] = 0", PAIRED),
+    Mutant(
+        "pass_at_k_with_replacement",
+        "engine/train/interval.py",
+        "1 - k / np.arange(1, ",
+        "(1 - 1 / samples) ** k + 0 * np.arange(1, ",
+        PAIRED,
+    ),
     Mutant(
         "clusters_are_trials",
         "engine/train/interval.py",
