@@ -175,22 +175,27 @@ def next_steps(run: Recorded) -> list[tuple[str, str]]:
     if (final / "adapter_config.json").is_file():
         base = shlex.quote(str(run.config.get("model_name_or_path", "BASE")))
         model = f"{base} --adapter_name_or_path {model}"
-    tests = held_out_of(run)
+    beside = Path(str(run.config.get("dataset_name", "")))  # the embedded files lie together
+    lies = lambda name, word: shlex.quote(str(beside.with_name(name))) if beside.with_name(name).is_file() else word
+    tests = held_out_of(run) or lies("held_out_problems.jsonl", "PROBLEMS.jsonl")
     found = [
         (
             "measure it on prompts with verifiable answers",
             f"python -m launch.evaluate --model_name_or_path {model} --dataset_name {tests}",
         )
     ]
-    following = {"sft": ("dpo", "PAIRS.jsonl"), "dpo": ("ppo", "PROBLEMS.jsonl")}.get(run.stage)
-    if following:
-        stage, data = following
-        words = f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {data}"
+    following = {
+        "sft": ("dpo", "train_pairs.jsonl", "PAIRS.jsonl"),
+        "dpo": ("ppo", "train_problems.jsonl", "PROBLEMS.jsonl"),
+    }
+    if run.stage in following:
+        stage, name, word = following[run.stage]
+        words = f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {lies(name, word)}"
         found.append(("start the next act", words))
     return found
 
 
 def held_out_of(run: Recorded) -> str:
-    """The test set of a run with verifiable answers, else a word to replace."""
+    """The test set of a run with verifiable answers, or ''."""
     held_out = run.config.get("eval_dataset_name") if run.stage == "ppo" else None
-    return shlex.quote(str(held_out)) if held_out and Path(str(held_out)).name else "PROBLEMS.jsonl"
+    return shlex.quote(str(held_out)) if held_out else ""
