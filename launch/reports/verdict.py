@@ -175,8 +175,8 @@ def next_steps(run: Recorded) -> list[tuple[str, str]]:
     if (final / "adapter_config.json").is_file():
         base = shlex.quote(str(run.config.get("model_name_or_path", "BASE")))
         model = f"{base} --adapter_name_or_path {model}"
-    beside = Path(str(run.config.get("dataset_name", "")))  # the embedded files lie together
-    lies = lambda name, word: shlex.quote(str(beside.with_name(name))) if beside.with_name(name).is_file() else word
+    beside = Path(str(run.config.get("dataset_name") or "/nowhere/rows")).parent  # the embedded files lie together
+    lies = lambda name, word: shlex.quote(str(beside / name)) if (beside / name).is_file() else word
     tests = held_out_of(run) or lies("held_out_problems.jsonl", "PROBLEMS.jsonl")
     found = [
         (

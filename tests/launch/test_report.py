@@ -274,7 +274,7 @@ def test_every_rule_is_raised_by_one_and_passed_by_one():
         ("dpo", {"config": {"loss_type": "simpo"}, "loss": curve(1.4, 1.0), "rewards__margins": curve(1.0, 3.0)}),
         ("dpo", {"config": {"loss_type": "ipo"}, "loss": curve(25.0, 1.0)}),
         ("dpo", {"config": {"rpo_alpha": 1.0}, "loss": curve(2.7, 1.0)}),
-        ("dpo", {"grad_norm": np.geomspace(3, 0.003, N)}),
+        ("dpo", {"grad_norm": np.geomspace(3, 1e-4, N)}),
         ("ppo", {"val__ratio": [0.0] * 10 + [1.0] * (N - 10)}),
         ("ppo", {"config": {"kl_coef": 0}, "objective__kl": curve(0, 90.0)}),
         (
