@@ -228,7 +228,7 @@ def _ticks(axes, share: bool, logarithmic: bool, unit: str = "") -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="y", which="minor", length=0)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         most = max(map(abs, axes.get_ylim()))
         if not share and (most < 1e-3 or most >= 1e12):
             exponent = math.floor(math.log10(most))

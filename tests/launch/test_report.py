@@ -236,7 +236,6 @@ SICK = {
     "spike_huge": ("ppo", {"grad_norm": [*[1.0] * 40, 300.0, *[1.0] * (N - 41)]}, "bad", "Gradient norm spikes"),
     "spikes": ("dpo", {"grad_norm": [30.0 if i % 12 == 11 else 1.0 for i in range(N)]}, "bad", "Gradient norm spikes"),
     "slow": ("sft", {"perf__tokens_per_second_per_gpu": [1000] * 30 + [600] * (N - 30)}, "warning", "Throughput drops"),
-    "slower": ("sft", {"perf__tokens_per_second_per_gpu": [1000] * 30 + [300] * (N - 30)}, "bad", "Throughput drops"),
 }
 
 
