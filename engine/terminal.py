@@ -56,7 +56,8 @@ class _State:
     dumb = False  # a terminal that can print and nothing else
     colour = True
     quiet = False  # --quiet
-    subdued = 0  # how many runs inside of runs are under way, of which only warnings and the bar are shown
+    within = 0  # another command's run is under way: 1, which does not have the last word; 2, of which only warnings
+    # and the bar are shown
     current: Progress | None = None  # what moves
 
 
@@ -69,13 +70,15 @@ def configure(*, dumb: bool, colour: bool, quiet: bool = False) -> None:
 
 
 @contextlib.contextmanager
-def subdued() -> Iterator[None]:
-    """In the body only warnings and the bar are shown: a run that another command starts."""
-    _state.subdued += 1
+def subdued(all_but_the_bar: bool = True) -> Iterator[None]:
+    """In the body, a run that another command starts, only warnings and the bar are shown; or (False) all but the
+    commands that would come next.
+    """
+    outer, _state.within = _state.within, max(_state.within, 2 if all_but_the_bar else 1)
     try:
         yield
     finally:
-        _state.subdued -= 1
+        _state.within = outer
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
@@ -87,8 +90,8 @@ def say(*lines: str, last: bool = False) -> None:
     A line that begins with 'warning: ' is one, and always shown. Control characters, which data may hold, are spaces.
     """
     for line in lines:
-        warning = line.startswith("warning: ")
-        if warning or not (_state.subdued or (_state.quiet and not last)):
+        inner = _state.within == 2 or (_state.within and line.startswith(tuple(f"{word}: " for word in COMMANDS)))
+        if line.startswith("warning: ") or not (inner or (_state.quiet and (_state.within or not last))):
             tqdm.write(shown(line, sys.stdout))
     sys.stdout.flush()
 
@@ -246,7 +249,7 @@ class Progress:
         if self._bar is None:
             self._bar = tqdm(total=self.total or None, file=sys.stderr, leave=False, ncols=width)
         left, right = self._left(), self._right()
-        while len(right) > 2 and len(left) + len(", ".join(right)) + 16 > width:
+        while len(right) > 1 and len(left) + len(", ".join(right)) + 12 > width:
             del right[-2]  # the last is what goes on now
         text = ", ".join(filter(None, right)).replace("{", "{{").replace("}", "}}")
         self._bar.bar_format = f"{left} {'|{bar}| ' if self.total else ''}{text}"

@@ -82,15 +82,9 @@ def compare(a: str | Path, b: str | Path) -> Comparison:
 def compared(
     a: Iterable[Response], b: Iterable[Response], settings_a: dict[str, Any], settings_b: dict[str, Any]
 ) -> Comparison:
-    """The comparison of two models' responses. Raises UserError where no prompt is common to both."""
+    """The comparison of two models' responses. Raises UserError as `matched` does."""
     by_key_a, by_key_b = by_prompt(a), by_prompt(b)
-    both = [key for key in by_key_a if key in by_key_b]
-    if not both:
-        raise UserError("the two have no prompt in common: expected responses to the same problems")
-    for key in both:
-        verifiers = by_key_a[key][0].verifier, by_key_b[key][0].verifier
-        if verifiers[0] != verifiers[1]:
-            raise UserError(f"prompt {key} is judged by {verifiers[0]} in one and by {verifiers[1]} in the other")
+    both = matched(*({key: of[0].verifier for key, of in by_key.items()} for by_key in (by_key_a, by_key_b)))
     judged = [key for key in both if not any(np.isnan(r.score) for r in by_key_a[key] + by_key_b[key])]
 
     def over(keys: list[str]) -> Paired:
@@ -115,6 +109,18 @@ def compared(
         tuple(k for k in of if k not in other) for of, other in ((by_key_a, by_key_b), (by_key_b, by_key_a))
     )
     return Comparison(over(judged), by, only_a, only_b, len(both) - len(judged), differing)
+
+
+def matched(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """The keys of the prompts that both have, of key → verifier. Raises UserError for none, and for a prompt that is
+    judged by another verifier in one than in the other."""
+    both = [key for key in a if key in b]
+    if not both:
+        raise UserError("the two have no prompt in common: expected responses to the same problems")
+    for key in both:
+        if a[key] != b[key]:
+            raise UserError(f"prompt {key} is judged by {a[key]} in the one and by {b[key]} in the other")
+    return both
 
 
 def by_prompt(responses: Iterable[Response]) -> dict[str, list[Response]]:

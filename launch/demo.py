@@ -21,21 +21,22 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+from engine import terminal
 from engine.config import parse
 from engine.data.word_problems import WordProblems, word_problems
 from engine.errors import UserError
-from engine.flags import flag
-from engine.world import main, start
+from engine.flags import flag, require_positive
+from engine.world import World, main, start
 from launch import commands, dpo, ppo, sft
 from launch.compare import compare
 from launch.evaluate import Config as Evaluation
 from launch.evaluate import evaluate
-from launch.report import report
+from launch.report import report, require_matplotlib
 
 SHOWN = 3  # problems whose answers stand side by side
 
@@ -48,7 +49,7 @@ class Config:
     pairs: str | None = flag(None, "act II of a real model: what launch.dpo reads")
     output_dir: str = flag("output/demo", "holds sft/, dpo/, ppo/, evaluations/, results.json, report.html")
     seed: int = flag(1, "of all that is drawn")
-    scale: float = flag(1.0, "a real model's steps, as a multiple: 0.1 is a look at whether all works")
+    scale: float = flag(1.0, "every act's steps, as a multiple: 0.1 is a look at whether all works")
     cache_dir: str = flag("~/.cache/triptych", "where the embedded model and problems lie")
 
 
@@ -58,7 +59,7 @@ class Act:
 
     name: str
     says: str
-    train: Callable[[Any], None]
+    stage: ModuleType
     flags: Any
 
 
@@ -71,12 +72,13 @@ def demo(config: Config) -> None:
     output_dir = Path(config.output_dir)
     world.on_main("evaluations", lambda: (output_dir / "evaluations").mkdir(parents=True, exist_ok=True))
 
-    world.say("", f"base: {base}")
-    measured = [measure("base", base, evaluation, output_dir)]
+    world.say(f"base: {base}")
+    measured = [measure("base", base, evaluation, world, output_dir)]
     for act in acts:
-        world.say("", f"{act.name}: {act.says}")
-        act.train(act.flags)
-        measured.append(measure(act.name, f"{act.flags.output_dir}/final", evaluation, output_dir))
+        world.say(terminal.Heading(act.name), act.says)
+        with terminal.subdued():
+            act.stage.train(act.flags)
+        measured.append(measure(act.name, f"{act.flags.output_dir}/final", evaluation, world, output_dir))
 
     results = {"title": f"accuracy on {measured[0]['n']} held-out problems", "rows": measured}
     results["answers"] = side_by_side([row["name"] for row in measured], output_dir)
@@ -97,13 +99,13 @@ def tiny(config: Config, problems: WordProblems) -> tuple[str, list[Act], Evalua
         Act(
             "SFT",
             "worked answers of somebody careless, losses/sft.py; launch/sft.py",
-            sft.train,
+            sft,
             sft.Config(
                 **shared | out(config, "sft"),
                 model_name_or_path=str(problems.model),
                 dataset_name=str(problems.conversations),
                 batch_size=32,
-                num_train_epochs=4,
+                max_steps=steps(config, 750),
                 learning_rate=3e-3,
                 sample_tokens=0,
             ),
@@ -111,28 +113,27 @@ def tiny(config: Config, problems: WordProblems) -> tuple[str, list[Act], Evalua
         Act(
             "DPO",
             "of two answers the one judged better, length-normalised, losses/preference.py; launch/dpo.py",
-            dpo.train,
+            dpo,
             dpo.Config(
                 **shared | out(config, "dpo"),
                 model_name_or_path=f"{config.output_dir}/sft/final",
                 dataset_name=str(problems.pairs),
                 batch_size=32,
-                num_train_epochs=1,
-                learning_rate=3e-4,
+                max_steps=steps(config, 64),
+                learning_rate=1e-3,
             ),
         ),
         Act(
             "RLVR",
             "what the verifier finds right is reinforced, PPO with GAE and a KL penalty, losses/ppo.py; launch/ppo.py",
-            ppo.train,
+            ppo,
             ppo.Config(
                 **shared | out(config, "ppo"),
                 model_name_or_path=f"{config.output_dir}/dpo/final",
                 dataset_name=str(problems.problems),
-                eval_dataset_name=None,
                 batch_size=32,
                 num_samples_per_prompt=4,
-                max_steps=30,
+                max_steps=steps(config, 30),
                 learning_rate=1e-3,
                 response_length=48,
             ),
@@ -154,7 +155,7 @@ def real(config: Config, problems: WordProblems) -> tuple[str, list[Act], Evalua
         Act(
             "SFT",
             f"worked answers of {config.conversations}; launch/sft.py",
-            sft.train,
+            sft,
             sft.Config(
                 **shared | out(config, "sft"),
                 model_name_or_path=config.model_name_or_path,
@@ -167,7 +168,7 @@ def real(config: Config, problems: WordProblems) -> tuple[str, list[Act], Evalua
         Act(
             "DPO",
             f"preferences of {config.pairs}; launch/dpo.py",
-            dpo.train,
+            dpo,
             dpo.Config(
                 **shared | out(config, "dpo") | lora,
                 model_name_or_path=f"{config.output_dir}/sft/final",
@@ -180,7 +181,7 @@ def real(config: Config, problems: WordProblems) -> tuple[str, list[Act], Evalua
         Act(
             "RLVR",
             "sums and word problems, verified by verifiers/gsm8k.py; launch/ppo.py",
-            ppo.train,
+            ppo,
             ppo.Config(
                 **shared | out(config, "ppo") | lora,
                 model_name_or_path=f"{config.output_dir}/dpo/final",
@@ -202,8 +203,8 @@ def real(config: Config, problems: WordProblems) -> tuple[str, list[Act], Evalua
 
 
 def common(config: Config) -> dict[str, Any]:
-    """What all acts have in common: an interrupted one goes on where it was, and its screen is one line."""
-    return {"seed": config.seed, "cache_dir": config.cache_dir, "save_steps": 10, "quiet": True}
+    """What all acts have in common: an interrupted one goes on where it was."""
+    return {"seed": config.seed, "cache_dir": config.cache_dir, "save_steps": 10}
 
 
 def out(config: Config, act: str) -> dict[str, str]:
@@ -217,6 +218,8 @@ def steps(config: Config, n: int) -> int:
 
 def check(config: Config) -> None:
     """Raises UserError for what cannot be."""
+    require_matplotlib()  # before the hours, not after
+    require_positive(config, "scale")
     named = [f"--{name}" for name in ("conversations", "pairs") if vars(config)[name] is None]
     if config.model_name_or_path is not None and named:
         raise UserError(f"--model_name_or_path needs {' and '.join(named)} (without it, all is embedded)")
@@ -227,13 +230,12 @@ def check(config: Config) -> None:
 # --- what is measured, and said ---------------------------------------------------------------------------------------
 
 
-def measure(name: str, model: str, evaluation: Evaluation, output_dir: Path) -> dict[str, Any]:
+def measure(name: str, model: str, evaluation: Evaluation, world: World, output_dir: Path) -> dict[str, Any]:
     """A row of the table: this model's accuracy on the held-out problems."""
-    output = output_dir / "evaluations" / f"{name.lower()}.jsonl"
-    found = evaluate(replace(evaluation, model_name_or_path=model, output=str(output)))
+    with terminal.subdued():
+        found = evaluate(replace(evaluation, model_name_or_path=model, output=str(responses(output_dir, name))))
     row = {"name": name, "accuracy": found.accuracy, "low": found.low, "high": found.high, "n": len(found.keys)}
-    if found.majority:
-        row["majority"] = found.majority.accuracy
+    world.say(f"held-out problems solved: {found.accuracy:.1%} (95 % {found.low:.1%} to {found.high:.1%})")
     return row
 
 

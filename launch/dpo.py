@@ -26,9 +26,9 @@ from engine.errors import UserError, nearest
 from engine.flags import PairFlags, ReferenceFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Base, Policy, load_policy, open_model
-from engine.train import Run, optim, refcache, reference, screen
+from engine.train import Run, interval, optim, refcache, reference, screen
 from engine.world import World, main, start
-from launch.resolve import after, commands, resolve, show_plan
+from launch.resolve import after, commands, each_seed, resolve, show_plan
 
 LOSSES = {"dpo_norm": losses.dpo_norm, "dpo": losses.dpo, "simpo": losses.simpo, "ipo": losses.ipo, "wpo": losses.wpo}
 ALSO_KNOWN_AS = {"dpo_n": "dpo_norm", "sigmoid_norm": "dpo_norm", "sigmoid": "dpo"}
@@ -68,6 +68,8 @@ class Config(StageFlags, PairFlags, ReferenceFlags):
     def check(self) -> None:
         super().check()
         self.check_pairs()
+        if self.cache_logprobs_only and self.seeds:
+            raise UserError("--cache_logprobs_only: the cache is the same under every one of --seeds, give one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -231,7 +233,9 @@ def evaluate(
         f"held out, after step {done}: loss {row['loss']:.4f}, chosen likelier per token in"
         f" {row['logps/accuracies']:.1%}"
     )
-    run.write_evaluation(done, row, f"{line}, reward accuracy {row['rewards/accuracies']:.1%}")
+    accuracy, n = row["rewards/accuracies"], len(held_out)
+    row |= dict(zip(("low", "high"), interval.wilson(accuracy * n, n), strict=True))
+    run.write_evaluation(done, row, f"{line}, reward accuracy {accuracy:.1%}")
 
 
 def check_identity(
@@ -295,4 +299,4 @@ def resolve_loss(config: Config) -> tuple[Config, Objective]:
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

@@ -26,28 +26,19 @@ from typing import Any
 from engine.config import parse
 from engine.data import PromptReader, embedded, fingerprint_of, prompts_of
 from engine.errors import UserError
-from engine.flags import (
-    DataFlags,
-    ModelFlags,
-    PromptFlags,
-    SamplesFlags,
-    SamplingFlags,
-    fill,
-    flag,
-    override,
-    require_positive,
-)
+from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill, flag, override, require_positive
 from engine.model import Base, open_model
 from engine.world import World, main, start
 from launch import commands
-from launch.compare import compared
-from launch.evaluation import answers, few_shot, file, results, table
+from launch.compare import compared, matched
+from launch.evaluation import answers, few_shot, results, table
+from launch.evaluation.file import ResponseFile, read_responses
 from launch.judges import checker, pinned
 from verifiers import MODES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags, SamplesFlags):
+class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags):
     __doc__ = __doc__
     model_name_or_path: str = override(
         None, "local directory or hub id of a decoder; without it, the embedded tiny Llama"
@@ -63,7 +54,10 @@ class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags, SamplesFlags):
     dataset_split: str = override("test")
     num_prompts: int | None = flag(None, "only the first N prompts")
     max_seq_length: int = override(
-        2048, "prompt, examples and response, in tokens; prompts that leave no room are dropped and counted"
+        4096, "prompt, examples and response, in tokens; prompts that leave no room are dropped and counted"
+    )
+    source_column: str | None = flag(
+        None, "column to group by (MATH's type); without it source or data_source, else the file"
     )
     num_few_shot: int = flag(0, "worked answers before each question")
     few_shot_file: str | None = flag(
@@ -103,24 +97,28 @@ def evaluate(config: Config) -> results.Evaluation:
     """
     world = start()
     config = resolve(config, world)
-    baseline = world.on_main("baseline", lambda: config.baseline and file.read_responses(Path(config.baseline)))
+    baseline = world.on_main("baseline", lambda: config.baseline and read_responses(Path(config.baseline)))
     base = open_model(config, world)
-    examples, questions = read_questions(config, base, world)
+    examples, questions, too_long = read_questions(config, base, world)
     wanted = {
         (question.key, seed, sample): question.verifier
         for seed in range(config.seed, config.seed + config.num_seeds)
         for question in questions
         for sample in range(config.num_samples_per_prompt)
     }
+    if config.baseline:
+        judged_by = {question.key: question.verifier for question in questions}
+        world.on_main("matched", lambda: matched({of.key: of.verifier for of in baseline[0]}, judged_by))
     output = Path(config.output) if config.output else None
-    there = world.on_main("output", lambda: file.ResponseFile(output, wanted))
+    there = world.on_main("output", lambda: ResponseFile(output, wanted))
     try:
         settings = settings_of(config, base, examples)
         world.on_main("settings", lambda: there.check(settings, unknown=("weights",)))
         world.say(*first_screen(config, base, questions, examples))
         answers.ask(base, world, config, questions, there, settings)
         world.on_main("order", lambda: there.finish())
-        found = world.gather(results.evaluation(there.responses, list(wanted), output) if there else None)[0]
+        found = results.evaluation(there.responses, list(wanted), output, too_long) if there else None
+        found = world.gather(found)[0]
     finally:
         if there:
             there.close()
@@ -133,8 +131,10 @@ def evaluate(config: Config) -> results.Evaluation:
     return found
 
 
-def read_questions(config: Config, base: Base, world: World) -> tuple[few_shot.FewShot, list[few_shot.Question]]:
-    """(the examples, the questions behind them); says what was kept, dropped and not used. Raises UserError."""
+def read_questions(config: Config, base: Base, world: World) -> tuple[few_shot.FewShot, list[few_shot.Question], int]:
+    """(the examples, the questions behind them, how many were too long); says what was kept, dropped and not used.
+    Raises UserError.
+    """
     room = base.longest_prompt(config.max_seq_length, config.response_length)
     examples = few_shot.FewShot()
     if config.num_few_shot and config.few_shot_file:
@@ -149,11 +149,11 @@ def read_questions(config: Config, base: Base, world: World) -> tuple[few_shot.F
         world.say(*lines)
     with checker(config.verifier_mode, config.verifier_module) as check:
         reader = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
-        read = few_shot.QuestionReader(reader, examples)
+        read = few_shot.QuestionReader(reader, examples, config.source_column)
         prompts = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
     world.say(*examples.lines())
     world.agree("prompts", fingerprint_of(prompts))
-    return examples, few_shot.told_apart(prompts)[: config.num_prompts]
+    return examples, few_shot.told_apart(prompts)[: config.num_prompts], examples.met["read"] - len(prompts)
 
 
 def settings_of(config: Config, base: Base, examples: few_shot.FewShot) -> dict[str, Any]:
@@ -174,7 +174,8 @@ def first_screen(
     """What is evaluated, on what, and how."""
     drawn = table.sampled_how(config, config.num_seeds, config.seed)
     how = [table.examples_how(examples, config.few_shot_file), drawn]
-    return table.first_screen(questions, base.name, config.dataset_name, how)
+    end = base.chat.tokenizer.decode(questions[0].ids, skip_special_tokens=False)[-100:]
+    return table.first_screen(questions, base.name, config.dataset_name, how, end)
 
 
 def last_lines(config: Config, responses: int) -> list[str]:

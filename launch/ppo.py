@@ -30,7 +30,6 @@ from engine.errors import UserError
 from engine.flags import (
     PromptFlags,
     ReferenceFlags,
-    SamplesFlags,
     SamplingFlags,
     StageFlags,
     flag,
@@ -52,7 +51,7 @@ from engine.model import (
 )
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import after, checker, commands, pinned, resolve, show_plan, with_tuned_model
+from launch.resolve import after, checker, commands, each_seed, pinned, resolve, show_plan, with_tuned_model
 from rollout import Collector, Experience, Rollout, Sampler, evaluate
 from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict
 
@@ -63,7 +62,7 @@ METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, SamplesFlags):
+class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
     __doc__ = __doc__
     output_dir: str = override("output/ppo")
     batch_size: int = override(None, "prompts per iteration, whatever the machine; 224, embedded 32")
@@ -392,4 +391,4 @@ def describe(config: Config, prompts: list[Prompt], held_out: list[Prompt], step
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

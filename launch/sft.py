@@ -19,13 +19,13 @@ import torch
 
 import losses
 from engine.config import as_dict, parse
-from engine.data import Examples, MicroBatch, Steps, read_conversations
+from engine.data import Examples, MicroBatch, Steps, read_conversations, sum_by_sequence
 from engine.flags import ConversationFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Policy, load_policy, open_model
-from engine.train import Run, optim, sample, screen
+from engine.train import Run, interval, optim, sample, screen
 from engine.world import main, start
-from launch.resolve import after, commands, resolve, show_plan
+from launch.resolve import after, commands, each_seed, resolve, show_plan
 from losses.sft import REDUCTIONS, denominator, token_weights
 
 DEFAULTS = {"batch_size": 128}
@@ -126,18 +126,20 @@ def sft_loss(policy: Policy, batch: MicroBatch, reduce: str, n: int, totals: Tot
 def evaluate(
     policy: Policy, held_out: Examples | None, prompt: np.ndarray, sample_tokens: int, run: Run, done: int
 ) -> None:
-    """Loss per token and token accuracy on held-out conversations, as eval/*, and a greedy sample."""
+    """Loss per token, with a 95 % interval, and token accuracy on held-out conversations, as eval/*; a sample."""
     if held_out:
         totals = Totals(run.world)
         for batch in run.evaluation_batches(held_out):
             logprobs_R, argmax_R = policy.logprobs(batch), policy.argmax(batch)
-            right_R = argmax_R == batch.targets_R
-            totals.add({"nll": -logprobs_R, "correct": right_R, "tokens": torch.ones_like(logprobs_R)})
+            nll_S, tokens_S = sum_by_sequence(-logprobs_R.double(), batch.counts_S), batch.counts_S.double()
+            totals.add({"a": nll_S, "b": tokens_S, "correct": argmax_R == batch.targets_R})
+            totals.add({"aa": nll_S * nll_S, "ab": nll_S * tokens_S, "bb": tokens_S * tokens_S})
         policy.release()
-        sums = totals.reduce(("nll", "correct", "tokens"))
-        loss, accuracy = sums["nll"] / sums["tokens"], sums["correct"] / sums["tokens"]
+        sums = totals.reduce(("a", "b", "correct", "aa", "ab", "bb"))
+        loss, low, high = interval.of_ratio(sums, len(held_out))
+        accuracy = sums["correct"] / sums["b"]
         line = f"held out, after step {done}: loss {loss:.4f} per token, token accuracy {accuracy:.1%}"
-        run.write_evaluation(done, {"loss": loss, "token_accuracy": accuracy}, line)
+        run.write_evaluation(done, {"loss": loss, "low": low, "high": high, "token_accuracy": accuracy}, line)
     if sample_tokens:
         chat = run.base.chat
         text = sample.greedy(policy, chat, prompt, sample_tokens, run.world)
@@ -145,4 +147,4 @@ def evaluate(
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

@@ -26,8 +26,8 @@ import numpy as np
 from engine.data.embedded import save_model
 from engine.data.store import build_once
 
-VERSION = 1
-SLIP, MISJUDGED = 0.35, 0.15
+VERSION = 2
+SLIP, MISJUDGED = 0.3, 0.1
 LARGEST = 29
 SIZES = {"conversations": 8000, "pairs": 1024, "problems": 1024, "held_out": 256, "practice": 1024, "exam": 240}
 
@@ -80,15 +80,18 @@ def word_problems(root: Path) -> WordProblems:
     def build(partial: Path) -> None:
         generator = np.random.Generator(np.random.Philox(key=[VERSION, 13]))
         stories = _problems(generator, apart=set())
-        held_out = [next(stories) for _ in range(SIZES["held_out"])]
-        stories = _problems(generator, apart={problem.numbers for problem in held_out})
+        held_out: dict[tuple[int, ...], Problem] = {}
+        while len(held_out) < SIZES["held_out"]:
+            problem = next(stories)
+            held_out.setdefault(problem.numbers, problem)
+        stories = _problems(generator, apart=set(held_out))
         told = {name: [next(stories) for _ in range(SIZES[name])] for name in ("conversations", "pairs", "problems")}
         easy = _easy(generator)
         rows = {
             "conversations": [_conversation(problem, generator) for problem in told["conversations"]],
             "pairs": [_pair(problem, generator) for problem in told["pairs"]],
             "problems": [_verifiable(problem.question, problem.answer) for problem in told["problems"]],
-            "held_out": [_verifiable(problem.question, problem.answer) for problem in held_out],
+            "held_out": [_verifiable(problem.question, problem.answer) for problem in held_out.values()],
             "practice": [next(easy) for _ in range(SIZES["practice"])],
             "exam": [next(easy) for _ in range(SIZES["exam"])],
         }

@@ -76,6 +76,13 @@ class RunFlags:
     """A run's directory, and what goes into it."""
 
     output_dir: str = flag("output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", RUN)
+    seeds: tuple[str, ...] | None = flag(
+        None,
+        "run once for each of these seeds, in output_dir/seed-N, and say how much of a difference is the seed's",
+        RUN,
+        excludes=("seed",),
+        many=True,
+    )
     save_steps: int = flag(
         0, "checkpoint every N steps (0: none; the run still ends in final/)", RUN, aliases=("checkpointing_steps",)
     )

@@ -11,8 +11,10 @@ N prompts · K samples of each.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import torch
 
 
 def wilson(successes: float, n: float, z: float = 1.96) -> tuple[float, float]:
@@ -79,3 +81,57 @@ def pass_at_k(right_N: np.ndarray, samples: int, k: int) -> np.ndarray:
     factors[:k] = 0  # fewer than k wrong ones: k of them hold a right one
     products = np.concatenate([[1.0], np.cumprod(factors[::-1])])  # of the last c factors
     return 1 - products[np.asarray(right_N, dtype=int)]
+
+
+def over_seeds(values_K: Sequence[float]) -> tuple[float, float, tuple[float, float], tuple[float, float]]:
+    """(mean, sd, 95 % interval of the mean, 95 % interval of the sd) of a figure under K seeds, taken as normal.
+
+        mean +- t sd / sqrt(K),   sd sqrt((K - 1) / c_high) to sd sqrt((K - 1) / c_low)
+
+    with Student's t and the chi-square quantiles c of K - 1 degrees of freedom (Student 1908; Cochran 1934). With K = 1
+    there is no sd (NaN). Left out: the uncertainty of each value itself.
+    """
+    k, mean = len(values_K), float(np.mean(values_K))
+    if k < 2:
+        return mean, math.nan, (math.nan, math.nan), (math.nan, math.nan)
+    sd = float(np.std(values_K, ddof=1))
+    half = _quantile(lambda t: _student(t, k - 1), 0.975) * sd / math.sqrt(k)
+    chi_square = lambda x: float(torch.special.gammainc(torch.tensor((k - 1) / 2.0).double(), torch.tensor(x / 2.0)))
+    bounds = [sd * math.sqrt((k - 1) / _quantile(chi_square, share)) for share in (0.975, 0.025)]
+    return mean, sd, (mean - half, mean + half), (bounds[0], bounds[1])
+
+
+def of_ratio(sums: Mapping[str, float], n: int) -> tuple[float, float, float]:
+    """(r, low, high) of r = sum a / sum b over n rows, with its 95 % interval, for the sums aa, ab, bb of the products.
+
+        r +- 1.96 sqrt( n / (n - 1) sum (a - r b)^2 ) / sum b
+
+    The rows are the sample: tokens of one row resemble each other (Cochran 1977, 2.11).
+    """
+    r = sums["a"] / sums["b"]
+    squares = max(0.0, sums["aa"] - 2 * r * sums["ab"] + r * r * sums["bb"])
+    half = 1.96 * math.sqrt(squares * n / (n - 1)) / sums["b"] if n > 1 else math.inf
+    return r, r - half, r + half
+
+
+def _quantile(distribution: Callable[[float], float], share: float) -> float:
+    """Where a distribution on [0, inf) reaches this share, by bisection."""
+    low, high = 0.0, 1.0
+    while distribution(high) < share:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if distribution(middle) < share else (low, middle)
+    return high
+
+
+def _student(t: float, degrees: int) -> float:
+    """P(T <= t) for t >= 0 and whole degrees of freedom (Abramowitz and Stegun 26.7.3 and 26.7.4)."""
+    angle = math.atan(t / math.sqrt(degrees))
+    sine, cosine, odd = math.sin(angle), math.cos(angle), degrees % 2
+    term, total = (cosine if odd else 1.0), 0.0
+    for i in range(2 + odd, degrees + 1, 2):  # of 1, 3, ... or 2, 4, ... degrees
+        total += term
+        term *= cosine * cosine * (i - 1) / i
+    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return 0.5 + within / 2

@@ -22,7 +22,7 @@ from engine.data.conversations import conversation, first_form, form_of, label_o
 from engine.data.files import open_source
 from engine.data.messages import Conversation, Message, Notes, note_lines
 from engine.data.rows import BadRow
-from engine.errors import UserError
+from engine.errors import UserError, nearest
 
 SPARE = 32  # beyond N that are read where the first are taken: some may ask the question itself
 SOURCES = ("source", "data_source")  # columns that say where a row is from
@@ -49,7 +49,8 @@ class Exemplar:
 class FewShot:
     """`count` exemplars of those before each question, `form` turns or text; `drawn` under `seed`, or the first.
 
-    `short` counts the questions that have fewer, since they are among the exemplars, `left_out` those that have others.
+    `met` counts the questions that were read, and of those that are among the exemplars how many have others in their
+    place, and how many fewer.
     """
 
     exemplars: tuple[Exemplar, ...] = ()
@@ -61,22 +62,23 @@ class FewShot:
 
     @property
     def digest(self) -> str:
-        """Of all exemplars that may be chosen from."""
-        chosen = self.exemplars if self.drawn else self.exemplars[: self.count]
-        return hashlib.sha256(json.dumps([e.messages for e in chosen]).encode()).hexdigest()[:16]
+        """Of all exemplars that may be chosen from, the spare ones too."""
+        return hashlib.sha256(json.dumps([e.messages for e in self.exemplars]).encode()).hexdigest()[:16]
 
     def chosen(self, key: str, question: str) -> list[Exemplar]:
         """Those before this question, in their order."""
-        order = (
-            permutation(len(self.exemplars), self.seed, "few_shot", key) if self.drawn else range(len(self.exemplars))
-        )
-        others = [i for i in order if _spaced(question) not in self.exemplars[i].asked]
-        first = set(list(order)[: self.count])
-        if not first <= set(others):
-            self.met["left out"] += 1
-        if len(others) < self.count:
-            self.met["short"] += 1
-        return [self.exemplars[i] for i in others[: self.count]]
+        drawn = permutation(len(self.exemplars), self.seed, "few_shot", key).tolist() if self.drawn else None
+        asked, met, found = _spaced(question), False, list[Exemplar]()
+        for i in drawn or range(len(self.exemplars)):
+            if len(found) == self.count:
+                break
+            if asked in self.exemplars[i].asked:
+                met = True
+            else:
+                found.append(self.exemplars[i])
+        self.met["left out"] += met
+        self.met["short"] += len(found) < self.count
+        return found
 
     def lines(self) -> list[str]:
         """What became of questions that are among the exemplars."""
@@ -90,11 +92,11 @@ class FewShot:
 
 
 def read_exemplars(
-    name: str, count: int, chat: ChatTokenizer, *, form: str, drawn: bool, seed: int, revision: str | None = None
+    name: str, count: int, chat: ChatTokenizer, *, form: str, drawn: bool, seed: int
 ) -> tuple[FewShot, list[str]]:
     """(the exemplars of a file, lines on what of it is not used). Raises UserError for a row that is none, and for
     fewer than `count`."""
-    source = open_source(name, "train", revision)
+    source = open_source(name, "train", None)
     first, found = first_form(source), list[Exemplar]()
     notes: Notes = Counter()
     for place, row in source.rows():
@@ -112,7 +114,7 @@ def read_exemplars(
             raise UserError(f"--few_shot_file {source.name}{place}: {problem}") from None
     if len(found) < count:
         raise UserError(f"--few_shot_file {name}: holds {len(found)} examples, --num_few_shot asks for {count}")
-    return FewShot(tuple(found), count, form, drawn, seed), note_lines(notes)
+    return FewShot(tuple(found), count, form, drawn, seed), [f"{source.name}: {count} examples", *note_lines(notes)]
 
 
 def _exemplar(said: Conversation, chat: ChatTokenizer, form: str, notes: Notes) -> Exemplar:
@@ -142,22 +144,30 @@ def _exemplar(said: Conversation, chat: ChatTokenizer, form: str, notes: Notes) 
 
 @dataclass(frozen=True)
 class QuestionReader:
-    """row → Question: as `reader` reads it, behind the exemplars."""
+    """row → Question: as `reader` reads it, behind the exemplars. `source_column` says where a row is from; without it
+    one of SOURCES, else the row's file.
+    """
 
     reader: PromptReader
     few_shot: FewShot
+    source_column: str | None = None
 
     def __call__(self, row: dict, notes: Notes) -> Question:
         """Raises BadRow."""
         said, ground_truth, dataset = self.reader.read(row, notes)
         key = key_of(said, ground_truth)
-        source = next((str(row[column]) for column in SOURCES if isinstance(row.get(column), str) and row[column]), "")
-        for column in SOURCES if source else ():
-            notes.pop(("not used", column), None)
+        named = SOURCES if self.source_column is None else (self.source_column,)
+        column = next((column for column in named if isinstance(row.get(column), str) and row[column]), None)
+        if column is None and self.source_column is not None:
+            raise BadRow(f"{self.source_column}: expected text (--source_column){nearest(self.source_column, row)}")
+        source = row[column] if column else ""
+        notes.pop(("not used", column), None)
         chosen = self.few_shot.chosen(key, said.messages[-1]["content"]) if self.few_shot.count else []
         worded = self.reader.worded(said, notes)
         together = replace(worded, messages=self._behind(chosen, worded.messages))
-        return Question(self.reader.ids(together, notes), ground_truth, dataset, source, key)
+        ids = self.reader.ids(together, notes)
+        self.few_shot.met["read"] += 1
+        return Question(ids, ground_truth, dataset, source, key)
 
     def _behind(self, chosen: list[Exemplar], messages: list[Message]) -> list[Message]:
         """The messages with the exemplars before the first that is not the system's, or before the question's text."""

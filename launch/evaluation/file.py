@@ -164,10 +164,14 @@ class ResponseFile:
         response, self.settings = read_line(line.encode(), "a response")
         self.responses[response.name] = response
         if self._file is not None:
-            self._file.truncate(self._end)  # a torn line, the first time
+            try:
+                self._file.truncate(self._end)  # a torn line, if there is one
+                self._file.write(line.encode())
+                self._file.flush()
+            except OSError as problem:
+                kept = "what is in it is kept, and the same command goes on"
+                raise UserError(f"--output {self.path}: {problem.strerror}; {kept}") from None
             self._places[response.name] = self._end
-            self._file.write(line.encode())
-            self._file.flush()
             self._end += len(line.encode())
         return response
 

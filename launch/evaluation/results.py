@@ -40,7 +40,8 @@ class Evaluation:
     """What launch.evaluate measured. scores_NK: float64, NaN where there is no verdict, a row for every one of `keys`,
     a column for every sample of every seed. `by`: kind of group → its name → Score. `pass_at` k of one seed's samples,
     `majority` of them (None: one sample, or no verifier that reads an answer), `ifeval` the four of its metrics,
-    `seeds` the accuracy under each. `output`: the file of responses.
+    `seeds` the accuracy under each. `too_long`: prompts that left no room for a response, of which nothing is known.
+    `output`: the file of responses.
     """
 
     accuracy: float
@@ -54,10 +55,13 @@ class Evaluation:
     ifeval: dict[str, Score]
     seeds: dict[int, float]
     without_verdict: int
+    too_long: int
     output: Path | None
 
 
-def evaluation(responses: dict[Name, Response], wanted: Sequence[Name], output: Path | None = None) -> Evaluation:
+def evaluation(
+    responses: dict[Name, Response], wanted: Sequence[Name], output: Path | None = None, too_long: int = 0
+) -> Evaluation:
     """All that is measured of these responses; `wanted` names them by seed, then prompt, then sample."""
     rows: dict[str, Row] = {}
     for name in wanted:
@@ -79,6 +83,7 @@ def evaluation(responses: dict[Name, Response], wanted: Sequence[Name], output: 
         ifeval=instruction_following(judged),
         seeds={seed: mean([r.score for row in judged for r in row if r.seed == seed]) for seed in seeds},
         without_verdict=int(np.isnan(scores_NK).sum()),
+        too_long=too_long,
         output=output,
     )
 

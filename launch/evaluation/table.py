@@ -36,8 +36,8 @@ def examples_how(few_shot: FewShot, file: str | None) -> str:
     return f"{few_shot.count} examples before the question, {which} {file}, {how}"
 
 
-def first_screen(questions: Sequence[Question], model: str, data: str, how: Sequence[str]) -> list[str]:
-    """What is evaluated, on what, and how."""
+def first_screen(questions: Sequence[Question], model: str, data: str, how: Sequence[str], end: str) -> list[str]:
+    """What is evaluated, on what, and how; `end` is how the first prompt ends."""
     counts: dict[str, int] = {}
     for question in questions:
         counts[question.verifier] = counts.get(question.verifier, 0) + 1
@@ -47,6 +47,7 @@ def first_screen(questions: Sequence[Question], model: str, data: str, how: Sequ
         f"evaluating {model} on {data}",
         f"  {len(questions):,} prompts ({kinds}) of {min(lengths):,} to {max(lengths):,} tokens, examples included",
         *(f"  {line}" for line in how),
+        f"  the first prompt ends with {end!r}",
     ]
 
 
@@ -89,6 +90,8 @@ def remarks(found: Evaluation, responses: Sequence[Response]) -> list[str]:
     if found.without_verdict:
         prompts = prompts_without(found)
         lines.append(f"left out: {prompts} prompts with {found.without_verdict} responses that could not be verified")
+    if found.too_long:
+        lines.append(f"left out: {found.too_long} prompts too long for --max_seq_length, and --response_length in it")
     mute = sorted({response.verifier for response in responses if not votes(response.verifier)})
     if found.pass_at and mute:
         lines.append(f"majority is not defined for {', '.join(mute)}: no answer that could be counted is read there")
