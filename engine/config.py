@@ -191,7 +191,7 @@ class _Given:
         if commands := self._commands(name):
             raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
         for row in table.rows_of(name):
-            ours = min(row.needs - self.flags.keys())
+            ours = min(row.needs - self.flags.keys() or row.needs)  # the latter where a word may be positional
             raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
         names = [*self.ours, "config"] if self.dash else [*self.ours]
         snake = name.replace("-", "_")

@@ -32,6 +32,7 @@ class Room:
 
     def __init__(self, talks: list[Talk], ink: Ink, names: list[str]) -> None:
         self.talks, self.ink, self.names = talks, ink, names
+        self.is_stopped = False  # the answer under way, by Ctrl-C
         self.is_watched = sys.stdin.isatty() and sys.stdout.isatty()
         for stream in (sys.stdin, sys.stdout):
             with contextlib.suppress(AttributeError, ValueError):
@@ -74,10 +75,11 @@ class Room:
     def answer(self) -> None:
         """The answers to what was said last; a turn that cannot be answered is taken back."""
         answers = [Answer() for _ in self.talks]
+        self.is_stopped = False
         try:
             for talk in self.talks:
                 talk.prompt()
-            self.show([talk.answer(into) for talk, into in zip(self.talks, answers, strict=True)])
+            self.show([self.until_stopped(talk.answer(into)) for talk, into in zip(self.talks, answers, strict=True)])
         except BadRow as problem:
             for talk in self.talks:
                 talk.withdraw()
@@ -96,11 +98,21 @@ class Room:
                 self.note(f"{which}cut after {len(answer.ids)} tokens: {why}")
         self.write("\n")
 
+    def until_stopped(self, pieces: Iterator[str]) -> Iterator[str]:
+        """The pieces up to Ctrl-C, which ends all answers; what has come of a row of two is then shown."""
+        while not self.is_stopped:
+            try:
+                yield next(pieces)
+            except StopIteration:
+                return
+            except KeyboardInterrupt:
+                self.is_stopped = True
+
     def show(self, texts: list[Iterator[str]]) -> None:
         """One answer as it comes; two side by side, or one under the other where there is no room, or no terminal."""
         columns = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else 0
         if len(texts) > 1 and columns >= WIDE:
-            names = [iter([f"{name}\n"]) for name in self.names]
+            names = [iter([name]) for name in self.names]
             for row in side_by_side(names, columns):
                 self.write(f"{self.ink.dim(row)}\n")
             for row in side_by_side(texts, columns):
