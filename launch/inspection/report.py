@@ -279,6 +279,8 @@ def advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: 
 def _advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: str) -> str:
     bad, rows = (sum(of) for of in zip(*((d.found.num_bad, d.found.rows) for d in found.datasets), strict=True))
     _, lost = found.lost
+    if not rows:
+        return "the dataset is empty: name one that has rows"
     if not len(found.table.taken):
         return "no row can be trained: mend the first bad row, or name another stage (sft, dpo, ppo)"
     if bad and on_bad_row == "error":
