@@ -3969,10 +3969,10 @@ INSPECTION = (
         OVERLAP,
     ),
     Mutant(
-        "two_rows_cover_a_prompt_together",
+        "a_gram_covers_its_first_word",
         "launch/inspection/likeness.py",
-        "to_next[:-1][same]",
-        "to_next[1:][same]",
+        "np.full(len(owners), GRAM, np.int64)",
+        "np.full(len(owners), 1, np.int64)",
         OVERLAP,
     ),
     Mutant(
