@@ -123,9 +123,9 @@ def module(name: str, argv: list[str], here: dict[str, Path], tried: set[str]) -
         if argv and argv != ["--help"]:
             resolve(argv[0], parse(STAGES[argv[0]][1], argv[1:], elsewhere=commands))
         return
-    assert '__name__ == "__main__"' in (ROOT / f"launch/{command}.py").read_text(encoding="utf-8"), (
-        f"{name} is no command"
-    )
+    file = ROOT / f"launch/{command}.py"
+    assert file.is_file(), f"there is no {name} here"
+    assert 'if __name__ == "__main__":' in file.read_text(encoding="utf-8"), f"{name} is no command"
     if argv == ["--help"]:
         return
     of = importlib.import_module(name)
