@@ -191,7 +191,8 @@ class _Given:
     def _refuse(self, shown: str, name: str) -> None:
         """Raises UserError: what this unknown name may have been meant for."""
         if commands := self._commands(name):
-            raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
+            whole = f"; its recipe is for python -m {commands}" if not self.dash and " and " not in commands else ""
+            raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}{whole}")
         for row in table.rows_of(name):
             for ours in sorted(row.needs - self.flags.keys()):
                 raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine import terminal
-from engine.errors import UserError, on_one_line
+from engine.errors import TODO, UserError, explained, on_one_line
 
 T = TypeVar("T")
 
@@ -145,7 +145,7 @@ def _as_user_error(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except OSError as error:
-        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
+        raise UserError(explained(error)) from None
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
@@ -169,6 +169,11 @@ def compiler(*names: str) -> str | None:
         filter(None, (shutil.which(os.environ.get(name[1:], "") if name.startswith("$") else name) for name in names)),
         None,
     )
+
+
+def colours(stream: TextIO) -> bool:
+    """Whether a person looks at it on a terminal that shows colours, and wants them (https://no-color.org)."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def is_first() -> bool:
@@ -230,7 +235,15 @@ def _store(rank: int, size: int) -> dist.Store:
         return dist.HashStore()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(*address, world_size=size, is_master=rank == 0 and not agents, timeout=COLLECTIVE_TIMEOUT)
+    is_master = rank == 0 and not agents
+    try:
+        store = dist.TCPStore(*address, world_size=size, is_master=is_master, timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise UserError(
+            f"port {address[1]} is in use, by another run perhaps: give torchrun another --master_port"
+        ) from None
     return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
@@ -248,9 +261,9 @@ def main(command: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint" if rank == 0 else ""
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in TODO:
             raise
-        status, line = 2, f"error: {error.filename}: {error.strerror}"
+        status, line = 2, f"error: {explained(error)}"
     except RuntimeError as error:
         if not any(
             sign in str(error)

@@ -26,17 +26,7 @@ from typing import Any
 from engine.config import parse
 from engine.data import PromptReader, embedded, fingerprint_of, prompts_of
 from engine.errors import UserError
-from engine.flags import (
-    DataFlags,
-    ModelFlags,
-    PromptFlags,
-    SamplesFlags,
-    SamplingFlags,
-    fill,
-    flag,
-    override,
-    require_positive,
-)
+from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill, flag, override, require_positive
 from engine.model import Base, open_model
 from engine.world import World, main, start
 from launch import commands
@@ -48,7 +38,7 @@ from verifiers import MODES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags, SamplesFlags):
+class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags):
     __doc__ = __doc__
     model_name_or_path: str = override(
         None, "local directory or hub id of a decoder; without it, the embedded tiny Llama"

@@ -23,9 +23,9 @@ from engine.errors import UserError
 from engine.flags import (
     DataFlags,
     InferenceFlags,
+    PromptFlags,
     QuestionFlags,
     RolloutFlags,
-    SamplesFlags,
     fill,
     flag,
     override,
@@ -43,7 +43,7 @@ EMBEDDED = 4  # questions that are asked without --prompt and --dataset_name
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(InferenceFlags, DataFlags, QuestionFlags, RolloutFlags, SamplesFlags):
+class Config(InferenceFlags, DataFlags, QuestionFlags, RolloutFlags):
     __doc__ = __doc__
     prompt: tuple[str, ...] | None = flag(
         None,
@@ -71,11 +71,13 @@ def generate(config: Config) -> None:
     base = open_model(config, world)
     room = base.longest_prompt(config.max_seq_length, config.response_length)
     world.say(*cautions(base, is_embedded))
-    read = QuestionReader(base.chat, config, fold_system=config.system_role == "fold")
+    words = PromptFlags(system_prompt=config.system_prompt, prompt_template=config.prompt_template)
+    read = QuestionReader(base.chat, words, fold_system=config.system_role == "fold")
     if config.prompt is not None:
         questions = questions_of(config.prompt, read, room)
     else:
-        questions = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
+        found = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
+        questions = [question for question in found if isinstance(question, Question)]
     window = max(len(question.ids) for question in questions) + config.response_length
     sampler = open_sampler(base, world, window=window, slots=config.rollout_slots)
     rollouts = sample(sampler, questions, config, SamplingParams.of(config, *base.chat.end_ids), world)

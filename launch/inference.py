@@ -52,6 +52,17 @@ def model_of_run(name: str) -> str:
     )
 
 
+def beside(config: Config, other: str) -> Config:
+    """The flags of a model to compare with: another one, or of an adapter's directory the same with this adapter.
+    Raises UserError.
+    """
+    for place in (Path(other).expanduser(), Path(other).expanduser() / "final"):
+        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+            return replace(config, adapter_name_or_path=str(place))
+    config = replace(config, adapter_name_or_path=None, load_in_4bit=False, double_quant=False)
+    return replace(config, model_name_or_path=model_of_run(other), model_revision=None, add_special_tokens=None)
+
+
 def embedded_questions(cache_dir: str, count: int) -> tuple[str, ...]:
     """Some of the questions that come with the embedded model."""
     with open(embedded(Path(cache_dir).expanduser()).held_out_problems, encoding="utf-8") as rows:

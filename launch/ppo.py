@@ -30,7 +30,6 @@ from engine.errors import UserError
 from engine.flags import (
     PromptFlags,
     ReferenceFlags,
-    SamplesFlags,
     SamplingFlags,
     StageFlags,
     flag,
@@ -63,7 +62,7 @@ METRICS = ("loss/policy", "loss/value", "val/ratio", "policy/clipfrac", "policy/
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, SamplesFlags):
+class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
     __doc__ = __doc__
     output_dir: str = override("output/ppo")
     batch_size: int = override(None, "prompts per iteration, whatever the machine; 224, embedded 32")

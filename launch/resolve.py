@@ -22,6 +22,7 @@ from launch.seeds import each_seed
 
 __all__ = ["after", "checker", "commands", "each_seed", "pinned", "resolve", "show_plan", "with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
+FAR_OFF = 300  # times the usual learning rate, of which a factor of 100 is within what papers use
 PATHS = ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume")
 
 
@@ -55,7 +56,30 @@ def resolve(
         world.say("no --model_name_or_path: training the embedded tiny Llama (a demonstration, not a useful model)")
         config = with_embedded(config, world, data)
         defaults = defaults | embedded_defaults
+        return fill(config, **defaults)
+    world.say(*warnings(config, world, defaults["learning_rate"]))
     return fill(config, **defaults)
+
+
+def warnings(config: StageFlags, world: World, usual: float) -> list[str]:
+    """Lines on flags that are possible and hardly meant."""
+    found = []
+    rate = config.learning_rate
+    if rate is not None and rate > FAR_OFF * usual:
+        found.append(
+            f"warning: --learning_rate {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: it may diverge"
+        )
+    if rate is not None and config.use_lora and 0 < rate <= usual / 10:
+        found.append(
+            f"warning: --learning_rate {rate:g} is one for training all weights: adapters take about {usual:g}"
+        )
+    if config.batch_size is not None and config.batch_size < world.size:
+        idle = world.size - config.batch_size
+        found.append(
+            f"warning: --batch_size {config.batch_size} on {world.size} ranks: {idle} of them have nothing to do in a"
+            " step"
+        )
+    return found
 
 
 def with_embedded(config: Config, world: World, data: str) -> Config:

@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.data import ChatTokenizer, Question, QuestionReader
 from engine.data.rows import BadRow
 from engine.errors import UserError
-from launch.terminal import shown
+from launch.display import shown
 from rollout import Rollout
 
 

@@ -172,6 +172,24 @@ class Sampler:
             if len(waiting) < self.slots:  # too few to fill every gap, perhaps
                 self._close_gaps(active)
 
+    @torch.inference_mode()
+    def tokens(
+        self, request: Request, params: SamplingParams, *, seed: int, step: int
+    ) -> Iterator[tuple[list[int], str]]:
+        """One response as it grows: (its tokens so far, why it ended or '') after each of them; the tokens are those
+        that `generate` gives. Left before its end, the sampler is as good as before. Raises ValueError as `stream`
+        does.
+        """
+        self._check([request], params)
+        sequence = self._sequence(0, request, params, seed, step)
+        active: list[_Sequence | None] = []
+        self._fill(active, deque([sequence]))
+        reason = ""
+        while not reason:
+            for _, _, reason in self._advance(active, params):  # none, or this one
+                pass
+            yield list(sequence.response), reason
+
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         if params.stop_strings and self.decode is None:
             raise ValueError("stop_strings need a sampler with `decode`")

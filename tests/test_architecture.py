@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import commands, dpo, evaluate, ppo, sft
+from launch import commands, data, dpo, evaluate, ppo, sft
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -46,13 +46,8 @@ COMMANDS = {"sft": sft.Config, "dpo": dpo.Config, "ppo": ppo.Config, "evaluate":
 OTHERS = {  # with words of their own, such as --output
     command.removeprefix("launch."): of
     for command, of in commands().items()
-    if of not in COMMANDS.values() and command != "launch.plan"
+    if of not in COMMANDS.values() and command not in ("launch.plan", "launch.data")
 }
-    "compare": compare.Config,
-    "verify": verify.Config,
-    "generate": generate.Config,
-    "report": report.Config,
-}  # with words of their own, such as --output
 
 
 def imported(tree: ast.AST):
@@ -181,6 +176,9 @@ def test_the_command_lines_flags_are_these():
     lines.append(
         f"also known as: {' '.join(sorted({a for of in found.values() for f in of.values() for a in f.aliases}))}"
     )
+    of_the_data = [set(flags_of(config)) - set(found[stage]) for stage, config in data.CONFIGS.items()]
+    assert of_the_data[0] == of_the_data[1] == of_the_data[2]
+    lines.append(f"data, besides the stage's: {' '.join(sorted(of_the_data[0]))}")
     expected = (Path(__file__).parent / "flags.txt").read_text(encoding="utf-8").splitlines()
     assert lines == expected
 

@@ -4,7 +4,8 @@ from engine.data.batch import MicroBatch, sum_by_sequence
 from engine.data.chat import ChatTokenizer
 from engine.data.embedded import embedded
 from engine.data.mixture import Steps, permutation
-from engine.data.prompts import Prompt, PromptReader, Question, QuestionReader, fingerprint_of
+from engine.data.prompts import Prompt, PromptReader, fingerprint_of
+from engine.data.questions import Question, QuestionReader
 from engine.data.sources import prompts_of, read_conversations, read_pairs, read_prompts
 from engine.data.store import Examples
 

@@ -15,22 +15,21 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import numpy as np
 
 from engine.data import messages
 from engine.data.chat import ChatTokenizer
-from engine.data.conversations import asked_turns, history, note_unread, with_system
+from engine.data.conversations import asked_turns, note_unread, with_system
 from engine.data.files import Source
-from engine.data.messages import Conversation, Message, Notes, note_lines
+from engine.data.messages import Conversation, Notes, note_lines
 from engine.data.rows import BadRow
 from engine.errors import UserError
-from engine.flags import PromptFlags, QuestionFlags
+from engine.flags import PromptFlags
 
 LISTED = 20
 ASKED = ("messages", "prompt", "question", "problem", "query", "instruction", "conversations")
-LABELS = ("ground_truth", "dataset")  # what `launch.verify` judges a response by
 ANSWERS = ("ground_truth", "reward_model", "answer", "solution")
 BOX, SHORT_ANSWER, BRACE = re.compile(r"\\(?:boxed|fbox)\s*"), re.compile(r"[^\s$\\]+"), re.compile(r"(?<!\\)[{}]")
 Check = Callable[[Any, Any], None]  # (dataset, ground truth); raises ValueError
@@ -68,43 +67,7 @@ class Prompt:
         return self.dataset.lower() if isinstance(self.dataset, str) else "+".join(map(str.lower, self.dataset))
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt's ids, the turns that it is rendered from, and the columns that say how an answer would be judged."""
-
-    ids: np.ndarray
-    messages: list[Message]
-    labels: dict[str, Any]
-
-
-class Asked(Protocol):
-    """What a reader of rows makes."""
-
-    @property
-    def ids(self) -> np.ndarray: ...
-
-
-P = TypeVar("P", bound=Asked)
-
-
-@dataclass(frozen=True)
-class QuestionReader:
-    """row → Question, of rows with labels and without."""
-
-    chat: ChatTokenizer
-    flags: QuestionFlags
-    fold_system: bool = False
-
-    def __call__(self, row: dict, notes: Notes) -> Question:
-        """Raises BadRow."""
-        asked = asked_column(row)
-        labels = {column: row[column] for column in LABELS if row.get(column) is not None}
-        note_unread(row, {asked, *LABELS, "system", "tools"} | read_beside(asked), notes)
-        said = worded(asked_in(row, asked, self.flags, notes), self.flags, notes)
-        said = messages.folded(said) if self.fold_system else said
-        ids = self.chat.prompt_ids(said.messages, said.tools)
-        self.chat.note_unshown(said.messages, said.tools, "", notes)
-        return Question(ids, said.messages, labels)
+ReadPrompt = Callable[[dict, Notes], Prompt]  # raises BadRow
 
 
 @dataclass(frozen=True)
@@ -124,13 +87,17 @@ class PromptReader:
     def read(self, row: dict, notes: Notes) -> tuple[Conversation, Any, str | list[str]]:
         """(what the row asks, its ground truth, its verifier). Raises BadRow."""
         row = with_instructions(row)
-        asked = asked_column(row)
+        asked = next((column for column in ASKED if row.get(column) is not None), None)
+        if asked is None:
+            got = ", ".join(sorted(row)[:6]) or "nothing"
+            raise BadRow(f"messages: expected what is asked, as one of {', '.join(ASKED)}, got {got}")
         answered = next((column for column in ANSWERS if row.get(column) is not None), None)
         if answered is None:
-            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])})")
+            others = "; conversations are read by launch.sft, pairs by launch.dpo"
+            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])}{others})")
         read = {asked, answered, "dataset", "data_source", "system", "tools"}
-        note_unread(row, read | read_beside(asked), notes)
-        said = asked_in(row, asked, self.flags, notes)
+        note_unread(row, read | ({"input"} if asked == "instruction" else set()), notes)
+        said = self._asked(row, asked, notes)
         dataset, ground_truth = self._judged(row, asked, answered, notes)
         return said, ground_truth, dataset
 
@@ -141,9 +108,33 @@ class PromptReader:
         self.chat.note_unshown(said.messages, said.tools, "", notes)
         return ids
 
+    def _asked(self, row: dict, asked: str, notes: Notes) -> Conversation:
+        """The conversation up to the turn that is to be written. Raises BadRow."""
+        said = messages.read(asked_turns(row, asked), asked, notes)
+        said = with_system(replace(said, tools=messages.tools_of(row, notes)), row)
+        kept = said.messages
+        while kept and kept[-1]["role"] == "assistant":  # a worked answer behind the question is no part of the prompt
+            kept = kept[:-1]
+        if len(kept) < len(said.messages):
+            notes["not used", f"answers at the end of {asked}"] += 1
+        if not kept:
+            raise BadRow(f"{asked}: expected a turn to answer, got only the assistant's")
+        if self.flags.prompt_template is not None and kept[-1]["role"] != "user":
+            raise BadRow(f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s")
+        return Conversation(kept, said.tools)
+
     def worded(self, said: Conversation, notes: Notes) -> Conversation:
         """The conversation with the command line's additions: the text around the question, a system turn."""
-        return worded(said, self.flags, notes)
+        kept = said.messages
+        if self.flags.prompt_template is not None:
+            question = self.flags.prompt_template.replace("{prompt}", kept[-1]["content"])
+            kept = [*kept[:-1], kept[-1] | {"content": question}]
+        if self.flags.system_prompt is not None:
+            if kept[0]["role"] == "system":
+                notes["rows keep their own system turn (--system_prompt)", ""] += 1
+            else:
+                kept = [{"role": "system", "content": self.flags.system_prompt}, *kept]
+        return Conversation(kept, said.tools)
 
     def _judged(self, row: dict, asked: str, answered: str, notes: Notes) -> tuple[str | list[str], Any]:
         """(the verifier, what it compares with). Raises BadRow."""
@@ -172,52 +163,6 @@ class PromptReader:
             raise BadRow(problem)
         unknown = f", and data_source {str(source)[:40]!r} is not a known one" if source is not None else ""
         raise BadRow(f"dataset: missing (the verifier's name; or give --verifier){unknown}")
-
-
-def asked_column(row: dict) -> str:
-    """The column that says what is asked. Raises BadRow."""
-    for column in ASKED:
-        if row.get(column) is not None:
-            return column
-    got = ", ".join(sorted(row)[:6]) or "nothing"
-    raise BadRow(f"messages: expected what is asked, as one of {', '.join(ASKED)}, got {got}")
-
-
-def read_beside(asked: str) -> set[str]:
-    """Columns that say a part of what is asked in this one."""
-    return {"input", "history"} if asked == "instruction" else set()
-
-
-def asked_in(row: dict, asked: str, flags: QuestionFlags, notes: Notes) -> Conversation:
-    """The conversation up to the turn that is to be written. Raises BadRow."""
-    said = messages.read(asked_turns(row, asked), asked, notes)
-    if asked == "instruction" and (earlier := history(row)):
-        said = messages.joined(Conversation(earlier), said)
-    said = with_system(replace(said, tools=messages.tools_of(row, notes)), row)
-    kept = said.messages
-    while kept and kept[-1]["role"] == "assistant":  # a worked answer behind the question is no part of the prompt
-        kept = kept[:-1]
-    if len(kept) < len(said.messages):
-        notes["not used", f"answers at the end of {asked}"] += 1
-    if not kept:
-        raise BadRow(f"{asked}: expected a turn to answer, got only the assistant's")
-    if flags.prompt_template is not None and kept[-1]["role"] != "user":
-        raise BadRow(f"{asked}: expected the user's turn at the end (--prompt_template), got {kept[-1]['role']}'s")
-    return Conversation(kept, said.tools)
-
-
-def worded(said: Conversation, flags: QuestionFlags, notes: Notes) -> Conversation:
-    """The conversation with the command line's additions: the text around the question, a system turn."""
-    kept = said.messages
-    if flags.prompt_template is not None:
-        question = flags.prompt_template.replace("{prompt}", kept[-1]["content"])
-        kept = [*kept[:-1], kept[-1] | {"content": question}]
-    if flags.system_prompt is not None:
-        if kept[0]["role"] == "system":
-            notes["rows keep their own system turn (--system_prompt)", ""] += 1
-        else:
-            kept = [{"role": "system", "content": flags.system_prompt}, *kept]
-    return Conversation(kept, said.tools)
 
 
 def with_instructions(row: dict) -> dict:
@@ -291,8 +236,8 @@ def source_verifier(data_source: Any) -> str | None:
 
 
 def load_prompts(
-    source: Source, read: Callable[[dict, Notes], P], max_prompt_tokens: int, on_bad_row: str
-) -> tuple[list[P], list[str]]:
+    source: Source, read: ReadPrompt, max_prompt_tokens: int, on_bad_row: str
+) -> tuple[list[Prompt], list[str]]:
     """(prompts, lines that say what was kept, dropped, not used and bad). A prompt longer than `max_prompt_tokens` is
     dropped and counted. Raises UserError.
     """
@@ -323,7 +268,7 @@ def load_prompts(
         why = (
             f"the first bad row is {bad[0]}"
             if bad
-            else f"none has at most {max_prompt_tokens} tokens"
+            else f"none has at most {max_prompt_tokens} tokens: raise --max_seq_length, or lower --response_length"
             if too_long
             else "it is empty"
         )

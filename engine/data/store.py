@@ -141,6 +141,9 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
         try:
             build(partial)
             partial.rename(directory)
+        except OSError as error:  # a write to a full disk names no file
+            error.filename = error.filename or str(directory)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -30,7 +30,7 @@ from engine.flags.declare import (
     require_not_negative,
     require_positive,
 )
-from engine.flags.inference import DecodingFlags, InferenceFlags, RolloutFlags, SamplesFlags
+from engine.flags.inference import DecodingFlags, InferenceFlags, RolloutFlags
 from engine.flags.model import AdapterFlags, ModelFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
@@ -52,7 +52,6 @@ __all__ = [
     "ReferenceFlags",
     "RolloutFlags",
     "RunFlags",
-    "SamplesFlags",
     "SamplingFlags",
     "Seeded",
     "StageFlags",

@@ -27,16 +27,10 @@ class DecodingFlags:
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutFlags(DecodingFlags):
-    """How many are drawn at a time."""
-
-    rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SamplesFlags:
-    """How many responses a prompt gets."""
+    """How many are drawn."""
 
     num_samples_per_prompt: int = flag(None, "responses to each prompt", SAMPLING)
+    rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -145,15 +145,7 @@ class Checkpoints:
     # --- reading ------------------------------------------------------------------------------------------------------
 
     def _named(self) -> list[Path]:
-        """step-* directories, oldest first, by number."""
-        if not self.root.is_dir():
-            return []
-        matches = [
-            (int(m.group(1)), p)
-            for p in self.root.iterdir()
-            if (m := STEP.fullmatch(p.name)) and (p / "COMPLETE").is_file()
-        ]
-        return [path for _, path in sorted(matches)]
+        return complete(self.root)
 
     def resume(self, which: str) -> dict[str, Any] | None:
         """Loads the newest sound checkpoint (or the one at the path `which`) and returns its state; None if there is
@@ -175,19 +167,7 @@ class Checkpoints:
         return None
 
     def _inspect(self, path: Path) -> str:
-        """What is wrong with a checkpoint, or ''; the ranks share the hashing."""
-        try:
-            files = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))
-            for name in sorted(files)[self.world.rank :: self.world.size]:
-                if Path(name).name != name or not (path / name).is_file():
-                    return f"{name} is missing"
-                if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name][
-                    "sha256"
-                ]:
-                    return f"{name} is damaged"
-        except (OSError, ValueError, KeyError, TypeError):
-            return "it is incomplete"
-        return ""
+        return damage(path, self.world)
 
     def _load(self, path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -245,6 +225,49 @@ class Checkpoints:
             tensors[f"{part}.master.{name}"] = p.detach()
             tensors |= {f"{part}.{m}.{name}": moment for m, moment in optim.moments(optimizer, p, ranks).items()}
         return tensors
+
+
+def complete(root: Path) -> list[Path]:
+    """The step-* directories in a run's checkpoints/, oldest first, by number."""
+    if not root.is_dir():
+        return []
+    matches = [
+        (int(m.group(1)), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and (p / "COMPLETE").is_file()
+    ]
+    return [path for _, path in sorted(matches)]
+
+
+def damage(path: Path, world: World) -> str:
+    """What is wrong with this rank's share of a checkpoint's files, or ''."""
+    try:
+        files = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))
+        for name in sorted(files)[world.rank :: world.size]:
+            if Path(name).name != name or not (path / name).is_file():
+                return f"{name} is missing"
+            if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
+                return f"{name} is damaged"
+    except (OSError, ValueError, KeyError, TypeError):
+        return "it is incomplete"
+    return ""
+
+
+def load_masters(path: Path, parts: Mapping[str, nn.Module]) -> None:
+    """What was trained of these parts (policy, value), from a sound checkpoint that any number of ranks wrote; what
+    their optimizers know is left there. Collective. Raises UserError.
+    """
+    trained = {
+        f"{part}.master.{name}": p.detach()
+        for part, module in parts.items()
+        for name, p in module.named_parameters()
+        if p.requires_grad
+    }
+    reader = HuggingFaceStorageReader(str(path))
+    stored: Any = reader.read_metadata().state_dict_metadata
+    there = {name for name in stored if name.split(".")[0] in parts and name.split(".")[1] == "master"}
+    wrong = [n for n in there ^ trained.keys()] or [n for n, t in trained.items() if stored[n].size != t.shape]
+    if wrong:
+        raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
+    dcp.load(trained, storage_reader=reader)
 
 
 def _make_empty(directory: Path) -> str:

@@ -30,6 +30,7 @@ from engine import terminal
 from engine.data.batch import MicroBatch, micro_batch, sum_by_sequence
 from engine.data.packing import pack
 from engine.data.store import Examples
+from engine.disk import writing
 from engine.errors import UserError
 from engine.model.open import Base
 from engine.model.policy import Policy
@@ -147,7 +148,8 @@ def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.
     digest = _checksum(arrays)
     path = directory / f"rows-{digest[:16]}.safetensors"
     partial = directory / f".{path.name}.{os.getpid()}"
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
+    with writing(path):
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
     with open(partial, "rb") as f:
         os.fsync(f.fileno())
     partial.rename(path)

@@ -35,6 +35,7 @@ from engine.model.export import export
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
 from engine.terminal import as_time
+from engine.train import card
 from engine.train.checkpoint import Checkpoints
 from engine.train.throughput import Throughput
 from engine.world import World
@@ -114,7 +115,8 @@ class Run:
                 profile.step()
             if flags.save_steps and done < total and done % flags.save_steps == 0:
                 world.phase("saving a checkpoint")
-                checkpoints.save(done, {"num_tokens": self.throughput.num_tokens})
+                facts = {"total_steps": total, "examples": self.plan.n}  # for a card
+                checkpoints.save(done, {"num_tokens": self.throughput.num_tokens, **facts})
         checkpoints.wait()
 
     def evaluates(self, done: int) -> bool:
@@ -179,6 +181,23 @@ class Run:
             for row in rows:
                 self._samples.write({"step": done, **row})
 
+    def _card(self, policy: Policy, is_adapter: bool) -> str:
+        facts = card.Facts(
+            self.values,
+            self.base.name,
+            self.base.revision,
+            policy.base_weights,
+            type(policy.lm).__name__,
+            step=self.plan.total,
+            total=self.plan.total,
+            data=self.data,
+            rows=self.plan.n,
+            metrics=card.metrics_in(self.output_dir / "metrics.jsonl"),
+            recorded=card.recorded_in(self.output_dir / "config.yaml"),
+            is_adapter=is_adapter,
+        )
+        return card.text(facts)
+
     def export(self, policy: Policy, then: Sequence[str] = (), **inside: Root) -> None:
         """Writes final/: the policy, and other roots under their names in it; says what was made, and which commands
         may come `then`. Collective.
@@ -190,7 +209,14 @@ class Run:
             export(root, self.base, self.world, done[name], dtype=flags.export_dtype)
         final = self.output_dir / "final"
         how = export(
-            policy, self.base, self.world, final, dtype=flags.export_dtype, adapter_only=adapter_only, inside=done
+            policy,
+            self.base,
+            self.world,
+            final,
+            dtype=flags.export_dtype,
+            adapter_only=adapter_only,
+            inside=done,
+            card=self._card(policy, adapter_only),
         )
         self.metrics.close()
         also = "".join(f", its {name}/ as a sequence classifier" for name in inside)

@@ -14,7 +14,7 @@ from engine.data import QuestionReader, embedded
 from engine.data.chat import load_tokenizer
 from engine.data.rows import BadRow
 from engine.errors import UserError
-from engine.flags import QuestionFlags
+from engine.flags import PromptFlags
 from launch import generate, responses
 from tests import ranks
 
@@ -91,7 +91,7 @@ def chat(embedded_dir):
 @pytest.mark.parametrize("row, expected", FORMS)
 def test_every_form_of_row_is_a_prompt(row, expected, chat):
     notes: Counter = Counter()
-    question = QuestionReader(chat, QuestionFlags())(row, notes)
+    question = QuestionReader(chat, PromptFlags())(row, notes)
     assert question.messages == expected and question.labels == {}
     assert question.ids.tolist() == chat.prompt_ids(expected).tolist()
     read = {"messages", "conversations", "instruction", "input", "history", "system"} | {"problem"}
@@ -100,7 +100,7 @@ def test_every_form_of_row_is_a_prompt(row, expected, chat):
 
 
 def test_labels_go_along_and_the_flags_are_said(chat):
-    flags = QuestionFlags(system_prompt="S", prompt_template="Q: {prompt}")
+    flags = PromptFlags(system_prompt="S", prompt_template="Q: {prompt}")
     question = QuestionReader(chat, flags)({"prompt": "a?", "ground_truth": "1", "dataset": "gsm8k"}, Counter())
     assert question.messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "Q: a?"}]
     assert question.labels == {"ground_truth": "1", "dataset": "gsm8k"}
@@ -111,7 +111,7 @@ def test_labels_go_along_and_the_flags_are_said(chat):
 @pytest.mark.parametrize("row", [{"text": "a?"}, {"messages": [ANSWER]}, {"prompt": 7}, {"prompt": "a <|end|> b"}])
 def test_a_row_that_asks_nothing_is_bad(row, chat):
     with pytest.raises(BadRow):
-        QuestionReader(chat, QuestionFlags())(row, Counter())
+        QuestionReader(chat, PromptFlags())(row, Counter())
 
 
 def test_prompts_add_up_and_keep_their_spaces(tmp_path):

@@ -2242,8 +2242,8 @@ MODEL = (
     Mutant(
         "an_export_of_one_file_more",
         "engine/model/export.py",
-        "if plan[-1] and filled + size > MAX_FILE_BYTES:",
-        "if filled + size > MAX_FILE_BYTES:",
+        "if plan[-1] and filled + size > (most or MAX_FILE_BYTES):",
+        "if filled + size > (most or MAX_FILE_BYTES):",
         PIECES,
     ),
     Mutant(
@@ -2523,7 +2523,7 @@ TRAIN = (
     Mutant(
         "a_flipped_bit_is_loaded",
         "engine/train/checkpoint.py",
-        'or _sha256(path / name) != files[name][\n                    "sha256"\n                ]',
+        ' or _sha256(path / name) != files[name]["sha256"]',
         "",
         CHECKPOINT,
     ),
@@ -4305,6 +4305,94 @@ REPORT = (
     ),
 )
 
+# --- launch.data ------------------------------------------------------------------------------------------------------
+
+OF_DATA = "tests/launch/test_data_command.py"
+OVERLAP = (f"{OF_DATA}::test_overlap_is_that_of_the_definition",)
+TAKEN = (f"{OF_DATA}::test_the_table_is_what_a_training_takes",)
+PAGE = (f"{OF_DATA}::test_the_page_shows_masks_and_runs_nothing_of_the_rows",)
+
+INSPECTION = (
+    Mutant(
+        "grams_that_overlap_cover_words_twice",
+        "launch/inspection/likeness.py",
+        "np.minimum(np.diff(starts)[same], GRAM)",
+        "GRAM",
+        OVERLAP,
+    ),
+    Mutant(
+        "half_a_prompt_contaminates",
+        "launch/inspection/likeness.py",
+        "if share > COVERED}",
+        "if share >= COVERED}",
+        OVERLAP,
+    ),
+    Mutant(
+        "two_rows_cover_a_prompt_together",
+        "launch/inspection/likeness.py",
+        "to_next[:-1][same]",
+        "to_next[1:][same]",
+        OVERLAP,
+    ),
+    Mutant(
+        "shingles_in_any_order",
+        "launch/inspection/likeness.py",
+        "grams = grams * _BASE + _mixed(",
+        "grams = grams + _mixed(",
+        (f"{OF_DATA}::test_the_order_of_words_counts",),
+    ),
+    Mutant(
+        "rows_alike_in_one_band_are_duplicates",
+        "launch/inspection/likeness.py",
+        "likeness(sketches_N[order[some]], sketches_N[first[some]]) >= ALIKE",
+        "likeness(sketches_N[order[some]], sketches_N[first[some]]) >= 0",
+        (f"{OF_DATA}::test_rows_that_share_a_part_are_no_duplicates",),
+    ),
+    Mutant(
+        "the_first_token_is_trained",
+        "launch/inspection/look.py",
+        "int(mask[1:limit].sum())",
+        "int(mask[:limit].sum())",
+        (f"{OF_DATA}::test_plain_text_trains_all_but_its_first_token",),
+    ),
+    Mutant(
+        "rows_of_later_chunks_are_the_first_ones",
+        "launch/inspection/tally.py",
+        "values + whole.rows if name",
+        "values if name",
+        (f"{OF_DATA}::test_rows_of_every_chunk_are_named",),
+    ),
+    Mutant(
+        "what_is_cut_whole_is_taken",
+        "launch/inspection/tally.py",
+        'self.found.columns["left"][0] > 0).all(1))\n        return kept[',
+        'self.found.columns["left"][0] >= 0).all(1))\n        return kept[',
+        (f"{OF_DATA}::test_problems",),
+    ),
+    Mutant(
+        "a_mixtures_draw_has_no_name",
+        "launch/inspection/tally.py",
+        "mixture_index(len(kept), self.amount, seed, name)",
+        'mixture_index(len(kept), self.amount, seed, "")',
+        TAKEN,
+    ),
+    Mutant(
+        "overlap_is_not_dropped",
+        "launch/data.py",
+        "if number in overlapping:",
+        "if number in ():",
+        (f"{OF_DATA}::test_overlap_is_said_and_dropped",),
+    ),
+    Mutant("the_page_is_not_escaped", "launch/inspection/page.py", "autoescape=True", "autoescape=False", PAGE),
+    Mutant(
+        "a_token_that_was_cut_is_shown_as_trained",
+        "launch/inspection/page.py",
+        "start >= limit)",
+        "start > limit)",
+        (f"{OF_DATA}::test_pieces_are_the_text",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -4317,4 +4405,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *PLANNER,
     *EVALUATION,
     *REPORT,
+    *INSPECTION,
 )

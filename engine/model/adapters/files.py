@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.disk import writing
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
 from engine.model.adapters.lora import Adapters
@@ -224,12 +225,13 @@ def save(
     added: dict[str, int] | None = None,
     tokenizer: Any = None,
     inside: dict[str, Path] | None = None,
+    card: str = "",
 ) -> None:
     """Writes the trained adapter in PEFT's format, as it is held; the directory appears whole or not at all.
     Collective.
 
     `base_name`, `revision` ('local': none), the fingerprint `base_weights` and the tokens `added` say what it belongs
-    on. `inside` are finished directories to be moved into it, under new names.
+    on. `inside` are finished directories to be moved into it, under new names; `card` is its README.md.
     """
     partial = directory.with_name(f".{directory.name}.partial")
     tensors = {}
@@ -245,7 +247,8 @@ def save(
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        with writing(partial / TENSORS):
+            save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         described = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -265,6 +268,8 @@ def save(
         (partial / BASE).write_text(json.dumps(facts), encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save_pretrained(partial)
+        if card:
+            (partial / "README.md").write_text(card, encoding="utf-8")
         publish(partial, directory, inside)
     world.barrier()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Iterator, Sequence
 
+RULE = " │ "  # between columns
 JOINERS = "\u200c\u200d"  # between letters of Persian or parts of one picture; they move nothing
 TAB = "    "
 
@@ -30,6 +32,23 @@ def _shown(c: str) -> str:
     if c == "\x7f":
         return "\u2421"
     return " " if unicodedata.category(c) == "Zs" else "\ufffd"
+
+
+class Ink:
+    """Colours, or none: `dim` for what is not the model's, `bold` for the user's mark."""
+
+    def __init__(self, on: bool) -> None:
+        self.on = on
+
+    def dim(self, text: str) -> str:
+        return f"\x1b[2m{text}\x1b[0m" if self.on and text else text
+
+    def bold(self, text: str) -> str:
+        return f"\x1b[1;36m{text}\x1b[0m" if self.on and text else text
+
+    def mark(self, text: str) -> str:
+        """Bold, for a line editor that has to know what takes no column."""
+        return f"\001\x1b[1;36m\002{text}\001\x1b[0m\002" if self.on else text
 
 
 def width(text: str) -> int:
@@ -72,6 +91,23 @@ def _wrapped(paragraph: str, columns: int) -> list[str]:
             space, used_at_space = len(line), used
         line, used = line + c, used + w
     return [*lines, line]
+
+
+def side_by_side(texts: Sequence[Iterator[str]], columns: int) -> Iterator[str]:
+    """Texts that grow in turns, as rows of so many columns; a row comes when all its parts are there to stay."""
+    each = (columns - len(RULE) * (len(texts) - 1)) // len(texts)
+    said, live, done = [""] * len(texts), [True] * len(texts), 0
+    while any(live):
+        for i, pieces in enumerate(texts):
+            piece = next(pieces, None) if live[i] else None
+            live[i] = piece is not None
+            said[i] += shown(piece or "")
+        lines = [wrapped(text, each) for text in said]
+        ready = [len(part) - 1 for part, goes_on in zip(lines, live, strict=True) if goes_on]
+        upto = min(ready) if ready else max(map(len, lines))
+        for row in range(done, upto):
+            yield RULE.join(padded(part[row] if row < len(part) else "", each) for part in lines).rstrip()
+        done = max(done, upto)
 
 
 def padded(line: str, columns: int) -> str:
