@@ -21,12 +21,12 @@ import pytest
 
 from engine.config import as_dict, flags_of, parse
 from launch import commands
-from tests.pages import KINDS, ROOT, SHELL, Page, messages, names_in, pages
+from tests.pages import KINDS, ROOMS, ROOT, SHELL, Page, messages, names_in, pages
 
 PAGES = pages()
 TREES = r"(?:docs|launch|engine|losses|rollout|verifiers|tests|benchmarks)/"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OPTIONAL = {"flash-attn-4"}  # that docs/gpu.md names and no extra has: a beta
+OPTIONAL = {"flash-attn-4", "wandb"}  # that pages name and no extra has
 ASK, SAY = {"role": "user", "content": "What is one and one?"}, {"role": "assistant", "content": "It is 2."}
 PAIR = {"prompt": "What is one and one?", "chosen": "It is 2.", "rejected": "It is 3."}
 PROBLEM = {"messages": [ASK], "ground_truth": "2", "dataset": "gsm8k"}
@@ -267,6 +267,16 @@ def test_every_page_can_be_reached():
 def test_pages_name_no_machine_and_no_registry(page):
     assert page.source.startswith("# ")
     assert not re.search(r"pypi|pythonhosted|huggingface\.co|--index-url|/(?:work|tmp|root|home|opt)/", page.source)
+
+
+def test_architecture_has_every_file_of_the_rooms():
+    source = Page("docs/architecture.md").text
+    listed = set(re.findall(rf"`({TREES}[\w/]+(?:\.py|/))`", source))
+    files = [str(path.relative_to(ROOT)) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    missing = [
+        f for f in files if not f.endswith("__init__.py") and not {f, *(f"{p}/" for p in Path(f).parents)} & listed
+    ]
+    assert not missing
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------
