@@ -20,8 +20,9 @@ from typing import Any
 import pytest
 
 from engine.config import as_dict, flags_of, parse
+from engine.errors import UserError
 from launch import commands
-from tests.pages import KINDS, ROOMS, ROOT, SHELL, Page, messages, names_in, pages
+from tests.pages import KINDS, ROOMS, ROOT, SHELL, Page, messages, names_in, pages, split
 
 PAGES = pages()
 TREES = r"(?:docs|launch|engine|losses|rollout|verifiers|tests|benchmarks)/"
@@ -64,6 +65,14 @@ def test_commands_are_commands(page, here, monkeypatch, capsys):
             check(words, here, tried)
         except (Exception, SystemExit) as problem:
             raise AssertionError(f"{where}: {' '.join(words)}: {problem}") from problem
+
+
+def test_lines_are_cut_as_a_shell_cuts_them(here):
+    line = "CUDA_VISIBLE_DEVICES= python -m launch.sft --output_dir 'a b' ... > log.txt && make demo  # then"
+    assert list(split(line)) == [["python", "-m", "launch.sft", "--output_dir", "a b"], ["make", "demo"]]
+    for wrong in ("python -m launch.sft --learning_rat 1", "make demos", "pip install trl-nightly", "tune run x"):
+        with pytest.raises((AssertionError, UserError)):
+            check(wrong.split(), here, set())
 
 
 def test_blocks_are_of_a_kind_that_is_checked():
