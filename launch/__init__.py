@@ -2,29 +2,16 @@
 
 import sys
 from importlib import import_module
-from types import TracebackType
+from importlib.util import find_spec
 
 if sys.version_info < (3, 11):  # noqa: UP036 - whoever starts it on an older one reads this line, not a traceback
     sys.exit(
         f"error: Triptych needs Python 3.11 or newer, this is {sys.version.split()[0]}: start it by another python"
     )
 
-OURS = ("engine", "launch", "losses", "rollout", "verifiers")
-
-
-def _in_one_line(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """A package that is not installed is named, with what to do; any other error is Python's to show."""
-    package = (error.name or "").partition(".")[0] if isinstance(error, ModuleNotFoundError) else ""
-    if package and package not in OURS:
-        print(
-            f"error: the package {package} is not installed here: pip install -e . in Triptych's folder",
-            file=sys.stderr,
-        )
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
-sys.excepthook = _in_one_line
+for _package in ("torch", "transformers", "safetensors", "numpy", "tqdm", "yaml", "jinja2"):
+    if find_spec(_package) is None:
+        sys.exit(f"error: the package {_package} is not installed here: pip install -e . in Triptych's folder")
 
 COMMANDS = (  # in the order of the recipe
     *("sft", "dpo", "ppo"),

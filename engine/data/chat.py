@@ -303,16 +303,7 @@ def load_tokenizer(
 
     `vocab_size` are the model's rows; the result's are more where an added token is beyond them.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
-        why = disguised_in(directory)
-        if not why and not any(directory.glob("tokenizer*")):
-            why = "no tokenizer.json: copy the tokenizer's files from the model that it was made from"
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{directory}: {why or 'no usable tokenizer'} ({said})") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+    tokenizer = _opened(directory)
     added, known = add_special_tokens(tokenizer, tokens)
     vocab_size = max(vocab_size, *(i + 1 for i in added.values())) if added else vocab_size
     origin, where = "the tokenizer's own", str(directory)
@@ -356,6 +347,21 @@ def load_tokenizer(
         added=added,
         known=known,
     )
+
+
+def _opened(directory: Path) -> Any:
+    """The library's tokenizer of a model directory. Raises UserError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
+        why = disguised_in(directory)
+        if not why and not any(directory.glob("tokenizer*")):
+            why = "no tokenizer.json: copy the tokenizer's files from the model that it was made from"
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{directory}: {why or 'no usable tokenizer'} ({said})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+    return tokenizer
 
 
 def _control(tokenizer: Any) -> re.Pattern:
