@@ -26,6 +26,9 @@ from tests.pages import KINDS, ROOMS, ROOT, SHELL, Page, messages, names_in, pag
 
 PAGES = pages()
 TREES = r"(?:docs|launch|engine|losses|rollout|verifiers|tests|benchmarks)/"
+BEGIN_OTHERWISE = {
+    f"docs/{name}.md" for name in ["evaluating", "report", "generating", "exporting", "inspecting-data", "screen"]
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OPTIONAL = {"flash-attn-4", "wandb"}  # that pages name and no extra has
 ASK, SAY = {"role": "user", "content": "What is one and one?"}, {"role": "assistant", "content": "It is 2."}
@@ -273,8 +276,11 @@ def test_every_page_can_be_reached():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_name_no_machine_and_no_registry(page):
+def test_pages_say_what_they_are_for_and_name_no_machine(page):
     assert page.source.startswith("# ")
+    if page.name.startswith("docs/") and page.name not in BEGIN_OTHERWISE:
+        first = page.source.split("\n\n")[1]
+        assert re.match(r"(After|From) .+\b(you can|you find|you know|you have)\b", first), first
     assert not re.search(r"pypi|pythonhosted|huggingface\.co|--index-url|/(?:work|tmp|root|home|opt)/", page.source)
 
 
