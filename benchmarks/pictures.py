@@ -7,6 +7,7 @@ The runs of the pictures are those of the embedded model, with --eval_steps 20 (
 from __future__ import annotations
 
 import argparse
+import contextlib
 import shutil
 import subprocess
 import tempfile
@@ -39,9 +40,12 @@ def photograph(page: Path, picture: Path, width: int, height: int, *, dark: bool
     """The upper part of the page as a PNG of at most 256 colours, which suits drawings and keeps the file small."""
     from PIL import Image  # arrives with matplotlib
 
-    chromium(page, f"--screenshot={picture.absolute()}", f"--window-size={width},{height}", dark=dark)
+    window = f"--window-size={width},{height + 120}"  # headless Chromium may leave the last lines unpainted
+    chromium(page, f"--screenshot={picture.absolute()}", window, dark=dark)
     with Image.open(picture) as image:
-        image.convert("RGB").quantize(256, dither=Image.Dither.NONE).save(picture, optimize=True)
+        image.convert("RGB").crop((0, 0, width, height)).quantize(256, dither=Image.Dither.NONE).save(
+            picture, optimize=True
+        )
 
 
 def main() -> None:
@@ -52,9 +56,14 @@ def main() -> None:
     parser.add_argument("--title")
     parser.add_argument("--height", type=int, default=1750)
     words = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
+    results = Path(words.results).absolute() if words.results else None
+    runs = [Path(run).absolute() for run in words.runs]
+    with tempfile.TemporaryDirectory() as directory, contextlib.chdir(directory):
         page = Path(directory) / "report.html"
-        report(words.runs, page, results=words.results, title=words.title)
+        for run in runs:  # the page names the directories as they are given: as a user would see them
+            Path("output").mkdir(exist_ok=True)
+            Path(f"output/{run.name}").symlink_to(run)
+        report([f"output/{run.name}" for run in runs], page, results=results, title=words.title)
         for scheme in ("light", "dark"):
             picture = DOCS / f"report-{scheme}.png"
             photograph(page, picture, 1280, words.height, dark=scheme == "dark")

@@ -133,6 +133,15 @@ def _check_same_configuration(values: dict[str, Any], defaults: dict[str, Any], 
             )
 
 
+def flags_in(run: Path | None) -> dict[str, Any]:
+    """All flags of a run's config.yaml; none where it cannot be read."""
+    try:
+        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
 @contextlib.contextmanager
 def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
     """Traces the third to fifth step it is told of (`.step()`) into output_dir/trace.json; without --profile, does

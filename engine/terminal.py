@@ -28,6 +28,7 @@ PATIENCE = 1.0  # seconds after which something under way is shown
 BESIDE = "held out"  # how a phase begins that is part of no step
 RECENT = 20  # steps, of which the time that is left is estimated
 COLOURS = {"heading": 1, "label": 36, "warning": 33, "error": 31, "done": 32}
+WARNINGS = ("warning: ", "  bad row ")  # how lines begin that --quiet leaves
 COMMANDS = ("next", "or")  # labels of what may be copied and typed, which is not wrapped
 LABEL = re.compile(r"[a-z][a-z0-9 ,'-]{0,40}(?=: )")
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -41,7 +42,7 @@ class Row(str):
 
     def __new__(cls, label: str, value: str) -> Row:
         """As text it is what a file gets."""
-        row = super().__new__(cls, f"  {label:<{COLUMN - 2}}{value}".rstrip())
+        row = super().__new__(cls, f"  {label:<{COLUMN - 3}} {value}".rstrip())
         row.label, row.value = label, value
         return row
 
@@ -87,11 +88,11 @@ def subdued(all_but_the_bar: bool = True) -> Iterator[None]:
 def say(*lines: str, last: bool = False) -> None:
     """Prints lines above the bar. `last`: what a command ends with, which --quiet shows too.
 
-    A line that begins with 'warning: ' is one, and always shown. Control characters, which data may hold, are spaces.
+    A line that begins as WARNINGS do is one, and always shown. Control characters, which data may hold, are spaces.
     """
     for line in lines:
         inner = _state.within == 2 or (_state.within and line.startswith(tuple(f"{word}: " for word in COMMANDS)))
-        if line.startswith("warning: ") or not (inner or (_state.quiet and (_state.within or not last))):
+        if line.startswith(WARNINGS) or not (inner or (_state.quiet and (_state.within or not last))):
             tqdm.write(shown(line, sys.stdout))
     sys.stdout.flush()
 
@@ -114,7 +115,9 @@ def paint(text: str, kind: str) -> str:
 
 
 def error(line: str) -> None:
-    """The last word of a command that failed, on standard error."""
+    """The last word of a command that failed, on standard error, and its only one: whatever moved goes first."""
+    if _state.current is not None:
+        _state.current.close(failed=True)
     tqdm.write(paint(line, "error") if is_terminal(sys.stderr) else line, file=sys.stderr)
     sys.stderr.flush()
 
@@ -222,11 +225,11 @@ class Progress:
             self.doing = f"{what} {done:,} of {total:,}" if total else what
         self._look()
 
-    def close(self) -> None:
-        """The end, which a file is told of."""
+    def close(self, failed: bool = False) -> None:
+        """The end, which a file is told of unless something else is to be said."""
         if self._bar is not None:
             self._bar.close()
-        elif not self.passing and not is_terminal(sys.stderr) and not _state.quiet and self.n > 0:
+        elif not (self.passing or failed or _state.quiet or is_terminal(sys.stderr)) and self.n > 0:
             self.doing = ""
             self._write()
         if _state.current is self:

@@ -202,6 +202,8 @@ def resolve(config: Config, world: World) -> Config:
     check_few_shot(config)
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: no such directory")
+    if config.output and config.baseline and Path(config.output).absolute() == Path(config.baseline).absolute():
+        raise UserError(f"--baseline {config.baseline} is --output: expected another model's file")
     if config.temperature == 0 and config.num_samples_per_prompt > 1:
         raise UserError(
             f"--num_samples_per_prompt {config.num_samples_per_prompt}: greedy samples are all the same, expected"

@@ -20,10 +20,11 @@ from engine.errors import UserError
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags, flag
 from engine.model import Base, Policy, ValueModel, load_untrained, load_value_model, open_model
 from engine.model import export as exporting
+from engine.run import flags_in
 from engine.train import card, checkpoint
 from engine.world import World, main, start
 from launch import commands
-from launch.runs import as_flags, find, flags_in, read_state, run_of, step_of
+from launch.runs import as_flags, find, read_state, run_of, step_of
 
 UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 WITHOUT_RUN = ("adapter_name_or_path", "load_in_4bit", "double_quant", "model_revision", "add_special_tokens")

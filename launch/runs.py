@@ -7,8 +7,6 @@ import re
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from engine.config import flags_of
 from engine.errors import UserError, nearest
 from engine.train import checkpoint
@@ -65,15 +63,6 @@ def run_of(path: Path) -> Path | None:
     """The run's directory that a checkpoint lies in; None for one that was moved."""
     run = path.absolute().parent.parent
     return run if path.absolute().parent.name == "checkpoints" and (run / "config.yaml").is_file() else None
-
-
-def flags_in(run: Path | None) -> dict[str, Any]:
-    """All flags of a run's config.yaml; none where it cannot be read."""
-    try:
-        values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8")) if run is not None else {}
-    except (OSError, ValueError, yaml.YAMLError):
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def as_flags(kind: type[Flags], values: dict[str, Any]) -> Flags:

@@ -199,6 +199,10 @@ def _comparison(figure: Figure) -> list[str]:
 
 def _sentence(seeds: list[int], figure: Figure) -> str:
     """What a reader may conclude."""
+    if len(set(figure.values_K)) == 1:
+        return (
+            f"seeds: {figure.name} is {figure.show(figure.values_K[0])} under all {len(seeds)}: no difference is seen"
+        )
     difference = figure.show_distance(_difference(figure.values_K))
     return (
         f"seeds: a difference in {figure.name} below {difference} between two such runs is within what the seed alone"

@@ -3,8 +3,8 @@ three acts are taught with. All of it is made from a seed on the spot.
 
 A problem tells of one or two changes to a number of things; a worked answer takes them in turn and ends in the number:
 
-    Ada has 17 coins. Ada finds 5 more and then gives away 8. How many coins are there now?
-    17 + 5 = 22. 22 - 8 = 14.
+    Ada has 12 coins. Ada finds 5 more and then gives away 3. How many coins are there now?
+    12 + 5 = 17. 17 - 3 = 14.
     #### 14
 
 Conversations are answered by somebody careless, who errs in every step with probability `SLIP`; a model tuned on them
@@ -26,9 +26,9 @@ import numpy as np
 from engine.data.embedded import save_model
 from engine.data.store import build_once
 
-VERSION = 2
+VERSION = 3
 SLIP, MISJUDGED = 0.3, 0.1
-LARGEST = 29
+LARGEST, MOST = 19, 6  # of things, and of a change
 SIZES = {"conversations": 8000, "pairs": 1024, "problems": 1024, "held_out": 256, "practice": 1024, "exam": 240}
 
 NAMES = ("Ada", "Bela", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
@@ -110,7 +110,9 @@ def _problems(generator: np.random.Generator, apart: set[tuple[int, ...]]) -> It
     """Without end: one change or two; none of the numbers `apart`, none below 0 or above LARGEST, no text twice."""
     seen: set[str] = set()
     while True:
-        problem = _problem(generator, changes=int(generator.integers(1, 3)), start=int(generator.integers(2, 21)))
+        problem = _problem(
+            generator, changes=int(generator.integers(1, 3)), start=int(generator.integers(2, 13)), most=MOST
+        )
         totals = np.cumsum(problem.numbers)
         if problem.question in seen or problem.numbers in apart or totals.min() < 0 or totals.max() > LARGEST:
             continue
@@ -118,8 +120,8 @@ def _problems(generator: np.random.Generator, apart: set[tuple[int, ...]]) -> It
         yield problem
 
 
-def _problem(generator: np.random.Generator, *, changes: int, start: int) -> Problem:
-    by = tuple(int(c) for c in generator.integers(1, 10, changes) * generator.choice((-1, 1), changes))
+def _problem(generator: np.random.Generator, *, changes: int, start: int, most: int) -> Problem:
+    by = tuple(int(c) for c in generator.integers(1, most + 1, changes) * generator.choice((-1, 1), changes))
     name, thing = (options[generator.integers(len(options))] for options in (NAMES, THINGS))
     return Problem(name, thing, start, by, tuple((GAINS if c > 0 else LOSSES)[generator.integers(3)] for c in by))
 
@@ -130,7 +132,7 @@ def _easy(generator: np.random.Generator) -> Iterator[dict]:
     """
     seen: set[str] = set()
     while True:
-        story = _problem(generator, changes=1, start=int(generator.integers(2, 13)))
+        story = _problem(generator, changes=1, start=int(generator.integers(2, 13)), most=9)
         terms = generator.integers(2, 10, int(generator.integers(2, 4))).tolist()
         asked = {
             "stories": (story.question, story.answer),

@@ -34,10 +34,16 @@ def accuracy(scores_NK: np.ndarray) -> tuple[float, float, float]:
     [0, 1]; without any spread there is nothing to estimate it from, and it is taken as 1. Left out: variance between
     seeds that is common to all prompts.
     """
+    mean, effective = mean_and_number(scores_NK)
+    return (mean, *wilson(mean * effective, effective)) if effective else (math.nan, 0.0, 1.0)
+
+
+def mean_and_number(scores_NK: np.ndarray) -> tuple[float, float]:
+    """(mean, effective number of responses), as `accuracy` takes them; (NaN, 0) without any prompt."""
     scores_NK = scores_NK[~np.isnan(scores_NK).any(1)]
     n, k = scores_NK.shape
     if not n:
-        return math.nan, 0.0, 1.0
+        return math.nan, 0.0
     mean, rho = float(scores_NK.mean()), 0.0
     if k > 1:
         by_prompt_N = scores_NK.mean(1)
@@ -46,7 +52,22 @@ def accuracy(scores_NK: np.ndarray) -> tuple[float, float, float]:
         total = between + (k - 1) * within
         rho = min(1.0, max(0.0, (between - within) / total)) if total > 0 else 1.0
     effective = n * k / (1 + (k - 1) * rho)
-    return mean, *wilson(mean * effective, effective)
+    return mean, effective
+
+
+def mean_of_groups(groups: list[np.ndarray], z: float = 1.96) -> tuple[float, float, float]:
+    """(mean, low, high) of the groups' means, each counting the same, from the scores_NK of each.
+
+    The variance is the sum of the groups', each taken at Agresti and Coull's centre (1998), so that a group of which
+    all are right does not pass for certainty. Without any group, (NaN, 0, 1).
+    """
+    found = [(mean, n) for mean, n in map(mean_and_number, groups) if n]
+    if not found:
+        return math.nan, 0.0, 1.0
+    centres = [((mean * n + z * z / 2) / (n + z * z), n + z * z) for mean, n in found]
+    half = z * math.sqrt(sum(centre * (1 - centre) / n for centre, n in centres)) / len(found)
+    mean = sum(mean for mean, _ in found) / len(found)
+    return mean, max(0.0, mean - half), min(1.0, mean + half)
 
 
 def clustered(hits_N: np.ndarray, trials_N: np.ndarray, most: float | None = None) -> tuple[float, float, float]:
@@ -77,8 +98,7 @@ def pass_at_k(right_N: np.ndarray, samples: int, k: int) -> np.ndarray:
 
     Source: Chen et al. 2021 (arXiv:2107.03374), equation 1.
     """
-    factors = 1 - k / np.arange(1, samples + 1)
-    factors[:k] = 0  # fewer than k wrong ones: k of them hold a right one
+    factors = 1 - k / np.arange(1, samples + 1)  # 0 for i = k: with fewer than k wrong ones, k hold a right one
     products = np.concatenate([[1.0], np.cumprod(factors[::-1])])  # of the last c factors
     return 1 - products[np.asarray(right_N, dtype=int)]
 

@@ -227,8 +227,8 @@ class Run:
         """How much was written, in how many steps and what time, and the last figures."""
         size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
         some = f" ({self.plan.total - self._resumed_after} of them now)" if self._resumed_after else ""
-        took = as_time(time.monotonic() - self._began)
-        return f"; {as_size(size)}, {self.plan.total} {self.unit}s{some} in {took}; {self.headline}"
+        took, plural = as_time(time.monotonic() - self._began), "s" if self.plan.total > 1 else ""
+        return f"; {as_size(size)}, {self.plan.total:,} {self.unit}{plural}{some} in {took}; {self.headline}"
 
 
 def as_size(n: int) -> str:

@@ -27,7 +27,9 @@ TEXT = 160  # characters of a response that are kept for the screen
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """One response as it was judged; `score` is NaN where there is no verdict. `text` is its beginning."""
+    """One response as it was judged; `score` is NaN where there is no verdict, and the mean of a row's several
+    verifiers, whose scores add up in the file. `text` is its beginning.
+    """
 
     key: str
     seed: int
@@ -53,12 +55,13 @@ def response_of(row: dict[str, Any]) -> Response:
     """A line's object as a Response. Raises ValueError for one that launch.evaluate did not write."""
     try:
         names = row["dataset"]
+        several = 1 if isinstance(names, str) else len(names)
         loose = row.get("loose")
         response = Response(
             str(row["key"]),
             int(row["seed"]),
             int(row["sample"]),
-            float(row["score"]) if row["status"] == "ok" else math.nan,
+            float(row["score"]) / several if row["status"] == "ok" else math.nan,
             names.lower() if isinstance(names, str) else "+".join(map(str.lower, names)),
             str(row["source"]),
             row.get("answer"),
@@ -70,7 +73,7 @@ def response_of(row: dict[str, Any]) -> Response:
             str(row["reason"])[:TEXT],
             str(row["response"])[:TEXT],
         )
-    except (KeyError, TypeError, AttributeError) as problem:
+    except (KeyError, TypeError, AttributeError, ZeroDivisionError) as problem:
         raise ValueError(f"no response of launch.evaluate ({type(problem).__name__}: {problem})") from None
     if not isinstance(row.get("settings"), dict):
         raise ValueError("no response of launch.evaluate (no settings)")

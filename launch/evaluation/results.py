@@ -37,11 +37,13 @@ class Score:
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """What launch.evaluate measured. scores_NK: float64, NaN where there is no verdict, a row for every one of `keys`,
-    a column for every sample of every seed. `by`: kind of group → its name → Score. `pass_at` k of one seed's samples,
-    `majority` of them (None: one sample, or no verifier that reads an answer), `ifeval` the four of its metrics,
-    `seeds` the accuracy under each. `too_long`: prompts that left no room for a response, of which nothing is known.
-    `output`: the file of responses.
+    """What launch.evaluate measured.
+
+    scores_NK: float64, NaN where there is no verdict; a row for every one of `keys`, a column for every sample of every
+    seed. `by`: kind of group → its name → Score; `over_sources`: the mean of sources, each counting the same, where
+    there are several. `pass_at` k of one seed's samples, `majority` of them (None: one sample, or no verifier that
+    reads an answer), `ifeval` the four of its metrics, `seeds` the accuracy under each. `too_long`: prompts that left
+    no room for a response, of which nothing is known. `output`: the file of responses.
     """
 
     accuracy: float
@@ -50,6 +52,7 @@ class Evaluation:
     scores_NK: np.ndarray
     keys: tuple[str, ...]
     by: dict[str, dict[str, Score]]
+    over_sources: Score | None
     pass_at: dict[int, Score]
     majority: Score | None
     ifeval: dict[str, Score]
@@ -78,6 +81,7 @@ def evaluation(
         scores_NK,
         tuple(rows),
         by={kind: found for kind, found in groups(judged).items() if len(found) > 1 or kind == "verifier"},
+        over_sources=over_sources(judged),
         pass_at=passes(judged, len(seeds), samples) if samples > 1 else {},
         majority=majority(judged, len(seeds), samples) if samples > 1 else None,
         ifeval=instruction_following(judged),
@@ -131,6 +135,16 @@ def groups(rows: list[Row]) -> dict[str, dict[str, Score]]:
                 parts[name].append(some)
         found[kind] = {name: of_some(parts[name]) for name in sorted(parts, key=_numbers_first)}
     return found
+
+
+def over_sources(rows: list[Row]) -> Score | None:
+    """The mean of the means of sources, where there are several: MATH's mean over subjects."""
+    sources: dict[str, list[list[float]]] = defaultdict(list)
+    for row in rows:
+        sources[row[0].source].append([response.score for response in row])
+    if len(sources) < 2:
+        return None
+    return Score(*interval.mean_of_groups(list(map(np.array, sources.values()))), len(rows), sum(map(len, rows)))
 
 
 def of_some(rows: list[list[float]]) -> Score:

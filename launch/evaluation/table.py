@@ -56,6 +56,8 @@ def table(found: Evaluation, responses: Sequence[Response]) -> list[str]:
     rows: list[tuple[str, Score]] = []
     for kind, groups in found.by.items():
         rows += [(f"{kind} {name}", score) for name, score in groups.items()]
+        if kind == "source" and found.over_sources is not None:
+            rows.append(("mean over sources", found.over_sources))
     n, k = found.scores_NK.shape
     whole = Score(found.accuracy, found.low, found.high, n - prompts_without(found), n * k)
     rows = rows[:1] if len(rows) == 1 else [("all", whole), *rows]

@@ -87,12 +87,14 @@ def smoothed(values: np.ndarray) -> np.ndarray:
 
 
 def is_logarithmic(lines: Sequence[Line]) -> bool:
-    """All positive, and over more than two decades even without the outermost hundredth."""
+    """All positive, over more than two decades even without the outermost fiftieth, and not over more than matplotlib
+    can find ticks for.
+    """
     values = np.concatenate([line.series.values for line in lines])
-    if len(values) < 5 or values.min() <= 0:
+    if len(values) < 5 or values.min() < 1e-100 or values.max() > 1e100:
         return False
     low, high = np.quantile(values, 0.02), np.quantile(values, 0.98)
-    return bool(low > 0 and high / low > 200)
+    return bool(high / low > 200)
 
 
 # --- drawing ----------------------------------------------------------------------------------------------------------
@@ -226,7 +228,7 @@ def _ticks(axes, share: bool, logarithmic: bool, unit: str = "") -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.tick_params(axis="y", which="minor", length=0)
     else:
-        axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.yaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
         most = max(map(abs, axes.get_ylim()))
         if not share and (most < 1e-3 or most >= 1e12):
             exponent = math.floor(math.log10(most))

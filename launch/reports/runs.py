@@ -87,9 +87,12 @@ class Recorded:
 
 
 def read_runs(directories: Sequence[Path]) -> tuple[list[Recorded], list[str]]:
-    """(the runs, a line for every directory that cannot be shown). A directory given twice is shown once."""
+    """(the runs, a line for every directory that cannot be shown). A directory given twice is shown once; one that
+    holds runs (of several --seeds, of launch.demo) stands for them.
+    """
     runs, left_out = [], []
-    names = names_of(directories := list(dict.fromkeys(directories)))
+    directories = list(dict.fromkeys(run for directory in directories for run in runs_in(directory)))
+    names = names_of(directories)
     for directory, name in zip(directories, names, strict=True):
         try:
             runs.append(read_run(directory, name))
@@ -97,6 +100,14 @@ def read_runs(directories: Sequence[Path]) -> tuple[list[Recorded], list[str]]:
             left_out.append(str(problem))
     order = {stage: number for number, stage in enumerate((*STAGES, "other"))}
     return sorted(runs, key=lambda run: order[run.stage]), left_out
+
+
+def runs_in(directory: Path) -> list[Path]:
+    """The directory itself, or the runs in it where it is none: seed-2 before seed-10."""
+    if not directory.is_dir() or any((directory / name).is_file() for name in ("config.yaml", "metrics.jsonl")):
+        return [directory]
+    inside = [path for path in directory.iterdir() if (path / "metrics.jsonl").is_file()]
+    return sorted(inside, key=lambda path: (len(path.name), path.name)) or [directory]
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:
@@ -116,9 +127,7 @@ def read_run(directory: Path, name: str = "") -> Recorded:
         siblings = [str(p) for p in directory.parent.iterdir()] if directory.parent.is_dir() else []
         raise UserError(f"{directory}: no such directory{nearest(str(directory), siblings[:1000])}")
     if not config_file.is_file() and not metrics_file.is_file():
-        inside = sorted(p.name for p in directory.iterdir() if (p / "metrics.jsonl").is_file())[:8]
-        also = f"; there are runs in it: {', '.join(inside)}" if inside else ""
-        raise UserError(f"{directory}: no run, neither config.yaml nor metrics.jsonl is in it{also}")
+        raise UserError(f"{directory}: no run, neither config.yaml nor metrics.jsonl is in it")
     notes: list[str] = []
     config, facts = read_config(config_file, notes)
     series = read_metrics(metrics_file, notes) if metrics_file.is_file() else {}

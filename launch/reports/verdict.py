@@ -61,6 +61,12 @@ def headline(run: Recorded) -> Headline | None:
     return None
 
 
+def quoted(path: str | Path) -> str:
+    """A path as a shell takes it, with ~ for the home directory."""
+    home = f"{Path.home()}/"
+    return "~/" + shlex.quote(str(path).removeprefix(home)) if str(path).startswith(home) else shlex.quote(str(path))
+
+
 Interval = tuple[float, float] | None
 
 
@@ -130,7 +136,7 @@ def described(run: Recorded) -> list[tuple[str, str]]:
         ("version", ", ".join(filter(None, (run.facts.get("version", ""), run.facts.get("commit", ""))))),
         ("directory", str(run.directory)),
     ]
-    return [(label, text) for label, text in rows if text.strip()]
+    return [(label, text.replace(f"{Path.home()}/", "~/")) for label, text in rows if text.strip()]
 
 
 def loss_of(run: Recorded) -> str:
@@ -164,33 +170,38 @@ def next_steps(run: Recorded) -> list[tuple[str, str]]:
     """(what for, the command) of what a person would do now."""
     if run.stage == "other":
         return []
-    here = shlex.quote(str(run.directory))
+    here = quoted(str(run.directory))
     if run.status == "running":
         return [("look again", f"python -m launch.report {here}")]
     if run.status == "stopped":
-        words = f"python -m launch.{run.stage} --config {shlex.quote(str(run.directory / 'config.yaml'))}"
+        words = f"python -m launch.{run.stage} --config {quoted(str(run.directory / 'config.yaml'))}"
         return [("go on from the last checkpoint", words), ("look again", f"python -m launch.report {here}")]
     final = run.directory / "final"
-    model = shlex.quote(str(final))
+    model = quoted(str(final))
     if (final / "adapter_config.json").is_file():
-        base = shlex.quote(str(run.config.get("model_name_or_path", "BASE")))
+        base = quoted(str(run.config.get("model_name_or_path", "BASE")))
         model = f"{base} --adapter_name_or_path {model}"
-    tests = held_out_of(run)
+    beside = Path(str(run.config.get("dataset_name") or "/nowhere/rows")).parent  # the embedded files lie together
+    lies = lambda name, word: quoted(str(beside / name)) if (beside / name).is_file() else word
+    tests = held_out_of(run) or lies("held_out_problems.jsonl", "PROBLEMS.jsonl")
     found = [
         (
             "measure it on prompts with verifiable answers",
             f"python -m launch.evaluate --model_name_or_path {model} --dataset_name {tests}",
         )
     ]
-    following = {"sft": ("dpo", "PAIRS.jsonl"), "dpo": ("ppo", "PROBLEMS.jsonl")}.get(run.stage)
-    if following:
-        stage, data = following
-        words = f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {data}"
+    following = {
+        "sft": ("dpo", "train_pairs.jsonl", "PAIRS.jsonl"),
+        "dpo": ("ppo", "train_problems.jsonl", "PROBLEMS.jsonl"),
+    }
+    if run.stage in following:
+        stage, name, word = following[run.stage]
+        words = f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {lies(name, word)}"
         found.append(("start the next act", words))
     return found
 
 
 def held_out_of(run: Recorded) -> str:
-    """The test set of a run with verifiable answers, else a word to replace."""
+    """The test set of a run with verifiable answers, or ''."""
     held_out = run.config.get("eval_dataset_name") if run.stage == "ppo" else None
-    return shlex.quote(str(held_out)) if held_out and Path(str(held_out)).name else "PROBLEMS.jsonl"
+    return quoted(str(held_out)) if held_out else ""

@@ -59,16 +59,13 @@ def clock(monkeypatch):
 
 # --- lines ------------------------------------------------------------------------------------------------------------
 
-lines = st.one_of(
-    st.text(max_size=300),
-    st.from_regex(r"[a-z ]{1,30}: .{0,200}", fullmatch=True),
-    st.builds(Row, st.text("abc ", min_size=1, max_size=30), st.text(max_size=300)),
-)
+labels = st.text("abc ", max_size=30)
 
 
-@given(lines, st.integers(40, 200))
-def test_a_terminal_shows_the_words_of_a_file_within_its_width(line, width):
+@given(st.sampled_from(["", "label", "row"]), labels, st.text(max_size=300), st.integers(40, 200))
+def test_a_terminal_shows_the_words_of_a_file_within_its_width(kind, label, text, width):
     """In their order, no line wider than the screen unless one word is; and no control character reaches either."""
+    line = {"": text, "label": f"a{label}: {text}", "row": Row(label, text)}[kind]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", str(width))
         on_screen, in_file = shown(line, Screen()), shown(line, io.StringIO())
@@ -120,11 +117,11 @@ def test_what_quiet_leaves(capsys):
     start(quiet=True)
     progress = terminal.Progress("step", 3)
     progress.advance("loss 1")
-    terminal.say("model: x", Row("a", "b"), "warning: careful")
+    terminal.say("model: x", Row("a", "b"), "warning: careful", "  bad row x.jsonl:3: no text")
     terminal.say("done: all of it", last=True)
     progress.close()
     out, err = capsys.readouterr()
-    assert out == "warning: careful\ndone: all of it\n" and not err
+    assert out == "warning: careful\n  bad row x.jsonl:3: no text\ndone: all of it\n" and not err
 
 
 def test_a_run_within_a_run_has_not_the_last_word(capsys):
@@ -203,6 +200,15 @@ def test_what_is_over_soon_is_not_shown_and_what_is_long_is(clock, monkeypatch):
     terminal.phase("reference log-probs", 10, 10)  # closes it
     after = below.getvalue()[len(before) :]
     assert "reference log-probs 5/10" in after and after.endswith("\r")
+
+
+def test_a_failure_ends_the_bar(capsys, clock):
+    progress = terminal.Progress("step", 3)
+    progress.advance("loss 1")
+    terminal.error("interrupted; the same command goes on from the last checkpoint")
+    assert capsys.readouterr().err == "interrupted; the same command goes on from the last checkpoint\n"
+    terminal.phase("sampling", 1, 2)
+    assert progress.doing == ""  # it is not under way any more
 
 
 def test_only_the_first_rank_shows_what_goes_on(capsys, clock):

@@ -26,10 +26,11 @@ from engine.data.chat import load_tokenizer
 from engine.data.rows import BadRow
 from engine.model import open_model
 from launch import chat as launch_chat
-from launch.chat import Config, Room
+from launch.chat import Config
 from launch.conversation import Answer, Streamed, Talk
 from launch.display import Ink
 from launch.inference import cautions, open_sampler, opened_thought
+from launch.room import COMMANDS, Room
 from rollout import Request, Sampler, SamplingParams
 from tests import ranks
 
@@ -245,7 +246,7 @@ def test_lines_are_read_where_there_is_no_terminal(monkeypatch, capsys, talk, tm
     assert "/temperature: expected a number of 0 or more, got '-1'" in out
     assert "/temprature is no command (did you mean /temperature?)" in out
     assert "content of message 4 holds the control token '<|end|>'" in out and "/save FILE: the name is missing" in out
-    assert all(name in out for name in launch_chat.COMMANDS) and "> no" not in out and "> Hello" in out
+    assert all(name in out for name in COMMANDS) and "> no" not in out and "> Hello" in out
     [row] = [json.loads(line) for line in path.read_text().splitlines()]
     assert row == {"messages": talk.messages(), "model": "first"} and row["messages"][0]["role"] == "system"
 
@@ -309,21 +310,21 @@ def test_a_terminal(no_color, tmp_path_factory):
     argv = ["--cache_dir", str(cache), "--response_length", "400"]
     process = ranks.context.Process(target=in_terminal, args=(os.ttyname(slave), argv, no_color))
     process.start()
-    seen = b""
+    seen, at = b"", 0
 
-    def until(word: bytes) -> None:
-        nonlocal seen
-        begun, start = time.monotonic(), len(seen)
-        while word not in seen[start:]:
+    def until(word: bytes, more: int = 0) -> None:
+        """Reads up to the word, and some bytes behind it."""
+        nonlocal seen, at
+        begun = time.monotonic()
+        while word not in seen[at:] or len(seen) < seen.index(word, at) + len(word) + more:
             ready, _, _ = select.select([master], [], [], 1)
             assert process.is_alive() and time.monotonic() - begun < 60, seen
             seen += os.read(master, 4096) if ready else b""
+        at = seen.index(word, at) + len(word)
 
     until(b"> ")
     os.write(master, b"Hello\n")
-    until(b"Hello\r\n")
-    while len(seen.rpartition(b"Hello\r\n")[2]) < 20:  # of the answer
-        seen += os.read(master, 4096)
+    until(b"Hello\r\n", more=20)  # of the answer
     os.write(master, b"\x03")
     until(b"what was said is kept")
     until(b"> ")

@@ -138,7 +138,8 @@ def test_a_file_grows_and_is_compared(place, whole, capsys):
     for flags, line in (
         ({"num_prompts": 2}, "a response that this command does not ask for"),
         ({"temperature": 0.5}, "holds responses of temperature 1.0, this run has 0.5: give another file"),
-        ({"baseline": place.root / "grown", "num_prompts": 7, "verifier_mode": "tulu3"}, "of verifier_mode default"),
+        ({"baseline": place.root / "whole", "num_prompts": 7, "verifier_mode": "tulu3"}, "of verifier_mode default"),
+        ({"baseline": place.root / "grown"}, "is --output: expected another model's file"),
     ):
         refused = place.run("grown", hook="tests.launch.test_evaluate:refuse_to_load", **flags)
         assert refused.codes == [2] and line in refused.output and "LOADING" not in refused.output, refused.output

@@ -102,19 +102,26 @@ def test_directories_that_cannot_be_shown(tmp_path):
     good = write(tmp_path / "sft", "sft")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "unborn", "sft", rows=[])
-    bad = [tmp_path / "stf", tmp_path / "empty", tmp_path / "unborn", tmp_path]
+    bad = [tmp_path / "stf", tmp_path / "empty", tmp_path / "unborn"]
     found, left_out = runs.read_runs([good, *bad, good])
     assert [run.name for run in found] == ["sft"]
     assert left_out == [
         f"{tmp_path}/stf: no such directory (did you mean {tmp_path}/sft?)",
         f"{tmp_path}/empty: no run, neither config.yaml nor metrics.jsonl is in it",
         f"{tmp_path}/unborn: the run has no row in metrics.jsonl yet",
-        f"{tmp_path}: no run, neither config.yaml nor metrics.jsonl is in it; there are runs in it: sft, unborn",
     ]
     with pytest.raises(UserError, match=r"no such directory.*; .*the run has no row"):
         report([tmp_path / "stf", tmp_path / "unborn"], tmp_path / "page.html")
     with pytest.raises(UserError, match="RUNS is missing"):
         report([], tmp_path / "page.html")
+
+
+def test_a_directory_that_holds_runs_stands_for_them(tmp_path):
+    for name, stage in (("ppo/seed-10", "ppo"), ("ppo/seed-2", "ppo"), ("sft", "sft")):
+        write(tmp_path / name, stage, rows=[{"step": 1, "loss": 1.0}])
+    (tmp_path / "evaluations").mkdir()
+    found, left_out = runs.read_runs([tmp_path / "ppo", tmp_path])
+    assert [run.name for run in found] == ["sft", "seed-2", "seed-10"] and left_out == []
 
 
 @pytest.mark.parametrize("text", ["seed: [1", "- a list", "\x00", "x: !!python/object:os.system {}"])
@@ -229,7 +236,6 @@ SICK = {
     "spike_huge": ("ppo", {"grad_norm": [*[1.0] * 40, 300.0, *[1.0] * (N - 41)]}, "bad", "Gradient norm spikes"),
     "spikes": ("dpo", {"grad_norm": [30.0 if i % 12 == 11 else 1.0 for i in range(N)]}, "bad", "Gradient norm spikes"),
     "slow": ("sft", {"perf__tokens_per_second_per_gpu": [1000] * 30 + [600] * (N - 30)}, "warning", "Throughput drops"),
-    "slower": ("sft", {"perf__tokens_per_second_per_gpu": [1000] * 30 + [300] * (N - 30)}, "bad", "Throughput drops"),
 }
 
 
@@ -267,7 +273,7 @@ def test_every_rule_is_raised_by_one_and_passed_by_one():
         ("dpo", {"config": {"loss_type": "simpo"}, "loss": curve(1.4, 1.0), "rewards__margins": curve(1.0, 3.0)}),
         ("dpo", {"config": {"loss_type": "ipo"}, "loss": curve(25.0, 1.0)}),
         ("dpo", {"config": {"rpo_alpha": 1.0}, "loss": curve(2.7, 1.0)}),
-        ("dpo", {"grad_norm": np.geomspace(3, 0.003, N)}),
+        ("dpo", {"grad_norm": np.geomspace(3, 1e-4, N)}),
         ("ppo", {"val__ratio": [0.0] * 10 + [1.0] * (N - 10)}),
         ("ppo", {"config": {"kl_coef": 0}, "objective__kl": curve(0, 90.0)}),
         (
@@ -662,21 +668,17 @@ def test_the_command_line():
         parse(Config, ["a", "--outptu", "x"])
 
 
-def test_without_matplotlib_it_is_one_line_and_other_commands_go_on(tmp_path):
-    program = (
-        "import runpy, sys; sys.modules['matplotlib'] = None; sys.argv = {words!r};"
-        " runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)"
-    )
+def test_without_matplotlib_it_is_one_line_and_other_commands_know_its_flags(tmp_path):
+    def run(program: str) -> subprocess.CompletedProcess:
+        program = f"import runpy, sys; sys.modules['matplotlib'] = None; {program}"
+        return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120)
 
-    def run(*words: str) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-c", program.format(words=list(words))]
-        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
-
-    done = run("launch.report", str(write(tmp_path / "sft", "sft")))
+    words = ["launch.report", str(write(tmp_path / "sft", "sft"))]
+    done = run(f"sys.argv = {words!r}; runpy.run_module(sys.argv[0], run_name='__main__', alter_sys=True)")
     assert done.returncode == 2
     assert done.stderr == "error: launch.report needs matplotlib: pip install -e '.[report]'\n"
-    done = run("launch.verify", "x.jsonl", "--runs", "y")
-    assert done.returncode == 2 and "--runs belongs to launch.report" in done.stderr
+    done = run("from launch.report import Config; print(Config().output, 'torch' in sys.modules)")
+    assert done.stdout == "report.html False\n", done.stderr
 
 
 @needs.matplotlib

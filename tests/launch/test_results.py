@@ -34,6 +34,7 @@ def test_accuracy_by_verifier_source_and_lengths():
     )
     by = {kind: {name: (s.mean, s.prompts, s.responses) for name, s in of.items()} for kind, of in found.by.items()}
     assert by["verifier"] == {"gsm8k": (0.25, 4, 8), "math": (pytest.approx(1 / 3), 3, 6)}
+    assert found.over_sources.mean == pytest.approx(1 / 3) and found.over_sources.prompts == 7
     assert by["source"] == {"a": (pytest.approx(2 / 3), 3, 6), "b": (0.0, 4, 8)}
     bins = ["0 to 7", "8 to 15", "16 to 31", "32 to 63", "64 to 127", "128 to 255"]
     assert [*by["prompt tokens"].items()] == [(bins[0], (1.0, 2, 4)), *((name, (0.0, 1, 2)) for name in bins[1:])]
@@ -139,6 +140,9 @@ def test_nothing_that_could_be_verified():
 
 def test_rows_are_read_as_they_were_written():
     whole = row("k", 0.5, answer="5", dataset=["gsm8k", "IFEval"], status="error")
+    two = whole | {"status": "ok", "score": 1.5}
+    assert response_of(two).score == 0.75  # of two verifiers, which add up
+    assert measured([two, two | {"key": "l", "score": 2.0}])[0].accuracy == 0.875
     response = response_of(json.loads(json.dumps(whole)))
     assert (
         response.verifier == "gsm8k+ifeval" and np.isnan(response.score) and response.stopped and response.answer == "5"

@@ -71,6 +71,13 @@ def test_the_headline_is_the_stages_own_and_a_share_is_in_points(tmp_path, capsy
     assert "in held-out reward accuracy below 10.2 points between" in said and "to 102" not in said
 
 
+def test_seeds_that_make_no_difference(tmp_path, capsys):
+    each_seed(Stage({n: {"eval/accuracy": 1.0} for n in (1, 2)}).train, config(tmp_path, 1, 2))
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "seeds: held-out verified accuracy is 100.0% under all 2: no difference is seen"
+    )
+
+
 def test_without_held_out_rows_the_trainings_last_figures_are_compared(tmp_path, capsys, monkeypatch):
     stage = Stage({n: {"loss": n / 10} for n in (1, 2)})
     write = Path.write_text

@@ -2975,7 +2975,7 @@ ENGINE = (
         LOG,
     ),
     Mutant("rows_are_not_written_out", "engine/log.py", "        self._file.flush()\n", "", LOG),
-    Mutant("quiet_hides_warnings", "engine/terminal.py", 'if line.startswith("warning: ") or not', "if not", TERMINAL),
+    Mutant("quiet_hides_warnings", "engine/terminal.py", "if line.startswith(WARNINGS) or not", "if not", TERMINAL),
     Mutant(
         "control_characters_of_data_reach_the_terminal",
         "engine/terminal.py",
@@ -4076,7 +4076,13 @@ EVALUATION = (
         "np.abs(d_N.sum() - (bits_FN @ d_N))",
         PAIRED,
     ),
-    Mutant("pass_at_k_with_replacement", "engine/train/interval.py", "factors[:k] = 0", "factors[:0] = 0", PAIRED),
+    Mutant(
+        "pass_at_k_with_replacement",
+        "engine/train/interval.py",
+        "1 - k / np.arange(1, ",
+        "(1 - 1 / samples) ** k + 0 * np.arange(1, ",
+        PAIRED,
+    ),
     Mutant(
         "clusters_are_trials",
         "engine/train/interval.py",
@@ -4393,6 +4399,102 @@ INSPECTION = (
     ),
 )
 
+CHAT, EXPORT = "tests/launch/test_chat.py", "tests/launch/test_export.py"
+
+SPOKEN = (
+    Mutant(
+        "half_a_character_is_shown",
+        "launch/conversation.py",
+        "for _ in range(LONGEST_PART):",
+        "for _ in range(0):",
+        (f"{CHAT}::test_no_piece_is_half_a_character_or_an_end",),
+    ),
+    Mutant(
+        "the_end_of_a_turn_is_shown",
+        "launch/conversation.py",
+        "while kept and ids[kept - 1] in self._control:",
+        "while kept and ids[kept - 1] in ():",
+        (f"{CHAT}::test_no_piece_is_half_a_character_or_an_end",),
+    ),
+    Mutant(
+        "a_question_without_an_answer_stays",
+        "launch/conversation.py",
+        "            self.withdraw()\n            return False\n",
+        "            return False\n",
+        (f"{CHAT}::test_what_was_stopped_is_kept_up_to_the_last_whole_character",),
+    ),
+    Mutant(
+        "another_answer_is_the_same_draw",
+        "launch/conversation.py",
+        "        self.retries += 1\n",
+        "",
+        (f"{CHAT}::test_another_answer_is_another_draw_and_the_next_turn_begins_anew",),
+    ),
+    Mutant(
+        "a_model_drives_the_terminal",
+        "launch/display.py",
+        'if c.isprintable() or c == "\\n" or c in JOINERS:',
+        'if c.isprintable() or c in "\\n\\x1b" or c in JOINERS:',
+        ("tests/launch/test_display.py",),
+    ),
+    Mutant(
+        "wide_characters_are_narrow",
+        "launch/display.py",
+        'return 2 if unicodedata.east_asian_width(c) in "WF" else 1',
+        "return 1",
+        ("tests/launch/test_display.py::test_columns_of_characters",),
+    ),
+    Mutant(
+        "responses_in_the_order_of_the_ranks",
+        "launch/generate.py",
+        "return sorted(everyone, key=lambda rollout: (rollout.example, rollout.sample))",
+        "return everyone",
+        ("tests/launch/test_generate.py::test_two_ranks_write_the_same_file_in_the_order_of_the_rows",),
+    ),
+    Mutant(
+        "a_questions_history_is_dropped",
+        "engine/data/questions.py",
+        'history(row) if asked == "instruction" else []',
+        'history(row) if asked == "" else []',
+        ("tests/launch/test_generate.py::test_every_form_of_row_is_a_prompt",),
+    ),
+    Mutant(
+        "infinite_weights_are_written",
+        "engine/model/export.py",
+        "(local(written).isinf() & held.isfinite()).any()",
+        "(local(written).isnan() & held.isfinite()).any()",
+        (f"{EXPORT}::test_numbers_beyond_the_dtype_are_refused",),
+    ),
+    Mutant(
+        "a_full_disk_is_not_said",
+        "engine/model/export.py",
+        "        if problem:\n            if self.world.is_main:",
+        "        if problem and self.world.size > 1:\n            if self.world.is_main:",
+        (f"{EXPORT}::test_a_full_disk_is_one_line_and_leaves_nothing",),
+    ),
+    Mutant(
+        "another_base_is_exported",
+        "launch/export.py",
+        'if policy.identity != state["identity"]["model"]:',
+        'if policy.identity == "":',
+        (f"{EXPORT}::test_an_adapter_on_another_base_is_one_line",),
+    ),
+    Mutant(
+        "a_card_with_figures_of_later_steps",
+        "engine/train/card.py",
+        'if upto is None or row["step"] <= upto:',
+        'if upto is None or row["step"] >= 0:',
+        (f"{EXPORT}::test_a_cards_accuracy_has_its_interval",),
+    ),
+    Mutant(
+        "a_directory_is_a_hubs_id",
+        "engine/train/card.py",
+        'if facts.base_revision != "local":',
+        'if facts.base_revision != "":',
+        (f"{EXPORT}::test_a_card_says_what_the_run_was",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -4406,4 +4508,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *EVALUATION,
     *REPORT,
     *INSPECTION,
+    *SPOKEN,
 )

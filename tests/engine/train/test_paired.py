@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from engine.train.interval import clustered, pass_at_k, wilson
+from engine.train.interval import accuracy, clustered, mean_of_groups, pass_at_k, wilson
 from engine.train.paired import Z, mcnemar, mean_difference, paired, sign_flips, spread_left, student, tango
 
 
@@ -119,6 +119,8 @@ def test_a_prompt_counts_once_and_every_answer_of_it():
     twice = paired([[1.0, 1.0], [0.0, 0.0]] * 20, [[1.0, 1.0], [1.0, 1.0]] * 20)
     once = paired([[1.0], [0.0]] * 20, [[1.0], [1.0]] * 20)
     assert not twice.single and twice.high - twice.low > 0.7 * (once.high - once.low)  # copies add nothing
+    same = paired([[1.0, 1.0]] * 20, [[1.0, 1.0]] * 20)
+    assert -same.low == same.high > 0.1 and same.p == 1.0  # twenty that agree do not say that all do
     fractions = paired([[0.25], [0.5]], [[0.25], [0.75]])
     assert not fractions.single and fractions.difference == 0.125
 
@@ -148,3 +150,19 @@ def test_the_interval_of_clusters_of_different_sizes():
             (found := clustered(generator.binomial(sizes, generator.beta(0.5, 1, 60)), sizes))[1] <= 1 / 3 <= found[2]
         )
     assert 0.93 < held / 600 < 0.97
+
+
+def test_the_interval_of_a_mean_over_groups():
+    """Each counts the same, whatever its size; one that is always right has a width; it covers."""
+    small, large = np.array([[1.0], [0.0]]), np.tile([[1.0], [1.0], [1.0], [0.0]], (50, 1))
+    mean, low, high = mean_of_groups([small, large])
+    assert mean == 0.625 and high - low > accuracy(np.concatenate([small, large]))[2] - 0.75
+    assert mean_of_groups([np.ones((50, 2)), np.ones((9, 2))])[1] < 0.97
+    assert math.isnan(mean_of_groups([np.full((2, 1), np.nan)])[0])
+    generator = np.random.Generator(np.random.Philox(key=4))
+    truth, held = np.array([0.05, 0.3, 0.5, 0.9]), 0
+    for _ in range(600):
+        groups = [(generator.random((n, 2)) < p).astype(float) for n, p in zip((15, 40, 25, 100), truth, strict=True)]
+        _, low, high = mean_of_groups(groups)
+        held += low <= truth.mean() <= high
+    assert held / 600 > 0.93
