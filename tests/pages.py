@@ -108,16 +108,16 @@ def split(line: str) -> Iterator[list[str]]:
     lexer = shlex.shlex(line.removeprefix("$ "), posix=True, punctuation_chars=True)
     lexer.whitespace_split = True
     words: list[str] = []
-    skip = False
+    redirected = False
     for word in [*lexer, ";"]:
-        if BEYOND.fullmatch(word):
-            if words and not skip:
+        if BEYOND.fullmatch(word) and ("<" in word or ">" in word):
+            redirected = True
+        elif BEYOND.fullmatch(word):
+            if words:
                 yield words
-            words, skip = ([], False) if "<" not in word and ">" not in word else (words, True)
-            if skip:
-                yield words
-        elif not skip and word != "..." and (words or not re.fullmatch(r"[A-Z_]+=.*", word)):
-            words = [*words, word]
+            words, redirected = [], False
+        elif not redirected and word != "..." and (words or not re.fullmatch(r"[A-Z_]+=.*", word)):
+            words.append(word)
 
 
 @cache

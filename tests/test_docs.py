@@ -20,13 +20,17 @@ from typing import Any
 import pytest
 
 from engine.config import as_dict, flags_of, parse
-from launch import COMMANDS, commands
-from tests.pages import KINDS, ROOT, SHELL, Page, messages, names_in, pages
+from engine.errors import UserError
+from launch import commands
+from tests.pages import KINDS, ROOMS, ROOT, SHELL, Page, messages, names_in, pages, split
 
 PAGES = pages()
 TREES = r"(?:docs|launch|engine|losses|rollout|verifiers|tests|benchmarks)/"
+BEGIN_OTHERWISE = {
+    f"docs/{name}.md" for name in ["evaluating", "report", "generating", "exporting", "inspecting-data", "screen"]
+}
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OPTIONAL = {"flash-attn-4"}  # that docs/gpu.md names and no extra has: a beta
+OPTIONAL = {"flash-attn-4", "wandb"}  # that pages name and no extra has
 ASK, SAY = {"role": "user", "content": "What is one and one?"}, {"role": "assistant", "content": "It is 2."}
 PAIR = {"prompt": "What is one and one?", "chosen": "It is 2.", "rejected": "It is 3."}
 PROBLEM = {"messages": [ASK], "ground_truth": "2", "dataset": "gsm8k"}
@@ -64,6 +68,14 @@ def test_commands_are_commands(page, here, monkeypatch, capsys):
             check(words, here, tried)
         except (Exception, SystemExit) as problem:
             raise AssertionError(f"{where}: {' '.join(words)}: {problem}") from problem
+
+
+def test_lines_are_cut_as_a_shell_cuts_them(here):
+    line = "CUDA_VISIBLE_DEVICES= python -m launch.sft --output_dir 'a b' ... > log.txt && make demo  # then"
+    assert list(split(line)) == [["python", "-m", "launch.sft", "--output_dir", "a b"], ["make", "demo"]]
+    for wrong in ("python -m launch.sft --learning_rat 1", "make demos", "pip install trl-nightly", "tune run x"):
+        with pytest.raises((AssertionError, UserError)):
+            check(wrong.split(), here, set())
 
 
 def test_blocks_are_of_a_kind_that_is_checked():
@@ -123,7 +135,9 @@ def module(name: str, argv: list[str], here: dict[str, Path], tried: set[str]) -
         if argv and argv != ["--help"]:
             resolve(argv[0], parse(STAGES[argv[0]][1], argv[1:], elsewhere=commands))
         return
-    assert command in COMMANDS, f"{name} is not in COMMANDS"
+    file = ROOT / f"launch/{command}.py"
+    assert file.is_file(), f"there is no {name} here"
+    assert 'if __name__ == "__main__":' in file.read_text(encoding="utf-8"), f"{name} is no command"
     if argv == ["--help"]:
         return
     of = importlib.import_module(name)
@@ -262,9 +276,22 @@ def test_every_page_can_be_reached():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_pages_name_no_machine_and_no_registry(page):
+def test_pages_say_what_they_are_for_and_name_no_machine(page):
     assert page.source.startswith("# ")
+    if page.name.startswith("docs/") and page.name not in BEGIN_OTHERWISE:
+        first = page.source.split("\n\n")[1]
+        assert re.match(r"(After|From) .+\b(you can|you find|you know|you have)\b", first), first
     assert not re.search(r"pypi|pythonhosted|huggingface\.co|--index-url|/(?:work|tmp|root|home|opt)/", page.source)
+
+
+def test_architecture_has_every_file_of_the_rooms():
+    source = Page("docs/architecture.md").text
+    listed = set(re.findall(rf"`({TREES}[\w/]+(?:\.py|/))`", source))
+    files = [str(path.relative_to(ROOT)) for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
+    missing = [
+        f for f in files if not f.endswith("__init__.py") and not {f, *(f"{p}/" for p in Path(f).parents)} & listed
+    ]
+    assert not missing
 
 
 # --- messages ---------------------------------------------------------------------------------------------------------

@@ -51,7 +51,7 @@ def load_config(directory: Path) -> Any:
         raise UserError(
             f"{directory} is an adapter: give the model it was trained on, and this to --adapter_name_or_path"
         )
-    if not (directory / "config.json").is_file():
+    if not directory.is_file() and not (directory / "config.json").is_file():  # a plan has the file alone
         raise UserError(f"{directory}: no config.json{_instead(directory)}")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
