@@ -3,10 +3,18 @@ PY ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-oldest lint sizes drill mutants bench gpu clean
+.PHONY: demo demo-real test test-oldest lint sizes drill mutants bench gpu clean
 
+# the whole recipe on an embedded tiny model: minutes on two cores, no network
 demo: .venv/ready
-	$(BIN)/torchrun --standalone --nproc_per_node 2 -m launch.dpo --output_dir output/demo
+	$(BIN)/python -m launch.demo
+
+# the same on a real chat model and real data, some hours on two cores: make demo-real MODEL=dir CONVERSATIONS=gsm8k_train.jsonl PAIRS=pairs.jsonl
+MODEL ?= HuggingFaceTB/SmolLM2-135M-Instruct
+CONVERSATIONS ?= openai/gsm8k:main
+PAIRS ?= allenai/llama-3.1-tulu-3-8b-preference-mixture
+demo-real: .venv/ready
+	$(BIN)/python -m launch.demo --output_dir output/demo-real --model_name_or_path $(MODEL) --conversations $(CONVERSATIONS) --pairs $(PAIRS)
 
 test: .venv/ready lint
 	$(BIN)/python -m pytest
@@ -45,7 +53,7 @@ gpu:
 .venv/ready: pyproject.toml
 	$(PY) -m venv .venv
 	$(BIN)/pip install --quiet 'torch>=2.11,<2.14'
-	$(BIN)/pip install --quiet -e '.[test]'
+	$(BIN)/pip install --quiet -e '.[test,report]'
 	touch $@
 
 .venv-oldest/ready: pyproject.toml

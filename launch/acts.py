@@ -103,17 +103,18 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
     """The same of a real chat model on real data. Act II and III train adapters: their reference is the model under
     them, and a step costs a third less.
     """
+    model, conversations, pairs = str(config.model_name_or_path), str(config.conversations), str(config.pairs)
     shared = common(config) | {"max_seq_length": 512}
     lora = {"use_lora": True, "lora_rank": 16}
     acts = [
         Act(
             "SFT",
-            f"worked answers of {config.conversations}; launch/sft.py",
+            f"worked answers of {conversations}; launch/sft.py",
             sft,
             sft.Config(
                 **shared | out(config, "sft"),
-                model_name_or_path=config.model_name_or_path,
-                dataset_name=config.conversations,
+                model_name_or_path=model,
+                dataset_name=conversations,
                 batch_size=8,
                 max_steps=steps(config, 32),
                 learning_rate=2e-5,
@@ -121,12 +122,12 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "DPO",
-            f"preferences of {config.pairs}; launch/dpo.py",
+            f"preferences of {pairs}; launch/dpo.py",
             dpo,
             dpo.Config(
                 **shared | out(config, "dpo") | lora,
                 model_name_or_path=f"{config.output_dir}/sft/final",
-                dataset_name=config.pairs,
+                dataset_name=pairs,
                 batch_size=8,
                 max_steps=steps(config, 16),
                 learning_rate=5e-5,
@@ -153,7 +154,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
     evaluation = Evaluation(
         model_name_or_path="", dataset_name=str(problems.exam), response_length=256, temperature=0.0
     )
-    return str(config.model_name_or_path), acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
+    return model, acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
 
 
 def common(config: RecipeFlags) -> dict[str, Any]:
