@@ -306,11 +306,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
-        why = disguised_in(directory)
-        if not why and not any(directory.glob("tokenizer*")):
-            why = "no tokenizer.json: copy the tokenizer's files from the model that it was made from"
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{directory}: {why or 'no usable tokenizer'} ({said})") from None
+        raise _no_tokenizer(directory, error) from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
     added, known = add_special_tokens(tokenizer, tokens)
@@ -356,6 +352,14 @@ def load_tokenizer(
         added=added,
         known=known,
     )
+
+
+def _no_tokenizer(directory: Path, error: Exception) -> UserError:
+    """What a directory holds in place of a tokenizer, in words of a user."""
+    why = disguised_in(directory) or "no usable tokenizer"
+    if not any(directory.glob("tokenizer*")):
+        why = "no tokenizer.json: copy the tokenizer's files from the model that it was made from"
+    return UserError(f"{directory}: {why} ({' '.join(str(error).split())[:160] or type(error).__name__})")
 
 
 def _control(tokenizer: Any) -> re.Pattern:

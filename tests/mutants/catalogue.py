@@ -3004,7 +3004,7 @@ ENGINE = (
     Mutant(
         "a_missing_file_is_a_traceback",
         "engine/world.py",
-        "        if error.filename is None:\n",
+        "        if error.filename is None and error.errno not in TODO:\n",
         "        if error.filename is not None:\n",
         WORLD,
     ),
