@@ -358,7 +358,8 @@ def _no_tokenizer(directory: Path, error: Exception) -> UserError:
     """What a directory holds in place of a tokenizer, in words of a user."""
     why = disguised_in(directory) or "no usable tokenizer"
     if not any(directory.glob("tokenizer*")):
-        why = "no usable tokenizer, for there is no tokenizer.json: copy the tokenizer's files from the model that it was made from"
+        copied = "copy the tokenizer's files from the model that it was made from"
+        why = f"no usable tokenizer, for there is no tokenizer.json: {copied}"
     return UserError(f"{directory}: {why} ({' '.join(str(error).split())[:160] or type(error).__name__})")
 
 
