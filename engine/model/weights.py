@@ -73,8 +73,8 @@ def files_by_name(directory: Path) -> dict[str, Path]:
     why = "is the download complete?"
     if pickles:
         why = (
-            f"{pickles[0]} is a pickle file, which would run code and is never read: save the model again by"
-            " save_pretrained, which writes safetensors"
+            f"{pickles[0]}: a pickle file would run code and is never read: save the model again by save_pretrained,"
+            " which writes safetensors"
         )
     raise UserError(f"{directory}: no model.safetensors and no {INDEX}; {why}")
 

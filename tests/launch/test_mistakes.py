@@ -188,7 +188,7 @@ OF_MODELS = {
     "pointer": ("model.safetensors: a Git LFS pointer", "git lfs pull"),
     "pointed_tokenizer": ("tokenizer.json is a Git LFS pointer", "git lfs pull"),
     "paged_config": ("config.json is a web page", "download it again"),
-    "pickled": ("pytorch_model.bin is a pickle file", "save the model again by save_pretrained"),
+    "pickled": ("pytorch_model.bin: a pickle file would run code", "save the model again by save_pretrained"),
     "gguf": ("no config.json, but GGUF files", "give the model that they were made from"),
     "elsewhere": ("no config.json, but notes.txt", "expected a directory as save_pretrained writes it"),
     "half": ("no model.safetensors and no model.safetensors.index.json", "is the download complete?"),

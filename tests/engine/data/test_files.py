@@ -316,6 +316,7 @@ def hub(tmp_path, monkeypatch):
         return data
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", lambda *_, **__: None)  # it answers
 
 
 def test_the_configuration_of_a_hub_dataset(hub):

@@ -312,7 +312,7 @@ def test_the_first_bad_row_stops_the_run_where_it_is_told_to(tmp_path, path):
 @pytest.mark.parametrize(
     ("rows", "expected"),
     [
-        ([], "the dataset is empty"),
+        ([], "the dataset is empty: name one that has rows"),
         ([{"bad": 1}, {"bad": 2}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
         (
             [{"bad": 1}, {"drop": "no counted token within 9 tokens"}, {"drop": "x"}],
