@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import math
 import os
 import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +27,7 @@ from engine.errors import TODO, UserError, explained, on_one_line
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
-POLL = timedelta(seconds=30)
+LONGEST_PAUSE = 0.5  # seconds between two looks for another rank's word
 _calls = itertools.count()  # names the keys of the store: every rank makes the same calls in the same order
 
 
@@ -116,14 +118,7 @@ class World:
                 raise
             self.store.set(key, "ok")
             return result
-        while True:
-            try:
-                self.store.wait([key], POLL)
-                break
-            except RuntimeError as error:
-                # DistStoreError is one: a time-out means 'not yet'; anything else, a dead store
-                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
-                    raise
+        _come(self.store, [key], math.inf)
         status = self.store.get(key).decode()
         if status.startswith("error "):
             raise UserError(status.removeprefix("error "))
@@ -139,6 +134,19 @@ class World:
             raise UserError(
                 f"rank {self.rank} has another {name} than rank 0: start every rank with the same command and files"
             )
+
+
+def _come(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Whether the keys are there within so long. A `wait` of the store's own that times out is, each time, two warnings
+    of c10d on the screen. Raises RuntimeError if the store is dead.
+    """
+    pause, end = 0.005, time.monotonic() + seconds
+    while not store.check(keys):
+        if time.monotonic() > end:
+            return False
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return True
 
 
 def _as_user_error(work: Callable[[], Any]) -> Any:
@@ -290,16 +298,17 @@ def _speaks(rank: int, message: str) -> bool:
     if size == 1 or not dist.is_initialized():
         return rank == 0  # before the ranks have met, all of them read the same command line
     store = dist.PrefixStore("triptych", dist.distributed_c10d._get_default_store())
-    patience = timedelta(seconds=2)
+    patience = 2.0
     try:
         if rank == 0:
             store.set("user_error", message)
             with contextlib.suppress(RuntimeError):
-                store.wait([f"user_error_read/{other}" for other in range(1, size)], patience)
+                _come(store, [f"user_error_read/{other}" for other in range(1, size)], patience)
             return True
-        store.wait(["user_error"], patience)
+        if not _come(store, ["user_error"], patience):
+            return True  # no word from rank 0: it has not failed
         said = store.get("user_error").decode() == message
         store.set(f"user_error_read/{rank}", "")
         return not said
-    except RuntimeError:  # no word from rank 0: it may not have failed at all
+    except RuntimeError:  # rank 0 is gone, and its store with it
         return True

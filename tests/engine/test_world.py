@@ -40,6 +40,22 @@ def test_the_others_fail_with_the_first(ranks):
     assert [rank.once("tokens", lambda rank=rank: rank.rank) for rank in again] == [0, 1]
 
 
+def test_a_rank_waits_for_the_first_as_long_as_it_takes(ranks, monkeypatch):
+    """By looks at the store, of which none times out with a warning on the screen."""
+    import time
+
+    looks = []
+
+    def sleep(seconds: float) -> None:
+        looks.append(seconds)
+        if len(looks) == 100:
+            ranks[0].once("tokens", list)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    assert ranks[1].once("tokens", lambda: "read") == "read"
+    assert len(looks) == 100 and max(looks) == world.LONGEST_PAUSE
+
+
 @pytest.mark.parametrize("cores, size, expected", [(8, 2, 4), (8, 3, 2), (1, 2, 1)])
 def test_a_rank_takes_its_share_of_the_cores(cores, size, expected, ranks, monkeypatch):
     monkeypatch.setattr(world, "available_cores", lambda: cores)
