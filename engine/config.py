@@ -191,7 +191,11 @@ class _Given:
         if commands := self._commands(name):
             raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
         for row in table.rows_of(name):
-            ours = min(row.needs - self.flags.keys() or row.needs)  # the latter where a word may be positional
+            missing = row.needs - self.flags.keys()
+            if not missing:  # beside a positional word only a command's own names can be told apart
+                why = f": {row.why}" if row.why else f", it is {self.dash}{row.ours}"
+                raise UserError(f"{self.place}{self.dash}{name} is not read by this command{why}")
+            ours = min(missing)
             raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
         names = [*self.ours, "config"] if self.dash else [*self.ours]
         snake = name.replace("-", "_")

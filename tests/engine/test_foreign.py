@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from launch import commands
 from launch.planner.plans import STAGES
 from tests import flags_page
 
-COMMANDS = {name: c for name, c in commands().items() if name not in ("launch.plan", "launch.verify")}
+POSITIONAL = {name: c for name, c in commands().items() if any(f.positional for f in flags_of(c).values())}
+COMMANDS = {name: c for name, c in commands().items() if name != "launch.plan" and name not in POSITIONAL}
 WORDS = {bool: "true", int: "3", float: "0.25", str: "word"}
 STRANGE = "no_such_word_7"
 NAMES = [(row, name.replace("*", "mode")) for row in table.TABLE for name in row.names]
@@ -62,6 +64,16 @@ def what(config_class: type, name: str, word: str, recipe: Path | None = None) -
     return said[0]
 
 
+@pytest.mark.parametrize("command", POSITIONAL)
+def test_a_command_with_a_positional_word_reads_its_own_names_alone(command):
+    for row, name in NAMES:
+        if name not in flags_of(POSITIONAL[command]):
+            with pytest.raises(UserError, match=re.escape(name.partition("=")[0])) as error:
+                parse(POSITIONAL[command], [f"--{name}", "3"], elsewhere=commands)
+            said = str(error.value)
+            assert " is not read by this command" in said or " is --" in said or "belongs to" in said, (row, said)
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_name_of_the_table(command, tmp_path, capsys, monkeypatch):
     """What means the same changes the same; what is done anyway changes nothing; the rest is refused with the reason;
@@ -75,9 +87,6 @@ def test_every_name_of_the_table(command, tmp_path, capsys, monkeypatch):
         row = row_for(name, config_class)
         if row is None:
             assert name in flags or "belongs to launch." in what(config_class, name, "3"), name
-            continue
-        if any(f.positional for f in flags.values()):  # whose words could not be told from those of other names
-            assert f"is {min(row.needs)} here" in what(config_class, name, "3"), name
             continue
         first = name == row.names[0].replace("*", "mode")
         where = next(c for c, other in COMMANDS.items() if row_for(name, other) is row)
@@ -203,7 +212,11 @@ REFUSED = [
         "command line: optimizer.lr is --learning_rate here (flags are given as --name value)",
     ),
     ("sft", "--adam.lr 2e-5", "command line: adam.lr is --learning_rate here"),
-    ("sft", "actor_rollout_ref.rollout.n=5", "is --num_samples_per_prompt here, which belongs to launch.ppo and launch.generate"),
+    (
+        "sft",
+        "actor_rollout_ref.rollout.n=5",
+        "is --num_samples_per_prompt here, which belongs to launch.ppo, launch.evaluate and launch.generate",
+    ),
     ("sft", "epochs=3", "command line: epochs=3: flags are given as --name value, this one is --num_train_epochs"),
     ("sft", "seed=3", "command line: seed=3: flags are given as --name value, this one is --seed"),
     ("sft", "color=3", "command line: unexpected word 'color=3'"),
