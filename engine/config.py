@@ -79,7 +79,9 @@ def parse(
     """
     flags = flags_of(config_class)
     try:
-        namespace, rest = _parser(config_class, flags).parse_known_args(argv)
+        parser = _parser(config_class, flags)
+        several = any(f.positional and f.many for f in flags.values())  # which may stand on both sides of a flag
+        namespace, rest = (parser.parse_known_intermixed_args if several else parser.parse_known_args)(argv)
     except argparse.ArgumentError as error:
         raise UserError(f"command line: {error}") from None
     words = vars(namespace)
@@ -189,14 +191,11 @@ class _Given:
     def _refuse(self, shown: str, name: str) -> None:
         """Raises UserError: what this unknown name may have been meant for."""
         if commands := self._commands(name):
-            raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}")
+            whole = f"; its recipe is for python -m {commands}" if not self.dash and " and " not in commands else ""
+            raise UserError(f"{self.place}{self.dash}{name} belongs to {commands}{whole}")
         for row in table.rows_of(name):
-            missing = row.needs - self.flags.keys()
-            if not missing:  # beside a positional word only a command's own names can be told apart
-                why = f": {row.why}" if row.why else f", it is {self.dash}{row.ours}"
-                raise UserError(f"{self.place}{self.dash}{name} is not read by this command{why}")
-            ours = min(missing)
-            raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
+            for ours in sorted(row.needs - self.flags.keys()):
+                raise UserError(f"{self.place}{self.dash}{name} is {self.dash}{ours} here{self._whose(ours)}")
         names = [*self.ours, "config"] if self.dash else [*self.ours]
         snake = name.replace("-", "_")
         close = f" (did you mean {snake}?)" if table.rows_of(snake) else nearest(name, names)
@@ -235,7 +234,7 @@ def _say(lines: list[str]) -> None:
 def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentParser:
     """Reads words as they are; what they mean is _convert's, the same for a YAML file."""
     main = sys.modules["__main__"].__spec__ if config_class.__module__ == "__main__" else None
-    positional = [f.name.upper() for f in flags.values() if f.positional]
+    positional = [f.name.upper() + (" ..." if f.many else "") for f in flags.values() if f.positional]
     width = min(120, shutil.get_terminal_size().columns)
     parser = argparse.ArgumentParser(
         prog=f"python -m {main.name if main else config_class.__module__}",
@@ -272,7 +271,7 @@ def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentPars
         default = "" if f.default is None or f.default is False else f" [{f.default}]"
         help = (f.help + listed + also + default).replace("%", "%%")
         if f.positional:
-            group.add_argument(f.name, nargs="?", metavar=f.name.upper(), help=help)
+            group.add_argument(f.name, nargs="*" if f.many else "?", metavar=f.name.upper(), help=help)
             continue
         if options.get("nargs") == "+":  # a flag that is given twice says both
             options["action"] = "extend"

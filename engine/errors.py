@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib
 from collections.abc import Iterable
 
@@ -15,6 +16,22 @@ def nearest(name: str, names: Iterable[str]) -> str:
     """' (did you mean X?)' for the most similar of `names`, or ''."""
     close = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+ELSEWHERE = "give another --output_dir or --cache_dir"
+TODO = {
+    errno.ENOSPC: f"free some, or {ELSEWHERE}",
+    errno.EDQUOT: f"free some, or {ELSEWHERE}",
+    errno.EROFS: ELSEWHERE,
+    errno.EACCES: f"change its permissions, or {ELSEWHERE}",
+    errno.EPERM: f"change its permissions, or {ELSEWHERE}",
+}
+
+
+def explained(error: OSError) -> str:
+    """What the system refused, where, and what to do about it."""
+    todo = f": {TODO[error.errno]}" if error.errno in TODO else ""
+    return f"{error.filename or 'a file'}: {error.strerror or error}{todo}"
 
 
 def require(package: str, for_what: str) -> None:

@@ -88,6 +88,14 @@ def device(name: str, ranks_per_node: int) -> Device:
     return DEVICES[name]
 
 
+def emulates_bfloat16() -> bool:
+    """Whether this processor has no instructions for bfloat16, so that torch rounds and widens every number by others;
+    False where torch cannot tell.
+    """
+    known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return known.get("architecture") == "x86_64" and not (known.get("avx512_bf16") or known.get("amx_bf16"))
+
+
 def of_gpu(device: torch.device) -> Device | None:
     """The data sheet of this CUDA device: of the cards of its name, that of the nearest memory; None: not in the
     table.

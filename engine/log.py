@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl and the progress bar.
+"""What a run says of itself: metrics.jsonl and the bar.
 
 A metric of a step is a sum over the step's examples divided by a count, both over all ranks: one all-reduce a step.
 """
@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from engine.elsewhere import Elsewhere, elsewhere
+from engine.terminal import Progress
 from engine.world import World
 
 
@@ -62,14 +63,16 @@ class JsonLines:
 
 
 class Metrics:
-    """metrics.jsonl and the progress bar, on rank 0; on resume the file is cut back to the resumed step."""
+    """metrics.jsonl and the bar, on rank 0; on resume the file is cut back to the resumed step."""
 
-    def __init__(self, output_dir: Path, world: World, *, start: int, total: int, report_to: str = "none") -> None:
+    def __init__(
+        self, output_dir: Path, world: World, *, start: int, total: int, report_to: str = "none", unit: str = "step"
+    ) -> None:
         self.is_main = world.is_main
         if world.is_main:
             self._file = JsonLines(output_dir / "metrics.jsonl", start)
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, mininterval=0.5)
-            self._elsewhere = _reporter(report_to, output_dir)
+            self._bar = Progress(unit, total, start)
+            self._elsewhere: Elsewhere | None = elsewhere(report_to, output_dir, start)
 
     def write(self, step: int, row: dict[str, Any], postfix: str = "") -> None:
         """One row for step `step` (1-based: after that many optimizer steps). A postfix is shown on the bar, which then
@@ -78,20 +81,16 @@ class Metrics:
         if self.is_main:
             self._file.write({"step": step, **row})
             if postfix:
-                self._bar.set_postfix_str(postfix, refresh=False)
-                self._bar.update(1)
+                self._bar.advance(postfix)
             if self._elsewhere:
-                self._elsewhere(step, row)
-
-    def say(self, line: str) -> None:
-        """A line above the bar."""
-        if self.is_main:
-            self._bar.write(line)
+                self._elsewhere.write(step, row)
 
     def close(self) -> None:
         if self.is_main:
             self._file.close()
             self._bar.close()
+            if self._elsewhere:
+                self._elsewhere.close()
 
 
 def _rows_before(path: Path, start: int) -> list[str]:
@@ -104,23 +103,3 @@ def _rows_before(path: Path, start: int) -> list[str]:
         except (ValueError, KeyError):
             break
     return kept
-
-
-def _reporter(report_to: str, output_dir: Path) -> Any:
-    if report_to == "tensorboard":
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer = SummaryWriter(str(output_dir / "tensorboard"))
-
-        def write(step: int, row: dict[str, Any]) -> None:
-            for name, value in row.items():
-                if isinstance(value, int | float):
-                    writer.add_scalar(name, value, step)
-
-        return write
-    if report_to == "wandb":
-        import wandb
-
-        run = wandb.init(project="triptych", name=output_dir.name, dir=str(output_dir))
-        return lambda step, row: run.log(row, step=step)
-    return None

@@ -28,6 +28,7 @@ CHANGEABLE = {
     "resume",
     "on_bad_row",
     "dry_run",
+    "quiet",
     "report_to",
     "profile",
     "export_dtype",
@@ -55,8 +56,11 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
             raise UserError(f"--resume never: {output_dir} is not empty")
         if output_dir.exists() and not output_dir.is_dir():
             raise UserError(f"--output_dir {output_dir}: is a file")
-        output_dir.mkdir(parents=True, exist_ok=True)
-        lock = _lock(output_dir / ".lock")
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            lock = _lock(output_dir / ".lock")
+        except OSError as error:
+            raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror}): give another") from None
         defaults = {name: flag.default for name, flag in configuration.flags_of(type(flags)).items()}
         _check_same_configuration(values, defaults, output_dir / "config.yaml")
         if any((output_dir / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):

@@ -8,18 +8,21 @@ import itertools
 import os
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
+from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from tqdm import tqdm
 
-from engine.errors import UserError, on_one_line
+from engine import terminal
+from engine.errors import TODO, UserError, explained, on_one_line
+
+T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
 POLL = timedelta(seconds=30)
@@ -72,12 +75,23 @@ class World:
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
 
-    def say(self, *lines: str) -> None:
-        """Prints on rank 0, above a progress bar if there is one."""
+    def say(self, *lines: str, last: bool = False) -> None:
+        """Prints on rank 0, as engine/terminal.py says, above the bar if there is one."""
         if self.is_main:
-            for line in lines:
-                tqdm.write(line)
-            sys.stdout.flush()
+            terminal.say(*lines, last=last)
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
+        """Shows on rank 0 what goes on: on the bar of the run, or where there is none as a bar of its own. `done` may
+        count as if every rank were as far as this one.
+        """
+        if self.is_main:
+            terminal.phase(what, min(done, total) if total else done, total)
+
+    def each(self, what: str, items: Sequence[T]) -> Iterator[T]:
+        """The items, one after the other, as a phase."""
+        for number, item in enumerate(items, start=1):
+            self.phase(what, number, len(items))
+            yield item
 
     def once(self, name: str, work: Callable[[], Any]) -> Any:
         """Runs `work` on the first rank of every machine and then, against what that one left on disk, on the others.
@@ -131,7 +145,7 @@ def _as_user_error(work: Callable[[], Any]) -> Any:
     try:
         return work()
     except OSError as error:
-        raise UserError(f"{error.filename or 'a file'}: {error.strerror or error}") from None
+        raise UserError(explained(error)) from None
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
@@ -167,8 +181,11 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", 0)) == 0
 
 
-def start(deterministic: bool = False) -> World:
-    """Joins the process group that the environment describes (none: a group of one). Raises UserError."""
+def start(deterministic: bool = False, quiet: bool = False) -> World:
+    """Joins the process group that the environment describes (none: a group of one). `quiet`: only warnings, errors and
+    the last line are shown. Raises UserError.
+    """
+    _configure_terminal(quiet)
     rank, size, local_rank = (
         int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
     )
@@ -199,6 +216,17 @@ def start(deterministic: bool = False) -> World:
     return World(rank, size, local_rank, device, mesh, store, memory)
 
 
+def _configure_terminal(quiet: bool = False) -> None:
+    """As the user's environment says (https://no-color.org)."""
+    dumb, colour = os.environ.get("TERM") == "dumb", not os.environ.get("NO_COLOR")
+    terminal.configure(dumb=dumb, colour=colour, quiet=quiet)
+    if quiet or not terminal.is_terminal(sys.stderr):
+        disable_progress_bars()
+        os.environ.setdefault(
+            "HF_DATASETS_DISABLE_PROGRESS_BARS", "1"
+        )  # read when datasets is imported, which is later
+
+
 def _store(rank: int, size: int) -> dist.Store:
     """A store scoped to this restart: under `torchrun --max-restarts`, a dead generation's addresses stay in the
     agent's store.
@@ -207,15 +235,24 @@ def _store(rank: int, size: int) -> dist.Store:
         return dist.HashStore()
     address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
     agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = dist.TCPStore(*address, world_size=size, is_master=rank == 0 and not agents, timeout=COLLECTIVE_TIMEOUT)
+    is_master = rank == 0 and not agents
+    try:
+        store = dist.TCPStore(*address, world_size=size, is_master=is_master, timeout=COLLECTIVE_TIMEOUT)
+    except dist.DistNetworkError as error:
+        if "address already in use" not in str(error).lower():
+            raise
+        raise UserError(
+            f"port {address[1]} is in use, by another run perhaps: give torchrun another --master_port"
+        ) from None
     return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
-def main(command: Callable[[], None]) -> None:
+def main(command: Callable[[], object]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """
     rank = int(os.environ.get("RANK", 0))
+    _configure_terminal()
     status, line = 0, ""
     try:
         command()
@@ -224,9 +261,9 @@ def main(command: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint" if rank == 0 else ""
     except OSError as error:
-        if error.filename is None:
+        if error.filename is None and error.errno not in TODO:
             raise
-        status, line = 2, f"error: {error.filename}: {error.strerror}"
+        status, line = 2, f"error: {explained(error)}"
     except RuntimeError as error:
         if not any(
             sign in str(error)
@@ -238,7 +275,7 @@ def main(command: Callable[[], None]) -> None:
             f"error: rank {rank}: another rank died or stopped answering; its own message says why ({str(error)[:160]})"
         )
     if line:
-        print(on_one_line(line), file=sys.stderr, flush=True)
+        terminal.error(on_one_line(line))
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)

@@ -26,9 +26,9 @@ from engine.errors import UserError, nearest
 from engine.flags import PairFlags, ReferenceFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Base, Policy, load_policy, open_model
-from engine.train import Run, optim, refcache, reference, screen
+from engine.train import Run, interval, optim, refcache, reference, screen
 from engine.world import World, main, start
-from launch.resolve import commands, resolve, show_plan
+from launch.resolve import after, commands, each_seed, resolve, show_plan
 
 LOSSES = {"dpo_norm": losses.dpo_norm, "dpo": losses.dpo, "simpo": losses.simpo, "ipo": losses.ipo, "wpo": losses.wpo}
 ALSO_KNOWN_AS = {"dpo_n": "dpo_norm", "sigmoid_norm": "dpo_norm", "sigmoid": "dpo"}
@@ -68,6 +68,8 @@ class Config(StageFlags, PairFlags, ReferenceFlags):
     def check(self) -> None:
         super().check()
         self.check_pairs()
+        if self.cache_logprobs_only and self.seeds:
+            raise UserError("--cache_logprobs_only: the cache is the same under every one of --seeds, give one")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Objective:
 
 def train(config: Config) -> None:
     """Descends L of this file's head, from the reference policy to `final/`."""
-    world = start(config.deterministic)
+    world = start(config.deterministic, config.quiet)
     config = resolve(
         config,
         world,
@@ -99,8 +101,15 @@ def train(config: Config) -> None:
     pairs, held_out = read_pairs(config, config.count_turns, base.chat, world, rows=config)
     steps = Steps(len(pairs), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     hyper = ", ".join(f"{name} {value:g}" for name, value in objective.hyper.items())
-    loss_line = f"loss: {config.loss_type} ({hyper}), learning rate {config.learning_rate:g}"
-    world.say(*screen.describe(base, world), *screen.describe_data(pairs, steps, base, "pairs"), loss_line)
+    screen.show(
+        base,
+        world,
+        data=screen.of_examples(pairs, held_out, steps, base, "pairs"),
+        training=[
+            screen.Row("loss", f"{config.loss_type} ({hyper})"),
+            *screen.of_training(config, config.output_dir, steps),
+        ],
+    )
     if config.dry_run:
         world.say(*screen.first_example(pairs, base.chat))
         show_plan(
@@ -141,7 +150,7 @@ def train(config: Config) -> None:
             run.write(step, row, sums, f"loss {row['loss']:.4f}")
             if held_out and run.evaluates(step + 1):
                 evaluate(policy, held_out, references[1], objective, run, step + 1)
-        run.export(policy)
+        run.export(policy, after("dpo", config, world))
 
 
 def reference_sums(
@@ -224,7 +233,9 @@ def evaluate(
         f"held out, after step {done}: loss {row['loss']:.4f}, chosen likelier per token in"
         f" {row['logps/accuracies']:.1%}"
     )
-    run.write_evaluation(done, row, f"{line}, reward accuracy {row['rewards/accuracies']:.1%}")
+    accuracy, n = row["rewards/accuracies"], len(held_out)
+    row |= dict(zip(("low", "high"), interval.wilson(accuracy * n, n), strict=True))
+    run.write_evaluation(done, row, f"{line}, reward accuracy {accuracy:.1%}")
 
 
 def check_identity(
@@ -288,4 +299,4 @@ def resolve_loss(config: Config) -> tuple[Config, Objective]:
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

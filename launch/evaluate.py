@@ -1,35 +1,40 @@
 """Accuracy of a model on problems with verifiable answers.      torchrun --nproc_per_node 8 -m launch.evaluate --help
 
-    p = mean over prompts i and seeds j of score_ij    95 % interval: Wilson's, for n k / (1 + (k - 1) rho) responses
+    python -m launch.evaluate --model_name_or_path DIR --dataset_name problems.jsonl --temperature 0 --output a.jsonl
+    python -m launch.evaluate ... --num_few_shot 8 --few_shot_file train.jsonl        worked answers before the question
+    python -m launch.evaluate ... --num_samples_per_prompt 16                         pass@k and majority@16 as well
+    python -m launch.evaluate ... --output b.jsonl --baseline a.jsonl                 is it better than that one?
 
-n prompts are answered under k seeds each. Answers to one prompt resemble each other (rho, their intraclass
-correlation), so n k of them say less than as many prompts would: the interval is that of the effective number. Rows are
-RLVR's: `messages`, `ground_truth`, `dataset` (the verifier's name). --temperature 0 decodes greedily, once.
+    p = mean over prompts i and responses j of score_ij   95 % interval: Wilson's, for N K / (1 + (K - 1) rho) responses
+
+N prompts are answered K = seeds x samples times. Answers to one prompt resemble each other (rho, their intraclass
+correlation), so N K of them say less than as many prompts would: the interval is that of the effective number. A seed
+is a repetition of the whole evaluation (--num_seeds: the spread between them is shown); pass@k and majority@n are of
+the samples of one seed (--num_samples_per_prompt), and their mean over seeds. --temperature 0 decodes greedily, once.
+
+Rows are RLVR's: `messages`, `ground_truth`, `dataset` (the verifier's name). --output is written as responses come: the
+same command goes on where a killed one stopped. docs/evaluating.md has the settings of the Tülu 3 paper.
 
 With no argument it evaluates the embedded tiny Llama (as `launch.ppo` fine-tuned it, where it did) on held-out
 problems.
 """
 
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
+from typing import Any
 
 from engine.config import parse
-from engine.data import ChatTokenizer, Prompt, PromptReader, embedded, prompts_of
+from engine.data import PromptReader, embedded, fingerprint_of, prompts_of
 from engine.errors import UserError
 from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill, flag, override, require_positive
-from engine.model import load_untrained, open_model
-from engine.train import interval
+from engine.model import Base, open_model
 from engine.world import World, main, start
 from launch import commands
+from launch.compare import compared, matched
+from launch.evaluation import answers, few_shot, results, table
+from launch.evaluation.file import ResponseFile, read_responses
 from launch.judges import checker, pinned
-from rollout import Collector, Rollout, Sampler
-from verifiers import MODES, Pool, Verdict
-
-SHOWN = 4  # responses on the screen
-Answer = tuple[int, Rollout, Verdict]  # under a seed
+from verifiers import MODES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,46 +54,138 @@ class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags):
     dataset_split: str = override("test")
     num_prompts: int | None = flag(None, "only the first N prompts")
     max_seq_length: int = override(
-        2048, "prompt + response, in tokens; prompts that leave no room are dropped and counted"
+        4096, "prompt, examples and response, in tokens; prompts that leave no room are dropped and counted"
+    )
+    source_column: str | None = flag(
+        None, "column to group by (MATH's type); without it source or data_source, else the file"
+    )
+    num_few_shot: int = flag(0, "worked answers before each question")
+    few_shot_file: str | None = flag(
+        None, "where they are from: rows in any form that launch.sft reads (question and answer, messages, ...)"
+    )
+    few_shot_as: str = flag(
+        "turns", "earlier turns of the chat, or text in the question's own turn", choices=("turns", "text")
+    )
+    few_shot_choice: str = flag(
+        "first", "the file's first ones, or for each question others, drawn by --seed", choices=("first", "random")
     )
     seed: int = override(1, "the first seed")
-    num_seeds: int = flag(3, "responses to each prompt, each under a seed of its own")
+    num_seeds: int = flag(
+        None,
+        "repetitions of the whole evaluation, each under a seed of its own; 3, or 1 if greedy or with several samples",
+    )
+    num_samples_per_prompt: int = override(
+        1, "samples under each seed: more give pass@k, k = 1, 2, 4, ..., and the majority's answer"
+    )
     dtype: str = override(
         "auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
     )
     attention: str = override("auto", "packed attention backend of the load-time check")
     cache_dir: str = override("~/.cache/triptych", "where the embedded model and problems lie")
     verifier_mode: str = override("default", choices=MODES)
-    output: str | None = flag(None, "file of all responses with verdicts and reasons, as JSON lines")
+    output: str | None = flag(
+        None, "file of all responses with verdicts and reasons, as JSON lines; one that is there is gone on with"
+    )
+    baseline: str | None = flag(None, "another model's --output: compared with this one at the end (launch.compare)")
 
 
-def evaluate(config: Config) -> None:
-    """Samples answers under every seed, verifies them, and prints the table by verifier."""
+def evaluate(config: Config) -> results.Evaluation:
+    """Samples answers under every seed, verifies them, prints what is measured and returns it, the same on every rank.
+
+    From Python: `evaluate(Config(model_name_or_path=..., dataset_name=..., temperature=0.0, output="a.jsonl"))`, then
+    `compare("a.jsonl", "b.jsonl")` of launch.compare. Raises UserError.
+    """
     world = start()
     config = resolve(config, world)
+    baseline = world.on_main("baseline", lambda: config.baseline and read_responses(Path(config.baseline)))
     base = open_model(config, world)
+    examples, questions, too_long = read_questions(config, base, world)
+    wanted = {
+        (question.key, seed, sample): question.verifier
+        for seed in range(config.seed, config.seed + config.num_seeds)
+        for question in questions
+        for sample in range(config.num_samples_per_prompt)
+    }
+    if config.baseline:
+        judged_by = {question.key: question.verifier for question in questions}
+        world.on_main("matched", lambda: matched({of.key: of.verifier for of in baseline[0]}, judged_by))
+    output = Path(config.output) if config.output else None
+    there = world.on_main("output", lambda: ResponseFile(output, wanted))
+    try:
+        settings = settings_of(config, base, examples)
+        world.on_main("settings", lambda: there.check(settings, unknown=("weights",)))
+        world.say(*first_screen(config, base, questions, examples))
+        answers.ask(base, world, config, questions, there, settings)
+        world.on_main("order", lambda: there.finish())
+        found = results.evaluation(there.responses, list(wanted), output, too_long) if there else None
+        found = world.gather(found)[0]
+    finally:
+        if there:
+            there.close()
+    if there:
+        world.say(*table.table(found, [there.responses[name] for name in wanted]))
+        if baseline:
+            comparison = compared(baseline[0], there.responses.values(), baseline[1], there.settings)
+            world.say(f"the baseline: {config.baseline}", *comparison.lines("the baseline", "this model"))
+        world.say(*last_lines(config, len(wanted)))
+    return found
+
+
+def read_questions(config: Config, base: Base, world: World) -> tuple[few_shot.FewShot, list[few_shot.Question], int]:
+    """(the examples, the questions behind them, how many were too long); says what was kept, dropped and not used.
+    Raises UserError.
+    """
     room = base.longest_prompt(config.max_seq_length, config.response_length)
+    examples = few_shot.FewShot()
+    if config.num_few_shot and config.few_shot_file:
+        examples, lines = few_shot.read_exemplars(
+            config.few_shot_file,
+            config.num_few_shot,
+            base.chat,
+            form=config.few_shot_as,
+            drawn=config.few_shot_choice == "random",
+            seed=config.seed,
+        )
+        world.say(*lines)
     with checker(config.verifier_mode, config.verifier_module) as check:
-        read = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
+        reader = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
+        read = few_shot.QuestionReader(reader, examples, config.source_column)
         prompts = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
-    prompts = prompts[: config.num_prompts]
-    policy = load_untrained(base, world)
-    window = max(len(prompt.ids) for prompt in prompts) + config.response_length
-    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=config.rollout_slots)
-    sampler.load(policy)
-    del policy
-    scores_KN: list[list[float]] = []
-    answers: list[Answer] = []
-    with Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool:
-        collect = Collector(sampler, pool, base.chat, config, config.seed, world)
-        for seed in range(config.seed, config.seed + config.num_seeds):
-            rollouts, verdicts = collect(prompts, np.arange(len(prompts)), 1, 0, seed=seed)
-            scores_KN.append([verdict.score if verdict.status == "ok" else np.nan for verdict in verdicts])
-            answers += [(seed, rollout, verdict) for rollout, verdict in zip(rollouts, verdicts, strict=True)]
-            world.say(f"seed {seed}: {np.nanmean(scores_KN[-1]):.2%}")
-    world.say(*report(np.array(scores_KN).T, prompts, answers, base.chat))
-    if config.output and world.is_main:
-        write(Path(config.output), answers, prompts, base.chat)
+    world.say(*examples.lines())
+    world.agree("prompts", fingerprint_of(prompts))
+    return examples, few_shot.told_apart(prompts)[: config.num_prompts], examples.met["read"] - len(prompts)
+
+
+def settings_of(config: Config, base: Base, examples: few_shot.FewShot) -> dict[str, Any]:
+    """What decides what is answered and how it is judged, but for the weights; what is not in use is left out."""
+    named = ("temperature", "top_k", "top_p", "response_length", "prompt_template", "system_prompt", "system_role")
+    settings: dict[str, Any] = {name: vars(config)[name] for name in (*named, "verifier", "verifier_mode")}
+    settings |= {"verifier_module": config.verifier_module, "tokenizer": base.chat.fingerprint[:16]}
+    settings |= {"dtype": str(base.dtype).removeprefix("torch."), "num_few_shot": config.num_few_shot}
+    if config.num_few_shot:
+        settings |= {"few_shot_as": config.few_shot_as, "few_shot_choice": config.few_shot_choice}
+        settings |= {"few_shot_examples": examples.digest, "few_shot_seed": config.seed if examples.drawn else None}
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def first_screen(
+    config: Config, base: Base, questions: list[few_shot.Question], examples: few_shot.FewShot
+) -> list[str]:
+    """What is evaluated, on what, and how."""
+    drawn = table.sampled_how(config, config.num_seeds, config.seed)
+    how = [table.examples_how(examples, config.few_shot_file), drawn]
+    end = base.chat.tokenizer.decode(questions[0].ids, skip_special_tokens=False)[-100:]
+    return table.first_screen(questions, base.name, config.dataset_name, how, end)
+
+
+def last_lines(config: Config, responses: int) -> list[str]:
+    """What was written, and what to type next."""
+    if not config.output:
+        return ["nothing was written: --output FILE keeps the responses, and goes on where a killed run stopped"]
+    written = f"written: {config.output}, {responses:,} responses"
+    if config.baseline:
+        return [f"{written}; next: python -m launch.verify {config.output} --failures_only"]
+    return [f"{written}; next, for another model's file: python -m launch.compare {config.output} OTHER.jsonl"]
 
 
 def resolve(config: Config, world: World) -> Config:
@@ -99,14 +196,23 @@ def resolve(config: Config, world: World) -> Config:
         world.say(f"verifier of your own: {config.verifier_module}")
     if (config.load_in_4bit and not config.adapter_name_or_path) or (config.double_quant and not config.load_in_4bit):
         raise UserError("--load_in_4bit is read with --adapter_name_or_path, --double_quant with --load_in_4bit")
-    require_positive(config, "num_prompts", "max_seq_length", "num_seeds")
+    require_positive(config, "num_prompts", "max_seq_length", "num_seeds", "num_samples_per_prompt")
     config.check_prompts()
     config.check_sampling()
+    check_few_shot(config)
     if config.output and not Path(config.output).absolute().parent.is_dir():
         raise UserError(f"--output {config.output}: no such directory")
-    if config.temperature == 0 and config.num_seeds > 1:
+    if config.output and config.baseline and Path(config.output).absolute() == Path(config.baseline).absolute():
+        raise UserError(f"--baseline {config.baseline} is --output: expected another model's file")
+    if config.temperature == 0 and config.num_samples_per_prompt > 1:
+        raise UserError(
+            f"--num_samples_per_prompt {config.num_samples_per_prompt}: greedy samples are all the same, expected"
+            " --temperature above 0"
+        )
+    if config.temperature == 0 and (config.num_seeds or 1) > 1:
         world.say("--temperature 0: greedy answers are the same under every seed, so one is taken")
         config = replace(config, num_seeds=1)
+    config = fill(config, num_seeds=1 if config.temperature == 0 or config.num_samples_per_prompt > 1 else 3)
     if config.model_name_or_path is not None:
         if config.dataset_name is None:
             raise UserError("--model_name_or_path needs --dataset_name (without either, all is embedded)")
@@ -123,48 +229,17 @@ def resolve(config: Config, world: World) -> Config:
     return fill(config, **filled)
 
 
-def report(scores_NK: np.ndarray, prompts: list[Prompt], answers: list[Answer], chat: ChatTokenizer) -> list[str]:
-    """The table by verifier, and a few responses with their verdicts."""
-    names_N = np.array([prompt.verifier for prompt in prompts])
-    groups = [(name, names_N == name) for name in sorted(set(names_N))]
-    groups = groups if len(groups) == 1 else [*groups, ("all", np.ones(len(prompts), bool))]
-    lines = [f"{'verifier':14} {'prompts':>8} {'seeds':>6} {'accuracy':>9}   95 % interval"]
-    for name, mask_N in groups:
-        mean, low, high = interval.accuracy(scores_NK[mask_N])
-        lines.append(f"{name:14} {mask_N.sum():8} {scores_NK.shape[1]:6} {mean:9.2%}   {low:.2%} to {high:.2%}")
-    rollouts = [rollout for _, rollout, _ in answers]
-    unverified = sum(verdict.status == "error" for _, _, verdict in answers)
-    stopped = np.mean([rollout.finish_reason == "stop" for rollout in rollouts])
-    lines.append(
-        f"responses: {np.mean([len(r.response_ids) for r in rollouts]):.1f} tokens on average, {stopped:.1%} ended by"
-        f" themselves, {unverified} not verifiable (their prompts are left out)"
-    )
-    for _, rollout, verdict in answers[:: max(1, len(answers) // SHOWN)][:SHOWN]:
-        text = chat.tokenizer.decode(rollout.response_ids)
-        lines.append(f"  {verdict.score:g} ({verdict.reason[:80]}): {text[:160]!r}")
-    return lines
-
-
-def write(path: Path, answers: list[Answer], prompts: list[Prompt], chat: ChatTokenizer) -> None:
-    """One JSON object per response; `launch.verify` reads the file."""
-
-    def decode(ids: np.ndarray) -> str:
-        return chat.tokenizer.decode(ids, skip_special_tokens=False)
-
-    with path.open("w", encoding="utf-8") as out:
-        for seed, rollout, verdict in answers:
-            prompt, ids = prompts[rollout.example], rollout.response_ids
-            row = {
-                "seed": seed,
-                "prompt": decode(rollout.prompt_ids),
-                "response": chat.response_text(ids),
-                "finish_reason": rollout.finish_reason,
-                "ground_truth": prompt.ground_truth,
-                "dataset": prompt.dataset,
-                "score": verdict.score,
-                "reason": verdict.reason,
-            }
-            out.write(json.dumps(row) + "\n")
+def check_few_shot(config: Config) -> None:
+    """Raises UserError for flags that contradict each other."""
+    if config.num_few_shot < 0:
+        raise UserError(f"--num_few_shot must not be negative, got {config.num_few_shot}")
+    if config.num_few_shot and config.few_shot_file is None:
+        raise UserError(f"--num_few_shot {config.num_few_shot} needs --few_shot_file, worked answers to take them from")
+    if config.few_shot_file is not None and not config.num_few_shot:
+        raise UserError("--few_shot_file is not read without --num_few_shot")
+    for name in ("few_shot_as", "few_shot_choice"):
+        if not config.num_few_shot and vars(config)[name] not in ("turns", "first"):
+            raise UserError(f"--{name} is not read without --num_few_shot")
 
 
 if __name__ == "__main__":

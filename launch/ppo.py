@@ -51,7 +51,7 @@ from engine.model import (
 )
 from engine.train import Clock, Run, interval, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import checker, commands, pinned, resolve, show_plan, with_tuned_model
+from launch.resolve import after, checker, commands, each_seed, pinned, resolve, show_plan, with_tuned_model
 from rollout import Collector, Experience, Rollout, Sampler, evaluate
 from verifiers import MAX_ERROR_RATE, MODES, Pool, Verdict
 
@@ -118,7 +118,7 @@ class Config(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
 
 def train(config: Config) -> None:
     """Iterates the six numbered steps of this file's head."""
-    world = start(config.deterministic)
+    world = start(config.deterministic, config.quiet)
     config = resolve_ppo(config, world)
     keep_initial = config.reference == "adapter" and config.kl_coef != 0
     base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
@@ -129,13 +129,13 @@ def train(config: Config) -> None:
         read = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
         prompts, held_out = read_prompts(config, read, longest, world)
     steps = Steps(len(prompts), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
-    world.say(*screen.describe(base, world), *describe(config, prompts, steps))
+    screen.show(base, world, **describe(config, prompts, held_out, steps))
     if config.dry_run:
         world.say("the first prompt:", base.chat.tokenizer.decode(prompts[0].ids))
         show_plan("ppo", config, world, np.array([len(p.ids) for p in prompts]) + config.response_length)
         return
 
-    run = Run(config, base, steps, world, values=as_dict(config), data=fingerprint_of(prompts), samples=True)
+    run = Run(config, base, steps, world, values=as_dict(config), data=fingerprint_of(prompts), unit="iteration")
     with run, Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool:
         if run.is_finished:
             return
@@ -179,7 +179,7 @@ def train(config: Config) -> None:
 
             # 5. several passes of clipped updates
             lr, totals = learning_rates(config, step, steps.total), Totals(world)
-            for number, minibatch in enumerate(minibatches(len(experience), config, step)):
+            for number, minibatch in enumerate(world.each("updating", minibatches(len(experience), config, step))):
                 n_tokens, n_slots = experience.counts(minibatch)
                 totals.add({"tokens": n_tokens / world.size, "slots": n_slots / world.size})
                 if step >= config.value_warmup_steps:
@@ -205,7 +205,7 @@ def train(config: Config) -> None:
             run.write(step, row, sums, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}")
             if run.evaluates(step + 1):
                 held_out_accuracy(collect, policy, held_out, config, run, step + 1)
-        run.export(policy, value=value_model)
+        run.export(policy, after("ppo", config, world, config.response_length), value=value_model)
 
 
 # --- the steps of an iteration ----------------------------------------------------------------------------------------
@@ -298,7 +298,7 @@ def held_out_accuracy(
         return
     collect.sampler.load(policy)
     everyone, samples = np.arange(len(held_out)), config.eval_samples
-    rollouts, verdicts = collect(held_out, everyone, samples, done, seed=config.seed + EVALUATION)
+    rollouts, verdicts = collect(held_out, everyone, samples, done, seed=config.seed + EVALUATION, shown="held out: ")
     scores_NK = np.array([v.score if v.status == "ok" else np.nan for v in verdicts]).reshape(-1, samples)
     accuracy, low, high = interval.accuracy(scores_NK)
     if np.isnan(accuracy):
@@ -369,28 +369,26 @@ def resolve_ppo(config: Config, world: World) -> Config:
     return replace(config, reference=kind)
 
 
-def describe(config: Config, prompts: list[Prompt], steps: Steps) -> list[str]:
-    """The lines of the first screen on the data, an iteration, and the loss."""
-    counts: dict[str, int] = {}
-    for prompt in prompts:
-        counts[prompt.verifier] = counts.get(prompt.verifier, 0) + 1
-    kinds = ", ".join(f"{n} {name}" for name, n in counts.items())
-    of_prompts = f"{min(config.batch_size, len(prompts))} prompts x {config.num_samples_per_prompt} responses"
-    return [
-        f"value model from {config.value_model_name_or_path or 'the policy, with a head of zeros'}",
-        f"data: {len(prompts):,} prompts ({kinds})",
-        *([f"verifier of your own: {config.verifier_module}"] if config.verifier_module else []),
-        (
-            f"iteration: {of_prompts} of at most {config.response_length} tokens, {config.num_ppo_epochs} x"
-            f" {config.num_mini_batches} updates; {steps.total} iterations"
-        ),
-        (
-            f"loss: kl_coef {config.kl_coef:g} ({config.kl_estimator}), gamma {config.gamma:g}, lambda {config.lam:g},"
-            f" cliprange {config.cliprange:g}, value clipping {config.cliprange_value or 'off'}, learning rate"
-            f" {config.learning_rate:g}"
-        ),
+def describe(config: Config, prompts: list[Prompt], held_out: list[Prompt], steps: Steps) -> dict[str, list[str]]:
+    """The rows of the first screen on the value model, the data, an iteration, and the loss."""
+    row, own = screen.Row, config.verifier_module
+    asked = f"{len(held_out):,} prompts, {config.eval_samples} responses to each" if held_out else screen.NONE
+    sampled = f"{config.num_samples_per_prompt} responses to each prompt, of at most {config.response_length} tokens"
+    reward = f"{config.verification_reward:g} x verdict, less kl_coef {config.kl_coef:g} x KL ({config.kl_estimator})"
+    clipped = f"cliprange {config.cliprange:g}, value clipping {config.cliprange_value or 'off'}"
+    steps_of = screen.of_steps(len(prompts), steps, "prompts", "iteration")
+    training: list[str] = [
+        row("iteration", f"{sampled}; {config.num_ppo_epochs} x {config.num_mini_batches} updates"),
+        row("reward", reward),
+        row("loss", f"gamma {config.gamma:g}, lambda {config.lam:g}, {clipped}"),
+        *screen.of_training(config, config.output_dir, steps),
     ]
+    return {
+        "model": [row("value model", config.value_model_name_or_path or "from the policy, with a head of zeros")],
+        "data": [screen.of_prompts([p.verifier for p in prompts]), row("held out", asked), steps_of],
+        "training": [*([row("verifier", f"verifier of your own: {own}")] if own else []), *training],
+    }
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

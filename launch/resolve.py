@@ -8,18 +8,21 @@ import dataclasses
 from pathlib import Path
 from typing import Any, TypeVar
 
-from engine import run
+from engine import run, terminal
 from engine.data.embedded import embedded
 from engine.errors import UserError
 from engine.flags import MemoryFlags, StageFlags, fill
 from engine.model import layers
 from engine.world import World
 from launch import commands
+from launch.after import after
 from launch.judges import checker, pinned
 from launch.planner.dry_run import show_plan
+from launch.seeds import each_seed
 
-__all__ = ["checker", "commands", "pinned", "resolve", "show_plan", "with_tuned_model"]
+__all__ = ["after", "checker", "commands", "each_seed", "pinned", "resolve", "show_plan", "with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
+FAR_OFF = 300  # times the usual learning rate, of which a factor of 100 is within what papers use
 PATHS = ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume")
 
 
@@ -53,7 +56,30 @@ def resolve(
         world.say("no --model_name_or_path: training the embedded tiny Llama (a demonstration, not a useful model)")
         config = with_embedded(config, world, data)
         defaults = defaults | embedded_defaults
+        return fill(config, **defaults)
+    world.say(*warnings(config, world, defaults["learning_rate"]))
     return fill(config, **defaults)
+
+
+def warnings(config: StageFlags, world: World, usual: float) -> list[str]:
+    """Lines on flags that are possible and hardly meant."""
+    found = []
+    rate = config.learning_rate
+    if rate is not None and rate > FAR_OFF * usual:
+        found.append(
+            f"warning: --learning_rate {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: it may diverge"
+        )
+    if rate is not None and config.use_lora and 0 < rate <= usual / 10:
+        found.append(
+            f"warning: --learning_rate {rate:g} is one for training all weights: adapters take about {usual:g}"
+        )
+    if config.batch_size is not None and config.batch_size < world.size:
+        idle = world.size - config.batch_size
+        found.append(
+            f"warning: --batch_size {config.batch_size} on {world.size} ranks: {idle} of them have nothing to do in a"
+            " step"
+        )
+    return found
 
 
 def with_embedded(config: Config, world: World, data: str) -> Config:
@@ -88,7 +114,7 @@ def with_tuned_model(config: Config, world: World) -> Config:
             world.say(
                 "fine-tuning the embedded tiny Llama on sums of which half are wrong (once; it is kept in --cache_dir)"
             )
-            _fine_tune(str(made.model), str(made.train_sums), str(tuned), config.cache_dir)
+            _fine_tune(str(made.model), str(made.train_sums), str(tuned), config.cache_dir, config.quiet)
     config = dataclasses.replace(config, model_name_or_path=str(tuned / "final"))
     if config.names_data:
         return config
@@ -96,19 +122,21 @@ def with_tuned_model(config: Config, world: World) -> Config:
     return dataclasses.replace(config, dataset_name=str(made.train_problems), eval_dataset_name=held_out)
 
 
-def _fine_tune(model: str, sums: str, output_dir: str, cache_dir: str) -> None:
+def _fine_tune(model: str, sums: str, output_dir: str, cache_dir: str, quiet: bool) -> None:
     from launch import sft  # which imports this file
 
-    sft.train(
-        sft.Config(
-            model_name_or_path=model,
-            dataset_name=sums,
-            output_dir=output_dir,
-            cache_dir=cache_dir,
-            batch_size=48,
-            num_train_epochs=8,
-            learning_rate=5e-3,
-            sample_tokens=0,
-            max_seq_length=128,
+    with terminal.subdued():
+        sft.train(
+            sft.Config(
+                model_name_or_path=model,
+                dataset_name=sums,
+                output_dir=output_dir,
+                cache_dir=cache_dir,
+                batch_size=48,
+                num_train_epochs=8,
+                learning_rate=5e-3,
+                sample_tokens=0,
+                max_seq_length=128,
+                quiet=quiet,
+            )
         )
-    )

@@ -19,13 +19,13 @@ import torch
 
 import losses
 from engine.config import as_dict, parse
-from engine.data import Examples, MicroBatch, Steps, read_conversations
+from engine.data import Examples, MicroBatch, Steps, read_conversations, sum_by_sequence
 from engine.flags import ConversationFlags, StageFlags, flag, override
 from engine.log import Totals
 from engine.model import Policy, load_policy, open_model
-from engine.train import Run, optim, sample, screen
+from engine.train import Run, interval, optim, sample, screen
 from engine.world import main, start
-from launch.resolve import commands, resolve, show_plan
+from launch.resolve import after, commands, each_seed, resolve, show_plan
 from losses.sft import REDUCTIONS, denominator, token_weights
 
 DEFAULTS = {"batch_size": 128}
@@ -50,7 +50,7 @@ class Config(StageFlags, ConversationFlags):
 
 def train(config: Config) -> None:
     """Descends L of this file's head, from the model as it is to `final/`."""
-    world = start(config.deterministic)
+    world = start(config.deterministic, config.quiet)
     config = resolve(
         config,
         world,
@@ -63,10 +63,15 @@ def train(config: Config) -> None:
     steps = Steps(len(data), config.batch_size, config.num_train_epochs, config.max_steps, config.seed)
     trained = int(data.counts(np.arange(len(data))).sum())
     share = trained / data.tokens.sum()
-    loss_line = (
-        f"loss: {config.reduce_loss}, {trained:,} trained tokens ({share:.0%}), learning rate {config.learning_rate:g}"
+    screen.show(
+        base,
+        world,
+        data=screen.of_examples(data, held_out, steps, base, "conversations"),
+        training=[
+            screen.Row("loss", f"{config.reduce_loss}, of {trained:,} trained tokens ({share:.0%})"),
+            *screen.of_training(config, config.output_dir, steps),
+        ],
     )
-    world.say(*screen.describe(base, world), *screen.describe_data(data, steps, base, "conversations"), loss_line)
     if config.dry_run:
         world.say(*screen.first_example(data, base.chat))
         show_plan("sft", config, world, data.tokens + 1, share)
@@ -98,7 +103,7 @@ def train(config: Config) -> None:
             run.write(step, row, sums, f"loss {sums['loss']:.4f}")
             if run.evaluates(step + 1):
                 evaluate(policy, held_out, prompt, config.sample_tokens, run, step + 1)
-        run.export(policy)
+        run.export(policy, after("sft", config, world))
 
 
 def sft_loss(policy: Policy, batch: MicroBatch, reduce: str, n: int, totals: Totals) -> torch.Tensor:
@@ -121,23 +126,25 @@ def sft_loss(policy: Policy, batch: MicroBatch, reduce: str, n: int, totals: Tot
 def evaluate(
     policy: Policy, held_out: Examples | None, prompt: np.ndarray, sample_tokens: int, run: Run, done: int
 ) -> None:
-    """Loss per token and token accuracy on held-out conversations, as eval/*, and a greedy sample."""
+    """Loss per token, with a 95 % interval, and token accuracy on held-out conversations, as eval/*; a sample."""
     if held_out:
         totals = Totals(run.world)
         for batch in run.evaluation_batches(held_out):
             logprobs_R, argmax_R = policy.logprobs(batch), policy.argmax(batch)
-            right_R = argmax_R == batch.targets_R
-            totals.add({"nll": -logprobs_R, "correct": right_R, "tokens": torch.ones_like(logprobs_R)})
+            nll_S, tokens_S = sum_by_sequence(-logprobs_R.double(), batch.counts_S), batch.counts_S.double()
+            totals.add({"a": nll_S, "b": tokens_S, "correct": argmax_R == batch.targets_R})
+            totals.add({"aa": nll_S * nll_S, "ab": nll_S * tokens_S, "bb": tokens_S * tokens_S})
         policy.release()
-        sums = totals.reduce(("nll", "correct", "tokens"))
-        loss, accuracy = sums["nll"] / sums["tokens"], sums["correct"] / sums["tokens"]
+        sums = totals.reduce(("a", "b", "correct", "aa", "ab", "bb"))
+        loss, low, high = interval.of_ratio(sums, len(held_out))
+        accuracy = sums["correct"] / sums["b"]
         line = f"held out, after step {done}: loss {loss:.4f} per token, token accuracy {accuracy:.1%}"
-        run.write_evaluation(done, {"loss": loss, "token_accuracy": accuracy}, line)
+        run.write_evaluation(done, {"loss": loss, "low": low, "high": high, "token_accuracy": accuracy}, line)
     if sample_tokens:
         chat = run.base.chat
         text = sample.greedy(policy, chat, prompt, sample_tokens, run.world)
-        run.say(f"greedy sample after step {done}: {chat.tokenizer.decode(prompt)[-120:]!r} -> {text!r}")
+        run.world.say(f"greedy sample after step {done}: {chat.tokenizer.decode(prompt)[-120:]!r} -> {text!r}")
 
 
 if __name__ == "__main__":
-    main(lambda: train(parse(Config, elsewhere=commands)))
+    main(lambda: each_seed(train, parse(Config, elsewhere=commands)))

@@ -25,25 +25,37 @@ class Collector:
         self.params = SamplingParams.of(flags, *chat.end_ids)
 
     def __call__(
-        self, prompts: Sequence[Prompt], chosen: np.ndarray, samples: int, step: int, seed: int | None = None
+        self,
+        prompts: Sequence[Prompt],
+        chosen: np.ndarray,
+        samples: int,
+        step: int,
+        seed: int | None = None,
+        shown: str = "",
     ) -> tuple[list[Rollout], list[Verdict]]:
         """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
 
-        `seed` is in place of the run's. Every n-th group of samples is this rank's; verification draws finished
-        responses from the sampler while it goes on.
+        `seed` is in place of the run's; `shown` stands before the phases on the bar. Every n-th group of samples is
+        this rank's; verification draws finished responses from the sampler while it goes on.
         """
-        rank, size = self.world.rank, self.world.size
+        rank, size, total = self.world.rank, self.world.size, len(chosen) * samples
         seed = self.seed if seed is None else seed
         requests = [Request(prompts[e].ids, int(e), sample) for e in chosen[rank::size] for sample in range(samples)]
         finished: list[Rollout] = []
+        verdicts: list[Verdict] = []
 
         def rows() -> Iterator[tuple]:
+            self.world.phase(f"{shown}sampling", 0, total)
             for _, rollout in self.sampler.stream(requests, self.params, seed=seed, step=step):
                 finished.append(rollout)
+                self.world.phase(f"{shown}sampling", len(finished) * size, total)
                 prompt = prompts[rollout.example]
                 yield self.chat.response_text(rollout.response_ids), prompt.ground_truth, prompt.dataset
 
-        verdicts = list(self.pool.imap(rows()))
+        for verdict in self.pool.imap(rows()):
+            verdicts.append(verdict)
+            if len(finished) == len(requests):
+                self.world.phase(f"{shown}verifying", len(verdicts) * size, total)
         mine = list(zip(finished, verdicts, strict=True))
         place = {int(e): i for i, e in enumerate(chosen)}
         everyone = [pair for part in self.world.gather(mine) for pair in part]

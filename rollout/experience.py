@@ -89,6 +89,7 @@ def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, flag
     order: list[int] = []
     outs: list[Tensor] = []
     for batch, _ in step_batches(sequences, np.arange(len(sequences.ids)), flags.micro_batch_tokens, world):
+        world.phase("evaluating", len(order) * world.size, len(sequences.ids))
         out = forward(batch)  # collective, also where the batch is a placeholder
         if batch.examples:
             order += batch.examples

@@ -186,8 +186,8 @@ class Sampler:
         self._fill(active, deque([sequence]))
         reason = ""
         while not reason:
-            for _, _, reason in self._advance(active, params):  # none, or this one
-                pass
+            for _, _, ended in self._advance(active, params):  # none, or this one
+                reason = ended
             yield list(sequence.response), reason
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:

@@ -11,3 +11,6 @@ bitsandbytes = pytest.mark.skipif(
 )
 langdetect = pytest.mark.skipif(importlib.util.find_spec("langdetect") is None, reason="langdetect is not installed")
 peft = pytest.mark.skipif(importlib.util.find_spec("peft") is None, reason="peft is not installed")
+matplotlib = pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is not installed")
+tensorboard = pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+wandb = pytest.mark.skipif(importlib.util.find_spec("wandb") is None, reason="wandb is not installed")

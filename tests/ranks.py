@@ -15,6 +15,7 @@ import os
 import socket
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
@@ -41,7 +42,9 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
 
     torch.set_num_threads(1)
     from engine import config, world
+    from engine.flags import StageFlags
     from launch import commands
+    from launch.seeds import each_seed
 
     stage = importlib.import_module(module)
     hook = environment.get("TRIPTYCH_TEST_HOOK")
@@ -51,6 +54,8 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
         plant(argv) if inspect.signature(plant).parameters else plant()
     with contextlib.suppress(BrokenPipeError):
         entry = stage.train if hasattr(stage, "train") else getattr(stage, module.rpartition(".")[2])
+        if issubclass(stage.Config, StageFlags):
+            entry = partial(each_seed, stage.train)
         world.main(lambda: entry(config.parse(stage.Config, argv, elsewhere=commands)))
 
 

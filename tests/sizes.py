@@ -11,7 +11,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("losses", "verifiers", "engine", "rollout", "launch")
-ROOMS = ("launch.planner", "launch", "rollout", "engine.train", "engine.model", "engine.data", "engine", *OURS[:2])
+ROOMS = (
+    "launch.planner",
+    "launch.reports",
+    "launch",
+    "rollout",
+    "engine.train",
+    "engine.model",
+    "engine.data",
+    "engine",
+    *OURS[:2],
+)
 WHOLE = ("StageFlags", "Config")  # a whole configuration, as the type of an argument
 # called by torch or transformers with all that they hand over
 FOREIGN_CALLS = re.compile(r"custom_op|register_fake|staticmethod|triton\.jit")

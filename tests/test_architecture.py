@@ -15,7 +15,7 @@ import pytest
 
 from engine import flags
 from engine.config import flags_of
-from launch import chat, dpo, evaluate, export, generate, ppo, sft, verify
+from launch import commands, data, dpo, evaluate, ppo, sft
 from launch.planner.plans import STAGES
 from tests import sizes
 from tests.sizes import OURS, ROOT, files, functions, room_of
@@ -28,7 +28,7 @@ MAY_IMPORT = {
     | {"yaml", "jinja2", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "bitsandbytes", "wandb"}
     | {"flash_attn", "flash_attn_interface"},
     "rollout": ENGINE,
-    "launch": ENGINE,
+    "launch": ENGINE | {"yaml", "jinja2", "matplotlib"},
 }
 BELOW = {  # room → the rooms that it may import besides itself
     "losses": set(),
@@ -40,9 +40,14 @@ BELOW = {  # room → the rooms that it may import besides itself
     "rollout": {"engine", "engine.data", "engine.model", "engine.train", "verifiers"},
     "launch": {*sizes.ROOMS},
     "launch.planner": {*sizes.ROOMS},
+    "launch.reports": {"engine", "engine.train", "launch.planner"},
 }
 COMMANDS = {"sft": sft.Config, "dpo": dpo.Config, "ppo": ppo.Config, "evaluate": evaluate.Config}
-OTHERS = {"verify": verify.Config, "generate": generate.Config, "chat": chat.Config, "export": export.Config}
+OTHERS = {  # with words of their own, such as --output
+    command.removeprefix("launch."): of
+    for command, of in commands().items()
+    if of not in COMMANDS.values() and command not in ("launch.plan", "launch.data")
+}
 
 
 def imported(tree: ast.AST):
@@ -171,6 +176,9 @@ def test_the_command_lines_flags_are_these():
     lines.append(
         f"also known as: {' '.join(sorted({a for of in found.values() for f in of.values() for a in f.aliases}))}"
     )
+    of_the_data = [set(flags_of(config)) - set(found[stage]) for stage, config in data.CONFIGS.items()]
+    assert of_the_data[0] == of_the_data[1] == of_the_data[2]
+    lines.append(f"data, besides the stage's: {' '.join(sorted(of_the_data[0]))}")
     expected = (Path(__file__).parent / "flags.txt").read_text(encoding="utf-8").splitlines()
     assert lines == expected
 

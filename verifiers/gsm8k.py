@@ -103,17 +103,25 @@ def verify(response: str, ground_truth: str, mode: str = "default") -> Verdict:
     expected = value(NUMBER.search(plain(str(ground_truth))[:WINDOW]))
     if expected is None:
         return failed(f"no number in the label {shown(ground_truth)}")
-    tail = plain(tail_with_digit(response[-(1 << 15) :].rpartition("</think>")[2]))
-    found, refused = declared(tail)
+    found, refused = answered(response)
     if refused:
         return failed(refused)
-    found = found or last_number(tail)
     if found is None:
         return failed(f"no number found, expected {shown(ground_truth)}" if response[:64].strip() else "empty response")
     text = f"extracted {shown(spelling(found))}, expected {shown(ground_truth)}"
     if value(found) != expected:
         return failed(text)
     return failed("empty response") if is_blank(response) else passed(text)  # '<|reserved_42|>' is no number
+
+
+def answered(response: str) -> tuple[re.Match | None, str | None]:
+    """(the number that the response settles on or None, why it is refused or None)."""
+    tail = plain(tail_with_digit(response[-(1 << 15) :].rpartition("</think>")[2]))
+    found, refused = declared(tail)
+    if refused:
+        return None, refused
+    found = found or last_number(tail)
+    return found, None
 
 
 def tail_with_digit(text: str) -> str:

@@ -27,6 +27,7 @@ from engine.data.rows import BadRow
 from engine.data.skeleton import Span, behind_last_end, mark, plain_skeleton, refuse_unshown, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
 from engine.data.vocabulary import TULU, add_special_tokens, read_template
+from engine.disk import disguised_in
 from engine.errors import UserError
 
 # The Tülu format: plain-text role markers, each turn ended by a newline but for the assistant's, which ends in the
@@ -265,7 +266,10 @@ class ChatTokenizer:
 
     def _refuse_beyond(self, ids: np.ndarray) -> None:
         if len(ids) and ids.max() >= self.vocab_size:
-            raise BadRow(f"token id {ids.max()} is beyond the model's {self.vocab_size} embeddings")
+            raise BadRow(
+                f"token id {ids.max()} is beyond the model's {self.vocab_size} embeddings: its directory holds another"
+                " model's tokenizer"
+            )
 
     def prompt_ids(self, messages: list[Message], tools: list | None = None) -> np.ndarray:
         """The ids of the prompt for the next turn of the assistant. Raises BadRow."""
@@ -299,14 +303,7 @@ def load_tokenizer(
 
     `vocab_size` are the model's rows; the result's are more where an added token is beyond them.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
-        raise UserError(
-            f"{directory}: no usable tokenizer ({' '.join(str(error).split())[:160] or type(error).__name__})"
-        ) from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+    tokenizer = _opened(directory)
     added, known = add_special_tokens(tokenizer, tokens)
     vocab_size = max(vocab_size, *(i + 1 for i in added.values())) if added else vocab_size
     origin, where = "the tokenizer's own", str(directory)
@@ -350,6 +347,21 @@ def load_tokenizer(
         added=added,
         known=known,
     )
+
+
+def _opened(directory: Path) -> Any:
+    """The library's tokenizer of a model directory. Raises UserError."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
+        why = disguised_in(directory)
+        if not why and not any(directory.glob("tokenizer*")):
+            why = "no tokenizer.json: copy the tokenizer's files from the model that it was made from"
+        said = " ".join(str(error).split())[:160] or type(error).__name__
+        raise UserError(f"{directory}: {why or 'no usable tokenizer'} ({said})") from None
+    if not tokenizer.is_fast:
+        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
+    return tokenizer
 
 
 def _control(tokenizer: Any) -> re.Pattern:

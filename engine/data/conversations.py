@@ -58,9 +58,18 @@ def form_of(row: dict) -> str:
     found = [form for form in found if form in WHOLE] or found
     if len(found) != 1:
         got = " and ".join(", ".join(FORMS[form]) for form in found) or ", ".join(sorted(row)[:6]) or "nothing"
-        hint = " (plain text: --text_column text)" if isinstance(row.get("text"), str) and not found else ""
+        hint = "" if found else _elsewhere(row)
         raise BadRow(f"columns: expected {' or '.join(', '.join(c) for c in FORMS.values())}, got {got}{hint}")
     return found[0]
+
+
+def _elsewhere(row: dict) -> str:
+    """What reads a row that has none of these forms, where its columns tell."""
+    if row.get("chosen") is not None and row.get("rejected") is not None:
+        return " (pairs are read by launch.dpo)"
+    if row.get("ground_truth") is not None or row.get("reward_model") is not None:
+        return " (problems are read by launch.ppo)"
+    return " (plain text: --text_column text)" if isinstance(row.get("text"), str) else ""
 
 
 def first_form(source: Source) -> str | None:
@@ -239,7 +248,10 @@ class ConversationEncoder:
         else:
             sequences = self._sequences(self._conversation(row, notes), notes)
         kept = [(ids, mask) for ids, mask in sequences if mask[1:].any()]
-        return kept or (f"no trained token within {self.max_length} tokens" if sequences else "no turn that is trained")
+        if kept:
+            return kept
+        none = f"no turn that is trained{_elsewhere(row)}"
+        return f"no trained token within {self.max_length} tokens" if sequences else none
 
     def _conversation(self, row: dict, notes: Notes) -> Conversation:
         form = form_of(row)

@@ -83,7 +83,7 @@ def embedded(root: Path) -> Embedded:
         for name, rows in (("train_sums", sums), ("train_problems", problems), ("held_out_problems", held_out)):
             (partial / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         corpus = [m["content"] for row in pairs for m in row["chosen"] + row["rejected"]]
-        _save_model(partial / "model", corpus + [m["content"] for row in sums for m in row["messages"]])
+        save_model(partial / "model", corpus + [m["content"] for row in sums for m in row["messages"]], seed=VERSION)
 
     names = (
         "train_pairs",
@@ -167,7 +167,10 @@ def _arithmetic() -> tuple[list[dict], list[dict], list[dict]]:
     return sums, [problem(t, n) for t in COUNTED for n in train], [problem(t, n) for t in COUNTED for n in held_out]
 
 
-def _save_model(directory: Path, corpus: list[str]) -> None:
+def save_model(
+    directory: Path, corpus: list[str], *, seed: int, hidden_size: int = 64, num_hidden_layers: int = 2
+) -> None:
+    """A random Llama with a byte-level tokenizer of 512 tokens that was made for `corpus`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
     from transformers.utils import logging
@@ -188,9 +191,9 @@ def _save_model(directory: Path, corpus: list[str]) -> None:
     tokenizer.save_pretrained(directory)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=176,
-        num_hidden_layers=2,
+        hidden_size=hidden_size,
+        intermediate_size=hidden_size * 11 // 4,
+        num_hidden_layers=num_hidden_layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
@@ -200,5 +203,5 @@ def _save_model(directory: Path, corpus: list[str]) -> None:
         pad_token_id=0,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(VERSION)
+        torch.manual_seed(seed)
         LlamaForCausalLM(config).save_pretrained(directory)

@@ -27,6 +27,7 @@ from engine.errors import UserError, nearest, require
 
 SPLITS = "train|training|test|testing|validation|valid|val|dev|eval|evaluation"
 LIBRARY_FILES = r"dataset_info\.json|dataset_infos\.json|dataset_dict\.json|state\.json|cache-.*\.arrow"
+HUB_PATIENCE = 10  # seconds for the hub's first answer
 FORMATS = ("jsonl", "json", "csv", "tsv", "parquet", "arrow")  # as names of directories
 
 
@@ -160,6 +161,24 @@ def _from_files(path: Path, files: list[Path]) -> Source:
     return Source(str(path), digest.hexdigest(), rows)
 
 
+def _check_hub(name: str, cache: Path) -> None:
+    """Raises ConnectionError where the hub cannot be reached and the dataset is in no cache: the library would ask six
+    times, in half a minute.
+    """
+    if Path(name).is_dir() or (cache / name.replace("/", "___")).is_dir():
+        return
+    require("huggingface_hub", f"{name}: a dataset of the hub")
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_PATIENCE)
+    except (HfHubHTTPError, OfflineModeIsEnabled):  # an answer, which the library reads better
+        return
+    except Exception as error:  # whatever the transport of the hub's client raises
+        raise ConnectionError(f"the hub does not answer: {error}; name files, or try again with a network") from None
+
+
 def _from_library(name: str, config: str | None, split: str, revision: str | None, saved: bool) -> Source:
     """A dataset that was saved to disk, one of the hub, or a directory whose files only the library reads."""
     require("datasets", f"{name}: a dataset of the hub, or one that was saved to disk,")
@@ -170,6 +189,7 @@ def _from_library(name: str, config: str | None, split: str, revision: str | Non
         if saved:
             data = datasets.load_from_disk(name)
         else:
+            _check_hub(name, Path(datasets.config.HF_DATASETS_CACHE))
             data = datasets.load_dataset(name, config, split=split, revision=revision)
         if isinstance(data, dict):
             data = data[split]

@@ -93,7 +93,9 @@ def _whole(row: dict, field: str, prompt: Messages | None, asked: str | None, no
         return Conversation(transcript(value, field) if prompt is None else answered)
     if not isinstance(value, list):
         got = rows.kind(value) if field in row else f"nothing{nearest(field, row)}"
-        raise BadRow(f"{field}: expected text or a list of messages, got {got}")
+        plain = field not in row and (row.get("messages") or row.get("conversations"))
+        hint = " (conversations are read by launch.sft)" if plain else ""
+        raise BadRow(f"{field}: expected text or a list of messages, got {got}{hint}")
     answer = messages.read(renamed(value, field), field, notes)
     if prompt is None or list(map(said, answer.messages[: len(prompt)])) == list(map(said, prompt)):
         return answer

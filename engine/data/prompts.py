@@ -3,7 +3,7 @@
 what is asked     `messages`, `prompt` (text or messages), `question`, `problem`, `query`, `instruction` (and `input`),
                   ShareGPT's `conversations`; `system` and `tools` may stand beside it
 the answer        `ground_truth`, verl's `reward_model.ground_truth`, `answer`, `solution`; behind '####' as GSM8K has
-                  it, in the last \\boxed as MATH has it
+                  it, in the last \\boxed as MATH has it; IFEval's `instruction_id_list` and `kwargs`
 the verifier      `dataset`, or --verifier, or what `data_source` is known to need, or what the answer's form says
 """
 
@@ -86,13 +86,15 @@ class PromptReader:
 
     def read(self, row: dict, notes: Notes) -> tuple[Conversation, Any, str | list[str]]:
         """(what the row asks, its ground truth, its verifier). Raises BadRow."""
+        row = with_instructions(row)
         asked = next((column for column in ASKED if row.get(column) is not None), None)
         if asked is None:
             got = ", ".join(sorted(row)[:6]) or "nothing"
             raise BadRow(f"messages: expected what is asked, as one of {', '.join(ASKED)}, got {got}")
         answered = next((column for column in ANSWERS if row.get(column) is not None), None)
         if answered is None:
-            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])})")
+            others = "; conversations are read by launch.sft, pairs by launch.dpo"
+            raise BadRow(f"ground_truth: missing (expected it, or one of {', '.join(ANSWERS[1:])}{others})")
         read = {asked, answered, "dataset", "data_source", "system", "tools"}
         note_unread(row, read | ({"input"} if asked == "instruction" else set()), notes)
         said = self._asked(row, asked, notes)
@@ -161,6 +163,17 @@ class PromptReader:
             raise BadRow(problem)
         unknown = f", and data_source {str(source)[:40]!r} is not a known one" if source is not None else ""
         raise BadRow(f"dataset: missing (the verifier's name; or give --verifier){unknown}")
+
+
+def with_instructions(row: dict) -> dict:
+    """A row of IFEval itself, whose instructions stand beside the prompt, with them as ground truth of `ifeval`; other
+    rows as they are.
+    """
+    if row.get("instruction_id_list") is None or any(row.get(column) is not None for column in ANSWERS):
+        return row
+    told = {"instruction_id": row["instruction_id_list"], "kwargs": row.get("kwargs")}
+    rest = {column: value for column, value in row.items() if column not in ("instruction_id_list", "kwargs")}
+    return rest | {"dataset": row.get("dataset") or "ifeval", "ground_truth": told}
 
 
 def _rewarded(given: Any, notes: Notes) -> Any:
@@ -255,7 +268,7 @@ def load_prompts(
         why = (
             f"the first bad row is {bad[0]}"
             if bad
-            else f"none has at most {max_prompt_tokens} tokens"
+            else f"none has at most {max_prompt_tokens} tokens: raise --max_seq_length, or lower --response_length"
             if too_long
             else "it is empty"
         )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.data.rows import BadRow, kind, parse_json
+from engine.disk import disguised
 from engine.errors import UserError, require
 
 MAX_ROW_BYTES = 64 * 2**20
@@ -56,6 +57,8 @@ def read_file(file: Path) -> Numbered:
     """Rows of a file that check_name lets pass. Raises UserError where it cannot be read to its end."""
     form, packing = suffixes(file)
     after = "at its start"
+    if what := disguised(file):
+        raise UserError(f"{file}: {what}")
     try:
         for number, row in READERS[form](file):
             yield number, row

@@ -22,6 +22,7 @@ from engine.errors import UserError
 from engine.flags import ConversationFlags, DataFlags, MixtureFlags, PairFlags
 from engine.world import World, available_cores
 
+KEYS_AT_A_TIME = 2**16
 Prepare = Callable[[Source], tuple[Source, Encoder]]  # the rows as they are read, and what makes them sequences
 
 
@@ -67,6 +68,14 @@ def read_conversations(
     flags: MixtureFlags, chat: ChatTokenizer, world: World, *, rows: ConversationFlags
 ) -> tuple[Examples, Examples | None]:
     """(training conversations, held-out conversations or None), every assistant turn trained. Raises UserError."""
+    kind, prepare = conversations_prepared(flags, chat, rows, flags.max_seq_length)
+    return _both_splits(flags, world, chat, prepare, per_example=1, kind=kind, unit="conversations")
+
+
+def conversations_prepared(
+    flags: DataFlags, chat: ChatTokenizer, rows: ConversationFlags, max_length: int
+) -> tuple[dict[str, Any], Prepare]:
+    """(what besides the tokenizer decides how rows become sequences, how a source of conversations is read)."""
     how: dict[str, Any] = {
         "text_column": rows.text_column,
         "only_label": rows.only_label,
@@ -76,25 +85,31 @@ def read_conversations(
 
     def prepare(source: Source) -> tuple[Source, Encoder]:
         form = None if rows.text_column else first_form(source)
-        return source, ConversationEncoder(chat, flags.max_seq_length, form, **how)
+        return source, ConversationEncoder(chat, max_length, form, **how)
 
-    kind = {"conversations": "all turns", **how}
-    return _both_splits(flags, world, chat, prepare, per_example=1, kind=kind, unit="conversations")
+    return {"conversations": "all turns", **how}, prepare
 
 
 def read_pairs(
     flags: MixtureFlags, count_turns: str, chat: ChatTokenizer, world: World, *, rows: PairFlags
 ) -> tuple[Examples, Examples | None]:
     """(training pairs, held-out pairs or None), of which the `last` or `all` turns count. Raises UserError."""
+    kind, prepare = pairs_prepared(flags, count_turns, chat, rows, flags.max_seq_length)
+    return _both_splits(flags, world, chat, prepare, per_example=2, kind=kind, unit="pairs")
+
+
+def pairs_prepared(
+    flags: DataFlags, count_turns: str, chat: ChatTokenizer, rows: PairFlags, max_length: int
+) -> tuple[dict[str, Any], Prepare]:
+    """As `conversations_prepared`, of pairs."""
     judgement = Judgement(rows.preference_column, rows.preference_numbers, rows.chosen_by_score)
     fold_system = flags.system_role == "fold"
 
     def prepare(source: Source) -> tuple[Source, Encoder]:
-        encode = PairEncoder(chat, flags.max_seq_length, count_turns == "last", judgement, fold_system)
+        encode = PairEncoder(chat, max_length, count_turns == "last", judgement, fold_system)
         return gathered(source, judgement), encode
 
-    kind = {"pairs": count_turns, "judgement": asdict(judgement), "fold_system": fold_system}
-    return _both_splits(flags, world, chat, prepare, per_example=2, kind=kind, unit="pairs")
+    return {"pairs": count_turns, "judgement": asdict(judgement), "fold_system": fold_system}, prepare
 
 
 def _both_splits(
@@ -105,8 +120,24 @@ def _both_splits(
         raise UserError(f"{world.size} ranks for {len(train)} {unit}: lower --nproc_per_node")
     if flags.eval_dataset_name is None:
         return train, None
-    held_out = [(flags.eval_dataset_name, "")]
-    return train, load_examples(held_out, flags, world, chat, prepare, split=flags.eval_split, **how)
+    named = [(flags.eval_dataset_name, "")]
+    held_out = load_examples(named, flags, world, chat, prepare, split=flags.eval_split, **how)
+    rows = [key.tobytes() for key in held_out.keys(np.arange(len(held_out)))]
+    wanted, trained = set(rows), set()
+    for start in range(0, len(train), KEYS_AT_A_TIME):
+        keys = train.keys(np.arange(start, min(start + KEYS_AT_A_TIME, len(train))))
+        trained |= wanted & {key.tobytes() for key in keys}
+    _warn_of_trained(sum(row in trained for row in rows), len(rows), unit, world)
+    return train, held_out
+
+
+def _warn_of_trained(both: int, held_out: int, unit: str, world: World) -> None:
+    """Says how much of the held-out data is trained on as well, to the token."""
+    if both:
+        world.say(
+            f"warning: {both:,} of {held_out:,} held-out {unit} are trained on as well, to the token: they measure"
+            " memory (python -m launch.data --against finds those that are alike)"
+        )
 
 
 def prompts_of(
@@ -134,13 +165,16 @@ def read_prompts(
     if world.size > len(prompts):
         raise UserError(f"{world.size} ranks for {len(prompts)} prompts: lower --nproc_per_node")
     world.agree("prompts", fingerprint_of(prompts))
-    return prompts, load(flags.eval_dataset_name, "", flags.eval_split) if flags.eval_dataset_name else []
+    held_out = load(flags.eval_dataset_name, "", flags.eval_split) if flags.eval_dataset_name else []
+    trained = {prompt.ids.tobytes() for prompt in prompts} if held_out else set()
+    _warn_of_trained(sum(p.ids.tobytes() in trained for p in held_out), len(held_out), "prompts", world)
+    return prompts, held_out
 
 
 def _why_empty(stores: list, flags: MixtureFlags) -> str:
     headers = [store.header for store in stores]
     if sum(h["rows"] for h in headers) == 0:
-        return "the dataset is empty"
+        return "the dataset is empty: name one that has rows"
     bad, dropped = sum(h["bad_rows"] for h in headers), sum(sum(h["dropped"].values()) for h in headers)
     if bad > dropped:
         first = next(h["name"] + h["bad_list"][0] for h in headers if h["bad_list"])

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from engine import terminal
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
@@ -141,6 +141,9 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
         try:
             build(partial)
             partial.rename(directory)
+        except OSError as error:  # a write to a full disk names no file
+            error.filename = error.filename or str(directory)
+            raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -171,7 +174,7 @@ def open_or_build(
         try:
             return TokenStore(directory).header["key"] == key
         except Damaged as damage:
-            tqdm.write(f"{directory}: damaged ({damage}), tokenising again")
+            terminal.say(f"warning: {directory}: damaged ({damage}), tokenising again")
             return False
 
     def build(partial: Path) -> None:

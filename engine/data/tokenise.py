@@ -14,13 +14,14 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
+from engine import terminal
 from engine.data.files import Source
 from engine.data.messages import Notes
 from engine.data.rows import BadRow
@@ -31,7 +32,8 @@ ROWS_BEFORE_WORKERS = 16_384  # starting workers takes seconds: what is encoded 
 LISTED = 20
 Encoded = list[tuple[np.ndarray, np.ndarray]]
 Encoder = Callable[[dict, Notes], Encoded | str]
-Rows = list[tuple[str, dict | BadRow]]
+Row = tuple[str, dict | BadRow]
+Rows = list[Row]
 
 
 def sequence_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
@@ -90,9 +92,9 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
             name: stack.enter_context(open(directory / name, "wb"))
             for name in ("ids", "mask", "keys", "counts", "offsets")
         }
-        bar = stack.enter_context(tqdm(desc="tokenising", unit=" rows", delay=2, leave=False))
+        stack.callback(terminal.rest)
         files["offsets"].write(np.int64(0).tobytes())
-        for chunk in stack.enter_context(_Chunks(source.rows(), encode, workers)):
+        for chunk in stack.enter_context(Chunks(source.rows(), partial(encode_rows, encode), workers)):
             if chunk.bad and on_bad_row == "error":
                 place, message = chunk.bad[0]
                 raise UserError(f"{source.name}{place}: {message}")
@@ -109,32 +111,34 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
             header["bad_list"] += [
                 f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
             ]
-            bar.update(chunk.rows)
+            terminal.phase("tokenising, rows", header["rows"])
     listed = [[what, which, count] for (what, which), count in sorted(notes.items())]
     return header | {"dropped": dict(dropped), "notes": listed}
 
 
-_encode: Encoder | None = None  # of a worker process, set once when it starts
+_of_worker: Callable[[Rows], Any] | None = None  # of a worker process, set once when it starts
 
 
-def _start_worker(encode: Encoder) -> None:
-    global _encode
-    _encode = encode
+def _start_worker(work: Callable[[Rows], Any]) -> None:
+    global _of_worker
+    _of_worker = work
 
 
-def _work(rows: Rows) -> Chunk:
-    assert _encode is not None, "_start_worker has set it"
-    return encode_rows(_encode, rows)
+def _work(rows: Rows) -> Any:
+    assert _of_worker is not None, "_start_worker has set it"
+    return _of_worker(rows)
 
 
-class _Chunks:
-    """Iterates over the chunks of `rows` in order; leaving it ends the workers."""
+class Chunks:
+    """What `work`, which can be sent to a process, makes of the chunks of `rows`, in order; leaving it ends the
+    workers.
+    """
 
-    def __init__(self, rows: Iterable[tuple[str, dict | BadRow]], encode: Encoder, workers: int) -> None:
-        self.rows, self.encode, self.workers = iter(rows), encode, workers
+    def __init__(self, rows: Iterable[Row], work: Callable[[Rows], Any], workers: int) -> None:
+        self.rows, self.work, self.workers = iter(rows), work, workers
         self._pool: ProcessPoolExecutor | None = None
 
-    def __enter__(self) -> Iterator[Chunk]:
+    def __enter__(self) -> Iterator[Any]:
         return self._iterate()
 
     def __exit__(self, *_: Any) -> None:
@@ -144,17 +148,17 @@ class _Chunks:
     def _next_rows(self) -> Rows:
         return list(islice(self.rows, CHUNK_ROWS))
 
-    def _iterate(self) -> Iterator[Chunk]:
+    def _iterate(self) -> Iterator[Any]:
         for _ in range(ROWS_BEFORE_WORKERS // CHUNK_ROWS if self.workers > 1 else 2**62):
             if not (rows := self._next_rows()):
                 return
-            yield encode_rows(self.encode, rows)
+            yield self.work(rows)
         if not (first := self._next_rows()):
             return
         # this process has threads, and a fork would copy their locks
         context = multiprocessing.get_context("forkserver")
         self._pool = ProcessPoolExecutor(
-            self.workers, mp_context=context, initializer=_start_worker, initargs=(self.encode,)
+            self.workers, mp_context=context, initializer=_start_worker, initargs=(self.work,)
         )
         under_way: collections.deque = collections.deque()
         for rows in chain([first], iter(self._next_rows, [])):

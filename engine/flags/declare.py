@@ -12,7 +12,18 @@ from engine.errors import UserError
 T = TypeVar("T")
 MODEL, DATA, ADAPTERS, OPTIMIZATION = "model", "data", "adapters", "optimization"
 SAMPLING, MEMORY, RUN, STAGE = "sampling", "memory and speed", "the run", "this stage"
-HEADINGS = (STAGE, "the plan", MODEL, DATA, ADAPTERS, OPTIMIZATION, SAMPLING, MEMORY, RUN)  # the parts of --help
+HEADINGS = (
+    STAGE,
+    "the plan",
+    "what is shown",
+    MODEL,
+    DATA,
+    ADAPTERS,
+    OPTIMIZATION,
+    SAMPLING,
+    MEMORY,
+    RUN,
+)  # the parts of --help
 
 
 def flag(

@@ -76,6 +76,13 @@ class RunFlags:
     """A run's directory, and what goes into it."""
 
     output_dir: str = flag("output/run", "directory of the run: config.yaml, metrics.jsonl, checkpoints/, final/", RUN)
+    seeds: tuple[str, ...] | None = flag(
+        None,
+        "run once for each of these seeds, in output_dir/seed-N, and say how much of a difference is the seed's",
+        RUN,
+        excludes=("seed",),
+        many=True,
+    )
     save_steps: int = flag(
         0, "checkpoint every N steps (0: none; the run still ends in final/)", RUN, aliases=("checkpointing_steps",)
     )
@@ -96,6 +103,7 @@ class RunFlags:
         " the weights are loaded",
         RUN,
     )
+    quiet: bool = flag(False, "show only warnings, errors and the last line", RUN)
     profile: bool = flag(False, "write a trace of steps 3 to 5 to output_dir/trace.json, for Perfetto", RUN)
     report_to: str = flag(
         "none", "a second home for metrics.jsonl's rows", RUN, choices=("none", "tensorboard", "wandb")
@@ -104,6 +112,8 @@ class RunFlags:
     def check_run(self) -> None:
         """Raises UserError for what cannot be."""
         require_not_negative(self, "save_steps", "eval_steps")
+        if self.quiet and self.dry_run:
+            raise UserError("--quiet would hide what --dry_run is for: give one of them")
         if self.save_total_limit < 1:
             raise UserError(f"--save_total_limit must be at least 1, got {self.save_total_limit}")
         checkpoint = Path(self.resume).expanduser() / "COMPLETE"

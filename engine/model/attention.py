@@ -43,15 +43,15 @@ def choose_backend(requested: str, device: torch.device, config: Any, dtype: tor
     if getattr(config, "model_type", "") == "gpt_oss":
         needs_eager.append("attention sinks")
     if requested != "auto":
-        if why_not := _unavailable(requested, device, dtype):
+        if why_not := unavailable(requested, device, dtype):
             raise UserError(f"--attention {requested}: {why_not}; --attention auto picks one that runs here")
         return requested, "as asked"
     if needs_eager:
-        softcap_flash = needs_eager == ["attn_logit_softcapping"] and not _unavailable("flash2", device, dtype)
+        softcap_flash = needs_eager == ["attn_logit_softcapping"] and not unavailable("flash2", device, dtype)
         return ("flash2" if softcap_flash else "eager"), f"the model has {' and '.join(needs_eager)}"
     broken: list[str] = []
     for backend in BACKENDS:
-        why_not = _unavailable(backend, device, dtype)
+        why_not = unavailable(backend, device, dtype)
         if not why_not:
             return backend, "; ".join(["first that runs here, in the order " + " > ".join(BACKENDS), *broken])
         if BROKEN in why_not:  # installed by somebody who wants it used
@@ -59,7 +59,7 @@ def choose_backend(requested: str, device: torch.device, config: Any, dtype: tor
     raise AssertionError("eager runs everywhere")
 
 
-def _unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
+def unavailable(backend: str, device: torch.device, dtype: torch.dtype) -> str:
     """Why a backend cannot run here, or ''."""
     if backend in ("sdpa", "eager"):
         return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from engine.disk import disguised_in
 from engine.errors import UserError
 from engine.model import attention, weights
 from engine.model.adapters import files as adapter_files
@@ -22,6 +24,8 @@ from engine.model.probe import check_packing
 from engine.world import World
 
 AnyRoot = TypeVar("AnyRoot", bound=Root)
+CAUSAL = "whose config.json has an architecture ...ForCausalLM"
+GENERATES = re.compile("CausalLM|LMHead")
 MIXING = {"full_attention", "sliding_attention"}  # layer types that mix tokens only through the registered attention
 
 
@@ -47,14 +51,19 @@ def load_config(directory: Path) -> Any:
         raise UserError(
             f"{directory} is an adapter: give the model it was trained on, and this to --adapter_name_or_path"
         )
+    if not directory.is_file() and not (directory / "config.json").is_file():  # a plan has the file alone
+        raise UserError(f"{directory}: no config.json{_instead(directory)}")
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}: no usable config.json ({str(error).splitlines()[0][:200]})") from None
+    except Exception as error:  # a configuration's own checks raise whatever they do: the user reads one line
+        why = disguised_in(directory) or "no usable config.json"
+        raise UserError(f"{directory}: {why} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
+    if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
+        raise UserError(f"{directory}: {name} is no decoder: an encoder writes no text; give a model {CAUSAL}")
     layer_types = set(getattr(config, "layer_types", None) or ())
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(f"{directory}: {name} is not a decoder that AutoModelForCausalLM knows")
+        raise UserError(f"{directory}: {name} is not a decoder that AutoModelForCausalLM knows; give a model {CAUSAL}")
     if config.get_text_config() is not config:
         raise UserError(f"{directory}: {name} is multimodal; only its text decoder, saved by itself, can be trained")
     if not layer_types <= MIXING:
@@ -63,6 +72,20 @@ def load_config(directory: Path) -> Any:
             " packed"
         )
     return config
+
+
+def _is_encoder(config: Any) -> bool:
+    """Families that are encoders unless told otherwise, with weights of an encoder's head or of none."""
+    names = getattr(config, "architectures", None) or ()
+    return getattr(config, "is_decoder", True) is False and bool(names) and not any(map(GENERATES.search, names))
+
+
+def _instead(directory: Path) -> str:
+    """What a directory without a configuration holds, and what to do."""
+    if any(directory.glob("*.gguf")):
+        return ", but GGUF files, which are made for inference: give the model that they were made from"
+    found = ", ".join(sorted(p.name for p in directory.iterdir())[:4]) or "nothing"
+    return f", but {found}: expected a directory as save_pretrained writes it"
 
 
 def build_policy(config: Any, world: World, how: How) -> Policy:
@@ -127,7 +150,13 @@ def load_value_model(directory: Path, world: World, how: How, vocab_size: int) -
 def _on_meta(family: Any, config: Any, how: How) -> nn.Module:
     with torch.device("meta"):
         implementation = attention.register(how.backend)
-        return family.from_config(copy.deepcopy(config), dtype=how.master, attn_implementation=implementation)
+        try:
+            return family.from_config(copy.deepcopy(config), dtype=how.master, attn_implementation=implementation)
+        except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(
+                f"{config.model_type}: its config.json describes no model that can be built ({why})"
+            ) from None
 
 
 def _cut(root: AnyRoot, world: World, how: How) -> AnyRoot:

@@ -12,6 +12,7 @@ import torch
 from engine.data.chat import ChatTokenizer, load_tokenizer
 from engine.errors import UserError, require
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags
+from engine.hardware import emulates_bfloat16
 from engine.model import attention, build, weights
 from engine.model.adapters import choose
 from engine.model.adapters.files import check_added
@@ -75,6 +76,8 @@ def open_model(
     directory, revision = world.once("model", lambda: weights.resolve(flags.model_name_or_path, flags.model_revision))
     lm_config = build.load_config(directory)
     dtype = compute_dtype(flags.dtype, world.device.type)
+    if dtype == torch.bfloat16 and world.device.type == "cpu" and emulates_bfloat16():
+        world.say("warning: this processor has no bfloat16 instructions: float32 is about 5 times as fast here")
     backend, why = attention.choose_backend(flags.attention, world.device, lm_config, dtype)
     world.agree("attention backend", backend)
     chat = load_tokenizer(directory, lm_config.vocab_size, flags.add_special_tokens or (), flags.chat_template)

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine.disk import disguised
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
 from engine.model.adapters.saved import ORIGINAL, SavedModule, checkpoint_name, vocabulary_modules
@@ -44,7 +45,8 @@ def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_o
     except Exception as error:
         # the hub's client raises its transport's own errors: whatever it is, the user reads one line
         raise UserError(
-            f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__})"
+            f"{flag} {name_or_path}: neither a directory nor to be had from the hub ({type(error).__name__}: no"
+            " network, no such id, or no leave to read it); give a directory, or log in by `hf auth login`"
         ) from None
     return Path(directory), Path(directory).name
 
@@ -67,15 +69,21 @@ def files_by_name(directory: Path) -> dict[str, Path]:
     if single.is_file():
         with _open(single) as f:
             return dict.fromkeys(f.keys(), single)
-    pickles = ", a pickle file would run code and is never read" if list(directory.glob("*.bin")) else ""
-    raise UserError(f"{directory}: no model.safetensors and no {INDEX}{pickles}")
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
+    why = "is the download complete?"
+    if pickles:
+        why = (
+            f"{pickles[0]} is a pickle file, which would run code and is never read: save the model again by"
+            " save_pretrained, which writes safetensors"
+        )
+    raise UserError(f"{directory}: no model.safetensors and no {INDEX}; {why}")
 
 
 def _open(path: Path):
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from None
+        raise UserError(f"{path}: {disguised(path) or f'not a readable safetensors file ({error})'}") from None
 
 
 def initialise_buffers(lm: Any, directory: Path) -> None:

@@ -91,7 +91,9 @@ class Checkpoints:
             self._writer.join()
             self._writer = None
         if self._problem:
-            self.world.say(f"checkpoint not written: {self._problem}; training goes on, the previous checkpoint stays")
+            self.world.say(
+                f"warning: checkpoint not written: {self._problem}; training goes on, the previous checkpoint stays"
+            )
             self._problem = ""
 
     def _commit(self, future: Any, partial: Path, step: int, state: dict[str, Any]) -> None:
@@ -161,7 +163,7 @@ class Checkpoints:
                 return self._load(path)
             if which != "auto":
                 raise UserError(f"--resume {path}: {problem}")
-            self.world.say(f"checkpoint {path} is not used: {problem}")
+            self.world.say(f"warning: checkpoint {path} is not used: {problem}")
         return None
 
     def _inspect(self, path: Path) -> str:

@@ -25,11 +25,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
-from tqdm import tqdm
 
+from engine import terminal
 from engine.data.batch import MicroBatch, micro_batch, sum_by_sequence
 from engine.data.packing import pack
 from engine.data.store import Examples
+from engine.disk import writing
 from engine.errors import UserError
 from engine.model.open import Base
 from engine.model.policy import Policy
@@ -94,13 +95,7 @@ def reference_logprobs(
     missing = np.flatnonzero(np.isnan(found.reshape(-1)))
     _, first = np.unique(keys.reshape(-1)[missing], return_index=True)
     todo = missing[np.sort(first)]  # sequences that occur twice are computed once
-    for start in tqdm(
-        range(0, len(todo), SEQUENCES_PER_SEGMENT),
-        desc=name,
-        unit=" segments",
-        disable=not world.is_main or len(todo) < 512,
-        leave=False,
-    ):
+    for start in range(0, len(todo), SEQUENCES_PER_SEGMENT):
         block = todo[start : start + SEQUENCES_PER_SEGMENT]
         found.reshape(-1)[block] = _compute(policy, examples, used, block, world, budget)
         if world.is_main:
@@ -109,6 +104,7 @@ def reference_logprobs(
     if len(missing) > len(todo):
         by_key = dict(zip(keys.reshape(-1)[todo].tolist(), found.reshape(-1)[todo].tolist(), strict=True))
         found.reshape(-1)[missing] = [by_key[key] for key in keys.reshape(-1)[missing].tolist()]
+    terminal.rest()
     policy.release()
     sums = np.full((len(examples), keys.shape[1]), np.nan, np.float32)
     sums[used] = found
@@ -128,6 +124,7 @@ def _compute(
     order: list[int] = []
     parts: list[Tensor] = []
     for positions in bins:
+        world.phase("reference log-probs", len(order) * world.size, len(block))
         batch = micro_batch([sequences[i] for i in positions], positions, world.device)
         logprobs_R = policy.logprobs(batch)  # collective, also where the batch is a placeholder
         if positions:
@@ -151,7 +148,8 @@ def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.
     digest = _checksum(arrays)
     path = directory / f"rows-{digest[:16]}.safetensors"
     partial = directory / f".{path.name}.{os.getpid()}"
-    save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
+    with writing(path):
+        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
     with open(partial, "rb") as f:
         os.fsync(f.fileno())
     partial.rename(path)
@@ -174,9 +172,9 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
             if stated != _checksum(arrays):
                 raise ValueError("its checksum does not match its content")
         except (SafetensorError, ValueError, OSError, KeyError) as error:
-            print(
-                f"reference: {path} is damaged ({error}); it is not used and is put aside as {path.name}.damaged",
-                flush=True,
+            terminal.say(
+                f"warning: reference: {path} is damaged ({error}); it is not used and is put aside as"
+                f" {path.name}.damaged"
             )
             path.rename(path.with_name(path.name + ".damaged"))
             continue

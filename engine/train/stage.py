@@ -16,13 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from engine import provenance
 from engine import run as directories
 from engine.data.batch import Batchable, MicroBatch, MicroBatches
 from engine.data.mixture import Steps
@@ -32,6 +34,7 @@ from engine.log import JsonLines, Metrics, Totals
 from engine.model.export import export
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
+from engine.terminal import as_time
 from engine.train import card
 from engine.train.checkpoint import Checkpoints
 from engine.train.throughput import Throughput
@@ -52,28 +55,29 @@ class Run:
         *,
         values: dict[str, Any],
         data: str,
-        samples: bool = False,
+        unit: str = "step",
     ) -> None:
-        """`values` are all flags of the run, `data` is the fingerprint of what it trains on; `samples`: it keeps some
-        responses in samples.jsonl.
+        """`values` are all flags of the run, `data` is the fingerprint of what it trains on, `unit` is what the
+        bar counts.
         """
         self.flags, self.base, self.plan, self.world = flags, base, steps, world
-        self.values, self.data = values, data
+        self.values, self.data, self.unit = values, data, unit
+        self.headline = ""  # the figures of the last evaluation, or step
+        self._began, self._resumed_after = time.monotonic(), 0
         self.output_dir = Path(flags.output_dir)
         self.is_finished = False
         self._stack = contextlib.ExitStack()
         self._batches: MicroBatches | None = None
-        self._keeps_samples = samples and world.is_main
         self._samples: JsonLines | None = None
         self.metrics: Metrics
         self.throughput: Throughput
 
     def __enter__(self) -> Run:
-        facts = {"model_revision": self.base.revision}
+        facts = {"model_revision": self.base.revision} | provenance.facts(self.world, self.plan.total)
         opened = directories.open_run(self.flags, self.values, self.world, facts)
         self.is_finished = self._stack.enter_context(opened)
         if self.is_finished:
-            self.world.say(f"{self.output_dir} is finished, final/ is written: nothing to do")
+            self.world.say(f"{self.output_dir} is finished, final/ is written: nothing to do", last=True)
         return self
 
     def __exit__(self, *exception: Any) -> None:
@@ -93,9 +97,12 @@ class Run:
         )
         state = checkpoints.resume(flags.resume) or {"step": 0, "num_tokens": 0}
         start, total = state["step"], self.plan.total
+        self._resumed_after = start
         world.say(f"resuming after step {start}" if start else "starting at step 0")
-        self.metrics = Metrics(self.output_dir, world, start=start, total=total, report_to=flags.report_to)
-        if self._keeps_samples:
+        self.metrics = Metrics(
+            self.output_dir, world, start=start, total=total, report_to=flags.report_to, unit=self.unit
+        )
+        if world.is_main and (self.output_dir / "samples.jsonl").is_file():  # of what is done again, nothing stays
             self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
         policy: Any = trained["policy"][0]
         self.throughput = Throughput(world, policy, self.base.dtype, state["num_tokens"])
@@ -107,6 +114,7 @@ class Run:
             if profile is not None:
                 profile.step()
             if flags.save_steps and done < total and done % flags.save_steps == 0:
+                world.phase("saving a checkpoint")
                 facts = {"total_steps": total, "examples": self.plan.n}  # for a card
                 checkpoints.save(done, {"num_tokens": self.throughput.num_tokens, **facts})
         checkpoints.wait()
@@ -138,9 +146,11 @@ class Run:
 
     def evaluation_batches(self, examples: Batchable) -> Iterator[MicroBatch]:
         """This rank's micro-batches of all these examples, without backward passes."""
-        batches = MicroBatches(examples, self.base.memory.micro_batch_tokens, self.world)
+        batches, seen = MicroBatches(examples, self.base.memory.micro_batch_tokens, self.world), 0
         for batch, _ in batches(np.arange(len(examples.tokens))):
+            self.world.phase("held out", seen * self.world.size, len(examples.tokens))
             yield batch
+            seen += len(batch.examples)
 
     def stop_unless_finite(self, step: int, numbers: dict[str, float], unit: str, examples: np.ndarray) -> None:
         """Raises UserError on a loss or gradient norm that is not finite; the optimizers have applied none that
@@ -155,22 +165,21 @@ class Run:
     def write(self, step: int, row: dict[str, Any], sums: dict[str, float], shown: str) -> None:
         """The row of a step that was taken, with its speed of `sums`; `shown` stands on the bar."""
         row = row | self.throughput.row(sums)
-        self.metrics.write(step + 1, row, f"{shown}, {row['perf/tokens_per_second_per_gpu']:.0f} tokens/s")
+        self.headline = shown
+        self.metrics.write(step + 1, row, f"{shown}, {row['perf/tokens_per_second_per_gpu']:,.0f} tokens/s")
 
     def write_evaluation(self, done: int, row: dict[str, float], *lines: str) -> None:
-        """A row of held-out figures after so many steps, and lines above the bar."""
+        """A row of held-out figures after so many steps, and lines above the bar: a label with the figures, others."""
         self.metrics.write(done, {f"eval/{name}": value for name, value in row.items()})
-        self.say(*lines)
+        self.headline = "held out: " + lines[0].partition(": ")[2]
+        self.world.say(*lines)
 
     def write_samples(self, done: int, rows: list[dict[str, Any]]) -> None:
         """Responses with what was thought of them, into samples.jsonl."""
-        if self._samples is not None:
+        if self.world.is_main:
+            self._samples = self._samples or JsonLines(self.output_dir / "samples.jsonl", 0)
             for row in rows:
                 self._samples.write({"step": done, **row})
-
-    def say(self, *lines: str) -> None:
-        """Lines above the bar."""
-        self.metrics.say("\n".join(lines))
 
     def _card(self, policy: Policy, is_adapter: bool) -> str:
         facts = card.Facts(
@@ -189,9 +198,11 @@ class Run:
         )
         return card.text(facts)
 
-    def export(self, policy: Policy, **inside: Root) -> None:
-        """Writes final/: the policy, and other roots under their names in it. Collective."""
-        self.metrics.close()
+    def export(self, policy: Policy, then: Sequence[str] = (), **inside: Root) -> None:
+        """Writes final/: the policy, and other roots under their names in it; says what was made, and which commands
+        may come `then`. Collective.
+        """
+        self.world.phase("writing final/")
         done, flags, adapter_only = {}, self.flags, self.values["export_adapter"]
         for name, root in inside.items():
             done[name] = self.output_dir / f".{name}"
@@ -207,5 +218,19 @@ class Run:
             inside=done,
             card=self._card(policy, adapter_only),
         )
+        self.metrics.close()
         also = "".join(f", its {name}/ as a sequence classifier" for name in inside)
-        self.world.say(f"done: {how}{also}")
+        self.world.say(f"done: {how}{also}{self._summary(final)}", last=True)
+        self.world.say(*(f"{'or' if i else 'next'}: {command}" for i, command in enumerate(then)))
+
+    def _summary(self, final: Path) -> str:
+        """How much was written, in how many steps and what time, and the last figures."""
+        size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
+        some = f" ({self.plan.total - self._resumed_after} of them now)" if self._resumed_after else ""
+        took, plural = as_time(time.monotonic() - self._began), "s" if self.plan.total > 1 else ""
+        return f"; {as_size(size)}, {self.plan.total:,} {self.unit}{plural}{some} in {took}; {self.headline}"
+
+
+def as_size(n: int) -> str:
+    """Bytes, in MiB or GiB."""
+    return f"{n / 2**30:,.2f} GiB" if n >= 2**30 else f"{n / 2**20:,.1f} MiB"

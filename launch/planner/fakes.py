@@ -44,7 +44,10 @@ class PlannedWorld(World):
         """What every rank would say."""
         return [x] * self.size
 
-    def say(self, *lines: str) -> None:
+    def say(self, *lines: str, last: bool = False) -> None:
+        """Nothing."""
+
+    def phase(self, what: str, done: int = 0, total: int = 0) -> None:
         """Nothing."""
 
 

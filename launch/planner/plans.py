@@ -151,7 +151,8 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     config.check_optimizer()
     batch_size, _ = config.batch_size_on(config.gpus * config.nodes)
     none = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
-    config = fill(dataclasses.replace(config, batch_size=batch_size, **none), **STAGES[stage][0].DEFAULTS)
+    defaults = STAGES[stage][0].DEFAULTS | {"seed": 1}  # of --seeds one is planned
+    config = fill(dataclasses.replace(config, batch_size=batch_size, **none), **defaults)
     if stage == "dpo":
         config, _ = dpo.resolve_loss(config)
     if stage == "ppo":

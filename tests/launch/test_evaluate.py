@@ -1,13 +1,18 @@
-"""launch.evaluate: the interval, the same responses on one rank and two, its file, and its refusals."""
+"""launch.evaluate: the interval, the same file on one rank and two, killed or grown, its refusals, from Python."""
 
 from __future__ import annotations
 
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
 
+from engine.data import embedded
+from engine.errors import UserError
 from engine.train.interval import accuracy, wilson
+from launch import evaluate, verify
 from tests import ranks
 
 
@@ -49,28 +54,139 @@ def test_interval_covers():
     assert 0.93 < hits / 1000 < 0.97
 
 
-def test_two_ranks_give_the_same_file(tmp_path):
-    outputs = []
-    for count in (1, 2):
-        out = tmp_path / f"{count}.jsonl"
-        argv = [
-            "--cache_dir",
-            tmp_path / "cache",
-            "--output",
-            out,
-            "--num_prompts",
-            10,
-            "--num_seeds",
-            2,
-            "--top_k",
-            40,
-        ]
-        result = ranks.launch(argv, count, module="launch.evaluate", log=tmp_path / f"{count}.log")
-        assert result.ok and "95 % interval" in result.output, result.output
-        outputs.append(out.read_text())
-    assert outputs[0] == outputs[1]
-    rows = [json.loads(line) for line in outputs[0].splitlines()]
-    assert len(rows) == 20 and {row["seed"] for row in rows} == {1, 2} and rows[0]["response"] != rows[10]["response"]
+class Place:
+    """A cache, and runs of the embedded model that differ in their flags."""
+
+    def __init__(self, root):
+        self.root, self.runs = root, 0
+        self.flags = {"num_prompts": 6, "num_seeds": 2, "num_samples_per_prompt": 2, "top_k": 40}
+
+    def run(self, name, count=1, hook="", **flags):
+        self.runs += 1
+        flags = self.flags | {"cache_dir": self.root / "cache", "output": self.root / name} | flags
+        argv = [word for key, value in flags.items() if value is not None for word in (f"--{key}", value)]
+        log = self.root / f"log{self.runs}"
+        return ranks.launch(argv, count, module="launch.evaluate", log=log, hook=hook)
+
+    def content(self, name):
+        return (self.root / name).read_text()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return Place(tmp_path_factory.mktemp("evaluate"))
+
+
+@pytest.fixture(scope="module")
+def whole(place):
+    """What one rank writes that is not disturbed."""
+    result = place.run("whole")
+    assert result.ok and "95 % interval" in result.output and "pass@2" in result.output, result.output
+    return place.content("whole")
+
+
+def test_two_ranks_give_the_same_file(place, whole):
+    result = place.run("two", 2)
+    assert result.ok, result.output
+    assert place.content("two") == whole
+    rows = [json.loads(line) for line in whole.splitlines()]
+    names = [(row["seed"], row["sample"]) for row in rows]
+    assert names == [(seed, sample) for seed in (1, 2) for _ in range(6) for sample in (0, 1)]
+    assert len({row["key"] for row in rows}) == 6 and len({row["response"] for row in rows}) > 20
+    assert {row["settings"]["top_k"] for row in rows} == {40} and all(row["dataset"] == "gsm8k" for row in rows)
+
+
+def kill_after_7_responses():
+    from launch.evaluation import file
+
+    write = file.ResponseFile.write
+
+    def counting(self, line):
+        response = write(self, line)
+        if len(self.responses) == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return response
+
+    file.ResponseFile.write = counting
+
+
+def test_a_killed_run_goes_on_and_ends_the_same(place, whole):
+    """Killed on two ranks with seven responses written, its last line torn, gone on with on one."""
+    killed = place.run("killed", 2, hook="tests.launch.test_evaluate:kill_after_7_responses")
+    assert killed.codes[0] == -signal.SIGKILL
+    there = place.content("killed")
+    assert there.count("\n") == 7 and {*there.splitlines()} < {*whole.splitlines()}
+    (place.root / "killed").write_text(there[:-9])
+    result = place.run("killed")
+    assert result.ok and place.content("killed") == whole, result.output
+    result = place.run("killed", hook="tests.launch.test_evaluate:refuse_to_sample")
+    assert result.ok and place.content("killed") == whole, result.output
+
+
+def refuse_to_sample():
+    from rollout import Sampler
+
+    Sampler.stream = None
+
+
+def test_a_file_grows_and_is_compared(place, whole, capsys):
+    """Fewer prompts and seeds first; then all, and they are those of one run; another model's file is refused."""
+    assert place.run("grown", num_prompts=2, num_seeds=1).ok
+    result = place.run("grown", baseline=place.root / "whole")
+    assert result.ok and place.content("grown") == whole, result.output
+    assert "the baseline and this model are equal" in result.output and "not covered" in result.output
+    for flags, line in (
+        ({"num_prompts": 2}, "a response that this command does not ask for"),
+        ({"temperature": 0.5}, "holds responses of temperature 1.0, this run has 0.5: give another file"),
+        ({"baseline": place.root / "whole", "num_prompts": 7, "verifier_mode": "tulu3"}, "of verifier_mode default"),
+        ({"baseline": place.root / "grown"}, "is --output: expected another model's file"),
+    ):
+        refused = place.run("grown", hook="tests.launch.test_evaluate:refuse_to_load", **flags)
+        assert refused.codes == [2] and line in refused.output and "LOADING" not in refused.output, refused.output
+    assert place.content("grown") == whole
+    config = verify.Config(file=str(place.root / "whole"), quiet=True, output=str(place.root / "verdicts"))
+    assert verify.judge(config) == 0
+    assert "gsm8k                  24" in capsys.readouterr().out
+    scores = [json.loads(line)["score"] for line in place.content("verdicts").splitlines()]
+    assert scores == [json.loads(line)["score"] for line in whole.splitlines()]
+
+
+def refuse_to_load():
+    from launch.evaluation import answers
+
+    answers.load_untrained = lambda *_: print("LOADING", flush=True)
+
+
+def test_from_python_with_examples_before_the_question(place, tmp_path, capsys):
+    """evaluate() returns what it prints; examples count for the room; greedy answers are one."""
+    made = embedded(place.root / "cache")
+    problems, examples = made.held_out_problems, made.train_sums
+    flags = {"model_name_or_path": str(problems.parent / "model"), "dataset_name": str(problems), "num_prompts": 8}
+    flags |= {"temperature": 0.0, "response_length": 8, "num_few_shot": 2, "few_shot_file": str(examples)}
+    found = evaluate.evaluate(evaluate.Config(**flags, output=str(tmp_path / "a")))
+    rows = [json.loads(line) for line in (tmp_path / "a").open()]
+    assert found.scores_NK.tolist() == [[row["score"]] for row in rows] and found.output == tmp_path / "a"
+    assert found.keys == tuple(row["key"] for row in rows) and len(rows) == 8
+    assert (found.accuracy, found.low, found.high) == accuracy(found.scores_NK)
+    said = capsys.readouterr().out
+    assert f"2 examples before the question, the first of {examples}, as turns of the chat" in said
+    assert "greedy, one response to each prompt, of at most 8 tokens" in said and "written: " in said
+    first = [json.loads(line)["messages"] for line in examples.open()][:2]
+    assert all(message["content"] in row["prompt"] for row in rows for messages in first for message in messages)
+    assert all(row["prompt"].count("<|user|>") == 3 for row in rows)
+    with pytest.raises(UserError, match="no usable prompt, none has at most"):
+        evaluate.evaluate(evaluate.Config(**flags, max_seq_length=50))
+    longer = rows[0] | {"prompt": "How many are there, if each of them has one more of each of them?"}
+    (tmp_path / "p.jsonl").write_text(
+        "".join(json.dumps(r) + "\n" for r in [json.loads(next(problems.open())), longer])
+    )
+    limited = flags | {"dataset_name": str(tmp_path / "p.jsonl"), "max_seq_length": rows[0]["prompt_tokens"] + 8}
+    short = evaluate.evaluate(evaluate.Config(**limited))
+    assert (len(short.keys), short.too_long, found.too_long) == (1, 1, 0)
+    assert "left out: 1 prompts too long for --max_seq_length" in capsys.readouterr().out
+    plain = evaluate.evaluate(evaluate.Config(**flags | {"num_few_shot": 0, "few_shot_file": None}))
+    assert plain.keys == found.keys and plain.output is None
+    assert "nothing was written: --output FILE keeps the responses" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -81,6 +197,10 @@ def test_two_ranks_give_the_same_file(tmp_path):
         (["--response_length", "4096"], "--response_length 4096 leaves no room for a prompt in 256 tokens"),
         (["--num_seed", "3"], "unknown flag --num_seed (did you mean num_seeds?)"),
         (["--output", "/nowhere/x.jsonl"], "no such directory"),
+        (["--baseline", "/nowhere/x.jsonl"], "/nowhere/x.jsonl: No such file or directory"),
+        (["--temperature", "0", "--num_samples_per_prompt", "2"], "greedy samples are all the same"),
+        (["--num_samples_per_prompt", "0"], "--num_samples_per_prompt must be greater than 0"),
+        (["--num_few_shot", "2", "--few_shot_file", "/nowhere.jsonl"], "/nowhere.jsonl: no such file or directory"),
     ],
 )
 def test_bad_input_gets_one_line(argv, line, tmp_path):

@@ -192,7 +192,7 @@ def test_real_conversations_and_a_mixture(shared_data, tmp_path, embedded_dir):
         "200",
     ]
     result = launch([*Runs("sft", tmp_path, flags).command("out"), *mixture], 2, "launch.sft")
-    assert result.ok and "7472 rows" in result.output and "data: 944 conversations" in result.output, result.output
+    assert result.ok and "7472 rows" in result.output and " 944 conversations, " in result.output, result.output
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "out"))
 
 

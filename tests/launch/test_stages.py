@@ -167,7 +167,7 @@ def test_a_row_of_metrics_is_of_tokens_slots_and_verdicts():
 
 def held_out(verdicts: list[Verdict], samples: int) -> dict:
     written = {}
-    collect = lambda prompts, chosen, samples, step, seed: (rollouts(*["stop"] * len(verdicts)), verdicts)
+    collect = lambda prompts, chosen, samples, step, seed, shown: (rollouts(*["stop"] * len(verdicts)), verdicts)
     collect = type(
         "Collect", (), {"__call__": staticmethod(collect), "sampler": SimpleNamespace(load=lambda policy: None)}
     )()

@@ -1940,8 +1940,8 @@ MODEL = (
     Mutant(
         "a_backend_that_is_not_here_is_chosen",
         "engine/model/attention.py",
-        "if why_not := _unavailable(requested, device, dtype):",
-        "if (why_not := _unavailable(requested, device, dtype)) and False:",
+        "if why_not := unavailable(requested, device, dtype):",
+        "if (why_not := unavailable(requested, device, dtype)) and False:",
         (f"{ATTENTION}::test_choice_of_backend",),
     ),
     Mutant(
@@ -2772,6 +2772,8 @@ FLAGS = ("tests/engine/test_flags.py",)
 FOREIGN = ("tests/engine/test_foreign.py",)
 LOG = ("tests/engine/test_log.py",)
 WORLD = ("tests/engine/test_world.py",)
+TERMINAL = ("tests/engine/test_terminal.py",)
+OF_SEEDS = ("tests/engine/train/test_interval.py",)
 
 ENGINE = (
     Mutant(
@@ -2973,6 +2975,67 @@ ENGINE = (
         LOG,
     ),
     Mutant("rows_are_not_written_out", "engine/log.py", "        self._file.flush()\n", "", LOG),
+    Mutant("quiet_hides_warnings", "engine/terminal.py", "if line.startswith(WARNINGS) or not", "if not", TERMINAL),
+    Mutant(
+        "control_characters_of_data_reach_the_terminal",
+        "engine/terminal.py",
+        '_columns(f"  {line.label}", CONTROL.sub(" ", line.value), width, "label")',
+        '_columns(f"  {line.label}", line.value, width, "label")',
+        TERMINAL,
+    ),
+    Mutant(
+        "a_file_gets_every_look_of_the_bar", "engine/terminal.py", "elif now - self._said >= EVERY:", "else:", TERMINAL
+    ),
+    Mutant(
+        "a_file_is_not_told_of_the_end",
+        "engine/terminal.py",
+        "            self._write()\n        if",
+        "        if",
+        TERMINAL,
+    ),
+    Mutant(
+        "the_first_evaluation_is_a_part_of_the_first_step",
+        "engine/terminal.py",
+        "self._ends[0] = time.monotonic()",
+        "pass",
+        TERMINAL,
+    ),
+    Mutant("what_goes_on_is_left_out_first", "engine/terminal.py", "del right[-2]", "del right[-1]", TERMINAL),
+    Mutant(
+        "colours_for_whoever_wants_none",
+        "engine/terminal.py",
+        "return text if not _state.colour else f",
+        "return f",
+        TERMINAL,
+    ),
+    Mutant(
+        "every_rank_shows_what_goes_on",
+        "engine/world.py",
+        "        if self.is_main:\n            terminal.phase(",
+        "        if True:\n            terminal.phase(",
+        TERMINAL,
+    ),
+    Mutant(
+        "seeds_by_the_normal_distribution",
+        "engine/train/interval.py",
+        "_quantile(lambda t: _student(t, k - 1), 0.975)",
+        "1.96",
+        OF_SEEDS,
+    ),
+    Mutant(
+        "the_sds_bounds_change_places",
+        "engine/train/interval.py",
+        "for share in (0.975, 0.025)]",
+        "for share in (0.025, 0.975)]",
+        OF_SEEDS,
+    ),
+    Mutant(
+        "tokens_of_a_row_are_independent",
+        "engine/train/interval.py",
+        '- 2 * r * sums["ab"]',
+        '- r * sums["ab"]',
+        OF_SEEDS,
+    ),
     Mutant(
         "ranks_agree_on_anything",
         "engine/world.py",
@@ -3004,7 +3067,7 @@ ENGINE = (
     Mutant(
         "a_missing_file_is_a_traceback",
         "engine/world.py",
-        "        if error.filename is None:\n",
+        "        if error.filename is None and error.errno not in TODO:\n",
         "        if error.filename is not None:\n",
         WORLD,
     ),
@@ -3351,7 +3414,33 @@ VERDICTS = (
     "tests/launch/test_ppo.py::test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_the_run",
 )
 
+SEEDS = tuple(
+    f"tests/launch/test_seeds.py::{name}"
+    for name in (
+        "test_what_the_figures_say",
+        "test_what_is_finished_is_not_run_again_and_what_was_interrupted_goes_on",
+        "test_seeds_that_cannot_be",
+        "test_a_directory_belongs_to_one_run_or_to_several",
+    )
+)
+
 LAUNCH = (
+    Mutant("two_runs_differ_by_one_sd", "launch/seeds.py", "2 * math.sqrt(2) * interval", "2 * interval", SEEDS),
+    Mutant("a_seed_counts_twice", "launch/seeds.py", "if seed in seeds[:i]", "if seed in seeds[i + 1:i]", SEEDS),
+    Mutant(
+        "seeds_write_over_a_run",
+        "launch/seeds.py",
+        'if (root / "config.yaml").is_file():',
+        'if (root / "config.yml").is_file():',
+        SEEDS,
+    ),
+    Mutant(
+        "the_first_evaluation_is_compared",
+        "launch/seeds.py",
+        "row |= json.loads(line)",
+        "row = json.loads(line) | row",
+        SEEDS,
+    ),
     Mutant(
         "sft_is_not_divided",
         "launch/sft.py",
@@ -3946,6 +4035,433 @@ PLANNER = (
     ),
 )
 
+# --- evaluation -------------------------------------------------------------------------------------------------------
+
+PAIRED = ("tests/engine/train/test_paired.py",)
+COMPARE = ("tests/launch/test_compare.py",)
+RESPONSES = ("tests/launch/test_responses_file.py",)
+FEW_SHOT = ("tests/launch/test_few_shot.py",)
+RESULTS = ("tests/launch/test_results.py",)
+FURTHER = ("tests/verifiers/test_further.py",)
+
+EVALUATION = (
+    Mutant(
+        "a_score_interval_of_two_proportions_apart",
+        "engine/train/paired.py",
+        "linear = (2 * n - b + c) * d - b - c",
+        "linear = (2 * n - b - c) * d - b - c",
+        PAIRED,
+    ),
+    Mutant(
+        "mcnemar_of_one_side", "engine/train/paired.py", "min(1.0, 2 * float(np.exp(", "min(1.0, float(np.exp(", PAIRED
+    ),
+    Mutant(
+        "nothing_differs_and_that_is_certain",
+        "engine/train/paired.py",
+        "np.concatenate([d_N, [s, -s]])",
+        "np.concatenate([d_N, [0.0, 0.0]])",
+        PAIRED,
+    ),
+    Mutant(
+        "signs_flipped_one_way",
+        "engine/train/paired.py",
+        "(np.abs((1 - 2 * signs_FN) @ d_N) >= bound)",
+        "((1 - 2 * signs_FN) @ d_N >= bound)",
+        PAIRED,
+    ),
+    Mutant(
+        "drawn_flips_without_the_signs_as_they_are",
+        "engine/train/paired.py",
+        "np.abs(d_N.sum() - 2 * (bits_FN @ d_N))",
+        "np.abs(d_N.sum() - (bits_FN @ d_N))",
+        PAIRED,
+    ),
+    Mutant(
+        "pass_at_k_with_replacement",
+        "engine/train/interval.py",
+        "1 - k / np.arange(1, ",
+        "(1 - 1 / samples) ** k + 0 * np.arange(1, ",
+        PAIRED,
+    ),
+    Mutant(
+        "clusters_are_trials",
+        "engine/train/interval.py",
+        "p * (1 - p) * total * total * (n - 1) / (n * squares)",
+        "total",
+        PAIRED,
+    ),
+    Mutant(
+        "the_interval_of_the_better_is_that_of_b",
+        "launch/compare.py",
+        "if sign > 0 else (-found.high, -found.low)",
+        "if sign > 0 else (found.low, found.high)",
+        COMPARE,
+    ),
+    Mutant(
+        "an_unverified_response_is_compared",
+        "launch/compare.py",
+        "if not any(np.isnan(r.score) for r in by_key_a[key] + by_key_b[key])",
+        "if not any(np.isnan(r.score) for r in by_key_a[key])",
+        COMPARE,
+    ),
+    Mutant(
+        "a_torn_line_is_gone_on_with",
+        "launch/evaluation/file.py",
+        "                self._file.truncate(self._end)  # a torn line, if there is one\n",
+        "",
+        RESPONSES,
+    ),
+    Mutant(
+        "responses_stay_in_a_buffer", "launch/evaluation/file.py", "                self._file.flush()\n", "", RESPONSES
+    ),
+    Mutant(
+        "lines_stay_as_they_came",
+        "launch/evaluation/file.py",
+        "for name in self.wanted:\n                self._file.seek",
+        "for name in self._places:\n                self._file.seek",
+        RESPONSES,
+    ),
+    Mutant(
+        "any_settings_are_gone_on_with",
+        "launch/evaluation/file.py",
+        "if there.get(name) != settings.get(name):",
+        "if name not in there:",
+        RESPONSES,
+    ),
+    Mutant(
+        "the_example_that_asks_the_question_stays",
+        "launch/evaluation/few_shot.py",
+        "            if asked in self.exemplars[i].asked:",
+        "            if asked in ():",
+        FEW_SHOT,
+    ),
+    Mutant(
+        "examples_before_the_system_turn",
+        "launch/evaluation/few_shot.py",
+        'if message["role"] != "system")\n        return',
+        'if message["role"])\n        return',
+        FEW_SHOT,
+    ),
+    Mutant(
+        "drawn_examples_are_those_of_every_question",
+        "launch/evaluation/few_shot.py",
+        'self.seed, "few_shot", key)',
+        'self.seed, "few_shot")',
+        FEW_SHOT,
+    ),
+    Mutant(
+        "the_last_of_equal_votes_wins",
+        "launch/evaluation/results.py",
+        "first[count.index(max(count))]",
+        "first[len(count) - 1 - count[::-1].index(max(count))]",
+        RESULTS,
+    ),
+    Mutant(
+        "no_answer_is_a_vote",
+        "launch/evaluation/results.py",
+        "        if response.answer is None:\n            continue\n",
+        "",
+        RESULTS,
+    ),
+    Mutant(
+        "a_loose_prompt_is_a_strict_one",
+        "launch/evaluation/results.py",
+        'r.score if how == "strict" else r.loose',
+        "r.score",
+        RESULTS,
+    ),
+    Mutant(
+        "instructions_are_weighed_by_prompt",
+        "launch/evaluation/results.py",
+        "np.rint(share_NK * per_prompt_N[:, None]).sum(1)",
+        "np.rint(share_NK * per_prompt_N.mean()).sum(1)",
+        RESULTS,
+    ),
+    Mutant("a_majority_of_spellings", "verifiers/further.py", "return a == b or (", "return a == b and (", RESULTS),
+    Mutant(
+        "an_unfinished_thought_votes",
+        "verifiers/further.py",
+        'if "<think>" in text or is_blank(text):',
+        "if is_blank(text):",
+        FURTHER,
+    ),
+)
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+REPORT = (
+    Mutant(
+        "a_report_keeps_the_first_of_a_doubled_step",
+        "launch/reports/runs.py",
+        "                of_key[step] = number\n",
+        "                of_key.setdefault(step, number)\n",
+        ("tests/launch/test_report.py::test_what_is_wrong_with_a_file_is_counted",),
+    ),
+    Mutant(
+        "infinite_numbers_are_drawn",
+        "launch/reports/runs.py",
+        "finite = np.abs(numbers) < 1e300",
+        "finite = np.abs(numbers) <= np.inf",
+        ("tests/launch/test_report.py::test_infinite_numbers_are_kept_apart",),
+    ),
+    Mutant(
+        "what_a_model_says_is_markup",
+        "launch/reports/page.py",
+        "autoescape=True",
+        "autoescape=False",
+        ("tests/launch/test_report.py::test_nothing_that_a_model_says_is_more_than_text",),
+    ),
+    Mutant(
+        "directions_of_writing_are_kept",
+        "launch/reports/samples.py",
+        "if code in DIRECTIONS or ",
+        "if ",
+        ("tests/launch/test_report.py::test_nothing_that_a_model_says_is_more_than_text",),
+    ),
+    Mutant(
+        "spikes_are_thinned_away",
+        "launch/reports/plots.py",
+        "np.maximum.reduceat(series.values, edges)",
+        "np.minimum.reduceat(series.values, edges)",
+        ("tests/launch/test_report.py::test_thinning_keeps_peaks_and_means",),
+    ),
+    Mutant(
+        "all_colours_are_the_lights",
+        "launch/reports/plots.py",
+        'r"var(--c\\1)"',
+        'r"#0072b2"',
+        ("tests/launch/test_report.py::test_drawings_are_whole_and_in_the_pages_colours",),
+    ),
+    Mutant(
+        "ticks_are_rounded_together",
+        "launch/reports/plots.py",
+        "return next((d for d in range(most) if abs(gap - round(gap, d)) < 0.01 * abs(gap)), most)",
+        "return 0",
+        ("tests/launch/test_report.py::test_tick_labels",),
+    ),
+    Mutant(
+        "overlapping_intervals_are_a_difference",
+        "launch/reports/verdict.py",
+        "up, down = last[0] > first[1], last[1] < first[0]",
+        "up, down = after > before, after < before",
+        ("tests/launch/test_report.py::test_whether_it_worked",),
+    ),
+    Mutant(
+        "a_fall_of_the_loss_is_worse",
+        "launch/reports/verdict.py",
+        "(up, down) if more_is_better else (down, up)",
+        "(up, down)",
+        ("tests/launch/test_report.py::test_whether_it_worked",),
+    ),
+    Mutant(
+        "the_reference_is_not_looked_at",
+        "launch/reports/health.py",
+        "BAD if off > 0.05 else OK, titles",
+        "OK, titles",
+        ("tests/launch/test_report.py::test_a_rule_is_raised_by_a_run_that_should",),
+    ),
+    Mutant(
+        "spikes_are_measured_by_the_whole_run",
+        "launch/reports/health.py",
+        "times = norm.values[10:] / np.maximum(medians_before(norm.values), 1e-12)",
+        "times = norm.values[10:] / np.median(norm.values)",
+        ("tests/launch/test_report.py::test_what_looks_like_a_fault_and_is_none",),
+    ),
+    Mutant(
+        "right_answers_that_are_alike_are_a_fault",
+        "launch/reports/health.py",
+        "if is_right[prompt] else prompt",
+        "if not prompt else prompt",
+        ("tests/launch/test_report.py::test_what_looks_like_a_fault_and_is_none",),
+    ),
+    Mutant(
+        "an_error_is_a_wrong_answer_on_the_page",
+        "launch/reports/results.py",
+        ' and row.get("status") != "error"',
+        "",
+        ("tests/launch/test_report.py::test_an_evaluation_is_that_of_the_command",),
+    ),
+    Mutant(
+        "samples_of_a_seed_are_other_prompts",
+        "launch/reports/results.py",
+        "sample = f\"{row.get('seed')}/{row.get('sample')}\"",
+        "sample = str(row.get('sample'))",
+        ("tests/launch/test_report.py::test_an_evaluation_is_that_of_the_command",),
+    ),
+    Mutant(
+        "tensorboard_keeps_what_was_cut_back",
+        "engine/elsewhere.py",
+        "purge = start + 1 if start else 0",
+        "purge = None",
+        ("tests/engine/test_elsewhere.py::test_tensorboard_has_every_step_once",),
+    ),
+    Mutant(
+        "tensorboard_forgets_the_resumed_step",
+        "engine/elsewhere.py",
+        "purge = start + 1 if start else 0",
+        "purge = start",
+        ("tests/engine/test_elsewhere.py::test_tensorboard_has_every_step_once",),
+    ),
+    Mutant(
+        "a_resumed_run_has_another_name",
+        "engine/elsewhere.py",
+        "if not start or not name.is_file():",
+        "if True:",
+        ("tests/engine/test_elsewhere.py::test_weights_and_biases_goes_on_with_the_same_run",),
+    ),
+)
+
+# --- launch.data ------------------------------------------------------------------------------------------------------
+
+OF_DATA = "tests/launch/test_data_command.py"
+OVERLAP = (f"{OF_DATA}::test_overlap_is_that_of_the_definition",)
+TAKEN = (f"{OF_DATA}::test_the_table_is_what_a_training_takes",)
+PAGE = (f"{OF_DATA}::test_the_page_shows_masks_and_runs_nothing_of_the_rows",)
+
+INSPECTION = (
+    Mutant(
+        "grams_that_overlap_cover_words_twice",
+        "launch/inspection/likeness.py",
+        "np.minimum(np.diff(starts)[same], GRAM)",
+        "GRAM",
+        OVERLAP,
+    ),
+    Mutant(
+        "half_a_prompt_contaminates",
+        "launch/inspection/likeness.py",
+        "if share > COVERED}",
+        "if share >= COVERED}",
+        OVERLAP,
+    ),
+    Mutant(
+        "a_gram_covers_its_first_word",
+        "launch/inspection/likeness.py",
+        "np.full(len(owners), GRAM, np.int64)",
+        "np.full(len(owners), 1, np.int64)",
+        OVERLAP,
+    ),
+    Mutant(
+        "shingles_in_any_order",
+        "launch/inspection/likeness.py",
+        "grams = grams * _BASE + _mixed(",
+        "grams = grams + _mixed(",
+        (f"{OF_DATA}::test_the_order_of_words_counts",),
+    ),
+    Mutant(
+        "rows_alike_in_one_band_are_duplicates",
+        "launch/inspection/likeness.py",
+        "likeness(sketches_N[order[some]], sketches_N[first[some]]) >= ALIKE",
+        "likeness(sketches_N[order[some]], sketches_N[first[some]]) >= 0",
+        (f"{OF_DATA}::test_rows_that_share_a_part_are_no_duplicates",),
+    ),
+    Mutant(
+        "the_first_token_is_trained",
+        "launch/inspection/look.py",
+        "int(mask[1:limit].sum())",
+        "int(mask[:limit].sum())",
+        (f"{OF_DATA}::test_plain_text_trains_all_but_its_first_token",),
+    ),
+    Mutant(
+        "rows_of_later_chunks_are_the_first_ones",
+        "launch/inspection/tally.py",
+        "values + whole.rows if name",
+        "values if name",
+        (f"{OF_DATA}::test_rows_of_every_chunk_are_named",),
+    ),
+    Mutant(
+        "what_is_cut_whole_is_taken",
+        "launch/inspection/tally.py",
+        'self.found.columns["left"][0] > 0).all(1))\n        return kept[',
+        'self.found.columns["left"][0] >= 0).all(1))\n        return kept[',
+        (f"{OF_DATA}::test_problems",),
+    ),
+    Mutant(
+        "a_mixtures_draw_has_no_name",
+        "launch/inspection/tally.py",
+        "mixture_index(len(kept), self.amount, seed, name)",
+        'mixture_index(len(kept), self.amount, seed, "")',
+        TAKEN,
+    ),
+    Mutant(
+        "overlap_is_not_dropped",
+        "launch/data.py",
+        "if number in overlapping:",
+        "if number in ():",
+        (f"{OF_DATA}::test_overlap_is_said_and_dropped",),
+    ),
+    Mutant("the_page_is_not_escaped", "launch/inspection/page.py", "autoescape=True", "autoescape=False", PAGE),
+    Mutant(
+        "a_token_that_was_cut_is_shown_as_trained",
+        "launch/inspection/page.py",
+        "start >= limit)",
+        "start > limit)",
+        (f"{OF_DATA}::test_pieces_are_the_text",),
+    ),
+)
+
+# --- strangers' mistakes ----------------------------------------------------------------------------------------------
+
+MISTAKEN = "tests/launch/test_mistakes.py"
+
+MISTAKES = (
+    Mutant(
+        "a_pointer_is_read_as_data",
+        "engine/data/readers.py",
+        "if what := disguised(file):",
+        "if (what := disguised(file)) and not file:",
+        (f"{MISTAKEN}::test_files_that_are_not_files",),
+    ),
+    Mutant(
+        "a_full_disk_is_a_traceback",
+        "engine/disk.py",
+        "if number is None:",
+        "if number is not None:",
+        (f"{MISTAKEN}::test_a_full_disk_at_the_export",),
+    ),
+    Mutant(
+        "a_write_without_a_name_is_a_traceback",
+        "engine/world.py",
+        "if error.filename is None and error.errno not in TODO:",
+        "if error.filename is None:",
+        (f"{MISTAKEN}::test_a_write_that_fails_without_a_name",),
+    ),
+    Mutant(
+        "an_encoder_is_trained",
+        "engine/model/build.py",
+        "not any(map(GENERATES.search, names))",
+        "False",
+        (f"{MISTAKEN}::test_models_that_are_no_models",),
+    ),
+    Mutant(
+        "every_x86_is_slow_in_bfloat16",
+        "engine/hardware.py",
+        'not (known.get("avx512_bf16") or known.get("amx_bf16"))',
+        "True",
+        (f"{MISTAKEN}::test_bfloat16_on_a_processor_without_it",),
+    ),
+    Mutant(
+        "adapters_are_told_the_rate_of_all_weights",
+        "launch/resolve.py",
+        "0 < rate <= usual / 10:",
+        "0 < rate <= usual * 10:",
+        (f"{MISTAKEN}::test_learning_rates",),
+    ),
+    Mutant(
+        "held_out_rows_are_compared_with_themselves",
+        "engine/data/sources.py",
+        "sum(row in trained for row in rows)",
+        "sum(row in wanted for row in rows)",
+        (f"{MISTAKEN}::test_held_out_data_that_is_trained_on",),
+    ),
+    Mutant(
+        "the_hub_is_asked_six_times",
+        "engine/data/files.py",
+        "            _check_hub(name, Path(datasets.config.HF_DATASETS_CACHE))\n",
+        "",
+        (f"{MISTAKEN}::test_a_dataset_of_the_hub_without_a_network",),
+    ),
+)
+
 CHAT, EXPORT = "tests/launch/test_chat.py", "tests/launch/test_export.py"
 
 SPOKEN = (
@@ -4051,6 +4567,10 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENGINE,
     *ROLLOUT,
     *LAUNCH,
-    *SPOKEN,
     *PLANNER,
+    *EVALUATION,
+    *REPORT,
+    *INSPECTION,
+    *MISTAKES,
+    *SPOKEN,
 )

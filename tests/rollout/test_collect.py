@@ -35,7 +35,9 @@ class Pool:
 
 def collector(rank: int, size: int, others=()) -> Collector:
     chat = SimpleNamespace(end_ids=(END,), response_text=lambda ids: " ".join(str(i) for i in ids if i != END))
-    world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others])
+    phases: list[tuple[str, int, int]] = []
+    world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others], phases=phases)
+    world.phase = lambda *shown: phases.append(shown)
     return Collector(Sampler(), Pool(), chat, SamplingFlags(response_length=7), 3, world)
 
 
@@ -56,3 +58,12 @@ def test_every_rank_samples_its_share(rank, expected):
     rollouts, _ = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
     assert collect.sampler.asked == [(e, s) for e in expected for s in (0, 1)]
     assert [r.example for r in rollouts] == [e for e in expected for _ in (0, 1)]
+
+
+def test_what_goes_on_is_shown_while_it_does():
+    """Counted as if every rank were as far as this one; a verdict is shown only once nothing is sampled."""
+    collect = collector(1, 2, others=[])
+    collect(PROMPTS, np.array([4, 1, 2]), 2, step=0, shown="held out: ")
+    phases = collect.world.phases
+    assert phases[:3] == [("held out: sampling", n, 6) for n in (0, 2, 4)]
+    assert phases[3:] == [("held out: verifying", 4, 6)]  # the first verdict came while the second was sampled

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from engine.disk import writing
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
 from engine.model.adapters.lora import Adapters
@@ -246,7 +247,8 @@ def save(
     if world.is_main:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
-        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+        with writing(partial / TENSORS):
+            save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         described = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",

@@ -83,3 +83,13 @@ def test_a_set_of_prompts_is_known_by_all_that_is_in_it():
     ]
     assert len({fingerprint_of(p) for p in (prompts, *others)}) == 6
     assert fingerprint_of(prompts) == fingerprint_of([Prompt(p.ids.copy(), p.ground_truth, p.dataset) for p in prompts])
+
+
+def test_a_row_of_ifeval_itself(chat):
+    """Its instructions stand beside the prompt; a ground truth of the row's own comes first."""
+    told = {"prompt": "Write.", "key": 7, "instruction_id_list": ["punctuation:no_comma"], "kwargs": [{"n": None}]}
+    ((prompt, named, own), lines) = load(chat, told, told | {"dataset": "IFEval"}, told | row())
+    assert prompt.ground_truth == {"instruction_id": ["punctuation:no_comma"], "kwargs": [{"n": None}]}
+    assert (prompt.dataset, named.dataset, own.ground_truth) == ("ifeval", "IFEval", "2")
+    assert prompt.source == "x" and "  not used: instruction_id_list, key, kwargs, prompt" in lines
+    assert load(chat, told | {"dataset": None})[0][0].dataset == "ifeval"

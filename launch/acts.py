@@ -1,0 +1,170 @@
+"""The three acts of launch.demo as flags of the stages: in miniature, and of a real model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import Any
+
+from engine.data.word_problems import WordProblems
+from engine.errors import UserError
+from engine.flags import flag, require_positive
+from launch import dpo, ppo, sft
+from launch.evaluate import Config as Evaluation
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """What the three acts are made of, and where they go."""
+
+    model_name_or_path: str | None = flag(None, "a real chat model in place of the embedded tiny Llama")
+    conversations: str | None = flag(None, "act I of a real model: what launch.sft reads, such as GSM8K's solutions")
+    pairs: str | None = flag(None, "act II of a real model: what launch.dpo reads")
+    output_dir: str = flag("output/demo", "holds sft/, dpo/, ppo/, evaluations/, results.json, report.html")
+    seed: int = flag(1, "of all that is drawn")
+    scale: float = flag(1.0, "every act's steps, as a multiple: 0.1 is a look at whether all works")
+    cache_dir: str = flag("~/.cache/triptych", "where the embedded model and problems lie")
+
+
+@dataclass(frozen=True)
+class Act:
+    """One act of the recipe: what it is called, what it does, and with which flags."""
+
+    name: str
+    says: str
+    stage: ModuleType
+    flags: Any
+
+
+def check(config: RecipeFlags) -> None:
+    """Raises UserError for what cannot be."""
+    require_positive(config, "scale")
+    named = [f"--{name}" for name in ("conversations", "pairs") if vars(config)[name] is None]
+    if config.model_name_or_path is not None and named:
+        raise UserError(f"--model_name_or_path needs {' and '.join(named)} (without it, all is embedded)")
+    if config.model_name_or_path is None and len(named) < 2:
+        raise UserError("--conversations and --pairs are read with --model_name_or_path")
+
+
+def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], Evaluation]:
+    """(the model to begin with, the acts, how each is evaluated): from nothing, in minutes."""
+    shared = common(config) | {"max_seq_length": 128}
+    acts = [
+        Act(
+            "SFT",
+            "worked answers of somebody careless, losses/sft.py; launch/sft.py",
+            sft,
+            sft.Config(
+                **shared | out(config, "sft"),
+                model_name_or_path=str(problems.model),
+                dataset_name=str(problems.conversations),
+                batch_size=32,
+                max_steps=steps(config, 750),
+                learning_rate=3e-3,
+                sample_tokens=0,
+            ),
+        ),
+        Act(
+            "DPO",
+            "of two answers the one judged better, length-normalised, losses/preference.py; launch/dpo.py",
+            dpo,
+            dpo.Config(
+                **shared | out(config, "dpo"),
+                model_name_or_path=f"{config.output_dir}/sft/final",
+                dataset_name=str(problems.pairs),
+                batch_size=32,
+                max_steps=steps(config, 64),
+                learning_rate=1e-3,
+            ),
+        ),
+        Act(
+            "RLVR",
+            "what the verifier finds right is reinforced, PPO with GAE and a KL penalty, losses/ppo.py; launch/ppo.py",
+            ppo,
+            ppo.Config(
+                **shared | out(config, "ppo"),
+                model_name_or_path=f"{config.output_dir}/dpo/final",
+                dataset_name=str(problems.problems),
+                batch_size=32,
+                num_samples_per_prompt=4,
+                max_steps=steps(config, 30),
+                learning_rate=1e-3,
+                response_length=48,
+            ),
+        ),
+    ]
+    evaluation = Evaluation(
+        model_name_or_path="", dataset_name=str(problems.held_out), response_length=48, num_samples_per_prompt=4
+    )
+    return str(problems.model), acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
+
+
+def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], Evaluation]:
+    """The same of a real chat model on real data. Act II and III train adapters: their reference is the model under
+    them, and a step costs a third less.
+    """
+    shared = common(config) | {"max_seq_length": 512}
+    lora = {"use_lora": True, "lora_rank": 16}
+    acts = [
+        Act(
+            "SFT",
+            f"worked answers of {config.conversations}; launch/sft.py",
+            sft,
+            sft.Config(
+                **shared | out(config, "sft"),
+                model_name_or_path=config.model_name_or_path,
+                dataset_name=config.conversations,
+                batch_size=8,
+                max_steps=steps(config, 32),
+                learning_rate=2e-5,
+            ),
+        ),
+        Act(
+            "DPO",
+            f"preferences of {config.pairs}; launch/dpo.py",
+            dpo,
+            dpo.Config(
+                **shared | out(config, "dpo") | lora,
+                model_name_or_path=f"{config.output_dir}/sft/final",
+                dataset_name=config.pairs,
+                batch_size=8,
+                max_steps=steps(config, 16),
+                learning_rate=5e-5,
+            ),
+        ),
+        Act(
+            "RLVR",
+            "sums and word problems, verified by verifiers/gsm8k.py; launch/ppo.py",
+            ppo,
+            ppo.Config(
+                **shared | out(config, "ppo") | lora,
+                model_name_or_path=f"{config.output_dir}/dpo/final",
+                dataset_name=str(problems.practice),
+                batch_size=12,
+                num_samples_per_prompt=4,
+                max_steps=steps(config, 16),
+                learning_rate=1e-4,
+                num_ppo_epochs=1,
+                num_mini_batches=2,
+                response_length=96,
+            ),
+        ),
+    ]
+    evaluation = Evaluation(
+        model_name_or_path="", dataset_name=str(problems.exam), response_length=256, temperature=0.0
+    )
+    return str(config.model_name_or_path), acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
+
+
+def common(config: RecipeFlags) -> dict[str, Any]:
+    """What all acts have in common: an interrupted one goes on where it was."""
+    return {"seed": config.seed, "cache_dir": config.cache_dir, "save_steps": 10}
+
+
+def out(config: RecipeFlags, act: str) -> dict[str, str]:
+    """The act's own directory."""
+    return {"output_dir": f"{config.output_dir}/{act}"}
+
+
+def steps(config: RecipeFlags, n: int) -> int:
+    return max(2, round(n * config.scale))

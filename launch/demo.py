@@ -1,0 +1,119 @@
+"""The whole recipe in one sitting.                                                       python -m launch.demo --help
+
+    base  --SFT-->  pi_1  --DPO-->  pi_2  --PPO-->  pi_3          each evaluated on the same held-out problems
+
+    act I    launch.sft   maximises log pi(answer | problem) on worked answers, many of them wrong
+    act II   launch.dpo   prefers the better of two answers, as somebody judged who sometimes errs
+    act III  launch.ppo   reinforces what a program verifies to be right
+
+With no argument: a tiny Llama that has read nothing and a small language of word problems
+(engine/data/word_problems.py), some minutes on two cores. With --model_name_or_path a real chat model on real data,
+some hours:
+
+    python -m launch.demo --model_name_or_path HuggingFaceTB/SmolLM2-135M-Instruct --conversations gsm8k_train.jsonl
+        --pairs preferences.jsonl
+
+At the end stand a table, which of the differences are more than chance, three answers side by side, and a page to look
+at: output/demo/report.html. Interrupted, the same command goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from engine import terminal
+from engine.config import parse
+from engine.data.word_problems import word_problems
+from engine.world import World, main, start
+from launch import commands
+from launch.acts import Evaluation, RecipeFlags, check, real, tiny
+from launch.compare import compare
+from launch.evaluate import evaluate
+from launch.report import report, require_matplotlib
+
+SHOWN = 3  # problems whose answers stand side by side
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(RecipeFlags):
+    __doc__ = __doc__
+
+
+def demo(config: Config) -> None:
+    """Three acts, with an evaluation before and after each. Raises UserError."""
+    world = start()
+    require_matplotlib()  # before the hours, not after
+    check(config)
+    problems = world.once("problems", lambda: word_problems(Path(config.cache_dir).expanduser()))
+    base, acts, evaluation = (tiny if config.model_name_or_path is None else real)(config, problems)
+    output_dir = Path(config.output_dir)
+    world.on_main("evaluations", lambda: (output_dir / "evaluations").mkdir(parents=True, exist_ok=True))
+
+    world.say(f"base: {base}")
+    measured = [measure("base", base, evaluation, world, output_dir)]
+    for act in acts:
+        world.say(terminal.Heading(act.name), act.says)
+        with terminal.subdued():
+            act.stage.train(act.flags)
+        measured.append(measure(act.name, f"{act.flags.output_dir}/final", evaluation, world, output_dir))
+
+    results = {"title": f"accuracy on {measured[0]['n']} held-out problems", "rows": measured}
+    results["answers"] = side_by_side([row["name"] for row in measured], output_dir)
+    world.say(*told(results, output_dir))
+    if world.is_main:
+        (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
+        runs = [act.flags.output_dir for act in acts]
+        world.say(*report(runs, output_dir / "report.html", results=results, title="The whole recipe in one sitting"))
+
+
+# --- what is measured, and said ---------------------------------------------------------------------------------------
+
+
+def measure(name: str, model: str, evaluation: Evaluation, world: World, output_dir: Path) -> dict[str, Any]:
+    """A row of the table: this model's accuracy on the held-out problems."""
+    with terminal.subdued():
+        found = evaluate(replace(evaluation, model_name_or_path=model, output=str(responses(output_dir, name))))
+    row = {"name": name, "accuracy": found.accuracy, "low": found.low, "high": found.high, "n": len(found.keys)}
+    world.say(f"held-out problems solved: {found.accuracy:.1%} (95 % {found.low:.1%} to {found.high:.1%})")
+    return row
+
+
+def told(results: dict[str, Any], output_dir: Path) -> list[str]:
+    """The table, the differences between neighbours, and the answers side by side."""
+    lines = ["", results["title"], f"{'model':6} {'accuracy':>9}   95 % interval"]
+    for row in results["rows"]:
+        lines.append(f"{row['name']:6} {row['accuracy']:9.1%}   {row['low']:.1%} to {row['high']:.1%}")
+    names = [row["name"] for row in results["rows"]]
+    for a, b in itertools.pairwise(names):
+        lines += compare(responses(output_dir, a), responses(output_dir, b)).lines(a, b)[:1]
+    for shown in results["answers"]:
+        lines += ["", shown["prompt"]]
+        lines += [
+            f"  {name:5} {a['score']:g}  {' '.join(a['text'].split())[:100]}" for name, a in shown["answers"].items()
+        ]
+    return lines
+
+
+def side_by_side(names: list[str], output_dir: Path) -> list[dict[str, Any]]:
+    """Every model's first answer to the first problems."""
+    answers: dict[str, dict[str, Any]] = {}
+    for name in names:
+        with responses(output_dir, name).open(encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+        first = [row for row in rows if row["sample"] == 0][:SHOWN]
+        for row in first:
+            of = answers.setdefault(row["key"], {"prompt": row["prompt"], "truth": row["ground_truth"], "answers": {}})
+            of["answers"][name] = {"text": row["response"], "score": row["score"]}
+    return list(answers.values())
+
+
+def responses(output_dir: Path, name: str) -> Path:
+    return output_dir / "evaluations" / f"{name.lower()}.jsonl"
+
+
+if __name__ == "__main__":
+    main(lambda: demo(parse(Config, elsewhere=commands)))

@@ -1,0 +1,195 @@
+"""Sampling and judging: a line of the file for every response, as soon as it has ended, on whatever rank.
+
+Every rank samples its share of the prompts; the others send their lines to rank 0 over the store that the ranks met at,
+so that one process writes, no collective waits for the slowest, and no shared disk is needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from tqdm import tqdm
+
+from engine.data import ChatTokenizer
+from engine.flags import SamplingFlags
+from engine.model import Base, load_untrained
+from engine.world import POLL, World
+from launch.evaluation.few_shot import Question
+from launch.evaluation.file import Name, ResponseFile
+from rollout import Request, Rollout, Sampler, SamplingParams
+from verifiers import Pool
+from verifiers.further import ANSWER, LOOSE, asked_of, num_instructions
+
+JUDGE = "verifiers.further:judged"
+IN_FLIGHT = 4  # rows that a worker holds: a response waits behind few others before it is written
+_runs = itertools.count()  # names the keys of the store: every rank evaluates the same number of times
+
+
+def ask(
+    base: Base,
+    world: World,
+    flags: SamplingFlags,
+    questions: list[Question],
+    there: ResponseFile | None,
+    settings: dict[str, Any],
+) -> None:
+    """Samples the responses that are not there yet, on all ranks, and has rank 0, where `there` is, write each as soon
+    as it is judged. Collective. Raises UserError where those that are there are another model's.
+    """
+    policy = load_untrained(base, world)
+    settings = settings | {"weights": policy.identity}
+    world.on_main("weights", lambda: there.check(settings) if there else None)
+    missing = world.gather(there.missing if there else None)[0]
+    if not missing:
+        return
+    window = max(len(question.ids) for question in questions) + flags.response_length
+    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=flags.rollout_slots)
+    sampler.load(policy)
+    del policy
+    params = SamplingParams.of(flags, *base.chat.end_ids)
+    requests = requests_of(missing, {question.key: question for question in questions}, world)
+    by_example = {example_of(question.key): question for question in questions}
+    beside = {"model": base.name, "settings": settings}
+    total = len(there.wanted) if there else 0
+    bar = tqdm(
+        total=total, initial=total - len(missing), unit="response", dynamic_ncols=True, disable=not there or None
+    )
+    mail = Mail(world, lambda line: bar.update() if there and there.write(line) else None)
+    pool = Pool(world.cores, flags.verifier_mode, module=flags.verifier_module, in_flight=IN_FLIGHT, judge=JUDGE)
+    with bar, pool:
+        for seed, some in requests.items():
+            stream = sampler.stream(some, params, seed=seed, step=0)
+            for line in lines_of(stream, pool, base.chat, by_example, seed, beside):
+                mail.send(line)
+        mail.end()
+
+
+def lines_of(
+    stream: Iterable[tuple[int, Rollout]],
+    pool: Pool,
+    chat: ChatTokenizer,
+    questions: dict[int, Question],
+    seed: int,
+    beside: dict[str, Any],
+) -> Iterator[str]:
+    """A line of the file for every response of the stream: `questions` by the examples of its requests, `beside` what
+    all lines say.
+    """
+    waiting: deque[tuple[Rollout, str, tuple[str, ...]]] = deque()
+
+    def rows() -> Iterator[tuple]:
+        for _, rollout in stream:
+            question = questions[rollout.example]
+            text = chat.response_text(rollout.response_ids)
+            asked = asked_of(question.dataset, question.ground_truth)
+            waiting.append((rollout, text, asked))
+            yield from ((text, question.ground_truth, question.dataset, what) for what in asked)
+
+    verdicts = pool.imap(rows())
+    for verdict in verdicts:
+        rollout, text, asked = waiting.popleft()
+        said = {what: next(verdicts) for what in asked[1:]}
+        question = questions[rollout.example]
+        row = {
+            "key": question.key,
+            "seed": seed,
+            "sample": rollout.sample,
+            "source": question.source,
+            "prompt": chat.tokenizer.decode(rollout.prompt_ids, skip_special_tokens=False),
+            "response": text,
+            "finish_reason": rollout.finish_reason,
+            "prompt_tokens": len(rollout.prompt_ids),
+            "response_tokens": len(rollout.response_ids),
+            "ground_truth": question.ground_truth,
+            "dataset": question.dataset,
+            "score": verdict.score,
+            "status": verdict.status,
+            "reason": verdict.reason,
+        }
+        if ANSWER in said:
+            row["answer"] = said[ANSWER].reason if said[ANSWER].score else None
+        if LOOSE in said:
+            row["loose"] = said[LOOSE].score
+            row["instructions"] = num_instructions(question.dataset, question.ground_truth)
+        yield json.dumps(row | beside, default=str) + "\n"
+
+
+def example_of(key: str) -> int:
+    """The number by which a question's noise is drawn: of its content, not of its place, so that a part of a
+    dataset gets the same responses as the whole.
+    """
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
+
+
+def requests_of(missing: list[Name], questions: dict[str, Question], world: World) -> dict[int, list[Request]]:
+    """This rank's share of the missing responses, by seed: every n-th question, with all samples of it."""
+    by_seed: dict[int, dict[str, list[int]]] = {}
+    for key, seed, sample in missing:
+        by_seed.setdefault(seed, {}).setdefault(key, []).append(sample)
+    return {
+        seed: [
+            Request(questions[key].ids, example_of(key), sample)
+            for key in list(samples)[world.rank :: world.size]
+            for sample in samples[key]
+        ]
+        for seed, samples in by_seed.items()
+    }
+
+
+# --- to rank 0 --------------------------------------------------------------------------------------------------------
+
+
+class Mail:
+    """Lines from every rank to rank 0, in any order. `send` on each rank; `end` once, after which rank 0 has all."""
+
+    def __init__(self, world: World, take: Callable[[str], None]) -> None:
+        """`take` is called on rank 0 with every line."""
+        self.world, self.take, self.name = world, take, f"evaluate/{next(_runs)}"
+        self._sent = 0
+        self._read = dict.fromkeys(range(1, world.size), 0) if world.is_main else {}
+
+    def send(self, line: str) -> None:
+        if self.world.is_main:
+            self.take(line)
+            for rank in self._read:
+                self._empty(rank)
+        else:
+            self.world.store.set(self._key(self.world.rank, self._sent), line)
+            self._sent += 1
+
+    def end(self) -> None:
+        """Rank 0 waits on the store for what the others still sample; they go on at once."""
+        if not self.world.is_main:
+            self.world.store.set(self._key(self.world.rank, self._sent), "")
+        for rank in list(self._read):
+            while rank in self._read:
+                self._wait(self._key(rank, self._read[rank]))
+                self._empty(rank)
+
+    def _key(self, rank: int, number: int) -> str:
+        return f"{self.name}/{rank}/{number}"
+
+    def _empty(self, rank: int) -> None:
+        """Takes the lines of a rank that are there; an empty one is its last."""
+        while rank in self._read and self.world.store.check([self._key(rank, self._read[rank])]):
+            key = self._key(rank, self._read[rank])
+            line = self.world.store.get(key).decode()
+            self.world.store.delete_key(key)
+            if line:
+                self._read[rank] += 1
+                self.take(line)
+            else:
+                del self._read[rank]
+
+    def _wait(self, key: str) -> None:
+        while True:
+            try:
+                return self.world.store.wait([key], POLL)
+            except RuntimeError as error:  # a time-out means 'not yet'; anything else, a dead store
+                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
+                    raise
