@@ -86,7 +86,7 @@ def text(facts: Facts) -> str:
     after = _after(facts)
     parts = [
         _front_matter(facts),
-        f"# {Path(facts.base_name).name}{f', {facts.stage}' if facts.stage else ''}",
+        f"# {Path(facts.base_name).name}{f' after launch.{facts.stage}' if facts.stage else ''}",
         f"{made}{f' by {name}' if name else ''}{after}, with Triptych.",
         "## Figures",
         *_figures(facts.metrics),
@@ -147,6 +147,8 @@ def _number(value: Any) -> str:
 
 def _data(facts: Facts) -> list[str]:
     said = {name: facts.values[name] for name in DATA if facts.values.get(name) is not None}
+    if "eval_dataset_name" not in said:
+        said.pop("eval_split", None)
     names = "\n".join(f"- {name}: `{_words(value)}`" for name, value in said.items())
     rows = f"{facts.rows:,} examples" if facts.rows is not None else f"number of examples {UNKNOWN}"
     return [names or f"Names {UNKNOWN}.", f"Trained on {rows}; fingerprint {facts.data[:16] or UNKNOWN}."]

@@ -216,7 +216,7 @@ REFUSED = [
     (
         "sft",
         "actor_rollout_ref.rollout.n=5",
-        "is --num_samples_per_prompt here, which belongs to launch.ppo and launch.generate",
+        "is --num_samples_per_prompt here, which belongs to launch.ppo, launch.generate and launch.evaluate",
     ),
     ("sft", "epochs=3", "command line: epochs=3: flags are given as --name value, this one is --num_train_epochs"),
     ("sft", "seed=3", "command line: seed=3: flags are given as --name value, this one is --seed"),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from launch.display import JOINERS, Ink, padded, shown, side_by_side, width, wrapped
@@ -23,7 +23,7 @@ def test_nothing_that_drives_a_terminal_is_left(text):
 
 @given(HOSTILE)
 def test_what_can_be_seen_stays_as_it_is(text):
-    text = text.replace("\r\n", "")
+    assume("\r\n" not in text)
     assert shown(text) == "".join(c if c.isprintable() else shown(c) for c in text)
 
 

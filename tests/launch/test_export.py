@@ -231,7 +231,7 @@ def test_a_card_says_what_the_run_was(runs, whole, tmp_path):
     assert f"- dataset_name: `{runs.flags['dataset_name']}`" in said and "1,184 examples; fingerprint " in said
     state = json.loads((whole / "checkpoints" / "step-000002" / "state.json").read_text())
     assert state["identity"]["dataset"][:16] in said and state["identity"]["model"] in said
-    assert "- commit: not recorded" in said or "- commit: " in said
+    assert "\n- commit: " in said and "eval_split" not in said
 
 
 def test_a_card_invents_nothing():

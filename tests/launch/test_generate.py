@@ -105,7 +105,7 @@ def test_labels_go_along_and_the_flags_are_said(chat):
     assert question.messages == [{"role": "system", "content": "S"}, {"role": "user", "content": "Q: a?"}]
     assert question.labels == {"ground_truth": "1", "dataset": "gsm8k"}
     folded = QuestionReader(chat, flags, fold_system=True)({"prompt": "a?"}, Counter())
-    assert folded.messages == [{"role": "user", "content": "S\n\nQ: a?"}]
+    assert folded.ids.tolist() == chat.prompt_ids([{"role": "user", "content": "S\n\nQ: a?"}]).tolist()
 
 
 @pytest.mark.parametrize("row", [{"text": "a?"}, {"messages": [ANSWER]}, {"prompt": 7}, {"prompt": "a <|end|> b"}])
