@@ -76,7 +76,7 @@ def near_duplicates(sketches_N: np.ndarray) -> np.ndarray:
     """
     n = len(sketches_N)
     parents = np.arange(n)
-    bands = np.ascontiguousarray(sketches_N).view(np.uint64).reshape(n, -1)
+    bands = np.ascontiguousarray(sketches_N).view(np.uint64).reshape(n, PLACES // BAND)
 
     def root(i: int) -> int:
         while parents[i] != i:
@@ -87,8 +87,8 @@ def near_duplicates(sketches_N: np.ndarray) -> np.ndarray:
     for band in bands.T:
         order = np.argsort(band, kind="stable")
         sorted_band = band[order]
-        fresh = np.r_[True, sorted_band[1:] != sorted_band[:-1]] if n else np.zeros(0, bool)
-        first = order[np.flatnonzero(fresh)[np.cumsum(fresh) - 1]] if n else order
+        fresh = np.r_[True, sorted_band[1:] != sorted_band[:-1]][:n]
+        first = order[np.flatnonzero(fresh)[np.cumsum(fresh) - 1]]
         pairs = np.flatnonzero(order != first)
         for start in range(0, len(pairs), BLOCK):
             some = pairs[start : start + BLOCK]

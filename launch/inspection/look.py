@@ -211,6 +211,11 @@ COLUMNS: dict[str, tuple[Any, bool]] = {  # name → (dtype, a number for each s
 }
 
 
+def kind_of(why: str) -> str:
+    """A reason without the numbers and words that differ from row to row."""
+    return re.sub(r"'[^']*'|\[\d+\]|\d+", lambda m: "[]" if m[0].startswith("[") else "…", why)[:120]
+
+
 @dataclass
 class Found:
     """What some rows hold: `columns` by example, and counts."""
@@ -232,8 +237,7 @@ class Found:
 
     def add_bad(self, row: int, place: str, why: str) -> None:
         self.num_bad += 1
-        kind_of = re.sub(r"'[^']*'|\[\d+\]|\d+", lambda m: "[]" if m[0].startswith("[") else "…", why)[:120]
-        self.reasons[kind_of] += 1
+        self.reasons[kind_of(why)] += 1
         if len(self.bad) < LISTED:
             self.bad.append((row, place, why))
 

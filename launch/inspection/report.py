@@ -10,10 +10,11 @@ import numpy as np
 from engine.errors import on_one_line
 from launch.inspection import tally
 from launch.inspection.likeness import ALIKE, COVERED, GRAM, SHINGLE
+from launch.inspection.look import kind_of
 from launch.inspection.tally import Dataset, Duplicates, Overlap, Ref, Table
 
 WIDTH, BARS = 11, 40  # of a line's name, of the histogram's bars
-BAD_SHOWN, SOURCES_SHOWN, WORST_SHOWN = 10, 20, 5
+BAD_SHOWN, SOURCES_SHOWN, WORST_SHOWN = 6, 20, 5
 TULU_LIMIT = 0.02  # Tülu 3 drops a dataset that contaminates more of an evaluation than this
 MUCH_LOST = 0.01  # of the trained tokens, by the cut
 UNITS = {"sft": "conversations", "dpo": "pairs", "ppo": "prompts"}
@@ -113,16 +114,19 @@ def _rows(found: Findings) -> list[str]:
 
 
 def _bad(found: Findings) -> list[str]:
-    listed = [f"{dataset.shown}{place}: {why}" for dataset in found.datasets for _, place, why in dataset.found.bad]
-    total = sum(dataset.found.num_bad for dataset in found.datasets)
-    if not total:
+    """A few bad rows as they are; of many, the first of each kind."""
+    every = [(f"{dataset.shown}{place}", why) for dataset in found.datasets for _, place, why in dataset.found.bad]
+    if not every:
         return []
-    shown = _line("bad rows", listed[0]) + [f"{'':{WIDTH}} {on_one_line(line)}" for line in listed[1:BAD_SHOWN]]
-    if total <= BAD_SHOWN:
-        return shown
     kinds = sum((dataset.found.reasons for dataset in found.datasets[1:]), found.datasets[0].found.reasons.copy())
-    each = [f"{count:,} x {why}" for why, count in kinds.most_common(5)]
-    return shown + _line("", f"and {total - min(total, BAD_SHOWN):,} more; by kind:", *each)
+    if kinds.total() <= BAD_SHOWN:
+        first, *more = [f"{place}: {why}" for place, why in every]
+    else:
+        of_kind = {kind_of(why): (place, why) for place, why in reversed(every)}
+        named = [(count, *of_kind[kind]) for kind, count in kinds.most_common() if kind in of_kind][:BAD_SHOWN]
+        first, *more = [f"{count:,} as {place}: {why}" for count, place, why in named]
+        more += [f"and others, of {len(kinds)} kinds in all"] if len(kinds) > len(named) else []
+    return _line("bad rows", first) + [f"{'':{WIDTH}} {on_one_line(line)}" for line in more]
 
 
 def _lengths(found: Findings, named: Named) -> list[str]:
@@ -279,6 +283,8 @@ def advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: 
 def _advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: str) -> str:
     bad, rows = (sum(of) for of in zip(*((d.found.num_bad, d.found.rows) for d in found.datasets), strict=True))
     _, lost = found.lost
+    if not rows:
+        return "the dataset is empty: name one that has rows"
     if not len(found.table.taken):
         return "no row can be trained: mend the first bad row, or name another stage (sft, dpo, ppo)"
     if bad and on_bad_row == "error":

@@ -221,6 +221,20 @@ def test_a_mixture_by_source(screen, tmp_path):
     assert "not read" not in "\n".join(lines)
 
 
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("rows", [[], ["{"], [{"n": 1}] * 30])
+def test_nothing_that_can_be_trained(stage, rows, screen, tmp_path):
+    words = ("--max_seq_length", 128, "--response_length", 16) if stage == "ppo" else ()
+    name = jsonl(tmp_path / "x.jsonl", rows)
+    lines = screen(stage, "--dataset_name", name, "--page", tmp_path / "x.html", "--examples", 2, *words)
+    assert f"{len(rows)} rows, 0 kept" in said(lines, "rows")
+    what = "no row can be trained: mend the first bad row" if rows else "the dataset is empty"
+    assert lines[-1].startswith(f"next        {what}")
+    if len(rows) > 10:
+        bad = said(lines, "bad rows")
+        assert bad.startswith("bad rows    30 as x.jsonl:1: ") and "and others" not in bad and "\n" not in bad
+
+
 def test_the_trainings_flags_are_named_as_not_read(screen, tmp_path):
     name = jsonl(tmp_path / "x.jsonl", [talk("One?", "Two.")])
     (tmp_path / "recipe.yaml").write_text("learning_rate: 1.0e-5\nmax_seq_length: 64\n")

@@ -4334,10 +4334,10 @@ INSPECTION = (
         OVERLAP,
     ),
     Mutant(
-        "two_rows_cover_a_prompt_together",
+        "a_gram_covers_its_first_word",
         "launch/inspection/likeness.py",
-        "to_next[:-1][same]",
-        "to_next[1:][same]",
+        "np.full(len(owners), GRAM, np.int64)",
+        "np.full(len(owners), 1, np.int64)",
         OVERLAP,
     ),
     Mutant(
@@ -4396,6 +4396,69 @@ INSPECTION = (
         "start >= limit)",
         "start > limit)",
         (f"{OF_DATA}::test_pieces_are_the_text",),
+    ),
+)
+
+# --- strangers' mistakes ----------------------------------------------------------------------------------------------
+
+MISTAKEN = "tests/launch/test_mistakes.py"
+
+MISTAKES = (
+    Mutant(
+        "a_pointer_is_read_as_data",
+        "engine/data/readers.py",
+        "if what := disguised(file):",
+        "if (what := disguised(file)) and not file:",
+        (f"{MISTAKEN}::test_files_that_are_not_files",),
+    ),
+    Mutant(
+        "a_full_disk_is_a_traceback",
+        "engine/disk.py",
+        "if number is None:",
+        "if number is not None:",
+        (f"{MISTAKEN}::test_a_full_disk_at_the_export",),
+    ),
+    Mutant(
+        "a_write_without_a_name_is_a_traceback",
+        "engine/world.py",
+        "if error.filename is None and error.errno not in TODO:",
+        "if error.filename is None:",
+        (f"{MISTAKEN}::test_a_write_that_fails_without_a_name",),
+    ),
+    Mutant(
+        "an_encoder_is_trained",
+        "engine/model/build.py",
+        "not any(map(GENERATES.search, names))",
+        "False",
+        (f"{MISTAKEN}::test_models_that_are_no_models",),
+    ),
+    Mutant(
+        "every_x86_is_slow_in_bfloat16",
+        "engine/hardware.py",
+        'not (known.get("avx512_bf16") or known.get("amx_bf16"))',
+        "True",
+        (f"{MISTAKEN}::test_bfloat16_on_a_processor_without_it",),
+    ),
+    Mutant(
+        "adapters_are_told_the_rate_of_all_weights",
+        "launch/resolve.py",
+        "0 < rate <= usual / 10:",
+        "0 < rate <= usual * 10:",
+        (f"{MISTAKEN}::test_learning_rates",),
+    ),
+    Mutant(
+        "held_out_rows_are_compared_with_themselves",
+        "engine/data/sources.py",
+        "sum(row in trained for row in rows)",
+        "sum(row in wanted for row in rows)",
+        (f"{MISTAKEN}::test_held_out_data_that_is_trained_on",),
+    ),
+    Mutant(
+        "the_hub_is_asked_six_times",
+        "engine/data/files.py",
+        "            _check_hub(name, Path(datasets.config.HF_DATASETS_CACHE))\n",
+        "",
+        (f"{MISTAKEN}::test_a_dataset_of_the_hub_without_a_network",),
     ),
 )
 
@@ -4508,5 +4571,6 @@ MUTANTS: tuple[Mutant, ...] = (
     *EVALUATION,
     *REPORT,
     *INSPECTION,
+    *MISTAKES,
     *SPOKEN,
 )

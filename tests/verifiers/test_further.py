@@ -24,7 +24,7 @@ SAID = [
     ("string_matcher", "the Nile", "nile", None),
     ("multiple_choice", "The answer is (B).", "B", "B"),
     ("multiple_choice", "<answer>Paris</answer>", CHOICE, "B"),
-    ("multiple_choice", "<think> B", "B", None),
+    ("multiple_choice", "<think>The answer is (B).", "B", None),
     ("ifeval", "no comma", IFEVAL, None),
     ("code", "x", "x", None),
 ]
