@@ -118,7 +118,7 @@ class World:
                 raise
             self.store.set(key, "ok")
             return result
-        _come(self.store, [key], math.inf)
+        come(self.store, [key], math.inf)
         status = self.store.get(key).decode()
         if status.startswith("error "):
             raise UserError(status.removeprefix("error "))
@@ -136,7 +136,7 @@ class World:
             )
 
 
-def _come(store: dist.Store, keys: list[str], seconds: float) -> bool:
+def come(store: dist.Store, keys: list[str], seconds: float) -> bool:
     """Whether the keys are there within so long. A `wait` of the store's own that times out is, each time, two warnings
     of c10d on the screen. Raises RuntimeError if the store is dead.
     """
@@ -303,9 +303,9 @@ def _speaks(rank: int, message: str) -> bool:
         if rank == 0:
             store.set("user_error", message)
             with contextlib.suppress(RuntimeError):
-                _come(store, [f"user_error_read/{other}" for other in range(1, size)], patience)
+                come(store, [f"user_error_read/{other}" for other in range(1, size)], patience)
             return True
-        if not _come(store, ["user_error"], patience):
+        if not come(store, ["user_error"], patience):
             return True  # no word from rank 0: it has not failed
         said = store.get("user_error").decode() == message
         store.set(f"user_error_read/{rank}", "")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from engine.data import ChatTokenizer
 from engine.flags import SamplingFlags
 from engine.model import Base, load_untrained
-from engine.world import POLL, World
+from engine.world import World, come
 from launch.evaluation.few_shot import Question
 from launch.evaluation.file import Name, ResponseFile
 from rollout import Request, Rollout, Sampler, SamplingParams
@@ -168,7 +169,7 @@ class Mail:
             self.world.store.set(self._key(self.world.rank, self._sent), "")
         for rank in list(self._read):
             while rank in self._read:
-                self._wait(self._key(rank, self._read[rank]))
+                come(self.world.store, [self._key(rank, self._read[rank])], math.inf)
                 self._empty(rank)
 
     def _key(self, rank: int, number: int) -> str:
@@ -185,11 +186,3 @@ class Mail:
                 self.take(line)
             else:
                 del self._read[rank]
-
-    def _wait(self, key: str) -> None:
-        while True:
-            try:
-                return self.world.store.wait([key], POLL)
-            except RuntimeError as error:  # a time-out means 'not yet'; anything else, a dead store
-                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
-                    raise
