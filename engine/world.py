@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
-import math
 import os
 import shutil
 import sys
@@ -27,7 +26,7 @@ from engine.errors import TODO, UserError, explained, on_one_line
 T = TypeVar("T")
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=15)
-LONGEST_PAUSE = 0.5  # seconds between two looks for another rank's word
+FOREVER = timedelta(days=30)  # a store's `wait` that times out is, each time, two warnings of c10d on the screen
 _calls = itertools.count()  # names the keys of the store: every rank makes the same calls in the same order
 
 
@@ -118,7 +117,7 @@ class World:
                 raise
             self.store.set(key, "ok")
             return result
-        come(self.store, [key], math.inf)
+        self.store.wait([key], FOREVER)  # raises RuntimeError at once if the store dies
         status = self.store.get(key).decode()
         if status.startswith("error "):
             raise UserError(status.removeprefix("error "))
@@ -136,16 +135,13 @@ class World:
             )
 
 
-def come(store: dist.Store, keys: list[str], seconds: float) -> bool:
-    """Whether the keys are there within so long. A `wait` of the store's own that times out is, each time, two warnings
-    of c10d on the screen. Raises RuntimeError if the store is dead.
-    """
-    pause, end = 0.005, time.monotonic() + seconds
+def _come(store: dist.Store, keys: list[str], seconds: float) -> bool:
+    """Whether the keys are there within so long, by looking (FOREVER). Raises RuntimeError if the store is dead."""
+    end = time.monotonic() + seconds
     while not store.check(keys):
         if time.monotonic() > end:
             return False
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE)
+        time.sleep(0.05)
     return True
 
 

@@ -356,7 +356,7 @@ def _opened(directory: Path) -> Any:
     except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
         why = disguised_in(directory) or "no usable tokenizer"
         if not any(directory.glob("tokenizer*")):
-            why += ", for there is no tokenizer.json: copy its files from the model that it was made from"
+            why += ", no tokenizer.json: copy the tokenizer's files from the model that it was made from"
         said = " ".join(str(error).split())[:160] or type(error).__name__
         raise UserError(f"{directory}: {why} ({said})") from None
     if not tokenizer.is_fast:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -19,7 +18,7 @@ from tqdm import tqdm
 from engine.data import ChatTokenizer
 from engine.flags import SamplingFlags
 from engine.model import Base, load_untrained
-from engine.world import World, come
+from engine.world import FOREVER, World
 from launch.evaluation.few_shot import Question
 from launch.evaluation.file import Name, ResponseFile
 from rollout import Request, Rollout, Sampler, SamplingParams
@@ -169,7 +168,7 @@ class Mail:
             self.world.store.set(self._key(self.world.rank, self._sent), "")
         for rank in list(self._read):
             while rank in self._read:
-                come(self.world.store, [self._key(rank, self._read[rank])], math.inf)
+                self.world.store.wait([self._key(rank, self._read[rank])], FOREVER)
                 self._empty(rank)
 
     def _key(self, rank: int, number: int) -> str:
