@@ -2,6 +2,7 @@
 PY ?= python3
 BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-real test test-oldest lint sizes drill mutants bench gpu clean
 

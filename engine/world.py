@@ -299,9 +299,9 @@ def _speaks(rank: int, message: str) -> bool:
         if rank == 0:
             store.set("user_error", message)
             with contextlib.suppress(RuntimeError):
-                come(store, [f"user_error_read/{other}" for other in range(1, size)], patience)
+                _come(store, [f"user_error_read/{other}" for other in range(1, size)], patience)
             return True
-        if not come(store, ["user_error"], patience):
+        if not _come(store, ["user_error"], patience):
             return True  # no word from rank 0: it has not failed
         said = store.get("user_error").decode() == message
         store.set(f"user_error_read/{rank}", "")
