@@ -48,11 +48,11 @@ def check(config: RecipeFlags) -> None:
 
 def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], Evaluation]:
     """(the model to begin with, the acts, how each is evaluated): from nothing, in minutes."""
-    shared = common(config) | {"max_seq_length": 128}
+    shared = common(config) | {"max_seq_length": 128, "save_steps": 50}
     acts = [
         Act(
             "SFT",
-            "worked answers of somebody careless, losses/sft.py; launch/sft.py",
+            "imitates the worked answers of somebody careless (launch/sft.py, losses/sft.py)",
             sft,
             sft.Config(
                 **shared | out(config, "sft"),
@@ -66,7 +66,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "DPO",
-            "of two answers the one judged better, length-normalised, losses/preference.py; launch/dpo.py",
+            "prefers of two answers the one that was judged better (launch/dpo.py, losses/preference.py)",
             dpo,
             dpo.Config(
                 **shared | out(config, "dpo"),
@@ -79,7 +79,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "RLVR",
-            "what the verifier finds right is reinforced, PPO with GAE and a KL penalty, losses/ppo.py; launch/ppo.py",
+            "reinforces, by PPO, the answers that a program verifies to be right (launch/ppo.py, losses/ppo.py)",
             ppo,
             ppo.Config(
                 **shared | out(config, "ppo"),
@@ -104,12 +104,12 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
     them, and a step costs a third less.
     """
     model, conversations, pairs = str(config.model_name_or_path), str(config.conversations), str(config.pairs)
-    shared = common(config) | {"max_seq_length": 512}
+    shared = common(config) | {"max_seq_length": 512, "save_steps": 8}
     lora = {"use_lora": True, "lora_rank": 16}
     acts = [
         Act(
             "SFT",
-            f"worked answers of {conversations}; launch/sft.py",
+            f"imitates the worked answers of {conversations} (launch/sft.py)",
             sft,
             sft.Config(
                 **shared | out(config, "sft"),
@@ -122,7 +122,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "DPO",
-            f"preferences of {pairs}; launch/dpo.py",
+            f"prefers the better answers of {pairs} (launch/dpo.py)",
             dpo,
             dpo.Config(
                 **shared | out(config, "dpo") | lora,
@@ -135,7 +135,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "RLVR",
-            "sums and word problems, verified by verifiers/gsm8k.py; launch/ppo.py",
+            "reinforces right answers to sums and word problems, by PPO (launch/ppo.py, verifiers/gsm8k.py)",
             ppo,
             ppo.Config(
                 **shared | out(config, "ppo") | lora,
@@ -152,14 +152,18 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
     ]
     evaluation = Evaluation(
-        model_name_or_path="", dataset_name=str(problems.exam), response_length=256, temperature=0.0
+        model_name_or_path="",
+        dataset_name=str(problems.exam),
+        source_column="source",
+        response_length=256,
+        temperature=0.0,
     )
     return model, acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
 
 
 def common(config: RecipeFlags) -> dict[str, Any]:
     """What all acts have in common: an interrupted one goes on where it was."""
-    return {"seed": config.seed, "cache_dir": config.cache_dir, "save_steps": 10}
+    return {"seed": config.seed, "cache_dir": config.cache_dir}
 
 
 def out(config: RecipeFlags, act: str) -> dict[str, str]:

@@ -53,7 +53,7 @@ def demo(config: Config) -> None:
     output_dir = Path(config.output_dir)
     world.on_main("evaluations", lambda: (output_dir / "evaluations").mkdir(parents=True, exist_ok=True))
 
-    world.say(f"base: {base}")
+    world.say(terminal.Heading("base"), f"{base}, as it is")
     measured = [measure("base", base, evaluation, world, output_dir)]
     for act in acts:
         world.say(terminal.Heading(act.name), act.says)
@@ -66,8 +66,10 @@ def demo(config: Config) -> None:
     world.say(*told(results, output_dir))
     if world.is_main:
         (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
-        runs = [act.flags.output_dir for act in acts]
-        world.say(*report(runs, output_dir / "report.html", results=results, title="The whole recipe in one sitting"))
+        page, runs = output_dir / "report.html", [act.flags.output_dir for act in acts]
+        report(runs, page, results=results, title="The whole recipe in one sitting")
+        world.say("", f"done: {output_dir}/results.json; {page}, to open in a browser", last=True)
+        world.say(f"next: python -m launch.chat --model_name_or_path {runs[-1]}/final --compare {base}", last=True)
 
 
 # --- what is measured, and said ---------------------------------------------------------------------------------------
@@ -84,17 +86,19 @@ def measure(name: str, model: str, evaluation: Evaluation, world: World, output_
 
 def told(results: dict[str, Any], output_dir: Path) -> list[str]:
     """The table, the differences between neighbours, and the answers side by side."""
-    lines = ["", results["title"], f"{'model':6} {'accuracy':>9}   95 % interval"]
+    lines = [terminal.Heading(results["title"])]
     for row in results["rows"]:
-        lines.append(f"{row['name']:6} {row['accuracy']:9.1%}   {row['low']:.1%} to {row['high']:.1%}")
+        lines.append(f"  {row['name']:6} {row['accuracy']:6.1%}   95 % {row['low']:.1%} to {row['high']:.1%}")
     names = [row["name"] for row in results["rows"]]
+    lines.append(terminal.Heading("what the acts did"))
     for a, b in itertools.pairwise(names):
-        lines += compare(responses(output_dir, a), responses(output_dir, b)).lines(a, b)[:1]
+        lines.append(f"  {compare(responses(output_dir, a), responses(output_dir, b)).lines(a, b)[0]}")
+    lines.append(terminal.Heading("answers side by side"))
     for shown in results["answers"]:
-        lines += ["", shown["prompt"]]
-        lines += [
-            f"  {name:5} {a['score']:g}  {' '.join(a['text'].split())[:100]}" for name, a in shown["answers"].items()
-        ]
+        lines.append(f"  {' '.join(shown['prompt'].split())}")
+        for name, answer in shown["answers"].items():
+            right = "right" if answer["score"] == 1 else "wrong"
+            lines.append(f"    {name:6} {right}   {' '.join(answer['text'].split())[:80]}")
     return lines
 
 
