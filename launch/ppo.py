@@ -300,6 +300,7 @@ def held_out_accuracy(
     everyone, samples = np.arange(len(held_out)), config.eval_samples
     rollouts, verdicts = collect(held_out, everyone, samples, done, seed=config.seed + EVALUATION, shown="held out: ")
     scores_NK = np.array([v.score if v.status == "ok" else np.nan for v in verdicts]).reshape(-1, samples)
+    scores_NK /= np.array([[prompt.best_score] for prompt in held_out])
     accuracy, low, high = interval.accuracy(scores_NK)
     if np.isnan(accuracy):
         raise UserError(f"no held-out prompt could be verified, the first: {verdicts[0].reason}")

@@ -66,6 +66,11 @@ class Prompt:
         """The name, or names, of what judges its answer."""
         return self.dataset.lower() if isinstance(self.dataset, str) else "+".join(map(str.lower, self.dataset))
 
+    @property
+    def best_score(self) -> int:
+        """Of a right answer: one for each of its verifiers."""
+        return 1 if isinstance(self.dataset, str) else len(self.dataset)
+
 
 ReadPrompt = Callable[[dict, Notes], Prompt]  # raises BadRow
 

@@ -138,6 +138,21 @@ def test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_t
         experience_of(rollouts, [error] * 3 + [ok] * 197, config)
 
 
+def test_rows_of_two_verifiers_count_as_one_each_in_the_accuracy(runs, tuned, tmp_path):
+    rows_of = [json.loads(line) for line in next(tuned.glob("embedded*/held_out_problems.jsonl")).open()]
+    accuracies = []
+    for number in (1, 2):
+        path = tmp_path / f"{number}.jsonl"
+        twice = [
+            row | {"ground_truth": [row["ground_truth"]] * number, "dataset": [row["dataset"]] * number}
+            for row in rows_of
+        ]
+        path.write_text("".join(json.dumps(row) + "\n" for row in (rows_of if number == 1 else twice)))
+        done = runs.run(f"verifiers-{number}", max_steps=1, num_ppo_epochs=1, eval_dataset_name=path)
+        accuracies.append(next(row["eval/accuracy"] for row in rows(done) if "eval/accuracy" in row))
+    assert 0.2 < accuracies[0] == accuracies[1] < 0.9
+
+
 # --- resume -----------------------------------------------------------------------------------------------------------
 
 
