@@ -23,6 +23,7 @@ from launch.seeds import each_seed
 __all__ = ["after", "checker", "commands", "each_seed", "pinned", "resolve", "show_plan", "with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
 FAR_OFF = 300  # times the usual learning rate, of which a factor of 100 is within what papers use
+TINY = 64 * 2**20  # bytes of weights: such a model takes a hundred times as much
 PATHS = ("model_name_or_path", "value_model_name_or_path", "adapter_name_or_path", "output_dir", "resume")
 
 
@@ -65,7 +66,9 @@ def warnings(config: StageFlags, world: World, usual: float) -> list[str]:
     """Lines on flags that are possible and hardly meant."""
     found = []
     rate = config.learning_rate
-    if rate is not None and rate > FAR_OFF * usual:
+    weights = Path(str(config.model_name_or_path)).glob("*.safetensors")  # of a local directory; none of a hub id
+    is_tiny = 0 < sum(file.stat().st_size for file in weights) < TINY
+    if rate is not None and rate > FAR_OFF * usual * (100 if is_tiny else 1):
         found.append(
             f"warning: --learning_rate {rate:g} is {rate / usual:,.0f} times the usual {usual:g}: it may diverge"
         )
