@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
-from engine.data.word_problems import WordProblems
+from engine.data.word_problems import SIZES, WordProblems
 from engine.errors import UserError
 from engine.flags import flag, require_positive
 from launch import dpo, ppo, sft
@@ -22,7 +22,10 @@ class RecipeFlags:
     pairs: str | None = flag(None, "act II of a real model: what launch.dpo reads")
     output_dir: str = flag("output/demo", "holds sft/, dpo/, ppo/, evaluations/, results.json, report.html")
     seed: int = flag(1, "of all that is drawn")
-    scale: float = flag(1.0, "every act's steps, as a multiple: 0.1 is a look at whether all works")
+    scale: float = flag(
+        1.0,
+        "every act's steps, as a multiple, and of a real model the problems too: 0.1 is a look at whether all works",
+    )
     cache_dir: str = flag("~/.cache/triptych", "where the embedded model and problems lie")
 
 
@@ -159,6 +162,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         model_name_or_path="",
         dataset_name=str(problems.exam),
         source_column="source",
+        num_prompts=max(8, round(SIZES["exam"] * min(1.0, config.scale))),
         response_length=256,
         temperature=0.0,
     )
