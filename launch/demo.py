@@ -86,7 +86,7 @@ def measure(name: str, model: str, evaluation: Evaluation, world: World, output_
 
 def told(results: dict[str, Any], output_dir: Path) -> list[str]:
     """The table, the differences between neighbours, and the answers side by side."""
-    lines = [terminal.Heading(results["title"])]
+    lines: list[str] = [terminal.Heading(results["title"])]
     for row in results["rows"]:
         lines.append(f"  {row['name']:6} {row['accuracy']:6.1%}   95 % {row['low']:.1%} to {row['high']:.1%}")
     names = [row["name"] for row in results["rows"]]

@@ -55,7 +55,7 @@ def test_careless_answers_are_wrong_as_often_as_said_and_pairs_mostly_the_right_
         return messages[1]["content"].endswith(f"#### {answered(messages[0]['content'])}")
 
     of = [right(row["messages"]) for row in rows(problems.conversations)]
-    assert 0.5 < sum(of) / len(of) < 0.65
+    assert 0.6 < sum(of) / len(of) < 0.72
     pairs = rows(problems.pairs)
     assert all(right(row["chosen"]) != right(row["rejected"]) for row in pairs)
     assert 0.85 < sum(right(row["chosen"]) for row in pairs) / len(pairs) < 0.95
