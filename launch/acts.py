@@ -23,8 +23,7 @@ class RecipeFlags:
     output_dir: str = flag("output/demo", "holds sft/, dpo/, ppo/, evaluations/, results.json, report.html")
     seed: int = flag(1, "of all that is drawn")
     scale: float = flag(
-        1.0,
-        "every act's steps, as a multiple, and of a real model the problems too: 0.1 is a look at whether all works",
+        1.0, "of every act's steps, and of the problems that it is measured by: 0.1 is a look at whether all works"
     )
     cache_dir: str = flag("~/.cache/triptych", "where the embedded model and problems lie")
 
@@ -62,7 +61,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 model_name_or_path=str(problems.model),
                 dataset_name=str(problems.conversations),
                 batch_size=32,
-                max_steps=steps(config, 1000),
+                max_steps=scaled(config, 1000),
                 learning_rate=4e-3,
                 lr_scheduler_type="cosine",
                 sample_tokens=0,
@@ -77,7 +76,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 model_name_or_path=f"{config.output_dir}/sft/final",
                 dataset_name=str(problems.pairs),
                 batch_size=32,
-                max_steps=steps(config, 64),
+                max_steps=scaled(config, 64),
                 learning_rate=3e-4,
             ),
         ),
@@ -91,7 +90,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 dataset_name=str(problems.problems),
                 batch_size=32,
                 num_samples_per_prompt=4,
-                max_steps=steps(config, 60),
+                max_steps=scaled(config, 60),
                 learning_rate=5e-4,
                 warmup_ratio=0.1,
                 num_ppo_epochs=2,
@@ -101,7 +100,11 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
     ]
     evaluation = Evaluation(
-        model_name_or_path="", dataset_name=str(problems.held_out), response_length=48, num_samples_per_prompt=4
+        model_name_or_path="",
+        dataset_name=str(problems.held_out),
+        num_prompts=scaled(config, SIZES["held_out"]),
+        response_length=48,
+        num_samples_per_prompt=4,
     )
     return str(problems.model), acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
 
@@ -123,7 +126,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 model_name_or_path=model,
                 dataset_name=conversations,
                 batch_size=8,
-                max_steps=steps(config, 32),
+                max_steps=scaled(config, 32),
                 learning_rate=2e-5,
             ),
         ),
@@ -136,7 +139,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 model_name_or_path=f"{config.output_dir}/sft/final",
                 dataset_name=pairs,
                 batch_size=8,
-                max_steps=steps(config, 16),
+                max_steps=scaled(config, 16),
                 learning_rate=5e-5,
             ),
         ),
@@ -150,7 +153,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 dataset_name=str(problems.practice),
                 batch_size=12,
                 num_samples_per_prompt=4,
-                max_steps=steps(config, 16),
+                max_steps=scaled(config, 16),
                 learning_rate=1e-4,
                 num_ppo_epochs=1,
                 num_mini_batches=2,
@@ -162,7 +165,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         model_name_or_path="",
         dataset_name=str(problems.exam),
         source_column="source",
-        num_prompts=max(8, round(SIZES["exam"] * min(1.0, config.scale))),
+        num_prompts=scaled(config, SIZES["exam"]),
         response_length=256,
         temperature=0.0,
     )
@@ -179,5 +182,6 @@ def out(config: RecipeFlags, act: str) -> dict[str, str]:
     return {"output_dir": f"{config.output_dir}/{act}"}
 
 
-def steps(config: RecipeFlags, n: int) -> int:
-    return max(2, round(n * config.scale))
+def scaled(config: RecipeFlags, n: int) -> int:
+    """So many, at the scale of the recipe."""
+    return max(4, round(n * config.scale))

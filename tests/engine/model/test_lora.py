@@ -246,7 +246,8 @@ def test_merged_export_equals_the_adapter_on(runs, cached):
 
 def test_an_adapter_alone_is_exported_when_asked(runs, cached):
     alone = runs.run("alone", export_adapter="true")
-    assert sorted(p.name for p in (alone / "final").iterdir()) == ["README.md",
+    assert sorted(p.name for p in (alone / "final").iterdir()) == [
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "base.json",
