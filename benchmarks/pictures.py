@@ -1,7 +1,7 @@
-"""python -m benchmarks.pictures RUN [RUN ...] [--results FILE]: docs/report-light.png and docs/report-dark.png, the
-page of these runs as headless Chromium shows it.
+"""python -m benchmarks.pictures RUN [RUN ...] [--results FILE] [--name report]: docs/NAME-light.png, NAME-dark.png,
+the page of these runs as headless Chromium shows it.
 
-The runs of the pictures are those of the embedded model, with --eval_steps 20 (sft), 10 (dpo) and 5 (ppo).
+report: launch.ppo of the embedded model with --eval_steps 5. demo: the runs and results.json of `make demo`.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+")
     parser.add_argument("--results")
     parser.add_argument("--title")
+    parser.add_argument("--name", default="report")
     parser.add_argument("--height", type=int, default=1750)
     words = parser.parse_args()
     results = Path(words.results).absolute() if words.results else None
@@ -65,7 +66,7 @@ def main() -> None:
             Path(f"output/{run.name}").symlink_to(run)
         report([f"output/{run.name}" for run in runs], page, results=results, title=words.title)
         for scheme in ("light", "dark"):
-            picture = DOCS / f"report-{scheme}.png"
+            picture = DOCS / f"{words.name}-{scheme}.png"
             photograph(page, picture, 1280, words.height, dark=scheme == "dark")
             print(f"{picture}: {picture.stat().st_size / 1e3:.0f} kB")
 
