@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -99,14 +100,8 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             ),
         ),
     ]
-    evaluation = Evaluation(
-        model_name_or_path="",
-        dataset_name=str(problems.held_out),
-        num_prompts=scaled(config, SIZES["held_out"]),
-        response_length=48,
-        num_samples_per_prompt=4,
-    )
-    return str(problems.model), acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
+    how = {"response_length": 48, "num_samples_per_prompt": 4}
+    return str(problems.model), acts, measured_on(problems.held_out, SIZES["held_out"], config, **how)
 
 
 def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], Evaluation]:
@@ -161,15 +156,15 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             ),
         ),
     ]
-    evaluation = Evaluation(
-        model_name_or_path="",
-        dataset_name=str(problems.exam),
-        source_column="source",
-        num_prompts=scaled(config, SIZES["exam"]),
-        response_length=256,
-        temperature=0.0,
-    )
-    return model, acts, replace(evaluation, seed=config.seed, cache_dir=config.cache_dir)
+    how = {"response_length": 256, "temperature": 0.0, "source_column": "source"}
+    return model, acts, measured_on(problems.exam, SIZES["exam"], config, **how)
+
+
+def measured_on(problems: Path, n: int, config: RecipeFlags, **how: Any) -> Evaluation:
+    """How every model is evaluated; which one is left open."""
+    n = scaled(config, n)
+    shared = {"num_prompts": n, "seed": config.seed, "cache_dir": config.cache_dir}
+    return Evaluation(model_name_or_path="", dataset_name=str(problems), **shared | how)
 
 
 def common(config: RecipeFlags) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from engine.errors import UserError
+from engine.disk import writing
+from engine.errors import UserError, explained
 from engine.model.adapters import files, lora
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
@@ -143,9 +143,10 @@ class _Output:
         if not self.world.is_main or self.problem:
             return
         try:
-            work()
-        except (OSError, SafetensorError) as error:
-            self.problem = getattr(error, "strerror", None) or " ".join(str(error).split())[:160]
+            with writing(self.partial):
+                work()
+        except OSError as error:
+            self.problem = explained(error)
 
     def close(self, final: Path) -> None:
         """Raises UserError on every rank for what went wrong on the first."""

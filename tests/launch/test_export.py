@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(place, embedded_dir, here, t
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(exporting, place, full)
-    with pytest.raises(UserError, match="o is not written: No space left on device"):
+    with pytest.raises(UserError, match=r"o is not written: .*: No space left on device: free some"):
         tokenizer = exporting_tokenizer(directory)
         exporting.save_model(policy.lm, tokenizer, directory, tmp_path / "o", here, dtype=torch.float32, end_ids=(1,))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model"]
