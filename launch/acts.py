@@ -163,7 +163,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
 def measured_on(problems: Path, n: int, config: RecipeFlags, **how: Any) -> Evaluation:
     """How every model is evaluated; which one is left open."""
     n = scaled(config, n)
-    shared = {"num_prompts": n, "seed": config.seed, "cache_dir": config.cache_dir}
+    shared: dict[str, Any] = {"num_prompts": n, "seed": config.seed, "cache_dir": config.cache_dir}
     return Evaluation(model_name_or_path="", dataset_name=str(problems), **shared | how)
 
 
