@@ -77,8 +77,9 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 model_name_or_path=f"{config.output_dir}/sft/final",
                 dataset_name=str(problems.pairs),
                 batch_size=32,
-                max_steps=scaled(config, 64),
+                max_steps=scaled(config, 128),
                 learning_rate=3e-4,
+                rpo_alpha=1.0,
             ),
         ),
         Act(

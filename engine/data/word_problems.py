@@ -26,10 +26,10 @@ import numpy as np
 from engine.data.embedded import save_model
 from engine.data.store import build_once
 
-VERSION = 4
+VERSION = 5
 SLIP, MISJUDGED = 0.25, 0.1
 LARGEST, MOST = 19, 9  # of things, and of a change
-SIZES = {"conversations": 8000, "pairs": 1024, "problems": 1024, "held_out": 256, "practice": 1024, "exam": 240}
+SIZES = {"conversations": 8000, "pairs": 4096, "problems": 1024, "held_out": 256, "practice": 1024, "exam": 240}
 
 NAMES = ("Ada", "Bela", "Chen", "Dora", "Emil", "Fatima", "Goran", "Hana", "Ivo", "Jun", "Kofi", "Lena")
 THINGS = ("coins", "shells", "stamps", "marbles", "pears", "buttons", "cards", "beads")
