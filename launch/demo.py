@@ -46,8 +46,8 @@ class Config(RecipeFlags):
 def demo(config: Config) -> None:
     """Three acts, with an evaluation before and after each. Raises UserError."""
     world = start()
-    require_matplotlib()  # before the hours, not after
     check(config)
+    require_matplotlib()  # before the hours, not after
     problems = world.once("problems", lambda: word_problems(Path(config.cache_dir).expanduser()))
     base, acts, evaluation = (tiny if config.model_name_or_path is None else real)(config, problems)
     output_dir = Path(config.output_dir)
