@@ -98,7 +98,7 @@ def test_adapters_with_a_trained_vocabulary_against_the_base_without(place):
     """
     words = (*LORA, "--max_steps", 3, "--save_steps", 2)
     said = place.run("dpo", "base", *words, "--reference", "base", ranks=2)
-    assert "trained whole beside the adapters: embed_tokens and lm_head; embedding and head, one tensor" in said
+    assert "embed_tokens and lm_head, beside the adapters; embedding and head, one tensor" in said
     assert "step 0: margins" in said
     final = place.root / "base" / "final"
     lm = AutoModelForCausalLM.from_pretrained(final)
@@ -111,7 +111,7 @@ def test_adapters_with_a_trained_vocabulary_against_the_base_without(place):
     assert (trajectory(place.root / "base"), digest(place.root / "base")) == (before, ended)
     start = ("--use_lora", "true", "--adapter_name_or_path", final / "adapter", "--reference", "adapter")
     said = place.run("dpo", "again", *start, "--max_steps", 1, "--export_adapter", "true")
-    assert "step 0: margins" in said and "trained whole beside the adapters: embed_tokens and lm_head" in said
+    assert "step 0: margins" in said and "embed_tokens and lm_head, beside the adapters" in said
     assert len(AutoTokenizer.from_pretrained(place.root / "again" / "final")) == 514
 
 
