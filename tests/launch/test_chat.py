@@ -307,7 +307,7 @@ def test_a_terminal(no_color, tmp_path_factory):
     cache = tmp_path_factory.getbasetemp() / "terminal"
     embedded(cache)
     master, slave = pty.openpty()
-    argv = ["--cache_dir", str(cache), "--response_length", "400"]
+    argv = ["--cache_dir", str(cache), "--response_length", "400", "--temperature", "0"]  # greedy noise has no end
     process = ranks.context.Process(target=in_terminal, args=(os.ttyname(slave), argv, no_color))
     process.start()
     seen, at = b"", 0
