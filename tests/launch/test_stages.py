@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from engine import log, world
+from engine.data import Prompt
 from engine.errors import UserError
 from launch import dpo, ppo, resolve, sft
 from rollout import Experience, Rollout
@@ -177,7 +178,7 @@ def held_out(verdicts: list[Verdict], samples: int) -> dict:
         write_evaluation=lambda done, row, *lines: written.update(row),
         write_samples=lambda done, rows: None,
     )
-    prompts = [None] * (len(verdicts) // samples)
+    prompts = [Prompt(np.array([1]), "1", "gsm8k")] * (len(verdicts) // samples)
     ppo.held_out_accuracy(collect, None, prompts, ppo.Config(eval_samples=samples), run, 0)
     return written
 
