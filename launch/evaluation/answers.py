@@ -156,7 +156,7 @@ class Mail:
     def send(self, line: str) -> None:
         if self.world.is_main:
             self.take(line)
-            for rank in self._read:
+            for rank in list(self._read):  # one that has ended goes
                 self._empty(rank)
         else:
             self.world.store.set(self._key(self.world.rank, self._sent), line)

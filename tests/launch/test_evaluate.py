@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 
 from engine.data import embedded
 from engine.errors import UserError
 from engine.train.interval import accuracy, wilson
 from launch import evaluate, verify
+from launch.evaluation import answers
 from tests import ranks
 
 
@@ -108,6 +111,24 @@ def kill_after_7_responses():
         return response
 
     file.ResponseFile.write = counting
+
+
+@pytest.mark.parametrize("order", [(1, 2, 0), (2, 1, 0), (0, 1, 2), (1, 0, 2)])
+def test_lines_of_ranks_that_end_before_or_after_the_first(order):
+    """Whichever rank ends when: rank 0 takes every line once."""
+    store, taken = dist.HashStore(), []
+    mails = []
+    for rank in range(3):
+        mails.append(answers.Mail(SimpleNamespace(size=3, rank=rank, is_main=rank == 0, store=store), taken.append))
+        mails[-1].name = "test"
+    for rank in order:
+        for number in range(3):
+            mails[rank].send(f"{rank} {number}")
+        if rank:
+            mails[rank].end()
+    mails[0].send("0 last")
+    mails[0].end()
+    assert sorted(taken) == sorted([*(f"{rank} {number}" for rank in range(3) for number in range(3)), "0 last"])
 
 
 def test_a_killed_run_goes_on_and_ends_the_same(place, whole):
