@@ -26,28 +26,20 @@ from typing import Any
 from engine.config import parse
 from engine.data import PromptReader, embedded, fingerprint_of, prompts_of
 from engine.errors import UserError
-from engine.flags import DataFlags, ModelFlags, PromptFlags, SamplingFlags, fill, flag, override, require_positive
+from engine.flags import DataFlags, InferenceFlags, PromptFlags, SamplingFlags, fill, flag, override, require_positive
 from engine.model import Base, open_model
 from engine.world import World, main, start
 from launch import commands
 from launch.compare import compared, matched
-from launch.evaluation import answers, few_shot, results, table
-from launch.evaluation.file import ResponseFile, read_responses
+from launch.evaluation import answers, few_shot, file, results, table
+from launch.inference import cautions, resolve_model
 from launch.judges import checker, pinned
 from verifiers import MODES
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags):
+class Config(InferenceFlags, DataFlags, PromptFlags, SamplingFlags):
     __doc__ = __doc__
-    model_name_or_path: str = override(
-        None, "local directory or hub id of a decoder; without it, the embedded tiny Llama"
-    )
-    adapter_name_or_path: str | None = override(None, "an adapter on it, in PEFT's format")
-    load_in_4bit: bool = override(
-        False, "with an adapter: the model's linear layers in NF4, as the adapter was trained on them"
-    )
-    double_quant: bool = override(False, "with --load_in_4bit, as in training")
     dataset_name: str = override(
         None, "file, 'data/*.jsonl', directory, hub id or id:config, as in training; without it, embedded problems"
     )
@@ -77,10 +69,6 @@ class Config(ModelFlags, DataFlags, PromptFlags, SamplingFlags):
     num_samples_per_prompt: int = override(
         1, "samples under each seed: more give pass@k, k = 1, 2, 4, ..., and the majority's answer"
     )
-    dtype: str = override(
-        "auto", "compute dtype; auto: bfloat16 on CUDA, float32 on CPU", choices=("auto", "bfloat16", "float32")
-    )
-    attention: str = override("auto", "packed attention backend of the load-time check")
     cache_dir: str = override("~/.cache/triptych", "where the embedded model and problems lie")
     verifier_mode: str = override("default", choices=MODES)
     output: str | None = flag(
@@ -96,9 +84,11 @@ def evaluate(config: Config) -> results.Evaluation:
     `compare("a.jsonl", "b.jsonl")` of launch.compare. Raises UserError.
     """
     world = start()
+    is_embedded = config.model_name_or_path is None
     config = resolve(config, world)
-    baseline = world.on_main("baseline", lambda: config.baseline and read_responses(Path(config.baseline)))
+    baseline = world.on_main("baseline", lambda: config.baseline and file.read_responses(Path(config.baseline)))
     base = open_model(config, world)
+    world.say(*cautions(base, is_embedded))
     examples, questions, too_long = read_questions(config, base, world)
     wanted = {
         (question.key, seed, sample): question.verifier
@@ -110,7 +100,7 @@ def evaluate(config: Config) -> results.Evaluation:
         judged_by = {question.key: question.verifier for question in questions}
         world.on_main("matched", lambda: matched({of.key: of.verifier for of in baseline[0]}, judged_by))
     output = Path(config.output) if config.output else None
-    there = world.on_main("output", lambda: ResponseFile(output, wanted))
+    there = world.on_main("output", lambda: file.ResponseFile(output, wanted))
     try:
         settings = settings_of(config, base, examples)
         world.on_main("settings", lambda: there.check(settings, unknown=("weights",)))
@@ -194,8 +184,6 @@ def resolve(config: Config, world: World) -> Config:
     world.agree("configuration", repr(config))
     if config.verifier_module:
         world.say(f"verifier of your own: {config.verifier_module}")
-    if (config.load_in_4bit and not config.adapter_name_or_path) or (config.double_quant and not config.load_in_4bit):
-        raise UserError("--load_in_4bit is read with --adapter_name_or_path, --double_quant with --load_in_4bit")
     require_positive(config, "num_prompts", "max_seq_length", "num_seeds", "num_samples_per_prompt")
     config.check_prompts()
     config.check_sampling()
@@ -216,17 +204,11 @@ def resolve(config: Config, world: World) -> Config:
     if config.model_name_or_path is not None:
         if config.dataset_name is None:
             raise UserError("--model_name_or_path needs --dataset_name (without either, all is embedded)")
-        return fill(config, response_length=1024)
-    made = world.once("embedded", lambda: embedded(Path(config.cache_dir).expanduser()))
-    tuned = made.model.parent / "tuned_on_sums" / "final"
-    directory = tuned if (tuned / "config.json").is_file() else made.model
-    world.say(
-        "no --model_name_or_path: evaluating the embedded tiny Llama"
-        f" ({'fine-tuned by launch.ppo' if directory == tuned else 'random'})"
-    )
-    filled = {"dataset_name": str(made.held_out_problems), "response_length": 24}
-    config = replace(config, model_name_or_path=str(directory), max_seq_length=min(config.max_seq_length, 256))
-    return fill(config, **filled)
+        return fill(resolve_model(config, world), response_length=1024)
+    config = resolve_model(config, world)
+    held_out = embedded(Path(config.cache_dir).expanduser()).held_out_problems
+    config = replace(config, max_seq_length=min(config.max_seq_length, 256))
+    return fill(config, dataset_name=str(held_out), response_length=24)
 
 
 def check_few_shot(config: Config) -> None:
