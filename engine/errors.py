@@ -5,7 +5,10 @@ from __future__ import annotations
 import difflib
 import errno
 import importlib
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class UserError(Exception):
@@ -32,6 +35,36 @@ def explained(error: OSError) -> str:
     """What the system refused, where, and what to do about it."""
     todo = f": {TODO[error.errno]}" if error.errno in TODO else ""
     return f"{error.filename or 'a file'}: {error.strerror or error}{todo}"
+
+
+READER_GONE = 141  # the status of a program whose reader, such as `head`, has read enough
+
+
+def reader_gone() -> int:
+    """The status to end with after a BrokenPipeError; what is still to be written, at the exit too, goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return READER_GONE
+
+
+def in_one_line(command: Callable[[], Any]) -> None:
+    """Runs a command of one process, without torch: what it returns is the exit status; one line and status 2 for what
+    the user or the system did wrong, 130 after Ctrl-C. Commands of ranks have `engine.world.main`.
+    """
+    try:
+        status, line = command(), ""
+    except UserError as error:
+        status, line = 2, f"error: {error}"
+    except KeyboardInterrupt:
+        status, line = 130, "interrupted"
+    except BrokenPipeError:
+        status, line = reader_gone(), ""
+    except OSError as error:
+        if error.filename is None and error.errno not in TODO:
+            raise
+        status, line = 2, f"error: {explained(error)}"
+    if line:
+        print(on_one_line(line), file=sys.stderr)
+    sys.exit(status)
 
 
 def require(package: str, for_what: str) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from engine import terminal
-from engine.errors import TODO, UserError, explained, on_one_line
+from engine.errors import TODO, UserError, explained, on_one_line, reader_gone
 
 T = TypeVar("T")
 
@@ -264,6 +264,8 @@ def main(command: Callable[[], object]) -> None:
         status, line = 2, f"error: {error}" if _speaks(rank, str(error)) else ""
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint" if rank == 0 else ""
+    except BrokenPipeError:
+        status = reader_gone()
     except OSError as error:
         if error.filename is None and error.errno not in TODO:
             raise

@@ -12,7 +12,6 @@ another training run, of another seed, would give.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from engine.config import parse
-from engine.errors import UserError, on_one_line
+from engine.errors import UserError, in_one_line
 from engine.flags import flag
 from engine.train.paired import Paired, paired
 from launch import commands
@@ -169,7 +168,7 @@ def _word(value: Any) -> str:
     return "none" if value is None else str(value)[:40]
 
 
-def main(config: Config) -> None:
+def run(config: Config) -> None:
     """The command. Raises UserError."""
     if config.a is None or config.b is None:
         raise UserError("command line: expected two files of responses, A.jsonl B.jsonl (--help says how to make them)")
@@ -178,8 +177,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(parse(Config, elsewhere=commands))
-    except UserError as error:
-        print(on_one_line(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+    in_one_line(lambda: run(parse(Config, elsewhere=commands)))

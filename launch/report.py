@@ -11,14 +11,13 @@ other, runs of different stages stand one after the other. --evaluations adds fi
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.config import parse
-from engine.errors import UserError, on_one_line
+from engine.errors import UserError, in_one_line, on_one_line
 from engine.flags import flag
 from launch import commands
 from launch.reports.results import read_evaluations, read_results
@@ -113,8 +112,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        run(parse(Config, elsewhere=commands))
-    except UserError as error:
-        print(on_one_line(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+    in_one_line(lambda: run(parse(Config, elsewhere=commands)))

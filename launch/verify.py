@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from engine.config import parse
-from engine.errors import UserError, on_one_line
+from engine.errors import UserError, in_one_line
 from engine.flags import flag, require_positive
 from launch import commands
 from launch.judges import checker, pinned
@@ -178,8 +178,4 @@ def write(path: Path, rows: list, verdicts: list[Verdict]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(judge(parse(Config, elsewhere=commands)))
-    except UserError as error:
-        print(on_one_line(f"error: {error}"), file=sys.stderr)
-        sys.exit(2)
+    in_one_line(lambda: judge(parse(Config, elsewhere=commands)))

@@ -29,7 +29,7 @@ def test_one_answer_each_by_hand(tmp_path, capsys):
     assert (found.prompts, found.mean_a, found.mean_b) == (20, 0.55, 0.9)
     assert (found.better_b, found.better_a) == (8, 1) and found.difference == pytest.approx(7 / 20)
     assert (found.low, found.high) == tango(8, 1, 20) and found.p == mcnemar(8, 1) == pytest.approx(20 / 512)
-    compare.main(compare.Config(a=str(a), b=str(b)))
+    compare.run(compare.Config(a=str(a), b=str(b)))
     said = capsys.readouterr().out
     low, high = (f"{100 * x:+.1f}" for x in tango(8, 1, 20))
     assert f"B is better than A by 35.0 points (90.0% against 55.0%), 95 % {low} to {high}, p = 0.039" in said
@@ -109,6 +109,6 @@ def test_what_is_no_such_file_gets_one_line(lines, message, tmp_path):
 
 def test_two_files_are_wanted(tmp_path):
     with pytest.raises(UserError, match=r"expected two files of responses, A.jsonl B.jsonl"):
-        compare.main(compare.Config(a="a.jsonl"))
+        compare.run(compare.Config(a="a.jsonl"))
     with pytest.raises(UserError, match="No such file"):
         compare.compare(tmp_path / "nowhere", tmp_path / "nowhere")

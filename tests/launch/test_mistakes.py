@@ -464,3 +464,24 @@ def test_fewer_examples_in_a_step_than_ranks():
     [found] = warnings(config, type("World", (), {"size": 3})(), 5e-6)
     assert found == "warning: --batch_size 1 on 3 ranks: 2 of them have nothing to do in a step"
     assert not warnings(sft.Config(batch_size=3), type("World", (), {"size": 3})(), 5e-6)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ("launch.verify", "rows.jsonl"),
+        ("launch.data", "ppo", "--dataset_name", "rows.jsonl", "--examples", "2000", "--response_length", "64"),
+    ],
+)
+def test_a_reader_that_has_read_enough(argv, place, tmp_path):
+    """`... | head -1` ends the command without a word, with one process and with ranks alike."""
+    row = {"prompt": "2 + 2?", "response": "#### 4", "ground_truth": "4", "dataset": "gsm8k"}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 3000)
+    words = [str(tmp_path / word) if word == "rows.jsonl" else word for word in argv]
+    model = ["--model_name_or_path", str(place.made.model)] if argv[0] == "launch.data" else []
+    command = [sys.executable, "-m", *words, *model]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.stdout.close()
+        errors = process.stderr.read().decode()
+    assert process.returncode == 141 and "Traceback" not in errors and "Exception ignored" not in errors
