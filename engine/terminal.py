@@ -127,6 +127,11 @@ def is_terminal(stream: TextIO) -> bool:
     return stream.isatty() and not _state.dumb
 
 
+def is_coloured(stream: TextIO) -> bool:
+    """Whether it is such a terminal, and its user wants colours."""
+    return is_terminal(stream) and _state.colour
+
+
 def width_of(stream: TextIO) -> int:
     """In characters, at least 40."""
     try:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -173,11 +173,6 @@ def compiler(*names: str) -> str | None:
         filter(None, (shutil.which(os.environ.get(name[1:], "") if name.startswith("$") else name) for name in names)),
         None,
     )
-
-
-def colours(stream: TextIO) -> bool:
-    """Whether a person looks at it on a terminal that shows colours, and wants them (https://no-color.org)."""
-    return stream.isatty() and os.environ.get("TERM") != "dumb" and not os.environ.get("NO_COLOR")
 
 
 def is_first() -> bool:

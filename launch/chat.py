@@ -15,12 +15,13 @@ With no argument it talks with the embedded tiny model.
 import sys
 from dataclasses import dataclass
 
+from engine import terminal
 from engine.config import parse
 from engine.data.rows import BadRow
 from engine.errors import UserError
 from engine.flags import DecodingFlags, InferenceFlags, SystemFlags, fill, flag, override
 from engine.model import open_model
-from engine.world import World, colours, main, start
+from engine.world import World, main, start
 from launch import commands
 from launch.conversation import Talk
 from launch.display import Ink
@@ -49,7 +50,7 @@ def chat(config: Config) -> None:
     talks = [open_talk(config, world, embeds)]
     if config.compare is not None:
         talks.append(open_talk(beside(config, config.compare), world))
-    ink = Ink(colours(sys.stdout))
+    ink = Ink(terminal.is_coloured(sys.stdout))
     Room(talks, ink, [config.model_name_or_path, config.compare or ""]).run()
 
 
