@@ -14,7 +14,7 @@ for _package in ("torch", "transformers", "safetensors", "numpy", "tqdm", "yaml"
         sys.exit(f"error: the package {_package} is not installed here: pip install -e . in Triptych's folder")
 
 COMMANDS = (  # in the order of the recipe
-    *("sft", "dpo", "ppo"),
+    *("sft", "dpo", "ppo", "grpo"),
     *("demo", "generate", "chat", "evaluate", "compare", "verify", "report", "export", "doctor"),
 )
 

@@ -121,13 +121,17 @@ def ppo_value(values_R: Tensor, old_values_R: Tensor, returns_R: Tensor, clipran
     return loss_R / 2
 
 
-def diagnostics(logprobs_R: Tensor, old_logprobs_R: Tensor, cliprange: float) -> dict[str, Tensor]:
-    """Per token, (R,), without gradient: the ratio, whether it was outside the clip range, and k3 as the distance
-    travelled.
+def diagnostics(
+    logprobs_R: Tensor, old_logprobs_R: Tensor, clip_low: float, clip_high: float | None = None
+) -> dict[str, Tensor]:
+    """Per token, (R,), without gradient: the ratio, whether it was outside the clip range (None: as far above 1 as
+    below), and k3 as the distance travelled.
     """
     d_R = (logprobs_R - old_logprobs_R).detach()
     ratio_R = d_R.exp()
-    return {"ratio": ratio_R, "clipfrac": (ratio_R - 1).abs() > cliprange, "approxkl": torch.expm1(d_R) - d_R}
+    high = clip_low if clip_high is None else clip_high
+    clipped_R = (ratio_R < 1 - clip_low) | (ratio_R > 1 + high)
+    return {"ratio": ratio_R, "clipfrac": clipped_R, "approxkl": torch.expm1(d_R) - d_R}
 
 
 def explained_variance(values_R: Tensor, returns_R: Tensor) -> Tensor:

@@ -2,7 +2,26 @@
 
 from rollout.choice import SamplingParams
 from rollout.collect import Collector
-from rollout.experience import Experience, evaluate
+from rollout.experience import Experience, evaluate, experience_of, minibatches
+from rollout.groups import sample_groups
+from rollout.identities import check_ratio, check_sampler
+from rollout.report import held_out_accuracy, of_responses, of_sampling
 from rollout.sampler import Request, Rollout, Sampler
 
-__all__ = ["Collector", "Experience", "Request", "Rollout", "Sampler", "SamplingParams", "evaluate"]
+__all__ = [
+    "Collector",
+    "Experience",
+    "Request",
+    "Rollout",
+    "Sampler",
+    "SamplingParams",
+    "check_ratio",
+    "check_sampler",
+    "evaluate",
+    "experience_of",
+    "held_out_accuracy",
+    "minibatches",
+    "of_responses",
+    "of_sampling",
+    "sample_groups",
+]

@@ -17,9 +17,12 @@ import torch
 from torch import Tensor
 
 from engine.data.batch import MicroBatch, step_batches
-from engine.flags import MemoryFlags
+from engine.data.mixture import permutation
+from engine.errors import UserError
+from engine.flags import MemoryFlags, RlvrFlags
 from engine.world import World, on_device
 from rollout.sampler import Rollout
+from verifiers import MAX_ERROR_RATE, Verdict
 
 
 @dataclass(frozen=True)
@@ -66,19 +69,67 @@ class Experience:
         )
         self.scores_S = torch.tensor(scores, dtype=torch.float64)
         self.token_counts_S, self.slot_counts_S = torch.tensor(lengths), torch.tensor(lengths + extra)
+        self.prompts_S = torch.tensor([r.example for r in rollouts])
         slots = [np.arange(n + more) < n for n, more in zip(lengths, extra, strict=True)]
         self.is_token_R = torch.as_tensor(np.concatenate(slots))  # over slots
 
     def __len__(self) -> int:
         return len(self.rollouts)
 
+    @property
+    def all(self) -> np.ndarray:
+        """The numbers of all responses."""
+        return np.arange(len(self))
+
     def counts(self, responses: np.ndarray) -> tuple[int, int]:
         """(tokens, slots) of some responses."""
         return int(self.tokens.counted[responses].sum()), int(self.slots.counted[responses].sum())
 
+    @property
+    def sampled_R(self) -> Tensor:
+        """The sampler's log-probs of all tokens, under the distribution that they were drawn from, in float64."""
+        return torch.as_tensor(np.concatenate([r.logprobs for r in self.rollouts])).double()
+
+    def on_tokens(self, values_S: Tensor) -> Tensor:
+        """A number of every response as one of each of its tokens."""
+        return values_S.repeat_interleave(self.token_counts_S)
+
     def on_slots(self, values_R: Tensor) -> Tensor:
         """A tensor over tokens as one over slots, 0 in slots that hold no token."""
         return torch.zeros(len(self.is_token_R), dtype=values_R.dtype).masked_scatter(self.is_token_R, values_R)
+
+
+def experience_of(
+    rollouts: list[Rollout],
+    verdicts: list[Verdict],
+    flags: RlvrFlags,
+    *,
+    slot_after_end: bool = False,
+    shaped: Callable[[Rollout], float] = lambda rollout: 0.0,
+) -> Experience:
+    """The responses that have a verdict, with their scores: the verifier's, or the penalty of one without an end, and
+    what the launch file adds to it (`shaped`). Raises UserError if more than 1 % have no verdict.
+    """
+    errors = [verdict.reason for verdict in verdicts if verdict.status == "error"]
+    if len(errors) > MAX_ERROR_RATE * len(verdicts):
+        raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")
+    judged = [(r, v) for r, v in zip(rollouts, verdicts, strict=True) if v.status == "ok"]
+    scores = [flags.verification_reward * verdict.score for _, verdict in judged]
+    if flags.missing_eos_penalty is not None:
+        penalty = flags.missing_eos_penalty
+        scores = [penalty if r.finish_reason == "length" else x for (r, _), x in zip(judged, scores, strict=True)]
+    responses = [rollout for rollout, _ in judged]
+    scores = [score + shaped(response) for response, score in zip(responses, scores, strict=True)]
+    return Experience(responses, scores, slot_after_end=slot_after_end, response_length=flags.response_length)
+
+
+def minibatches(responses: np.ndarray, flags: RlvrFlags, step: int) -> list[np.ndarray]:
+    """The responses of every optimizer step of the iteration: a permutation per pass, cut into --num_mini_batches."""
+    n = len(responses)
+    if not n:
+        return []
+    orders = [permutation(n, flags.seed, "ppo", step, epoch) for epoch in range(flags.num_ppo_epochs)]
+    return [part for order in orders for part in np.array_split(responses[order], min(flags.num_mini_batches, n))]
 
 
 @torch.no_grad()

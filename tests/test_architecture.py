@@ -247,8 +247,10 @@ def test_public_surface():
 
     of_preferences = {"chosen_nll", "dpo", "dpo_norm", "ipo", "simpo", "wpo"}
     of_ppo = {"diagnostics", "explained_variance", "gae", "kl", "ppo_policy", "ppo_value", "token_rewards", "whiten"}
+    of_groups = {"cispo", "clipped_surrogate", "gspo_logprobs", "kl_loss", "token_weights", "truncated_ratio"}
+    of_groups |= {f"{name}_advantages" for name in ("grpo", "dr_grpo", "rloo", "reinforce_pp")}
     heads = {"linear_argmax", "linear_logprobs", "linear_loss", "naive_logprobs", "naive_loss"}
-    assert set(losses.__all__) == of_preferences | of_ppo | heads | {"sft"}
+    assert set(losses.__all__) == of_preferences | of_ppo | of_groups | heads | {"sft"}
     for name in losses.__all__:
         assert getattr(losses, name).__doc__, f"losses.{name} has no docstring"
 

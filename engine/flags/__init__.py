@@ -7,9 +7,6 @@ at the start'.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from engine.errors import UserError
 from engine.flags.data import (
     ConversationFlags,
     DataFlags,
@@ -34,6 +31,7 @@ from engine.flags.inference import DecodingFlags, InferenceFlags, RolloutFlags
 from engine.flags.model import AdapterFlags, ModelFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
+from engine.flags.stage import RlvrFlags, StageFlags
 
 __all__ = [
     "HEADINGS",
@@ -50,6 +48,7 @@ __all__ = [
     "PromptFlags",
     "QuestionFlags",
     "ReferenceFlags",
+    "RlvrFlags",
     "RolloutFlags",
     "RunFlags",
     "SamplingFlags",
@@ -64,26 +63,3 @@ __all__ = [
     "require_not_negative",
     "require_positive",
 ]
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageFlags(AdapterFlags, MixtureFlags, OptimizerFlags, MemoryFlags, RunFlags):
-    """What every training stage takes."""
-
-    def check(self) -> None:
-        """Raises UserError for what cannot be, within a group and between groups; nothing is opened."""
-        require_positive(self, "max_seq_length", "micro_batch_tokens")
-        self.check_optimizer()
-        self.check_run()
-        if self.dtype == "float16":
-            raise UserError("--dtype float16 is refused: it needs loss scaling, which bfloat16 and float32 do not")
-        if self.model_name_or_path is not None and not self.names_data:
-            raise UserError(
-                "--model_name_or_path needs --dataset_name or --mixer_list (without either, all is embedded)"
-            )
-        self.check_adapters()
-        if self.export_adapter and self.export_dtype not in (None, self.master_dtype):
-            raise UserError(
-                f"--export_dtype {self.export_dtype} is not read with --export_adapter: adapters are written as they"
-                " are trained, in --master_dtype"
-            )

@@ -122,8 +122,8 @@ def test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_t
     import numpy as np
 
     from engine.errors import UserError
-    from launch.ppo import Config, experience_of
-    from rollout import Rollout
+    from launch.ppo import Config
+    from rollout import Rollout, experience_of
     from verifiers import Verdict
 
     ids = np.array([5, 6])

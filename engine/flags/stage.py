@@ -1,0 +1,65 @@
+"""What every training stage takes, and what both kinds of reinforcement learning share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engine.errors import UserError
+from engine.flags.data import MixtureFlags, PromptFlags
+from engine.flags.declare import flag, override, require_positive
+from engine.flags.model import AdapterFlags, ReferenceFlags
+from engine.flags.optimizer import OptimizerFlags
+from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFlags(AdapterFlags, MixtureFlags, OptimizerFlags, MemoryFlags, RunFlags):
+    """What every training stage takes."""
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be, within a group and between groups; nothing is opened."""
+        require_positive(self, "max_seq_length", "micro_batch_tokens")
+        self.check_optimizer()
+        self.check_run()
+        if self.dtype == "float16":
+            raise UserError("--dtype float16 is refused: it needs loss scaling, which bfloat16 and float32 do not")
+        if self.model_name_or_path is not None and not self.names_data:
+            raise UserError(
+                "--model_name_or_path needs --dataset_name or --mixer_list (without either, all is embedded)"
+            )
+        self.check_adapters()
+        if self.export_adapter and self.export_dtype not in (None, self.master_dtype):
+            raise UserError(
+                f"--export_dtype {self.export_dtype} is not read with --export_adapter: adapters are written as they"
+                " are trained, in --master_dtype"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
+    """Reinforcement learning with verifiable rewards, whatever the algorithm: what is sampled, what it is worth, and
+    how often it is learnt from.
+    """
+
+    temperature: float = override(1.0, "of sampling, and of all log-probs")
+    num_train_epochs: int = override(None, "passes over the data; 1, embedded: 30 iterations")
+    warmup_ratio: float = override(0.0)
+    reference: str = override(
+        "auto",
+        "pi_ref: the frozen base or adapter under the trained one (auto, with --use_lora), or a frozen copy",
+        choices=("auto", "base", "adapter", "copy"),
+    )
+    num_ppo_epochs: int = flag(None, "passes over an iteration's responses")
+    num_mini_batches: int = flag(1, "optimizer steps per pass")
+    verification_reward: float = flag(1.0, "reward of a right answer (the original: 10)")
+    missing_eos_penalty: float | None = flag(
+        None, "score, in place of the verifier's, of a response without an end (the original: -10)"
+    )
+    eval_samples: int = flag(4, "samples per held-out prompt")
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be."""
+        super().check()
+        self.check_prompts()
+        self.check_sampling()
+        require_positive(self, "num_samples_per_prompt", "num_ppo_epochs", "num_mini_batches", "eval_samples")
