@@ -346,7 +346,8 @@ def resolve_grpo(config: Config, world: World) -> Config:
     config.check()  # before a model is tuned for it
     config = replace(config, verifier_module=pinned(config.verifier_module))
     low, high = CLIPS[config.surrogate]
-    defaults = DEFAULTS | {"learning_rate": 5e-6 if config.use_lora else 5e-7, "clip_low": low, "clip_high": high}
+    defaults: dict[str, object] = dict(DEFAULTS) | {"clip_low": low, "clip_high": high}
+    defaults |= {"learning_rate": 5e-6 if config.use_lora else 5e-7}
     defaults |= {"kl_in": "loss" if config.kl_coef else "none"}
     if config.kl_coef:
         defaults |= {"kl_estimator": "k1" if config.kl_in == "reward" else "k3"}

@@ -234,7 +234,7 @@ def test_the_end_of_the_limit_costs_linearly(length, cost):
 
 
 def test_a_form_is_rewarded_beside_the_answer():
-    config = grpo.Config(response_length=20, format_reward=0.25)
+    config = grpo.Config(response_length=20, format_reward=0.25, format_tags=("think", "answer"))
     rollout = SimpleNamespace(response_ids=np.zeros(3))
     assert grpo.shaping(rollout, "<think>a</think> <answer>4</answer>", config) == 0.25
     assert grpo.shaping(rollout, "<answer>4</answer>", config) == 0
