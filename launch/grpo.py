@@ -90,9 +90,9 @@ class Config(RlvrFlags):
     )
     kl_coef: float = flag(0.0, "weight of the KL divergence to pi_ref (Tülu 3.1: 0.01; 0: no reference is loaded)")
     kl_in: str = flag(
-        None,
-        "where it stands: in the loss (the default with --kl_coef), or in the reward",
-        choices=("loss", "reward", "none"),
+        "auto",
+        "where it stands: in the loss (auto, with --kl_coef) or in the reward",
+        choices=("auto", "loss", "reward", "none"),
     )
     kl_estimator: str = flag(
         None,
@@ -329,7 +329,8 @@ def resolve_grpo(config: Config, world: World) -> Config:
     low, high = CLIPS[config.surrogate]
     defaults: dict[str, object] = dict(DEFAULTS) | {"clip_low": low, "clip_high": high}
     defaults |= {"learning_rate": 5e-6 if config.use_lora else 5e-7}
-    defaults |= {"kl_in": "loss" if config.kl_coef else "none"}
+    if config.kl_in == "auto":
+        config = replace(config, kl_in="loss" if config.kl_coef else "none")
     if config.kl_coef:
         defaults |= {"kl_estimator": "k1" if config.kl_in == "reward" else "k3"}
     if config.model_name_or_path is None:

@@ -9,7 +9,7 @@ import numpy as np
 from engine.errors import UserError
 from engine.flags import RewardFlags
 from rollout.sampler import Rollout
-from verifiers import Verdict, verify
+from verifiers import Verdict, check, verify
 
 FORM = ("think", "answer")  # --format_tags
 
@@ -38,7 +38,7 @@ def score_of(
 def check_form(flags: RewardFlags) -> None:
     """Raises UserError for --format_tags that are none."""
     try:
-        verify("", form_of(flags), "format")
+        check("format", form_of(flags))
     except ValueError as error:
         raise UserError(f"--format_tags: {error}") from None
 

@@ -262,7 +262,7 @@ BAD = {
     "penalty": ({"overlong_penalty": 2}, "--overlong_penalty is not read without --overlong_buffer"),
     "tags": ({"format_tags": "plan"}, "--format_tags is not read without --format_reward"),
     "a_tag": ({"format_tags": "<plan>", "format_reward": 1}, "--format_tags: "),
-    "a_flag_of_ppo": ({"lam": 0.9}, "unknown flag --lam"),
+    "a_flag_of_ppo": ({"lam": 0.9}, "--lam belongs to launch.ppo"),
     "cliprange": ({"cliprange": 0.1}, "--cliprange"),
     "a_name": ({"advantage": "grop"}, "grpo"),
 }
