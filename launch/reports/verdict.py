@@ -9,21 +9,26 @@ from pathlib import Path
 import numpy as np
 
 from launch.reports.catalogue import metric_of
-from launch.reports.runs import Recorded
+from launch.reports.runs import RLVR, Recorded
 
 NAMES = {
     "sft": "Supervised fine-tuning",
     "dpo": "Preference optimization (DPO)",
     "ppo": "Reinforcement learning with verifiable rewards (PPO)",
+    "grpo": "Reinforcement learning with verifiable rewards (GRPO)",
     "other": "Runs of an unknown stage",
 }
 # what a stage is judged by, the first that a run has, and whether more of it is better
 HEADLINES = {
     "sft": (("eval/token_accuracy", True), ("eval/loss", False), ("loss", False)),
     "dpo": (("eval/logps/accuracies", True), ("eval/loss", False), ("rewards/accuracies", True), ("loss", False)),
-    "ppo": (("eval/accuracy", True), ("objective/scores", True)),
+    **dict.fromkeys(RLVR, (("eval/accuracy", True), ("objective/scores", True))),
     "other": (("eval/accuracy", True), ("eval/loss", False), ("loss", False)),
 }
+OF_GRPO = (
+    *("advantage", "surrogate", "clip_low", "clip_high", "dual_clip", "aggregate", "kl_coef", "kl_in", "kl_estimator"),
+    *("entropy_coef", "tis_cap", "mask_truncated", "overlong_buffer", "format_reward", "dynamic_sampling"),
+)
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,10 @@ def loss_of(run: Recorded) -> str:
         "sft": ("reduce_loss",),
         "dpo": ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio", "rpo_alpha"),
         "ppo": ("kl_coef", "kl_estimator", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef"),
+        "grpo": OF_GRPO,
     }.get(run.stage, ())
+    if not c.get("kl_coef"):
+        names = tuple(name for name in names if name not in ("kl_in", "kl_estimator"))
     shown = [
         f"{name} {c[name]:g}" if isinstance(c[name], float) else f"{name} {c[name]}"
         for name in names
@@ -158,11 +166,11 @@ def batch_of(run: Recorded) -> str:
     size, c = run.config.get("batch_size"), run.config
     if size is None:
         return ""
-    if run.stage != "ppo":
+    if run.stage not in RLVR:
         return f"{size} {'pairs' if run.stage == 'dpo' else 'conversations'} per step"
     parts = [f"{size} prompts × {c.get('num_samples_per_prompt', 1)} responses"]
     parts += [f"of at most {c['response_length']} tokens"] if "response_length" in c else []
-    parts += [f"updated on {c['num_ppo_epochs']} times"] if "num_ppo_epochs" in c else []
+    parts += [f"{n} {'pass' if n == 1 else 'passes'} over them"] if (n := c.get("num_ppo_epochs")) is not None else []
     return ", ".join(parts) + " per iteration"
 
 
@@ -203,5 +211,5 @@ def next_steps(run: Recorded) -> list[tuple[str, str]]:
 
 def held_out_of(run: Recorded) -> str:
     """The test set of a run with verifiable answers, or ''."""
-    held_out = run.config.get("eval_dataset_name") if run.stage == "ppo" else None
+    held_out = run.config.get("eval_dataset_name") if run.stage in RLVR else None
     return quoted(str(held_out)) if held_out else ""
