@@ -1,4 +1,4 @@
-"""The three acts of launch.demo as flags of the stages: in miniature, and of a real model."""
+"""The acts of launch.demo as flags of the stages: in miniature, and of a real model."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 from engine.data.word_problems import SIZES, WordProblems
 from engine.errors import UserError
 from engine.flags import flag, require_positive
-from launch import dpo, ppo, sft
+from launch import dpo, grpo, ppo, sft
 from launch.evaluate import Config as Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecipeFlags:
-    """What the three acts are made of, and where they go."""
+    """What the acts are made of, and where they go."""
 
     model_name_or_path: str | None = flag(None, "a real chat model in place of the embedded tiny Llama")
     conversations: str | None = flag(None, "act I of a real model: what launch.sft reads, such as GSM8K's solutions")
     pairs: str | None = flag(None, "act II of a real model: what launch.dpo reads")
-    output_dir: str = flag("output/demo", "holds sft/, dpo/, ppo/, evaluations/, results.json, report.html")
+    output_dir: str = flag("output/demo", "holds sft/, dpo/, ppo/, grpo/, evaluations/, results.json, report.html")
     seed: int = flag(1, "of all that is drawn")
     scale: float = flag(
         1.0, "of every act's steps, and of the problems that it is measured by: 0.1 is a look at whether all works"
@@ -31,9 +31,10 @@ class RecipeFlags:
 
 @dataclass(frozen=True)
 class Act:
-    """One act of the recipe: what it is called, what it does, and with which flags."""
+    """One act of the recipe: what it is called, which act it goes on from, what it does, and with which flags."""
 
     name: str
+    start: str
     says: str
     stage: ModuleType
     flags: Any
@@ -55,6 +56,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
     acts = [
         Act(
             "SFT",
+            "base",
             "imitates the worked answers of somebody careless (launch/sft.py, losses/sft.py)",
             sft,
             sft.Config(
@@ -70,6 +72,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "DPO",
+            "SFT",
             "prefers of two answers the one that was judged better (launch/dpo.py, losses/preference.py)",
             dpo,
             dpo.Config(
@@ -83,7 +86,8 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             ),
         ),
         Act(
-            "RLVR",
+            "PPO",
+            "DPO",
             "reinforces, by PPO, the answers that a program verifies to be right (launch/ppo.py, losses/ppo.py)",
             ppo,
             ppo.Config(
@@ -100,13 +104,30 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 response_length=48,
             ),
         ),
+        Act(
+            "GRPO",
+            "DPO",
+            "does so from the same start by GRPO, without a value model (launch/grpo.py, losses/group.py)",
+            grpo,
+            grpo.Config(
+                **shared | out(config, "grpo"),
+                model_name_or_path=f"{config.output_dir}/dpo/final",
+                dataset_name=str(problems.problems),
+                batch_size=16,
+                num_samples_per_prompt=8,
+                max_steps=scaled(config, 60),
+                learning_rate=1e-3,
+                num_mini_batches=2,
+                response_length=48,
+            ),
+        ),
     ]
     how = {"response_length": 48, "num_samples_per_prompt": 4}
     return str(problems.model), acts, measured_on(problems.held_out, SIZES["held_out"], config, **how)
 
 
 def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], Evaluation]:
-    """The same of a real chat model on real data. Act II and III train adapters: their reference is the model under
+    """The same of a real chat model on real data. Acts II and III train adapters: their reference is the model under
     them, and a step costs a third less.
     """
     model, conversations, pairs = str(config.model_name_or_path), str(config.conversations), str(config.pairs)
@@ -115,6 +136,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
     acts = [
         Act(
             "SFT",
+            "base",
             f"imitates the worked answers of {conversations} (launch/sft.py)",
             sft,
             sft.Config(
@@ -128,6 +150,7 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
         ),
         Act(
             "DPO",
+            "SFT",
             f"prefers the better answers of {pairs} (launch/dpo.py)",
             dpo,
             dpo.Config(
@@ -140,7 +163,8 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             ),
         ),
         Act(
-            "RLVR",
+            "PPO",
+            "DPO",
             "reinforces right answers to sums and word problems, by PPO (launch/ppo.py, verifiers/gsm8k.py)",
             ppo,
             ppo.Config(
@@ -152,6 +176,23 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 max_steps=scaled(config, 16),
                 learning_rate=1e-4,
                 num_ppo_epochs=1,
+                num_mini_batches=2,
+                response_length=96,
+            ),
+        ),
+        Act(
+            "GRPO",
+            "DPO",
+            "does so from the same start by GRPO, without a value model (launch/grpo.py, losses/group.py)",
+            grpo,
+            grpo.Config(
+                **shared | out(config, "grpo") | lora,
+                model_name_or_path=f"{config.output_dir}/dpo/final",
+                dataset_name=str(problems.practice),
+                batch_size=6,
+                num_samples_per_prompt=8,
+                max_steps=scaled(config, 16),
+                learning_rate=1e-4,
                 num_mini_batches=2,
                 response_length=96,
             ),

@@ -1,10 +1,11 @@
 """The whole recipe in one sitting.                                                       python -m launch.demo --help
 
-    base  --SFT-->  pi_1  --DPO-->  pi_2  --PPO-->  pi_3          each evaluated on the same held-out problems
+    base  --SFT-->  pi_1  --DPO-->  pi_2  --PPO-->   pi_3         each evaluated on the same held-out problems
+                                    pi_2  --GRPO-->  pi_4
 
     act I    launch.sft   maximises log pi(answer | problem) on worked answers, many of them wrong
     act II   launch.dpo   prefers the better of two answers, as somebody judged who sometimes errs
-    act III  launch.ppo   reinforces what a program verifies to be right
+    act III  launch.ppo   reinforces what a program verifies to be right; launch.grpo does from the same start
 
 With no argument: a tiny Llama that has read nothing and a small language of word problems
 (engine/data/word_problems.py), some minutes on two cores. With --model_name_or_path a real chat model on real data,
@@ -19,7 +20,6 @@ at: output/demo/report.html. Interrupted, the same command goes on where it stop
 
 from __future__ import annotations
 
-import itertools
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -44,7 +44,7 @@ class Config(RecipeFlags):
 
 
 def demo(config: Config) -> None:
-    """Three acts, with an evaluation before and after each. Raises UserError."""
+    """The acts, with an evaluation before and after each. Raises UserError."""
     world = start()
     check(config)
     require_matplotlib()  # before the hours, not after
@@ -63,7 +63,7 @@ def demo(config: Config) -> None:
 
     results = {"title": f"accuracy on {measured[0]['n']} held-out problems", "rows": measured}
     results["answers"] = side_by_side([row["name"] for row in measured], output_dir)
-    world.say(*told(results, output_dir))
+    world.say(*told(results, output_dir, [(act.start, act.name) for act in acts]))
     if world.is_main:
         (output_dir / "results.json").write_text(json.dumps(results, indent=1), encoding="utf-8")
         page, runs = output_dir / "report.html", [act.flags.output_dir for act in acts]
@@ -84,14 +84,13 @@ def measure(name: str, model: str, evaluation: Evaluation, world: World, output_
     return row
 
 
-def told(results: dict[str, Any], output_dir: Path) -> list[str]:
-    """The table, the differences between neighbours, and the answers side by side."""
+def told(results: dict[str, Any], output_dir: Path, pairs: list[tuple[str, str]]) -> list[str]:
+    """The table, what each act did to the model that it began with, and the answers side by side."""
     lines: list[str] = [terminal.Heading(results["title"])]
     for row in results["rows"]:
         lines.append(f"  {row['name']:6} {row['accuracy']:6.1%}   95 % {row['low']:.1%} to {row['high']:.1%}")
-    names = [row["name"] for row in results["rows"]]
     lines.append(terminal.Heading("what the acts did"))
-    for a, b in itertools.pairwise(names):
+    for a, b in pairs:
         lines.append(f"  {compare(responses(output_dir, a), responses(output_dir, b)).lines(a, b)[0]}")
     lines.append(terminal.Heading("answers side by side"))
     for shown in results["answers"]:

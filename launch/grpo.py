@@ -111,17 +111,26 @@ class Config(RlvrFlags):
     overlong_buffer: int = flag(
         0, "the last so many tokens of --response_length cost up to --overlong_penalty, linearly (DAPO)"
     )
-    overlong_penalty: float = flag(1.0, "see --overlong_buffer")
+    overlong_penalty: float = flag(None, "see --overlong_buffer; 1")
     format_reward: float = flag(0.0, "added to the score of a response in the form of --format_tags")
     format_tags: tuple[str, ...] = flag(
-        ("think", "answer"), "the form: <think>…</think> and then <answer>…</answer>, each once", many=True
+        None, "the form, tags each once and in order; think answer: <think>…</think><answer>…</answer>", many=True
     )
 
     def check(self) -> None:
         super().check()
         require_positive(self, "clip_low", "clip_high", "tis_cap")
-        require_not_negative(self, "entropy_coef", "dynamic_sampling", "overlong_buffer", "overlong_penalty")
+        require_positive(self, "overlong_penalty")
+        require_not_negative(self, "entropy_coef", "dynamic_sampling", "overlong_buffer", "format_reward")
         require_between(self, kl_coef=(0, 1e9))
+        for name, of in (("overlong_penalty", "overlong_buffer"), ("format_tags", "format_reward")):
+            if vars(self)[name] is not None and not vars(self)[of]:
+                raise UserError(f"--{name} is not read without --{of}")
+        if self.format_tags is not None:
+            try:
+                verify("", {"tags": list(self.format_tags)}, "format")
+            except ValueError as error:
+                raise UserError(f"--format_tags: {error}") from None
         self.check_group()
         self.check_kl()
 
@@ -337,10 +346,15 @@ def resolve_grpo(config: Config, world: World) -> Config:
     config.check()  # before a model is tuned for it
     config = replace(config, verifier_module=pinned(config.verifier_module))
     low, high = CLIPS[config.surrogate]
-    kl_in = (config.kl_in or "loss") if config.kl_coef else "none"
-    estimator = "k1" if kl_in == "reward" else "k3"
-    defaults = DEFAULTS | {"clip_low": low, "clip_high": high, "kl_in": kl_in, "kl_estimator": estimator}
+    defaults: dict[str, object] = dict(DEFAULTS) | {"clip_low": low, "clip_high": high}
     defaults |= {"learning_rate": 5e-6 if config.use_lora else 5e-7}
+    defaults |= {"kl_in": "loss" if config.kl_coef else "none"}
+    if config.kl_coef:
+        defaults |= {"kl_estimator": "k1" if config.kl_in == "reward" else "k3"}
+    if config.overlong_buffer:
+        defaults |= {"overlong_penalty": 1.0}
+    if config.format_reward:
+        defaults |= {"format_tags": ("think", "answer")}
     if config.model_name_or_path is None:
         if not config.names_data and config.max_steps == -1 and config.num_train_epochs is None:
             config = replace(config, max_steps=30)
@@ -354,8 +368,9 @@ def resolve_grpo(config: Config, world: World) -> Config:
             f"--num_mini_batches {config.num_mini_batches} does not divide the {responses} responses of an iteration"
             f" ({config.batch_size} x {config.num_samples_per_prompt})"
         )
-    kind = reference.resolve_reference(config.reference, config, without_lora="copy")
-    return replace(config, reference=kind)
+    if not config.kl_coef:
+        return config
+    return replace(config, reference=reference.resolve_reference(config.reference, config, without_lora="copy"))
 
 
 def describe(config: Config, prompts: list[Prompt], held_out: list[Prompt], steps: Steps) -> dict[str, list[str]]:

@@ -209,3 +209,31 @@ def trace_without_generating_code() -> None:
         return original(*args, **options)
 
     optim.step = counting
+
+
+def record_experience(argv: list[str]) -> None:
+    """What launch.grpo learns from in its first iteration, beside its directory."""
+    import numpy as np
+
+    import launch.grpo
+
+    original, out = launch.grpo.experience_of, argv[argv.index("--output_dir") + 1]
+
+    def recording(*args, **options):
+        experience = original(*args, **options)
+        parts = {"prompt": "prompt_ids", "response": "response_ids"}
+        arrays = {name: [getattr(r, of) for r in experience.rollouts] for name, of in parts.items()}
+        lengths = {f"{name}_lengths": [len(ids) for ids in every] for name, every in arrays.items()}
+        if os.environ["RANK"] == "0":
+            np.savez(
+                f"{out}.npz",
+                scores=experience.scores_S.numpy(),
+                groups=experience.prompts_S.numpy(),
+                sampled=experience.sampled_R.numpy(),
+                ended=[r.finish_reason == "stop" for r in experience.rollouts],
+                **{name: np.concatenate(every) for name, every in arrays.items()},
+                **lengths,
+            )
+        return experience
+
+    launch.grpo.experience_of = recording

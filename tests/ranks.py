@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["transformers.models.llama.modeling_llama", "launch.dpo", "launch.sft", "launch.ppo"])
+STAGES = ["launch.dpo", "launch.sft", "launch.ppo", "launch.grpo"]
+context.set_forkserver_preload(["transformers.models.llama.modeling_llama", *STAGES])
 
 
 @dataclass

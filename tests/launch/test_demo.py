@@ -1,4 +1,4 @@
-"""launch.demo: the problems are what they say, and the three acts end in a table and a page, the same after a kill."""
+"""launch.demo: the problems are what they say, and the acts end in a table and a page, the same after a kill."""
 
 from __future__ import annotations
 
@@ -78,14 +78,16 @@ def test_no_held_out_problem_has_the_numbers_of_one_that_is_trained_on(problems)
 
 
 @matplotlib
-def test_three_acts_a_table_and_a_page_the_same_after_kills(tmp_path, cache, monkeypatch, capsys):
+def test_all_acts_a_table_and_a_page_the_same_after_kills(tmp_path, cache, monkeypatch, capsys):
     """Killed before the last act, and in the middle of an evaluation: the same figures, and nothing is done twice."""
     flags = {"cache_dir": str(cache), "scale": 0.01}
     demo.demo(Config(output_dir=str(tmp_path / "whole"), **flags))
     said = capsys.readouterr().out
     table = [row["name"] for row in json.loads((tmp_path / "whole" / "results.json").read_text())["rows"]]
-    assert table == ["base", "SFT", "DPO", "RLVR"]
-    assert all(name in said for name in ("launch/sft.py", "launch/dpo.py", "launch/ppo.py", "report.html"))
+    assert table == ["base", "SFT", "DPO", "PPO", "GRPO"]
+    assert all(
+        name in said for name in ("launch/sft.py", "launch/dpo.py", "launch/ppo.py", "launch/grpo.py", "report.html")
+    )
     assert "<html" in (tmp_path / "whole" / "report.html").read_text()[:200]
 
     def killed(*_):

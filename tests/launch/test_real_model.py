@@ -100,6 +100,6 @@ def test_a_look_at_the_whole_recipe(real_model, shared_data, tmp_path):
             )
         )
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
-    assert [row["name"] for row in results["rows"]] == ["base", "SFT", "DPO", "RLVR"]
+    assert [row["name"] for row in results["rows"]] == ["base", "SFT", "DPO", "PPO", "GRPO"]
     assert all(0 <= row["low"] <= row["accuracy"] <= row["high"] <= 1 for row in results["rows"])
     assert (tmp_path / "report.html").is_file()

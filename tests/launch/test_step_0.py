@@ -17,7 +17,7 @@ from engine.data.conversations import ConversationEncoder
 from engine.errors import UserError
 from engine.train import refcache
 from launch import dpo, ppo
-from rollout import Experience, Rollout
+from rollout import Experience, Rollout, identities
 from tests.families import save_family
 from tests.launch.test_equivalence import Runs, rows
 
@@ -52,14 +52,14 @@ def check_sampler(
     n = len(sampled)
     rollout = Rollout(0, 0, np.array([5, 6]), np.arange(n), np.array(sampled), np.array(sampled), "length")
     batch, said = Experience([rollout], [1.0], slot_after_end=False, response_length=n), Said()
-    ppo.check_sampler(batch, torch.tensor(evaluated, dtype=torch.float64), ppo.Config(**flags), dtype, said)
+    identities.check_sampler(batch, torch.tensor(evaluated, dtype=torch.float64), ppo.Config(**flags), dtype, said)
     return said
 
 
 def check_ratio(ratio: float, tokens: float = 1000, dtype: torch.dtype = torch.float32) -> list[str]:
     """Of a mean ratio; the sums are what is handed over."""
     said = Said()
-    ppo.check_ratio({"val/ratio": ratio * tokens, "tokens": tokens}, dtype, said)
+    identities.check_ratio({"val/ratio": ratio * tokens, "tokens": tokens}, dtype, said)
     return said
 
 
