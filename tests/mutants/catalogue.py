@@ -2779,8 +2779,8 @@ ENGINE = (
     Mutant(
         "the_recipe_wins_over_the_command_line",
         "engine/config.py",
-        "values = recipe.values | command.values",
-        "values = command.values | recipe.values",
+        "| recipe.values | command.values",
+        "| command.values | recipe.values",
         CONFIG,
     ),
     Mutant(
@@ -2881,6 +2881,28 @@ ENGINE = (
         "engine/flags/table.py",
         '{"true": "bfloat16", "false": "float32", "auto": "auto", "full": "bfloat16"}',
         '{"true": "float16", "false": "float32", "auto": "auto", "full": "bfloat16"}',
+        FOREIGN,
+    ),
+    Mutant(
+        "what_others_mean_besides_wins",
+        "engine/config.py",
+        "values = recipe.otherwise | command.otherwise | recipe.values | command.values",
+        "values = recipe.values | command.values | recipe.otherwise | command.otherwise",
+        FOREIGN,
+    ),
+    Mutant(
+        "one_range_of_theirs_is_the_lower_side",
+        "engine/flags/foreign.py",
+        'return {"clip_low": number(value), "clip_high?": number(value)}',
+        'return {"clip_low": number(value)}',
+        FOREIGN,
+    ),
+    Mutant("a_bound_of_cispo_is_added_to_1", "engine/flags/foreign.py", "if bound > 1:", "if bound > 100:", FOREIGN),
+    Mutant(
+        "the_first_grpo_weighs_tokens_alike",
+        "engine/flags/words.py",
+        '"grpo": "aggregate=sequence"',
+        '"grpo": "aggregate=token"',
         FOREIGN,
     ),
     Mutant(
@@ -4597,6 +4619,13 @@ SPOKEN = (
         'if upto is None or row["step"] <= upto:',
         'if upto is None or row["step"] >= 0:',
         (f"{EXPORT}::test_a_cards_accuracy_has_its_interval",),
+    ),
+    Mutant(
+        "a_card_of_grpo_without_its_kl",
+        "engine/train/card.py",
+        'if flags.get("kl_coef"):',
+        'if not flags.get("kl_in"):',
+        (f"{EXPORT}::test_a_card_says_in_words_what_grpo_descended",),
     ),
     Mutant(
         "a_directory_is_a_hubs_id",
