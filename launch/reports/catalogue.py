@@ -68,7 +68,7 @@ KNOWN = {
     "groups/all_right": _share(
         "Groups all right", "groups", "Too easy to teach any more. Healthy: rises as the policy learns."
     ),
-    "groups/drawn": Metric("Groups drawn", "groups", "More than the batch: --dynamic_sampling drew again."),
+    "groups/drawn": Metric("Groups drawn", "groups", "More than the iteration's prompts: drawn again."),
     "loss/value": Metric("Value loss", "", "Squared error of the value model. Healthy: falls, then stays low."),
     "objective/kl": Metric(
         "KL to the reference",

@@ -199,13 +199,12 @@ def next_steps(run: Recorded) -> list[tuple[str, str]]:
         )
     ]
     following = {
-        "sft": ("dpo", "train_pairs.jsonl", "PAIRS.jsonl"),
-        "dpo": ("ppo", "train_problems.jsonl", "PROBLEMS.jsonl"),
+        "sft": {"dpo": "start the next act"},
+        "dpo": {"ppo": "start the next act", "grpo": "or the same without a value model"},
     }
-    if run.stage in following:
-        stage, name, word = following[run.stage]
-        words = f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {lies(name, word)}"
-        found.append(("start the next act", words))
+    rows = ("train_pairs.jsonl", "PAIRS.jsonl") if run.stage == "sft" else ("train_problems.jsonl", "PROBLEMS.jsonl")
+    for stage, what in following.get(run.stage, {}).items():
+        found.append((what, f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {lies(*rows)}"))
     return found
 
 

@@ -392,6 +392,19 @@ def test_tick_labels(places, share, expected):
     assert [formatter(x) for x in places] == expected
 
 
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [(1 + 1e-7 * np.arange(6.0), False), (1 - 0.0125 * np.linspace(0, 1, 6), True), (4 - 1e-5 * np.arange(6.0), False)],
+)
+def test_what_differs_by_rounding_is_level_and_its_labels_are_short(values, share):
+    from launch.reports import plots
+
+    line = plots.Line(runs.series_of(dict(enumerate(values.tolist(), 1))), 0)
+    svg = plots.lines_plot([line], "", share=share, xlabel="step", name="x")
+    labels = [text for text in re.findall(r">([^<>]+)</text>", svg) if text.strip() and text != "step"]
+    assert len(labels) > 4 and max(map(len, labels)) <= 7, labels
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
