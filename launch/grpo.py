@@ -38,8 +38,8 @@ from launch.resolve import after, checker, commands, each_seed, pinned, resolve,
 from rollout import (
     Collector,
     Experience,
-    Rollout,
     Sampler,
+    check_form,
     check_ratio,
     check_sampler,
     evaluate,
@@ -50,7 +50,7 @@ from rollout import (
     of_sampling,
     sample_groups,
 )
-from verifiers import MODES, Pool, verify
+from verifiers import MODES, Pool
 
 DEFAULTS = {"batch_size": 48, "num_samples_per_prompt": 16, "num_train_epochs": 1, "response_length": 1024}
 CLIPS = {"clip": (0.2, 0.2), "cispo": (1.0, 4.0), "gspo": (3e-4, 4e-4)}  # --clip_low, --clip_high: of each paper
@@ -108,29 +108,12 @@ class Config(RlvrFlags):
         0, "draw up to so many more times, other prompts in place of groups that are all right or all wrong (DAPO)"
     )
     mask_truncated: bool = flag(False, "responses without an end are not learnt from, only compared with")
-    overlong_buffer: int = flag(
-        0, "the last so many tokens of --response_length cost up to --overlong_penalty, linearly (DAPO)"
-    )
-    overlong_penalty: float = flag(None, "see --overlong_buffer; 1")
-    format_reward: float = flag(0.0, "added to the score of a response in the form of --format_tags")
-    format_tags: tuple[str, ...] = flag(
-        None, "the form, tags each once and in order; think answer: <think>…</think><answer>…</answer>", many=True
-    )
 
     def check(self) -> None:
         super().check()
         require_positive(self, "clip_low", "clip_high", "tis_cap")
-        require_positive(self, "overlong_penalty")
-        require_not_negative(self, "entropy_coef", "dynamic_sampling", "overlong_buffer", "format_reward")
+        require_not_negative(self, "entropy_coef", "dynamic_sampling")
         require_between(self, kl_coef=(0, 1e9))
-        for name, of in (("overlong_penalty", "overlong_buffer"), ("format_tags", "format_reward")):
-            if vars(self)[name] is not None and not vars(self)[of]:
-                raise UserError(f"--{name} is not read without --{of}")
-        if self.format_tags is not None:
-            try:
-                verify("", {"tags": list(self.format_tags)}, "format")
-            except ValueError as error:
-                raise UserError(f"--format_tags: {error}") from None
         self.check_group()
         self.check_kl()
 
@@ -147,8 +130,6 @@ class Config(RlvrFlags):
                 if self.surrogate == "cispo"
                 else f"--dual_clip must be greater than 1, got {self.dual_clip:g}"
             )
-        if self.response_length is not None and self.overlong_buffer >= self.response_length:
-            raise UserError(f"--overlong_buffer must be less than --response_length {self.response_length}")
 
     def check_kl(self) -> None:
         """Raises UserError for a KL divergence without a weight, a place or an estimator."""
@@ -207,8 +188,7 @@ def train(config: Config) -> None:
             rollouts, verdicts, groups = sample_groups(
                 collect, prompts, examples, config, step, config.dynamic_sampling
             )
-            shaped = lambda rollout: shaping(rollout, base.chat.response_text(rollout.response_ids), config)
-            experience = experience_of(rollouts, verdicts, config, shaped=shaped)
+            experience = experience_of(rollouts, verdicts, config, base.chat.response_text)
             sampler.release()  # its cache makes room for activations
             times = {"time/rollout": clock.lap()}
 
@@ -226,14 +206,16 @@ def train(config: Config) -> None:
             # 5. clipped updates, on the responses that are learnt from
             lr, totals, norm = optim.learning_rate(config, step, steps.total, config.learning_rate), Totals(world), 0.0
             counts_S, learnt = experience.token_counts_S, learnt_from(experience, config)
+            moves = has_gradient(experience, advantages_R, config)
             for number, minibatch in enumerate(world.each("updating", minibatches(learnt, config, step))):
-                totals.add({"tokens": experience.counts(minibatch)[0] / world.size, "updates": 1 / world.size})
                 weights_S = torch.zeros(len(experience), dtype=torch.float64)
                 weights_S[minibatch] = losses.token_weights(
                     counts_S[minibatch], config.aggregate, config.response_length
                 )
                 columns = (old_R, advantages_R, ref_R, experience.on_tokens(weights_S))
-                for batch in run.micro_batches(policy, experience.tokens, minibatch, totals):
+                moving = minibatch[moves[minibatch]]
+                totals.add({"tokens": experience.counts(moving)[0] / world.size, "updates": 1 / world.size})
+                for batch in run.micro_batches(policy, experience.tokens, moving, totals):
                     group_loss(policy, batch, experience.tokens.of(batch, *columns), config, totals).backward()
                 norm = optim.step(optimizer, world, lr, config.max_grad_norm)
                 run.stop_unless_finite(step, {"grad_norm": norm}, "prompts", examples)
@@ -254,17 +236,6 @@ def train(config: Config) -> None:
 
 
 # --- the steps of an iteration ----------------------------------------------------------------------------------------
-
-
-def shaping(rollout: Rollout, text: str, config: Config) -> float:
-    """What is added to a response's score: for its form, and against its length (DAPO, arXiv 2503.14476, eq. 13)."""
-    bonus = 0.0
-    if config.format_reward:
-        bonus += config.format_reward * verify(text, {"tags": list(config.format_tags)}, "format").score
-    if config.overlong_buffer:
-        beyond = len(rollout.response_ids) - (config.response_length - config.overlong_buffer)
-        bonus -= config.overlong_penalty * max(0, beyond) / config.overlong_buffer
-    return bonus
 
 
 def advantages_of(experience: Experience, old_R: torch.Tensor, ref_R: torch.Tensor, config: Config) -> torch.Tensor:
@@ -288,6 +259,15 @@ def learnt_from(experience: Experience, config: Config) -> np.ndarray:
     """The responses that count in the loss, in numerator and denominator alike."""
     ended = [r.finish_reason == "stop" or not config.mask_truncated for r in experience.rollouts]
     return np.flatnonzero(ended)
+
+
+def has_gradient(experience: Experience, advantages_R: torch.Tensor, config: Config) -> np.ndarray:
+    """Of each response, whether anything follows from it: one without an advantage counts in the mean and is not
+    computed, unless its KL divergence or its entropy is part of the loss.
+    """
+    if config.kl_in == "loss" or config.entropy_coef:
+        return np.ones(len(experience), bool)
+    return (sum_by_sequence(advantages_R.abs(), experience.token_counts_S) > 0).numpy()
 
 
 def group_loss(
@@ -344,6 +324,7 @@ def of_old(experience: Experience, old_R: torch.Tensor, ref_R: torch.Tensor | No
 def resolve_grpo(config: Config, world: World) -> Config:
     """The configuration with what was left open. Raises UserError for what cannot be."""
     config.check()  # before a model is tuned for it
+    check_form(config)
     config = replace(config, verifier_module=pinned(config.verifier_module))
     low, high = CLIPS[config.surrogate]
     defaults: dict[str, object] = dict(DEFAULTS) | {"clip_low": low, "clip_high": high}
@@ -351,17 +332,13 @@ def resolve_grpo(config: Config, world: World) -> Config:
     defaults |= {"kl_in": "loss" if config.kl_coef else "none"}
     if config.kl_coef:
         defaults |= {"kl_estimator": "k1" if config.kl_in == "reward" else "k3"}
-    if config.overlong_buffer:
-        defaults |= {"overlong_penalty": 1.0}
-    if config.format_reward:
-        defaults |= {"format_tags": ("think", "answer")}
     if config.model_name_or_path is None:
         if not config.names_data and config.max_steps == -1 and config.num_train_epochs is None:
             config = replace(config, max_steps=30)
         config = replace(with_tuned_model(config, world), max_seq_length=min(config.max_seq_length, 256))
         defaults |= {"batch_size": 32, "num_samples_per_prompt": 8, "learning_rate": 1e-3, "response_length": 24}
     config = resolve(config, world, defaults=defaults, embedded_defaults={}, data="problems")
-    config.check_group()  # with what was filled in
+    config.check()  # with what was filled in
     responses = config.batch_size * config.num_samples_per_prompt
     if responses % config.num_mini_batches:
         raise UserError(

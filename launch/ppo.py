@@ -35,6 +35,7 @@ from launch.resolve import after, checker, commands, each_seed, pinned, resolve,
 from rollout import (
     Collector,
     Sampler,
+    check_form,
     check_ratio,
     check_sampler,
     evaluate,
@@ -130,7 +131,8 @@ def train(config: Config) -> None:
             sampler.load(policy)
             examples = steps.examples(step)
             rollouts, verdicts = collect(prompts, examples, config.num_samples_per_prompt, step)
-            experience = experience_of(rollouts, verdicts, config, slot_after_end=config.score_slot == "after_eos")
+            after_end = config.score_slot == "after_eos"
+            experience = experience_of(rollouts, verdicts, config, base.chat.response_text, slot_after_end=after_end)
             sampler.release()  # its cache makes room for activations
             times = {"time/rollout": clock.lap()}
 
@@ -228,6 +230,7 @@ def means(sums: dict[str, float]) -> dict[str, float]:
 def resolve_ppo(config: Config, world: World) -> Config:
     """The configuration with what was left open. Raises UserError for what cannot be."""
     config.check()  # before a model is tuned for it
+    check_form(config)
     config = replace(config, verifier_module=pinned(config.verifier_module))
     defaults = DEFAULTS | {"learning_rate": 3e-6 if config.use_lora else 3e-7}
     if config.model_name_or_path is None:

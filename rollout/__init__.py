@@ -6,6 +6,7 @@ from rollout.experience import Experience, evaluate, experience_of, minibatches
 from rollout.groups import sample_groups
 from rollout.identities import check_ratio, check_sampler
 from rollout.report import held_out_accuracy, of_responses, of_sampling
+from rollout.rewards import check_form
 from rollout.sampler import Request, Rollout, Sampler
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "Rollout",
     "Sampler",
     "SamplingParams",
+    "check_form",
     "check_ratio",
     "check_sampler",
     "evaluate",

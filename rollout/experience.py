@@ -21,6 +21,7 @@ from engine.data.mixture import permutation
 from engine.errors import UserError
 from engine.flags import MemoryFlags, RlvrFlags
 from engine.world import World, on_device
+from rollout.rewards import score_of
 from rollout.sampler import Rollout
 from verifiers import MAX_ERROR_RATE, Verdict
 
@@ -103,24 +104,19 @@ def experience_of(
     rollouts: list[Rollout],
     verdicts: list[Verdict],
     flags: RlvrFlags,
+    text_of: Callable[[np.ndarray], str],
     *,
     slot_after_end: bool = False,
-    shaped: Callable[[Rollout], float] = lambda rollout: 0.0,
 ) -> Experience:
-    """The responses that have a verdict, with their scores: the verifier's, or the penalty of one without an end, and
-    what the launch file adds to it (`shaped`). Raises UserError if more than 1 % have no verdict.
-    """
+    """The responses that have a verdict, with their scores. Raises UserError if more than 1 % have none."""
     errors = [verdict.reason for verdict in verdicts if verdict.status == "error"]
     if len(errors) > MAX_ERROR_RATE * len(verdicts):
         raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")
     judged = [(r, v) for r, v in zip(rollouts, verdicts, strict=True) if v.status == "ok"]
-    scores = [flags.verification_reward * verdict.score for _, verdict in judged]
-    if flags.missing_eos_penalty is not None:
-        penalty = flags.missing_eos_penalty
-        scores = [penalty if r.finish_reason == "length" else x for (r, _), x in zip(judged, scores, strict=True)]
+    longest = flags.response_length
+    scores = [score_of(rollout, verdict, flags, longest, text_of) for rollout, verdict in judged]
     responses = [rollout for rollout, _ in judged]
-    scores = [score + shaped(response) for response, score in zip(responses, scores, strict=True)]
-    return Experience(responses, scores, slot_after_end=slot_after_end, response_length=flags.response_length)
+    return Experience(responses, scores, slot_after_end=slot_after_end, response_length=longest)
 
 
 def minibatches(responses: np.ndarray, flags: RlvrFlags, step: int) -> list[np.ndarray]:

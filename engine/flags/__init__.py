@@ -31,7 +31,7 @@ from engine.flags.inference import DecodingFlags, InferenceFlags, RolloutFlags
 from engine.flags.model import AdapterFlags, ModelFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
-from engine.flags.stage import RlvrFlags, StageFlags
+from engine.flags.stage import RewardFlags, RlvrFlags, StageFlags
 
 __all__ = [
     "HEADINGS",
@@ -48,6 +48,7 @@ __all__ = [
     "PromptFlags",
     "QuestionFlags",
     "ReferenceFlags",
+    "RewardFlags",
     "RlvrFlags",
     "RolloutFlags",
     "RunFlags",

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import UserError
 from engine.flags.data import MixtureFlags, PromptFlags
-from engine.flags.declare import flag, override, require_positive
+from engine.flags.declare import flag, override, require_not_negative, require_positive
 from engine.flags.model import AdapterFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
@@ -36,7 +36,35 @@ class StageFlags(AdapterFlags, MixtureFlags, OptimizerFlags, MemoryFlags, RunFla
 
 
 @dataclass(frozen=True, kw_only=True)
-class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
+class RewardFlags:
+    """What a response is worth."""
+
+    verification_reward: float = flag(1.0, "reward of a right answer (the original: 10)")
+    missing_eos_penalty: float | None = flag(
+        None, "score, in place of the verifier's, of a response without an end (the original: -10)"
+    )
+    overlong_buffer: int = flag(
+        0, "the last so many tokens of --response_length cost up to --overlong_penalty, linearly (DAPO)"
+    )
+    overlong_penalty: float | None = flag(None, "see --overlong_buffer; 1")
+    format_reward: float = flag(0.0, "added to the score of a response in the form of --format_tags")
+    format_tags: tuple[str, ...] | None = flag(
+        None, "the form, tags each once and in order; think answer: <think>…</think><answer>…</answer>", many=True
+    )
+
+    def check_rewards(self, response_length: int | None) -> None:
+        """Raises UserError for what cannot be."""
+        require_positive(self, "overlong_penalty")
+        require_not_negative(self, "overlong_buffer", "format_reward")
+        for name, of in (("overlong_penalty", "overlong_buffer"), ("format_tags", "format_reward")):
+            if vars(self)[name] is not None and not vars(self)[of]:
+                raise UserError(f"--{name} is not read without --{of}")
+        if response_length is not None and self.overlong_buffer >= response_length:
+            raise UserError(f"--overlong_buffer must be less than --response_length {response_length}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFlags):
     """Reinforcement learning with verifiable rewards, whatever the algorithm: what is sampled, what it is worth, and
     how often it is learnt from.
     """
@@ -51,10 +79,6 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
     )
     num_ppo_epochs: int = flag(None, "passes over an iteration's responses")
     num_mini_batches: int = flag(1, "optimizer steps per pass")
-    verification_reward: float = flag(1.0, "reward of a right answer (the original: 10)")
-    missing_eos_penalty: float | None = flag(
-        None, "score, in place of the verifier's, of a response without an end (the original: -10)"
-    )
     eval_samples: int = flag(4, "samples per held-out prompt")
 
     def check(self) -> None:
@@ -62,4 +86,5 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags):
         super().check()
         self.check_prompts()
         self.check_sampling()
+        self.check_rewards(self.response_length)
         require_positive(self, "num_samples_per_prompt", "num_ppo_epochs", "num_mini_batches", "eval_samples")

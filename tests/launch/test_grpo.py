@@ -14,7 +14,7 @@ import pytest
 
 from engine.data import Prompt
 from launch import grpo
-from rollout import Rollout, groups
+from rollout import Rollout, groups, rewards
 from tests.launch import iteration
 from tests.launch.test_equivalence import Runs, digest, rows, trajectory, weights_of
 from verifiers import Verdict
@@ -226,19 +226,23 @@ def test_a_verdict_that_failed_is_no_difference():
     assert not groups.differs(pairs) and groups.differs([*pairs, (None, Verdict(0.0, ""))])
 
 
+def score(length: int, text: str = "", right: float = 0.0, ended: bool = True, **flags) -> float:
+    reason = "stop" if ended else "length"
+    rollout = SimpleNamespace(response_ids=np.zeros(length), finish_reason=reason)
+    return rewards.score_of(rollout, Verdict(right, ""), grpo.Config(**flags), 20, lambda ids: text)
+
+
 @pytest.mark.parametrize("length, cost", [(10, 0), (12, 0), (13, 0.125), (16, 0.5), (20, 1.0)])
 def test_the_end_of_the_limit_costs_linearly(length, cost):
-    config = grpo.Config(response_length=20, overlong_buffer=8, overlong_penalty=2.0)
-    rollout = SimpleNamespace(response_ids=np.zeros(length))
-    assert grpo.shaping(rollout, "", config) == pytest.approx(-2 * cost)
+    assert score(length, overlong_buffer=8, overlong_penalty=2.0) == pytest.approx(-2 * cost)
+    assert score(length, right=1.0, overlong_buffer=8) == pytest.approx(1 - cost)
+    assert score(length, right=1.0, ended=False, missing_eos_penalty=0.0, overlong_buffer=8) == pytest.approx(-cost)
 
 
 def test_a_form_is_rewarded_beside_the_answer():
-    config = grpo.Config(response_length=20, format_reward=0.25, format_tags=("think", "answer"))
-    rollout = SimpleNamespace(response_ids=np.zeros(3))
-    assert grpo.shaping(rollout, "<think>a</think> <answer>4</answer>", config) == 0.25
-    assert grpo.shaping(rollout, "<answer>4</answer>", config) == 0
-    assert grpo.shaping(rollout, "<plan>a</plan> 4", grpo.Config(format_reward=1.0, format_tags=("plan",))) == 1
+    assert score(3, "<think>a</think> <answer>4</answer>", 1.0, format_reward=0.25) == 1.25
+    assert score(3, "<answer>4</answer>", 1.0, format_reward=0.25) == 1
+    assert score(3, "<plan>a</plan> 4", format_reward=1.0, format_tags=("plan",)) == 1
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------

@@ -130,12 +130,12 @@ def test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_t
     rollouts = [Rollout(i, 0, ids, ids, np.zeros(2, np.float32), np.zeros(2, np.float32), "stop") for i in range(200)]
     ok, error = Verdict(1.0, "right", "ok"), Verdict(0.0, "the worker process was killed", "error")
     config = Config(response_length=8, verification_reward=10.0)
-    batch = experience_of(rollouts, [error, error, *[ok] * 198], config)
+    batch = experience_of(rollouts, [error, error, *[ok] * 198], config, str)
     assert len(batch) == 198 and batch.scores_S.tolist() == [10.0] * 198 and batch.rollouts[0].example == 2
     with pytest.raises(
         UserError, match="3 of 200 responses could not be verified, the first: the worker process was killed"
     ):
-        experience_of(rollouts, [error] * 3 + [ok] * 197, config)
+        experience_of(rollouts, [error] * 3 + [ok] * 197, config, str)
 
 
 def test_rows_of_two_verifiers_count_as_one_each_in_the_accuracy(runs, tuned, tmp_path):

@@ -118,7 +118,7 @@ def rollouts(*reasons: str) -> list[Rollout]:
 def test_a_response_without_an_end_gets_the_penalty_in_place_of_its_score(penalty, expected):
     config = ppo.Config(response_length=8, verification_reward=10.0, missing_eos_penalty=penalty)
     verdicts = [Verdict(1.0, ""), Verdict(1.0, ""), Verdict(0.0, "")]
-    found = experience_of(rollouts("stop", "length", "stop"), verdicts, config)
+    found = experience_of(rollouts("stop", "length", "stop"), verdicts, config, str)
     assert found.scores_S.tolist() == expected
 
 
