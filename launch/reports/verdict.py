@@ -25,9 +25,10 @@ HEADLINES = {
     **dict.fromkeys(RLVR, (("eval/accuracy", True), ("objective/scores", True))),
     "other": (("eval/accuracy", True), ("eval/loss", False), ("loss", False)),
 }
+SHAPED = ("overlong_buffer", "format_reward")  # what a reward is besides the verdict
 OF_GRPO = (
     *("advantage", "surrogate", "clip_low", "clip_high", "dual_clip", "aggregate", "kl_coef", "kl_in", "kl_estimator"),
-    *("entropy_coef", "tis_cap", "mask_truncated", "overlong_buffer", "format_reward", "dynamic_sampling"),
+    *("entropy_coef", "tis_cap", "mask_truncated", *SHAPED, "dynamic_sampling"),
 )
 
 
@@ -149,7 +150,7 @@ def loss_of(run: Recorded) -> str:
     names = {
         "sft": ("reduce_loss",),
         "dpo": ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio", "rpo_alpha"),
-        "ppo": ("kl_coef", "kl_estimator", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef"),
+        "ppo": ("kl_coef", "kl_estimator", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", *SHAPED),
         "grpo": OF_GRPO,
     }.get(run.stage, ())
     if not c.get("kl_coef"):
