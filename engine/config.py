@@ -95,7 +95,7 @@ def parse(
     for name, f in flags.items():  # of two ways to say a thing, too, the command line wins
         if said & {*f.excludes, *(other for other, o in flags.items() if name in o.excludes)}:
             recipe.values.pop(name, None)
-    values = recipe.values | command.values
+    values = recipe.otherwise | command.otherwise | recipe.values | command.values
     for name, f in flags.items():
         for other in flags.keys() & f.excludes if values.get(name) is not None else ():
             if values.get(other) is not None:
@@ -119,6 +119,7 @@ class _Given:
         self.choices = {name: f.choices for name, f in flags.items()}
         self.values: dict[str, Any] = {}
         self.lines: list[tuple[set[str], str]] = []  # of what was translated: our flags, a line
+        self.otherwise: dict[str, Any] = {}  # what names of others mean where nothing says it
         self.said: dict[str, str] = {}  # our flag → the name that it was given by
 
     def read(self, given: Mapping[str, Any]) -> None:
@@ -140,6 +141,8 @@ class _Given:
             self.lines.append((set(meaning.values), meaning.line))
             for of_ours, word in meaning.values.items():
                 self._take(of_ours, word, name)
+            for of_ours, word in meaning.otherwise.items():
+                self.otherwise[of_ours] = _convert(self.flags[of_ours], word, f"{self.mark}{name}")
 
     def read_rest(self, words: list[str]) -> None:
         """The words that argparse does not know: `--name=word`, or `--name` and the words up to the next one."""
@@ -171,7 +174,8 @@ class _Given:
         """Raises UserError for a name with dots, as torchtune and verl have them, and for a section of such names."""
         keys = [f"{name}.{key}" for key in list(value)[:100]] if isinstance(value, dict) else [name]
         for key in filter(words_of_others.DOTTED.__contains__, keys):
-            ours = words_of_others.DOTTED[key]
+            names = words_of_others.DOTTED[key].split()
+            ours = next(filter(self.flags.__contains__, names), names[0])
             how = "flags are given as --name value" if self.dash else "keys stand at the margin"
             raise UserError(f"{self.place}{key} is {self.dash}{ours} here{self._whose(ours)} ({how})")
 

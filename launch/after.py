@@ -21,7 +21,8 @@ def after(stage: str, config: StageFlags, world: World, response_length: int = 0
         of_pairs = f"{data / 'train_pairs.jsonl'} --learning_rate 1e-3" if data else "PAIRS"
         return [chat, f"{train}dpo {made} --dataset_name {of_pairs}"]
     if stage == "dpo":
-        return [f"{train}ppo" if data else f"{train}ppo {made} --dataset_name PROBLEMS", chat]
+        words = "" if data else f" {made} --dataset_name PROBLEMS"
+        return [*(f"{train}{kind}{words}" for kind in ("ppo", "grpo")), chat]
     held_out = shlex.quote(config.eval_dataset_name or "PROBLEMS")
     return [report, f"{python}evaluate {made} --dataset_name {held_out} --response_length {response_length}"]
 

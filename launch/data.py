@@ -3,11 +3,11 @@
     python -m launch.data sft --dataset_name rows.jsonl --model_name_or_path MODEL
     python -m launch.data --dataset_name rows.jsonl --model_name_or_path MODEL --against test.jsonl --page rows.html
 
-Give the stage (sft, dpo or ppo) that will read the rows and its flags, or its --config; without a stage it is guessed
-from the first row. Shown are rows and columns, which are used and which are not, bad rows with their reasons, lengths
-in tokens and what --max_seq_length cuts, duplicates, and what an evaluation set shares with the rows. --examples N
-prints some with the trained tokens in [[ ]], --page FILE.html writes a page of them. Nothing is trained; without a
-model, the embedded tokenizer counts.
+Give the stage (sft, dpo, ppo or grpo) that will read the rows and its flags, or its --config; without a stage it is
+guessed from the first row. Shown are rows and columns, which are used and which are not, bad rows with their reasons,
+lengths in tokens and what --max_seq_length cuts, duplicates, and what an evaluation set shares with the rows.
+--examples N prints some with the trained tokens in [[ ]], --page FILE.html writes a page of them. Nothing is trained;
+without a model, the embedded tokenizer counts.
 """
 
 import contextlib
@@ -22,10 +22,10 @@ from typing import Any
 from engine.config import parse
 from engine.errors import UserError, nearest, on_one_line
 from engine.world import available_cores, main, start
-from launch import commands, dpo, ppo, sft
+from launch import commands, dpo, grpo, ppo, sft
 from launch.inspection import opened, page, report, tally
 from launch.inspection.look import Lens
-from launch.inspection.opened import InspectionFlags
+from launch.inspection.opened import KINDS, InspectionFlags
 
 DRAWN = 12  # examples drawn for the page
 SHOWN_TEXT = 4000  # characters of an example on the terminal
@@ -46,7 +46,12 @@ class PpoData(InspectionFlags, ppo.Config):
     __doc__ = __doc__
 
 
-CONFIGS: dict[str, type] = {"sft": SftData, "dpo": DpoData, "ppo": PpoData}
+@dataclass(frozen=True, kw_only=True)
+class GrpoData(InspectionFlags, grpo.Config):
+    __doc__ = __doc__
+
+
+CONFIGS: dict[str, type] = {"sft": SftData, "dpo": DpoData, "ppo": PpoData, "grpo": GrpoData}
 
 
 def inspect(argv: list[str]) -> None:
@@ -111,9 +116,12 @@ def command(argv: list[str]) -> tuple[str, str, Any]:
     if not fitting:
         raise refused["sft"]
     stage, why = next(iter(fitting)), "the only one that has these flags"
-    if len(fitting) > 1:
+    if len({KINDS[fits] for fits in fitting}) > 1:
         stage, why = opened.guessed(fitting[stage])
-        why += f"; `launch.data {stage}` says it"
+    elif len(fitting) > 1:
+        why = f"whose flags and rows are {', '.join([*fitting][1:])}'s too"
+    stage = next((fits for fits in fitting if KINDS[fits] == KINDS[stage]), stage)
+    why += f"; `launch.data {stage}` says it" if len(fitting) > 1 else ""
     if stage in refused:
         raise refused[stage]
     return stage, why, parse(CONFIGS[stage], argv, elsewhere=commands)
@@ -155,7 +163,7 @@ def words(found: opened.Opened) -> list[str]:
 
 def look(found: opened.Opened) -> list[tally.Dataset]:
     """All datasets, read in one pass each. A verifier of one's own judges in a process already."""
-    workers = 1 if found.stage == "ppo" else found.config.dataset_num_proc or available_cores()
+    workers = 1 if found.kind == "problems" else found.config.dataset_num_proc or available_cores()
     against = tuple(evaluation for evaluation, _ in found.evaluations)
     last = [Path(name).name for name, _ in found.names]
     datasets = []

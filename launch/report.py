@@ -53,8 +53,8 @@ def report(
     """Writes the page of these runs to `output`, replacing it at once; returns the lines to print.
 
     `runs` are directories (--output_dir), in the order in which they are to stand; stages are put in the order sft,
-    dpo, ppo. A directory that cannot be shown is left out with a line. `results` stands at the top: the path of a JSON
-    file, or what it would hold,
+    dpo, ppo, grpo. A directory that cannot be shown is left out with a line. `results` stands at the top: the path of a
+    JSON file, or what it would hold,
 
         {"title": "accuracy on held-out sums",                     (optional)
          "rows": [{"name": "base", "accuracy": 0.02, "low": 0.01, "high": 0.04, "n": 512}, ...],

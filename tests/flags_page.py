@@ -41,10 +41,15 @@ def here(row: Row) -> str:
         name = row.read.__name__.replace("_", " ")
         return {
             "adam betas": "`--adam_beta1`, `--adam_beta2`",
+            "clip both": "`--clip_low`, and `--clip_high` unless it is said",
+            "clip pair": "`--clip_low`, `--clip_high`",
+            "clip above": "`--clip_high`; above 1 refused: of CISPO it is the weight's bound, 1 more",
+            "kl in reward": "`--kl_coef`, and `--kl_in reward` unless it is said",
             "scheduler arguments": "`--min_lr_ratio` (`min_lr_rate`), `--decay_steps` (`num_decay_steps`)",
         }[name]
+    where = f" (commands with `--{row.near}`)" if row.near else ""
     if row.words is None:
-        return code(f"--{row.ours}")
+        return code(f"--{row.ours}") + where
     by_ours: dict[str, list[str]] = {}
     for theirs, ours in row.words.items():
         if isinstance(ours, No):
@@ -55,7 +60,12 @@ def here(row: Row) -> str:
             assigned = row.assigned(ours).items()
             meaning = code(" ".join(f"--{name} {word}" for name, word in assigned))
         by_ours.setdefault(meaning, []).append(code(theirs))
-    return "; ".join(f"{', '.join(theirs)} → {ours}" for ours, theirs in by_ours.items())
+    return "; ".join(f"{', '.join(theirs)} → {ours}" for ours, theirs in by_ours.items()) + where
+
+
+def names_of(ours: str) -> str:
+    """Of a name with dots; of several, the first that a command has."""
+    return " or ".join(code(f"--{name}") for name in ours.split())
 
 
 def tables() -> list[str]:
@@ -69,7 +79,7 @@ def tables() -> list[str]:
             lines.append(f"| {names} | {whose} | {here(row).replace('|', ', ')} |")
         lines.append("")
     lines += ["## Names with dots", "", "| name | here |", "| --- | --- |"]
-    lines += [f"| {code(name)} | {code('--' + ours)} |" for name, ours in DOTTED.items()]
+    lines += [f"| {code(name)} | {names_of(ours)} |" for name, ours in DOTTED.items()]
     return lines
 
 

@@ -144,7 +144,7 @@ def names_in(file: str) -> frozenset[str]:
 def messages() -> tuple[str, ...]:
     """Every text in the rooms that speak to a user, '\0' in place of what is put into it."""
     found = []
-    for room in ("engine", "launch"):
+    for room in ("engine", "rollout", "launch"):
         for path in sorted((ROOT / room).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):

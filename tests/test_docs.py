@@ -35,7 +35,7 @@ ASK, SAY = {"role": "user", "content": "What is one and one?"}, {"role": "assist
 PAIR = {"prompt": "What is one and one?", "chosen": "It is 2.", "rejected": "It is 3."}
 PROBLEM = {"messages": [ASK], "ground_truth": "2", "dataset": "gsm8k"}
 JUDGE = "def verify(response, ground_truth):\n    return float(ground_truth in response)\n"
-ROWS = {"sft": [{"messages": [ASK, SAY]}] * 2, "dpo": [PAIR] * 2, "ppo": [PROBLEM] * 2}
+ROWS = {"sft": [{"messages": [ASK, SAY]}] * 2, "dpo": [PAIR] * 2, "ppo": [PROBLEM] * 2, "grpo": [PROBLEM] * 2}
 LEFT_OUT = (  # flags that name what is not here, or want another machine: they are parsed, and given their defaults
     *("adapter_name_or_path", "value_model_name_or_path", "mixer_list", "model_revision", "dataset_revision"),
     *("dataset_split", "eval_split", "attention", "compile", "resume", "report_to", "seeds", "export_adapter"),
@@ -169,7 +169,7 @@ def dry_run(stage: str, of: Any, config: Any, here: dict[str, Path], tried: set[
     config = dataclasses.replace(config, model_name_or_path=str(here["model"]), cache_dir=str(here["root"] / "cache"))
     if config.batch_size is not None:
         config = dataclasses.replace(config, batch_size=2)
-    if stage == "ppo":
+    if stage in ("ppo", "grpo"):
         judge = here["root"] / "judge.py"
         judge.write_text(JUDGE, encoding="utf-8")
         own = None if config.verifier_module is None else str(judge)

@@ -68,7 +68,7 @@ def _elsewhere(row: dict) -> str:
     if row.get("chosen") is not None and row.get("rejected") is not None:
         return " (pairs are read by launch.dpo)"
     if row.get("ground_truth") is not None or row.get("reward_model") is not None:
-        return " (problems are read by launch.ppo)"
+        return " (problems are read by launch.ppo and launch.grpo)"
     return " (plain text: --text_column text)" if isinstance(row.get("text"), str) else ""
 
 

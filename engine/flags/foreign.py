@@ -11,7 +11,7 @@ import json
 import math
 import reprlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from engine.errors import UserError
@@ -41,13 +41,14 @@ class Row:
     takes: tuple[str, ...] | None = None
     why: str = ""
     near: str = ""
+    also: tuple[str, ...] = ()  # flags of ours that `read` may answer with besides `ours`
     secret: bool = False  # its value is not repeated on a screen
 
     @property
     def needs(self) -> set[str]:
         """Our flags without which it says nothing."""
         targets = {name for word in (self.words or {}).values() for name in self.assigned(word)}
-        return {name for name in (self.near, self.ours, *targets) if name}
+        return {name for name in (self.near, self.ours, *self.also, *targets) if name}
 
     def assigned(self, word: str) -> dict[str, str]:
         """Our flag → our word, of a word of the row's right side."""
@@ -58,25 +59,32 @@ class Row:
 
 @dataclass(frozen=True)
 class Meaning:
-    """Our flag → value, and the line for the first screen; without flags, what was said is not used."""
+    """Our flag → value, and the line for the first screen; without flags, what was said is not used. `otherwise`: what
+    it says as well, where nothing else says it.
+    """
 
     values: dict[str, Any]
     line: str
+    otherwise: Mapping[str, Any] = field(default_factory=dict)
 
 
-def alias(names: str, whose: str, ours: str) -> Row:
-    """Another name of a flag of ours."""
-    return Row(tuple(names.split()), whose, ours)
+def alias(names: str, whose: str, ours: str, *, near: str = "") -> Row:
+    """Another name of a flag of ours, in the commands that also have `near`."""
+    return Row(tuple(names.split()), whose, ours, near=near)
 
 
-def means(names: str, whose: str, ours: str, words: Mapping[str, str], why: str = "", *, secret: bool = False) -> Row:
+def means(
+    names: str, whose: str, ours: str, words: Mapping[str, str], why: str = "", *, near: str = "", secret: bool = False
+) -> Row:
     """A flag of ours in other words; what is neither theirs nor ours is refused, and `why` says it."""
-    return Row(tuple(names.split()), whose, ours, words, why=why, secret=secret)
+    return Row(tuple(names.split()), whose, ours, words, why=why, near=near, secret=secret)
 
 
-def reads(names: str, whose: str, ours: str, read: Callable[[Any], dict[str, Any]]) -> Row:
-    """A value with a grammar of its own."""
-    return Row(tuple(names.split()), whose, ours, read=read)
+def reads(names: str, whose: str, ours: str, read: Callable[[Any], dict[str, Any]], *, also: str = "") -> Row:
+    """A value with a grammar of its own; `also` are the other flags that it may mean, `flag?` in what `read` gives
+    where it is only meant if nothing else says it.
+    """
+    return Row(tuple(names.split()), whose, ours, read=read, also=tuple(also.split()))
 
 
 def takes(names: str, whose: str, words: str, why: str, near: str = "") -> Row:
@@ -127,8 +135,11 @@ def translate(row: Row, value: Any, name: str, where: str, choices: Choices) -> 
 
 
 def _meaning(values: dict[str, Any], theirs: Any, where: str, mark: str) -> Meaning:
-    ours = " ".join(f"{mark}{name} {shown(value)}" for name, value in values.items())
-    return Meaning(values, f"{where} {shown(theirs)} is {ours}" if values else f"{where} {shown(theirs)} says nothing")
+    said = {name: value for name, value in values.items() if not name.endswith("?")}
+    otherwise = {name[:-1]: value for name, value in values.items() if name.endswith("?")}
+    ours, more = (" ".join(f"{mark}{name} {shown(value)}" for name, value in of.items()) for of in (said, otherwise))
+    line = f"{where} {shown(theirs)} is {ours}" + (f", and {more} unless it is said" if more else "")
+    return Meaning(said, line if said else f"{where} {shown(theirs)} says nothing", otherwise)
 
 
 def word_of(value: Any) -> str:
@@ -174,6 +185,33 @@ def number(value: Any) -> float:
     if not math.isfinite(found):
         raise _Unread(f"expected a finite number, got {shown(value)}")
     return found
+
+
+def clip_both(value: Any) -> dict[str, Any]:
+    """One clip range: that of the upper side too, where it is not given."""
+    return {"clip_low": number(value), "clip_high?": number(value)}
+
+
+def clip_pair(value: Any) -> dict[str, Any]:
+    """OpenRLHF's pair: `--eps_clip_low_high 0.2 0.28`."""
+    both = word_of(value).split()
+    if len(both) != 2:
+        raise _Unread("expected two numbers")
+    return {"clip_low": number(both[0]), "clip_high": number(both[1])}
+
+
+def clip_above(value: Any) -> dict[str, Any]:
+    """TRL's epsilon_high: of a clipped ratio what is added to 1, of CISPO's weight the bound itself, above 1."""
+    bound = number(value)
+    if bound > 1:
+        raise _Unread(f"above 1 it is CISPO's bound on the weight itself: give clip_high {bound - 1:g}")
+    return {"clip_high": bound}
+
+
+def kl_in_reward(value: Any) -> dict[str, Any]:
+    """OpenRLHF's init_kl_coef: its penalty is in the reward, unless use_kl_loss."""
+    weight = number(value)
+    return {"kl_coef": weight} | ({"kl_in?": "reward"} if weight else {})
 
 
 def adam_betas(value: Any) -> dict[str, Any]:

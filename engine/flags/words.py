@@ -34,6 +34,34 @@ RECOMPUTED = {"true": "full", "false": "none"}
 KL = {"kl1": "k1", "kl2": "k2", "kl3": "k3", "0": "k1", "1": "k2", "2": "k3"} | {
     "3": No("it is not built; k1, k2 and k3 are")
 }
+ESTIMATORS = {  # of advantages
+    "group_norm": "grpo",
+    **dict.fromkeys(("reinforce", "reinforce_plus_plus"), "reinforce_pp"),
+    "gae": No("it needs a value model: that is launch.ppo"),
+    **dict.fromkeys(
+        ("reinforce_baseline", "reinforce_plus_plus_baseline"),
+        No("a group's mean with the batch's deviation is not built: grpo, dr_grpo, rloo and reinforce_pp are"),
+    ),
+}
+SCALES = {  # TRL's scale_rewards
+    **dict.fromkeys(("group", "true"), "advantage=grpo"),
+    **dict.fromkeys(("none", "false"), "advantage=dr_grpo"),
+    "batch": No("the batch's deviation is not built: group (--advantage grpo) and none (dr_grpo) are"),
+}
+LOSSES = {  # TRL's loss_type
+    **dict.fromkeys(("dapo", "bnpo"), "aggregate=token"),
+    "grpo": "aggregate=sequence",
+    "dr_grpo": "aggregate=dr_grpo",
+    "cispo": "surrogate=cispo aggregate=token",
+    **dict.fromkeys(("sapo", "luspo", "vespo"), No("it is not built; dapo, grpo, dr_grpo, bnpo and cispo are")),
+}
+MEANS = {  # verl's loss_agg_mode
+    "token-mean": "token",
+    "seq-mean-token-mean": "sequence",
+    "seq-mean-token-sum-norm": "dr_grpo",
+    "seq-mean-token-sum": No("it is not built; token-mean, seq-mean-token-mean and seq-mean-token-sum-norm are"),
+}
+KL_LOSSES = {"kl": "k1", "mse": "k2", "low_var_kl": "k3", "abs": No("it is not built; k2, k3 and unbiased are")}
 REPORTS = {"all": No("say which: none, tensorboard or wandb")}
 
 # torchtune's, verl's and OpenRLHF's words with dots → ours; they are answered, not taken
@@ -66,13 +94,27 @@ DOTTED = {
     "actor_rollout_ref.actor.optim.lr_warmup_steps_ratio": "warmup_ratio",
     "actor_rollout_ref.actor.optim.weight_decay": "weight_decay",
     "actor_rollout_ref.actor.ppo_epochs": "num_ppo_epochs",
-    "actor_rollout_ref.actor.clip_ratio": "cliprange",
+    "actor_rollout_ref.actor.clip_ratio": "cliprange clip_low",  # the first that a command has
+    "actor_rollout_ref.actor.clip_ratio_low": "clip_low",
+    "actor_rollout_ref.actor.clip_ratio_high": "clip_high",
+    "actor_rollout_ref.actor.clip_ratio_c": "dual_clip",
+    "actor_rollout_ref.actor.loss_agg_mode": "aggregate",
+    "actor_rollout_ref.actor.policy_loss.loss_mode": "surrogate",
+    "actor_rollout_ref.actor.entropy_coeff": "entropy_coef",
+    "actor_rollout_ref.actor.use_kl_loss": "kl_in",
+    "actor_rollout_ref.actor.kl_loss_coef": "kl_coef",
+    "actor_rollout_ref.actor.kl_loss_type": "kl_estimator",
+    "actor_rollout_ref.actor.tis_imp_ratio_cap": "tis_cap",
     "actor_rollout_ref.rollout.n": "num_samples_per_prompt",
     "actor_rollout_ref.rollout.temperature": "temperature",
     "actor_rollout_ref.rollout.top_p": "top_p",
     "critic.model.path": "value_model_name_or_path",
     "critic.optim.lr": "value_learning_rate",
     "critic.cliprange_value": "cliprange_value",
+    "algorithm.adv_estimator": "advantage",
+    "algorithm.norm_adv_by_std_in_grpo": "advantage",
+    "algorithm.use_kl_in_reward": "kl_in",
+    "algorithm.filter_groups.max_num_gen_batches": "dynamic_sampling",
     "algorithm.gamma": "gamma",
     "algorithm.lam": "lam",
     "algorithm.kl_ctrl.kl_coef": "kl_coef",
@@ -100,5 +142,11 @@ DOTTED = {
     "algo.kl.init_coef": "kl_coef",
     "algo.advantage.gamma": "gamma",
     "algo.advantage.lambd": "lam",
-    "actor.eps_clip": "cliprange",
+    "actor.eps_clip": "cliprange clip_low",
+    "actor.clip_ratio": "cliprange clip_low",
+    "actor.clip_ratio_low": "clip_low",
+    "actor.clip_ratio_high": "clip_high",
+    "actor.loss_agg_mode": "aggregate",
+    "reward_model.overlong_buffer.len": "overlong_buffer",
+    "reward_model.overlong_buffer.penalty_factor": "overlong_penalty",
 }

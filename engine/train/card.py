@@ -18,11 +18,28 @@ import yaml
 
 from engine.run import settings
 
-STAGES = {"reduce_loss": "sft", "loss_type": "dpo", "kl_coef": "ppo"}  # by a flag that no other has
+STAGES = {"reduce_loss": "sft", "loss_type": "dpo", "vf_coef": "ppo", "advantage": "grpo"}  # by a flag of no other
 NAMES = {
     "sft": "supervised fine-tuning",
     "dpo": "preference optimisation",
     "ppo": "reinforcement learning with verifiable rewards (PPO)",
+    "grpo": "reinforcement learning with verifiable rewards (GRPO)",
+}
+ADVANTAGES = {  # of launch.grpo, in words
+    "grpo": "a reward less its group's mean, over the group's deviation",
+    "dr_grpo": "a reward less its group's mean",
+    "rloo": "a reward less the mean of the others of its group",
+    "reinforce_pp": "a reward whitened over the batch",
+}
+SURROGATES = {
+    "clip": "the clipped ratio of a token",
+    "cispo": "a clipped weight",
+    "gspo": "the clipped ratio of a response",
+}
+AGGREGATES = {
+    "token": "every token counts alike",
+    "sequence": "every response counts alike",
+    "dr_grpo": "a token counts 1 / (responses x response_length)",
 }
 DATA = ("dataset_name", "mixer_list", "dataset_split", "dataset_revision", "eval_dataset_name", "eval_split")
 MODEL = ("model_name_or_path", "model_revision", "adapter_name_or_path", "value_model_name_or_path")
@@ -93,6 +110,7 @@ def text(facts: Facts) -> str:
         "## Data",
         *_data(facts),
         "## Recipe",
+        _loss(facts),
         _recipe(facts),
         "## Base model",
         f"{base}, {_revision(facts)}, weights {facts.base_weights or UNKNOWN} (fingerprint of what was read).",
@@ -115,7 +133,7 @@ def _front_matter(facts: Facts) -> str:
 def _after(facts: Facts) -> str:
     if facts.step is None:
         return ""
-    unit = "iterations" if facts.stage == "ppo" else "steps"
+    unit = "iterations" if facts.stage in ("ppo", "grpo") else "steps"
     return f", after {facts.step} of {facts.total} {unit}" if facts.total else f", after {facts.step} {unit}"
 
 
@@ -152,6 +170,26 @@ def _data(facts: Facts) -> list[str]:
     names = "\n".join(f"- {name}: `{_words(value)}`" for name, value in said.items())
     rows = f"{facts.rows:,} examples" if facts.rows is not None else f"number of examples {UNKNOWN}"
     return [names or f"Names {UNKNOWN}.", f"Trained on {rows}; fingerprint {facts.data[:16] or UNKNOWN}."]
+
+
+def _loss(facts: Facts) -> str:
+    """What launch.grpo descended, in words; '' of the stages whose one loss their name says."""
+    flags = facts.values
+    names = ("surrogate", "clip_low", "clip_high", "aggregate", "num_samples_per_prompt")
+    if facts.stage != "grpo" or any(flags.get(name) is None for name in names):
+        return ""
+    advantage = ADVANTAGES.get(str(flags["advantage"]), flags["advantage"])
+    surrogate = SURROGATES.get(str(flags["surrogate"]), flags["surrogate"])
+    mean = AGGREGATES.get(str(flags["aggregate"]), flags["aggregate"])
+    kl = "no KL term"
+    if flags.get("kl_coef"):
+        estimator, place = flags.get("kl_estimator"), flags.get("kl_in")
+        kl = f"{flags['kl_coef']} times the KL to the reference ({estimator}) in the {place}"
+    group = f"a group is {flags['num_samples_per_prompt']} responses to a prompt"
+    return (
+        f"The advantage is {advantage}; {group}. The surrogate is {surrogate}, from 1 - {flags['clip_low']} to 1 +"
+        f" {flags['clip_high']}; in the mean {mean}; {kl}."
+    )
 
 
 def _recipe(facts: Facts) -> str:

@@ -153,7 +153,7 @@ def _same(a: dict | None, b: dict | None) -> bool:
 
 @dataclass(frozen=True)
 class ProblemReader:
-    """Rows of launch.ppo; `limit` is a prompt's."""
+    """Rows of launch.ppo and launch.grpo; `limit` is a prompt's."""
 
     read: PromptReader
     limit: int

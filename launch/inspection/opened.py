@@ -30,7 +30,7 @@ READ = (  # the stages' flags that decide what is shown; the others are the trai
     *("preference_column", "preference_numbers", "chosen_by_score", "count_turns", "verifier", "prompt_template"),
     *("system_prompt", "verifier_mode", "verifier_module", "response_length"),
 )
-EMBEDDED = {"sft": "train_conversations", "dpo": "train_pairs", "ppo": "train_problems"}
+KINDS = {"sft": "conversations", "dpo": "pairs", "ppo": "problems", "grpo": "problems"}  # of rows that a stage reads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,9 +65,13 @@ class Opened:
     limit_flag: str
     evaluations: list[tuple[EvaluationSet, int]]
 
+    @property
+    def kind(self) -> str:
+        return KINDS[self.stage]
+
 
 def stage_of(row: dict) -> tuple[str, str]:
-    """(stage, the columns that say so) of a row. Raises BadRow for one that no stage reads."""
+    """(the first stage that reads it, the columns that say so) of a row. Raises BadRow for one that no stage reads."""
 
     def there(*columns: str) -> bool:
         return all(row.get(column) is not None for column in columns)
@@ -116,7 +120,7 @@ def opened(stage: str, config: Any, world: World) -> Iterator[Opened]:
     sources = [open_source(name, config.dataset_split, config.dataset_revision) for name, _ in names]
     limit, limit_flag = config.max_seq_length, f"--max_seq_length {config.max_seq_length}"
     evaluations = [evaluation_set(name, config.eval_split) for name in _evaluations(config)]
-    if stage != "ppo":
+    if KINDS[stage] != "problems":
         read = [_reader(stage, config, base.chat, source) for source in sources]
         sources, readers = [source for source, _ in read], [reader for _, reader in read]
         yield Opened(stage, config, base.chat, names, sources, readers, limit, limit_flag, evaluations)
@@ -143,15 +147,15 @@ def _reader(stage: str, config: Any, chat: ChatTokenizer, source: Source) -> tup
 
 def _with_embedded(stage: str, config: Any, world: World) -> Any:
     """With the embedded tokenizer where no model is named, and the embedded data where none is."""
-    lengths: dict[str, Any] = {"response_length": 1024} if stage == "ppo" else {}
+    lengths: dict[str, Any] = {"response_length": 1024} if KINDS[stage] == "problems" else {}
     if config.model_name_or_path is None:
         made = world.once("embedded", lambda: embedded(Path(config.cache_dir).expanduser()))
         data = "" if config.names_data else ", on embedded rows"
         world.say(f"no --model_name_or_path: counted by the embedded tokenizer, whose tokens are few and short{data}")
         config = replace(config, model_name_or_path=str(made.model))
         if not config.names_data:
-            config = replace(config, dataset_name=str(made._asdict()[EMBEDDED[stage]]))
-        if stage == "ppo":
+            config = replace(config, dataset_name=str(made._asdict()[f"train_{KINDS[stage]}"]))
+        if lengths:
             config, lengths = replace(config, max_seq_length=min(config.max_seq_length, 256)), {"response_length": 24}
     return fill(config, **lengths)
 

@@ -11,13 +11,14 @@ from engine.errors import on_one_line
 from launch.inspection import tally
 from launch.inspection.likeness import ALIKE, COVERED, GRAM, SHINGLE
 from launch.inspection.look import kind_of
+from launch.inspection.opened import KINDS
 from launch.inspection.tally import Dataset, Duplicates, Overlap, Ref, Table
 
 WIDTH, BARS = 11, 40  # of a line's name, of the histogram's bars
 BAD_SHOWN, SOURCES_SHOWN, WORST_SHOWN = 6, 20, 5
 TULU_LIMIT = 0.02  # Tülu 3 drops a dataset that contaminates more of an evaluation than this
 MUCH_LOST = 0.01  # of the trained tokens, by the cut
-UNITS = {"sft": "conversations", "dpo": "pairs", "ppo": "prompts"}
+UNITS = {"conversations": "conversations", "pairs": "pairs", "problems": "prompts"}
 SAME = "rejected: expected another answer than chosen, got the same"
 Named = Callable[[Ref], str]
 
@@ -38,9 +39,13 @@ class Findings:
 
     @classmethod
     def of(cls, stage: str, table: Table, limit: int, limit_flag: str, found: Sequence[Overlap]) -> Findings:
-        against = tally.contradictions(table) if stage == "dpo" else Duplicates()
+        against = tally.contradictions(table) if KINDS[stage] == "pairs" else Duplicates()
         likenesses = tally.exact(table), tally.alike(table), tally.asked_again(table)
         return cls(stage, table, limit, limit_flag, found, *likenesses, against)
+
+    @property
+    def kind(self) -> str:
+        return KINDS[self.stage]
 
     @property
     def datasets(self) -> Sequence[Dataset]:
@@ -75,7 +80,7 @@ def lines(found: Findings, named: Named) -> list[str]:
     """The screen without its last line."""
     shown = [*_rows(found), *_bad(found)]
     if len(found.table.taken):
-        of_stage = {"sft": _no_more, "dpo": _pairs, "ppo": _problems}[found.stage]
+        of_stage = {"conversations": _no_more, "pairs": _pairs, "problems": _problems}[found.kind]
         shown += [*_lengths(found, named), *_cut(found), *of_stage(found, named)]
         shown += [*_duplicates(found, named), *_sources(found)]
     return [*shown, *(line for overlap in found.overlaps for line in _overlap(overlap, found, named))]
@@ -139,14 +144,14 @@ def _lengths(found: Findings, named: Named) -> list[str]:
     shown += _line("system", f"{_share(with_system, len(taken))} begin with a system turn of their own")
     flat = found.tokens.reshape(-1)
     median, p90, p99 = (int(x) for x in np.percentile(flat, [50, 90, 99], method="higher"))
-    what = {"sft": "a sequence", "dpo": "a side of a pair", "ppo": "a prompt"}[found.stage]
+    what = {"conversations": "a sequence", "pairs": "a side of a pair", "problems": "a prompt"}[found.kind]
     shown += _line(
         "tokens",
         f"of {what}: mean {flat.mean():,.1f}, median {median:,}, p90 {p90:,}, p99 {p99:,}, max {flat.max():,}"
         f" ({named(found.table.ref(found.longest))}); {flat.sum():,} in all",
     )
     shown += [f"{'':{WIDTH}}   {line}" for line in histogram(flat, found.limit)]
-    if found.stage != "ppo":
+    if found.kind != "problems":
         trained = int(columns["left"][taken].sum())
         fed = int(np.minimum(flat, found.limit).sum())
         shown += _line("trained", f"{_share(trained, fed)} of the tokens that are fed ({trained:,} of {fed:,})")
@@ -175,12 +180,12 @@ def _cut(found: Findings) -> list[str]:
     cut, lost = found.lost
     if not cut:
         return _line("cut", f"none is longer than {found.limit_flag}")
-    if found.stage == "ppo":
+    if found.kind == "problems":
         return _line("dropped", f"{cut:,} prompts are longer than {found.limit_flag}")
     gone = int((~(found.table.columns["left"] > 0).all(1)).sum())
     of = len(found.table.columns["row"])
     all_of_it = f"; {gone:,} keep nothing trained and are dropped" if gone else ""
-    text = f"{cut:,} of {of:,} {UNITS[found.stage]} ({_share(cut, of)}), longer than {found.limit_flag}"
+    text = f"{cut:,} of {of:,} {UNITS[found.kind]} ({_share(cut, of)}), longer than {found.limit_flag}"
     return _line("cut", f"{text}: {100 * lost:.2g} % of all trained tokens are lost{all_of_it}")
 
 
@@ -242,8 +247,8 @@ def _sources(found: Findings) -> list[str]:
     columns = found.table.columns
     whole = [int(columns[name][found.table.taken].sum()) for name in ("tokens", "left")]
     width = min(60, max(len(name) for name in [*groups][:SOURCES_SHOWN]))
-    name_of = {"sft": "trained", "dpo": "trained", "ppo": ""}[found.stage]
-    shown = [f"{'sources':{WIDTH}} {'':{width}} {UNITS[found.stage]:>13} {'tokens':>7} {'mean':>8} {name_of:>8}"]
+    name_of = "" if found.kind == "problems" else "trained"
+    shown = [f"{'sources':{WIDTH}} {'':{width}} {UNITS[found.kind]:>13} {'tokens':>7} {'mean':>8} {name_of:>8}"]
     for name, some in [*groups.items()][:SOURCES_SHOWN]:
         tokens, left = (int(columns[column][some].sum()) for column in ("tokens", "left"))
         mean = tokens / len(some) / columns["tokens"].shape[1]
@@ -286,7 +291,7 @@ def _advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row:
     if not rows:
         return "the dataset is empty: name one that has rows"
     if not len(found.table.taken):
-        return "no row can be trained: mend the first bad row, or name another stage (sft, dpo, ppo)"
+        return f"no row can be trained: mend the first bad row, or name another stage ({', '.join(KINDS)})"
     if bad and on_bad_row == "error":
         return "--on_bad_row error stops a training at the first bad row: mend it, or skip bad rows"
     if bad > rows / 10:
@@ -298,9 +303,9 @@ def _advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row:
         )
     if not drop and any(overlap.worst for overlap in found.overlaps):
         return "--drop_overlap CLEAN.jsonl writes the rows that do not overlap with the evaluation"
-    if found.stage == "ppo" and found.asked.rows:
+    if found.kind == "problems" and found.asked.rows:
         return "keep one ground truth for each prompt: one answer is rewarded in one row and not in the other"
-    if found.stage != "ppo" and lost > MUCH_LOST:
+    if found.kind != "problems" and lost > MUCH_LOST:
         p99 = int(np.percentile(found.tokens, 99, method="higher"))
         return f"the cut loses {100 * lost:.2g} % of the trained tokens; --max_seq_length {p99} would cut 1 %"
     if found.exact.rows > rows / 100:

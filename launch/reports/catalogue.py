@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 LEARNING, POLICY, MACHINE = "Learning", "The policy and its responses", "Optimization, speed and memory"
 OTHERS = "Other metrics"
+PASS_AT = re.compile(r"groups/pass_at_(\d{1,6})")
 GROUPS = (LEARNING, POLICY, MACHINE, OTHERS)
 TOKENS_PER_SECOND = "perf/tokens_per_second_per_gpu"
 
@@ -27,7 +29,8 @@ def _share(title: str, of: str, caption: str, group: str = LEARNING) -> Metric:
 
 PER_TOKEN, PER_ANSWER, REWARD = "nats per token", "nats per answer", "β × nats"
 HELD_OUT_LOSS = Metric("Held-out loss", "nats", "Healthy: falls with the training loss; turning up is overfitting.")
-PPO_LOSS = Metric("Loss", "", "Of the policy, under the name that every stage has. Read the scores instead.")
+ONLY_IF_USED = ("loss/kl", "rollout/masked")  # 0 throughout where no flag asks for it: not drawn
+RLVR_LOSS = Metric("Loss", "", "Of the policy, under the name that every stage has. Read the scores instead.")
 KNOWN = {
     "accuracy": _share("Verified accuracy", "responses", "With its 95 % interval. Healthy: leaves the first interval."),
     "objective/scores": Metric("Score", "reward", "Mean reward of the iteration's responses. Healthy: rises, noisily."),
@@ -53,9 +56,19 @@ KNOWN = {
     ),
     "logps/rejected": Metric("Log-prob of rejected answers", PER_ANSWER, "Healthy: falls."),
     "nll": Metric("NLL of chosen answers", PER_TOKEN, "Healthy: about level; a steep rise is forgetting."),
-    "loss/policy": Metric(
-        "Policy loss", "", "PPO's clipped surrogate: near 0 by construction. Read the scores instead."
+    "loss/policy": Metric("Policy loss", "", "The clipped surrogate: near 0 by construction. Read the scores instead."),
+    "loss/kl": Metric(
+        "KL in the loss", PER_TOKEN, "To the reference, before its weight. Healthy: grows slowly and levels off."
     ),
+    "groups/signal": _share(
+        "Groups that teach",
+        "groups",
+        "Whose responses differ in score; the others have no gradient. Healthy: not near 0.",
+    ),
+    "groups/all_right": _share(
+        "Groups all right", "groups", "Too easy to teach any more. Healthy: rises as the policy learns."
+    ),
+    "groups/drawn": Metric("Groups drawn", "groups", "More than the iteration's prompts: drawn again."),
     "loss/value": Metric("Value loss", "", "Squared error of the value model. Healthy: falls, then stays low."),
     "objective/kl": Metric(
         "KL to the reference",
@@ -78,6 +91,24 @@ KNOWN = {
         "Explained variance",
         "of the returns",
         "Of the value model; 1 is perfect, 0 a constant guess. Healthy: above 0, rising.",
+        POLICY,
+    ),
+    "rollout/masked": Metric(
+        "Not learnt from", "responses", "Without an end, by --mask_truncated. Healthy: few.", POLICY
+    ),
+    "sampler/ratio": Metric(
+        "Ratio to the sampler", "π / sampler", "Mean over tokens, before any update. Healthy: 1 up to rounding.", POLICY
+    ),
+    "sampler/ratio_max": Metric(
+        "Largest ratio to the sampler",
+        "π / sampler",
+        "Of a single token. Healthy: near 1; rounding is larger in bf16.",
+        POLICY,
+    ),
+    "sampler/truncated": _share(
+        "Weights cut by --tis_cap",
+        "tokens",
+        "Likelier to the policy than to its sampler by more. Healthy: near 0.",
         POLICY,
     ),
     "rollout/errors": Metric("Not verifiable", "responses", "Verdicts that failed. Healthy: 0.", POLICY),
@@ -109,6 +140,10 @@ def metric_of(name: str) -> Metric:
         return Metric(title, known.unit, known.caption, known.group, known.share)
     if name.startswith("verified/"):
         return _share(f"Verified by {name[9:]}", "the reward", "Mean verdict in training. Healthy: rises, noisily.")
+    if of_group := PASS_AT.fullmatch(name):
+        k = of_group[1]
+        caption = f"At least one of a prompt's {k} responses is right; without one it teaches nothing. Healthy: rises."
+        return _share(f"Solved by one of {k}", "prompts", caption)
     group = MACHINE if name.startswith("perf/") else LEARNING if held_out else f"{OTHERS}: {prefix_of(name)}"
     return Metric(name, "", "A metric that this page has no words for, as it was written.", group.rstrip(": "))
 
@@ -129,6 +164,7 @@ def order_of(names: set[str]) -> list[str]:
         group = metric_of(name).group
         number = GROUPS.index(group.partition(":")[0])
         known = place["objective/scores"] if name.startswith("verified/") else len(place)
+        known = place["groups/all_right"] if PASS_AT.fullmatch(name) else known
         return number, group, not name.startswith("eval/"), place.get(name.removeprefix("eval/"), known), name
 
     return sorted(names, key=key)

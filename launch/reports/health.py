@@ -8,52 +8,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
+from launch.reports import sampling
 from launch.reports.catalogue import TOKENS_PER_SECOND
-from launch.reports.runs import Recorded, Series, as_number
+from launch.reports.marks import BAD, FEW, OK, WARNING, Mark, found, level, of
+from launch.reports.runs import Recorded, Series
 from launch.reports.verdict import headline, interval_at
-
-OK, WARNING, BAD = "ok", "warning", "bad"
-FEW = 5  # rows below which a trend is noise
-
-
-@dataclass(frozen=True)
-class Mark:
-    """What one rule found. `metric`: where to look, if there is a plot of it."""
-
-    level: str
-    title: str
-    seen: str
-    advice: str = ""
-    metric: str = ""
 
 
 def examine(run: Recorded) -> list[Mark]:
     """The marks of all rules that apply, the worst first."""
     marks = [mark for rule in RULES if (mark := rule(run)) is not None]
     return sorted(marks, key=lambda mark: (BAD, WARNING, OK).index(mark.level))
-
-
-def of(run: Recorded, name: str, at_least: int = 1) -> Series | None:
-    """The metric's series, if it has so many finite values."""
-    series = run.series.get(name)
-    return series if series is not None and len(series) >= at_least else None
-
-
-def level(value: float, warning: float, bad: float) -> str:
-    """By two thresholds, ascending or descending."""
-    beyond = (lambda bound: value >= bound) if bad >= warning else (lambda bound: value <= bound)
-    return BAD if beyond(bad) else WARNING if beyond(warning) else OK
-
-
-def found(of_level: str, titles: tuple[str, str], seen: str, advice: str, metric: str = "") -> Mark:
-    """A mark under the first title if all is well, else under the second, with advice."""
-    if of_level == OK:
-        return Mark(OK, titles[0], seen, metric=metric)
-    return Mark(of_level, titles[1], seen, advice, metric)
 
 
 # --- what must hold ---------------------------------------------------------------------------------------------------
@@ -88,20 +56,6 @@ def dpo_starts_at_the_reference(run: Recorded) -> Mark | None:
     advice = "The reference log-probs are of another model: delete the cache (--cache_dir) and start again."
     titles = "Starts at the reference", "Does not start at the reference"
     return found(BAD if off > 0.05 else OK, titles, seen + ".", advice, "rewards/margins")
-
-
-def ratio_is_near_one(run: Recorded) -> Mark | None:
-    """A mean over all updates of an iteration. Its expectation under the old policy is 1; a mean off by 0.1 means that
-    single tokens are off by far more, by 0.5 that updates are not of this policy's samples. 0: no update was made.
-    """
-    ratio = of(run, "val/ratio")
-    if ratio is None or not (ratio.values != 0).any():
-        return None
-    values = ratio.values[ratio.values != 0]
-    off = float(np.abs(values - 1).max())
-    seen = f"The mean ratio lies between {values.min():.3f} and {values.max():.3f}."
-    advice = "Lower --learning_rate or --num_ppo_epochs: the updates leave what was sampled."
-    return found(level(off, 0.1, 0.5), ("Ratio near 1", "Ratio far from 1"), seen, advice, "val/ratio")
 
 
 def learning_rate_is_not_zero(run: Recorded) -> Mark | None:
@@ -190,126 +144,6 @@ def chosen_stays_likely(run: Recorded) -> Mark | None:
     return found(sunk, ("Chosen answers stay likely", "Chosen answers are unlearnt"), seen, advice, "logps/chosen")
 
 
-def rewards_vary(run: Recorded) -> Mark | None:
-    """PPO learns from differences: a score that has been the same for a third of the run teaches nothing."""
-    scores = of(run, "objective/scores", 2 * FEW)
-    if scores is None:
-        return None
-    last = scores.values[-max(FEW, len(scores) // 3) :]
-    if np.ptp(last) > 1e-9:
-        seen = f"Between {last.min():.3g} and {last.max():.3g} lately."
-        return Mark(OK, "Scores vary", seen, metric="objective/scores")
-    solved = last[-1] > scores.values.min() + 1e-9 or last[-1] > 0
-    title = "Every response is right" if solved else "No response is ever right"
-    advice = "Give it harder problems." if solved else "Give it easier problems, or fine-tune it on such answers first."
-    seen = f"The score has been {last[-1]:.3g} for {len(last)} {run.unit}s."
-    return Mark(WARNING if solved else BAD, title, seen, advice, "objective/scores")
-
-
-# --- the policy -------------------------------------------------------------------------------------------------------
-
-
-def kl_is_bounded(run: Recorded) -> Mark | None:
-    """Per token of a response, in the last tenth: at 0.2 nats texts read differently from the reference's, at 1 little
-    is left of it. Clearly below 0 the estimate is of other samples than the policy's. Without kl_coef there is none.
-    """
-    kl, length = of(run, "objective/kl", FEW), of(run, "rollout/length", FEW)
-    if kl is None or length is None or not run.config.get("kl_coef", 1):
-        return None
-    per_token = kl.ends()[1] / max(1.0, length.ends()[1])
-    seen = f"{kl.ends()[1]:.3g} nats per response, {per_token:.3g} per token, in the last tenth."
-    if per_token < -0.05:
-        return Mark(
-            WARNING, "KL is negative", seen, "Do sampler and trainer agree? Try --kl_estimator k3.", "objective/kl"
-        )
-    advice = "Raise --kl_coef or lower --learning_rate, and read the samples: is it still language?"
-    return found(level(per_token, 0.2, 1.0), ("KL is bounded", "KL is large"), seen, advice, "objective/kl")
-
-
-def updates_are_small(run: Recorded) -> Mark | None:
-    """In the last tenth: clipping 30 % of the tokens, or 0.1 nats from the old policy, is twice what healthy runs
-    show.
-    """
-    clipped, kl = of(run, "policy/clipfrac", FEW), of(run, "policy/approxkl", FEW)
-    if clipped is None or kl is None:
-        return None
-    seen = f"{clipped.ends()[1]:.0%} of the tokens clipped, {kl.ends()[1]:.2g} nats from the old policy, lately."
-    large = max(level(clipped.ends()[1], 0.3, 0.6), level(kl.ends()[1], 0.1, 0.5), key=(OK, WARNING, BAD).index)
-    advice = "Lower --learning_rate or --num_ppo_epochs."
-    return found(large, ("Updates are small", "Updates are large"), seen, advice, "policy/clipfrac")
-
-
-def entropy_lives(run: Recorded) -> Mark | None:
-    """Against the first tenth: at a fifth exploration is nearly over, at a twentieth it is."""
-    entropy = of(run, "objective/entropy", FEW)
-    if entropy is None:
-        return None
-    first, last = entropy.ends()
-    seen = f"From {first:.3g} to {last:.3g} nats per token."
-    advice = "The policy says one thing only: raise --kl_coef, lower --learning_rate, or stop if the accuracy is good."
-    left = level(last / max(first, 1e-12), 0.2, 0.05)
-    return found(left, ("Entropy is alive", "Entropy collapses"), seen, advice, "objective/entropy")
-
-
-def values_explain(run: Recorded) -> Mark | None:
-    """Median of the last third: at 0 the value model is no better than a constant."""
-    explained = of(run, "val/explained_variance", 2 * FEW)
-    if explained is None:
-        return None
-    lately = explained.ends(1 / 3)[1]
-    advice = "Let it learn first (--value_warmup_steps), or raise --value_learning_rate."
-    titles = "The value model explains returns", "The value model explains nothing"
-    seen = f"Explained variance {lately:.2f} in the last third."
-    return found(OK if lately > 0 else WARNING, titles, seen, advice, "val/explained_variance")
-
-
-# --- responses --------------------------------------------------------------------------------------------------------
-
-
-def responses_end(run: Recorded) -> Mark | None:
-    """The share that ends by itself. Below 80 % the verifier judges fragments; below half training is on fragments."""
-    rate = of(run, "rollout/stop_rate", FEW)
-    if rate is None:
-        return None
-    first, last = rate.ends()
-    seen = f"{last:.0%} ended by themselves lately, {first:.0%} at the start."
-    advice = "Raise --response_length, or punish truncation with --missing_eos_penalty."
-    titles = "Responses end", "Responses are cut off"
-    return found(level(last, 0.8, 0.5), titles, seen, advice, "rollout/stop_rate")
-
-
-def responses_differ(run: Recorded) -> Mark | None:
-    """Of the last responses that were kept, one to a prompt: less than half different is suspicious, one and the same
-    is a collapse. Right answers that the verifier says the same of are one: their prompts ask the same.
-    """
-    last = [row for row in run.samples if isinstance(row.get("prompt"), str)][-12:]
-    asked = {row["prompt"]: row for row in last}
-    is_right = {prompt: (as_number(row.get("score")) or 0) >= 1 for prompt, row in asked.items()}
-    answers = [
-        (row["response"].strip(), str(row.get("reason")) if is_right[prompt] else prompt)
-        for prompt, row in asked.items()
-    ]
-    texts = [text for text, _ in set(answers)]
-    if len(texts) < 4:
-        return None
-    alike = BAD if len(set(texts)) == 1 else WARNING if len(set(texts)) < len(texts) / 2 else OK
-    seen = f"{len(set(texts))} different ones to the last {len(texts)} prompts that were kept."
-    advice = "Read them below: does it say one thing whatever is asked?"
-    return found(alike, ("Responses differ", "Responses are alike"), seen, advice)
-
-
-def verdicts_are_given(run: Recorded) -> Mark | None:
-    """A response without a verdict is left out of the update; above 1 % the run stops itself."""
-    errors = of(run, "rollout/errors")
-    if errors is None:
-        return None
-    total, iterations = int(errors.values.sum()), int((errors.values > 0).sum())
-    seen = f"{total:,} verdicts failed, in {iterations:,} {run.unit}s." if total else "No verdict failed."
-    advice = "Give those rows to launch.verify, which prints the reason for each."
-    titles = "All responses were verified", "Some responses could not be verified"
-    return found(WARNING if total else OK, titles, seen, advice, "rollout/errors")
-
-
 # --- the machine ------------------------------------------------------------------------------------------------------
 
 
@@ -357,21 +191,23 @@ def speed_holds(run: Recorded) -> Mark | None:
 RULES: tuple[Callable[[Recorded], Mark | None], ...] = (
     numbers_are_finite,
     dpo_starts_at_the_reference,
-    ratio_is_near_one,
+    sampling.ratio_is_near_one,
     learning_rate_is_not_zero,
     loss_falls,
     held_out_loss_does_not_turn,
     accuracy_does_not_fall,
     pairs_are_told_apart,
     chosen_stays_likely,
-    rewards_vary,
-    kl_is_bounded,
-    updates_are_small,
-    entropy_lives,
-    values_explain,
-    responses_end,
-    responses_differ,
-    verdicts_are_given,
+    sampling.rewards_vary,
+    sampling.groups_differ,
+    sampling.sampler_is_the_policy,
+    sampling.kl_is_bounded,
+    sampling.updates_are_small,
+    sampling.entropy_lives,
+    sampling.values_explain,
+    sampling.responses_end,
+    sampling.responses_differ,
+    sampling.verdicts_are_given,
     gradients_are_calm,
     speed_holds,
 )

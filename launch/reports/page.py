@@ -18,7 +18,7 @@ import jinja2
 from launch.reports import catalogue, health, plots, verdict
 from launch.reports.planned import Comparison, compare
 from launch.reports.results import Results
-from launch.reports.runs import STAGES, Recorded, Series
+from launch.reports.runs import RLVR, STAGES, Recorded, Series
 from launch.reports.samples import Sample, samples_of, shown_text
 
 HERE = Path(__file__).parent
@@ -93,13 +93,18 @@ def render(
 
 
 def heading(acts: Sequence[Act], results: Results | None) -> str:
-    short = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "other": "runs"}
+    """Stages in the order of the recipe; the two kinds of reinforcement learning stand for one another."""
+    short = {"sft": "SFT", "dpo": "DPO", "ppo": "PPO", "grpo": "GRPO", "other": "runs"}
     if not acts:
         return results.title if results else "Evaluations"
-    if len(acts) > 1:
-        return "From base to " + " → ".join(short[a.stage] for a in acts)
-    names = [run["run"].name for run in acts[0].runs]
-    return f"{short[acts[0].stage]}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    stages = [act.stage for act in acts]
+    last = " and ".join(short[stage] for stage in stages if stage in RLVR)
+    steps = [*(short[stage] for stage in STAGES if stage in stages and stage not in RLVR), *([last] if last else [])]
+    steps += ["runs"] if "other" in stages else []
+    if len(steps) > 1:
+        return "From base to " + " → ".join(steps)
+    names = [run["run"].name for act in acts for run in act.runs]
+    return f"{steps[0]}: {', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def compare_all(runs: Sequence[Recorded], plan: bool) -> list[Comparison | None]:
@@ -158,13 +163,14 @@ def plots_of(stage: str, runs: Sequence[Recorded]) -> tuple[list[tuple[str, list
     groups: dict[str, list[Plot]] = {name: [] for name in catalogue.GROUPS[:3]}
     tabled = []
     for count, name in enumerate(catalogue.order_of(names - bounds)):
-        metric = catalogue.PPO_LOSS if (stage, name) == ("ppo", "loss") else catalogue.metric_of(name)
+        metric = catalogue.RLVR_LOSS if stage in RLVR and name == "loss" else catalogue.metric_of(name)
         lines = [
             plots.Line(run.series[name], number, *bounds_of(run, name))
             for number, run in enumerate(runs)
             if name in run.series and len(run.series[name])
         ]
-        if count >= MOST_PLOTS or not lines:
+        is_unused = name in catalogue.ONLY_IF_USED and not any(line.series.values.any() for line in lines)
+        if count >= MOST_PLOTS or not lines or is_unused:
             tabled.append((name, [ends(run.series[name], False) if name in run.series else "" for run in runs]))
             continue
         svg = plots.lines_plot(lines, metric.unit, share=metric.share, xlabel=xlabel, name=f"{stage}{count}")

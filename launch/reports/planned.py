@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from engine.errors import UserError
-from launch.reports.runs import Recorded, as_number
+from launch.reports.runs import RLVR, Recorded, as_number
 
 GIB = 2**30
 
@@ -45,7 +45,7 @@ def compare(run: Recorded, *, rehearse: bool = False) -> Comparison | None:
         floor = f"{seconds:.3g} s (at best)"
         rows.append(
             (
-                f"time of {'an iteration' if run.stage == 'ppo' else 'a step'}",
+                f"time of {'an iteration' if run.stage in RLVR else 'a step'}",
                 floor,
                 f"{step:.3g} s",
                 said(step / seconds),

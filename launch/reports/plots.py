@@ -194,7 +194,7 @@ def _axes(unit: str, xlabel: str):
 
 def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None:
     """Of steps: all. Of values: all but the outermost thousandth of long lines, whose spikes would hide the rest; a
-    level line gets room around it.
+    level line, or one that is level but for rounding, gets room around it.
     """
     steps = np.concatenate([np.concatenate([s.series.steps, s.series.bad_steps]) for s in lines])
     first, last = (float(steps.min()), float(steps.max())) if len(steps) else (0.0, 1.0)
@@ -214,6 +214,9 @@ def _limits(axes, lines: Sequence[Line], share: bool, logarithmic: bool) -> None
     if high - low < 1e-9 * max(abs(high), abs(low)):
         room = max(0.05 * abs(high), 1e-300)
     low, high = (low - room, high + room) if low or high else (-0.05, 1.05)
+    least = (0.02 if share else 0.002) * max(abs(low), abs(high))  # what is closer together has no room for its digits
+    more = max(0.0, least - (high - low)) / 2
+    low, high = low - more, high + more
     if share and values.min() >= -1e-9 and values.max() <= 1 + 1e-9:
         low, high = max(low, -0.02), min(high, 1.02)
     axes.set_ylim(low, high)

@@ -15,8 +15,9 @@ import yaml
 
 from engine.errors import UserError, nearest
 
-STAGES = ("sft", "dpo", "ppo")
-OF_STAGE = {"reduce_loss": "sft", "loss_type": "dpo", "kl_coef": "ppo"}  # a flag that no other stage has
+STAGES = ("sft", "dpo", "ppo", "grpo")
+RLVR = ("ppo", "grpo")  # stages that sample, in iterations
+OF_STAGE = {"reduce_loss": "sft", "loss_type": "dpo", "vf_coef": "ppo", "advantage": "grpo"}  # a flag of no other stage
 MAX_STEP = 2**53  # larger ones are no steps
 RECENT = 600.0  # seconds: a file written since belongs to a run that goes on
 MAX_CONFIG_BYTES = 2**20
@@ -66,7 +67,7 @@ class Recorded:
 
     @property
     def unit(self) -> str:
-        return "iteration" if self.stage == "ppo" else "step"
+        return "iteration" if self.stage in RLVR else "step"
 
     @property
     def steps(self) -> int:
@@ -147,6 +148,8 @@ def read_run(directory: Path, name: str = "") -> Recorded:
 
 def _stage_of(series: dict[str, Series]) -> str:
     """By its metrics, where config.yaml is missing or foreign."""
+    if "groups/signal" in series:
+        return "grpo"
     if any(name.startswith("objective/") for name in series):
         return "ppo"
     return "dpo" if "rewards/margins" in series else "sft" if "trained_tokens" in series else "other"

@@ -59,7 +59,8 @@ def samples_of(runs: Sequence[Recorded]) -> tuple[list[Sample], str]:
     if not rows:
         return (
             [],
-            "No samples were kept: launch.ppo writes samples.jsonl when it evaluates, the other stages write none.",
+            "No samples were kept: launch.ppo and launch.grpo write samples.jsonl when they evaluate, the other stages"
+            " write none.",
         )
     rows.sort(key=lambda item: as_step(item[0].get("step")))
     chosen = evenly(rows, min(MOST, len(rows)))

@@ -9,21 +9,27 @@ from pathlib import Path
 import numpy as np
 
 from launch.reports.catalogue import metric_of
-from launch.reports.runs import Recorded
+from launch.reports.runs import RLVR, Recorded
 
 NAMES = {
     "sft": "Supervised fine-tuning",
     "dpo": "Preference optimization (DPO)",
     "ppo": "Reinforcement learning with verifiable rewards (PPO)",
+    "grpo": "Reinforcement learning with verifiable rewards (GRPO)",
     "other": "Runs of an unknown stage",
 }
 # what a stage is judged by, the first that a run has, and whether more of it is better
 HEADLINES = {
     "sft": (("eval/token_accuracy", True), ("eval/loss", False), ("loss", False)),
     "dpo": (("eval/logps/accuracies", True), ("eval/loss", False), ("rewards/accuracies", True), ("loss", False)),
-    "ppo": (("eval/accuracy", True), ("objective/scores", True)),
+    **dict.fromkeys(RLVR, (("eval/accuracy", True), ("objective/scores", True))),
     "other": (("eval/accuracy", True), ("eval/loss", False), ("loss", False)),
 }
+SHAPED = ("overlong_buffer", "format_reward")  # what a reward is besides the verdict
+OF_GRPO = (
+    *("advantage", "surrogate", "clip_low", "clip_high", "dual_clip", "aggregate", "kl_coef", "kl_in", "kl_estimator"),
+    *("entropy_coef", "tis_cap", "mask_truncated", *SHAPED, "dynamic_sampling"),
+)
 
 
 @dataclass(frozen=True)
@@ -144,8 +150,11 @@ def loss_of(run: Recorded) -> str:
     names = {
         "sft": ("reduce_loss",),
         "dpo": ("loss_type", "beta", "label_smoothing", "gamma_beta_ratio", "rpo_alpha"),
-        "ppo": ("kl_coef", "kl_estimator", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef"),
+        "ppo": ("kl_coef", "kl_estimator", "gamma", "lam", "cliprange", "cliprange_value", "vf_coef", *SHAPED),
+        "grpo": OF_GRPO,
     }.get(run.stage, ())
+    if not c.get("kl_coef"):
+        names = tuple(name for name in names if name not in ("kl_in", "kl_estimator"))
     shown = [
         f"{name} {c[name]:g}" if isinstance(c[name], float) else f"{name} {c[name]}"
         for name in names
@@ -158,11 +167,11 @@ def batch_of(run: Recorded) -> str:
     size, c = run.config.get("batch_size"), run.config
     if size is None:
         return ""
-    if run.stage != "ppo":
+    if run.stage not in RLVR:
         return f"{size} {'pairs' if run.stage == 'dpo' else 'conversations'} per step"
     parts = [f"{size} prompts × {c.get('num_samples_per_prompt', 1)} responses"]
     parts += [f"of at most {c['response_length']} tokens"] if "response_length" in c else []
-    parts += [f"updated on {c['num_ppo_epochs']} times"] if "num_ppo_epochs" in c else []
+    parts += [f"{n} {'pass' if n == 1 else 'passes'} over them"] if (n := c.get("num_ppo_epochs")) is not None else []
     return ", ".join(parts) + " per iteration"
 
 
@@ -191,17 +200,16 @@ def next_steps(run: Recorded) -> list[tuple[str, str]]:
         )
     ]
     following = {
-        "sft": ("dpo", "train_pairs.jsonl", "PAIRS.jsonl"),
-        "dpo": ("ppo", "train_problems.jsonl", "PROBLEMS.jsonl"),
+        "sft": {"dpo": "start the next act"},
+        "dpo": {"ppo": "start the next act", "grpo": "or the same without a value model"},
     }
-    if run.stage in following:
-        stage, name, word = following[run.stage]
-        words = f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {lies(name, word)}"
-        found.append(("start the next act", words))
+    rows = ("train_pairs.jsonl", "PAIRS.jsonl") if run.stage == "sft" else ("train_problems.jsonl", "PROBLEMS.jsonl")
+    for stage, what in following.get(run.stage, {}).items():
+        found.append((what, f"python -m launch.{stage} --model_name_or_path {model} --dataset_name {lies(*rows)}"))
     return found
 
 
 def held_out_of(run: Recorded) -> str:
     """The test set of a run with verifiable answers, or ''."""
-    held_out = run.config.get("eval_dataset_name") if run.stage == "ppo" else None
+    held_out = run.config.get("eval_dataset_name") if run.stage in RLVR else None
     return quoted(str(held_out)) if held_out else ""

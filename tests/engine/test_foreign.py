@@ -164,6 +164,36 @@ SAME = [
     ("dpo", "--max_epochs 3 --dpo_beta 0.2", "--num_train_epochs 3 --beta 0.2"),
     ("dpo", "--packing --padding_free true --logging_steps 10 --fp16 false --local_rank 0", ""),
     ("dpo", "--warmup_ratio 0.2 --lr_warmup_ratio 0.2", "--warmup_ratio 0.2"),
+    ("grpo", "--epsilon 0.1", "--clip_low 0.1 --clip_high 0.1"),
+    ("grpo", "--epsilon 0.1 --epsilon_high 0.28", "--clip_low 0.1 --clip_high 0.28"),
+    ("grpo", "--clip_high 0.3 --clip_ratio 0.1", "--clip_low 0.1 --clip_high 0.3"),
+    ("grpo", "--eps_clip_low_high 0.2 0.3", "--clip_low 0.2 --clip_high 0.3"),
+    ("grpo", "--clip_lower 0.2 --clip_higher 0.272 --delta 4", "--clip_low 0.2 --clip_high 0.272 --dual_clip 4"),
+    ("grpo", "--dual_clip 3", "--dual_clip 3"),
+    ("grpo", "--beta 0.04 --num_iterations 2", "--kl_coef 0.04 --num_ppo_epochs 2"),
+    ("grpo", "--beta 0.01 --use_bias_correction_kl", "--kl_coef 0.01 --kl_estimator unbiased"),
+    ("grpo", "--beta 0.01 --kl_estimator 2", "--kl_coef 0.01 --kl_estimator k3"),
+    ("grpo", "--init_kl_coef 0.01", "--kl_coef 0.01 --kl_in reward"),
+    ("grpo", "--init_kl_coef 0.01 --use_kl_loss --kl_estimator k3", "--kl_coef 0.01 --kl_in loss --kl_estimator k3"),
+    ("grpo", "--init_kl_coef 0", "--kl_coef 0"),
+    (
+        "grpo",
+        "--kl_loss_coef 0.001 --use_kl_loss true --kl_loss_type low_var_kl",
+        "--kl_coef 0.001 --kl_in loss --kl_estimator k3",
+    ),
+    ("grpo", "--loss_type dapo", "--aggregate token"),
+    ("grpo", "--loss_type grpo --scale_rewards none", "--aggregate sequence --advantage dr_grpo"),
+    ("grpo", "--loss_type cispo", "--surrogate cispo --aggregate token"),
+    ("grpo", "--scale_rewards True", "--advantage grpo"),
+    ("grpo", "--importance_sampling_level sequence --loss_type grpo", "--surrogate gspo --aggregate sequence"),
+    ("grpo", "--advantage_estimator group_norm", "--advantage grpo"),
+    ("grpo", "--adv_estimator rloo --loss_agg_mode seq-mean-token-mean", "--advantage rloo --aggregate sequence"),
+    ("grpo", "--mask_truncated_completions true --entropy_loss_coef 0.01", "--mask_truncated --entropy_coef 0.01"),
+    ("grpo", "--vllm_importance_sampling_cap 2", "--tis_cap 2"),
+    ("grpo", "--truncated_importance_sampling_ratio_cap 0", ""),
+    ("grpo", "--truncated_importance_sampling_ratio_cap 2.0", "--tis_cap 2.0"),
+    ("grpo", "--max_completion_length 64 --num_generations 4", "--response_length 64 --num_samples_per_prompt 4"),
+    ("ppo", "--epsilon 0.1 --init_kl_coef 0.1", "--cliprange 0.1 --kl_coef 0.1"),
 ]
 
 
@@ -187,9 +217,24 @@ REFUSED = [
     ("sft", "--limit 3", "--limit 3 is refused: give --mixer_list NAME N in place of --dataset_name NAME"),
     ("sft", "--beta 0.1", "command line: --beta belongs to launch.dpo"),
     ("ppo", "--beta 0.1", "--beta 0.1 is refused: the KL penalty is --kl_coef, in the reward"),
+    ("ppo", "--epsilon_high 0.28", "--epsilon_high 0.28 is refused: clipping is one --cliprange on both sides"),
+    ("ppo", "--use_kl_loss", "--use_kl_loss true is refused: the KL penalty is in the reward: --kl_coef"),
+    ("ppo", "--advantage_estimator group_norm", "is refused: advantages are GAE's, of a value model"),
+    ("sft", "--epsilon_high 0.28", "--epsilon_high is --clip_high here, which belongs to launch.grpo"),
+    ("sft", "--loss_type dapo", "command line: --loss_type belongs to launch.dpo"),
+    ("grpo", "--epsilon_high 5", "--epsilon_high 5 is refused: above 1 it is CISPO's bound on the weight itself: give"),
+    ("grpo", "--epsilon x", "--epsilon x is refused: expected a finite number, got x"),
+    ("grpo", "--eps_clip_low_high 0.2", "--eps_clip_low_high 0.2 is refused: expected two numbers"),
+    ("grpo", "--scale_rewards batch", "--scale_rewards batch is refused: the batch's deviation is not built"),
+    ("grpo", "--loss_type sapo", "--loss_type sapo is refused: it is not built; dapo, grpo, dr_grpo, bnpo and cispo"),
+    ("grpo", "--advantage_estimator gae", "is refused: it needs a value model: that is launch.ppo"),
+    ("grpo", "--active_sampling", "--active_sampling true is refused: give --dynamic_sampling N"),
+    ("grpo", "algorithm.adv_estimator=grpo", "command line: algorithm.adv_estimator is --advantage here"),
+    ("grpo", "actor_rollout_ref.actor.clip_ratio=0.2", "actor_rollout_ref.actor.clip_ratio is --clip_low here (flags"),
+    ("ppo", "actor_rollout_ref.actor.clip_ratio=0.2", "actor_rollout_ref.actor.clip_ratio is --cliprange here (flags"),
     ("dpo", "--batch_sise 4", "command line: unknown flag --batch_sise (did you mean batch_size?)"),
     ("evaluate", "--gpus 8", "command line: --gpus belongs to launch.plan"),
-    ("evaluate", "--learning_rate 1", "--learning_rate belongs to launch.sft, launch.dpo and launch.ppo"),
+    ("evaluate", "--learning_rate 1", "--learning_rate belongs to launch.sft, launch.dpo, launch.ppo and launch.grpo"),
     (
         "sft",
         "--max_length 5 --max_seq_length 6",
@@ -216,7 +261,7 @@ REFUSED = [
     (
         "sft",
         "actor_rollout_ref.rollout.n=5",
-        "is --num_samples_per_prompt here, which belongs to launch.ppo, launch.generate and launch.evaluate",
+        "here, which belongs to launch.ppo, launch.grpo, launch.generate and launch.evaluate",
     ),
     ("sft", "epochs=3", "command line: epochs=3: flags are given as --name value, this one is --num_train_epochs"),
     ("sft", "seed=3", "command line: seed=3: flags are given as --name value, this one is --seed"),
@@ -345,6 +390,59 @@ def test_no_value_of_a_foreign_name_ends_in_a_traceback(tmp_path_factory, name, 
             assert "\n" not in str(error) and len(str(error)) < 1000
 
 
+def test_what_nothing_else_says_is_the_weakest(tmp_path, capsys):
+    """One clip range of theirs is both of ours: unless the other is given, wherever that stands."""
+    grpo, recipe = COMMANDS["launch.grpo"], tmp_path / "recipe.yaml"
+    for text, words, low, high in (
+        ("epsilon: 0.1", "", 0.1, 0.1),
+        ("epsilon: 0.1", "--clip_high 0.3", 0.1, 0.3),
+        ("clip_high: 0.3", "--epsilon 0.1", 0.1, 0.3),
+        ("epsilon: 0.1\nepsilon_high: 0.4", "--epsilon 0.2", 0.2, 0.4),
+        ("epsilon: 0.1", "--epsilon 0.2", 0.2, 0.2),
+    ):
+        recipe.write_text(text)
+        config = parse(grpo, ["--config", str(recipe), *words.split()])
+        assert (config.clip_low, config.clip_high) == (low, high), (text, words)
+    assert "--epsilon 0.2 is --clip_low 0.2, and --clip_high 0.2 unless it is said\n" in capsys.readouterr().out
+
+
+GRPO_OF_TRL = """
+beta: 0.001
+num_generations: 8
+max_completion_length: 2048
+num_iterations: 1
+epsilon: 0.2
+epsilon_high: 0.28
+loss_type: dapo
+scale_rewards: group
+mask_truncated_completions: true
+importance_sampling_level: token
+use_vllm: true
+vllm_mode: colocate
+vllm_importance_sampling_correction: true
+vllm_importance_sampling_mode: token_truncate
+vllm_importance_sampling_cap: 2.0
+temperature: 1.0
+learning_rate: 1.0e-6
+max_grad_norm: 0.2
+bf16: true
+logging_steps: 1
+log_completions: true
+"""
+
+
+def test_a_recipe_of_trl(tmp_path):
+    """As its users write one for DAPO; what has no name here would be refused."""
+    grpo = COMMANDS["launch.grpo"]
+    (tmp_path / "dapo.yaml").write_text(GRPO_OF_TRL)
+    config = parse(grpo, ["--config", str(tmp_path / "dapo.yaml")])
+    config.check()
+    assert {k: v for k, v in as_dict(config).items() if v != default(grpo)[k]} == {
+        **{"kl_coef": 0.001, "num_samples_per_prompt": 8, "response_length": 2048, "clip_low": 0.2, "clip_high": 0.28},
+        **{"mask_truncated": True, "tis_cap": 2.0, "learning_rate": 1e-6, "max_grad_norm": 0.2, "dtype": "bfloat16"},
+    }
+
+
 # --- the table itself -------------------------------------------------------------------------------------------------
 
 
@@ -354,10 +452,11 @@ def test_the_table_is_sound():
     assert len({name for _, name in NAMES}) > 350
     for row, name in NAMES:
         assert row.needs <= every, row
-        assert name not in every or name == row.ours or row.near, name
+        with_both = [c for c in COMMANDS.values() if {name, *row.needs} <= flags_of(c).keys()]
+        assert name not in every or name == row.ours or row.near or not with_both, name
         assert row.why or row.ours or row.words, row
         assert set(row.whose.split()) <= flags_page.WHOSE.keys(), row
-    assert set(DOTTED.values()) <= every
+    assert {name for names in DOTTED.values() for name in names.split()} <= every
     assert len(NAMES) == len({(name, *sorted(row.needs)) for row, name in NAMES})
 
 

@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 import yaml
 
-from launch.reports.runs import Recorded, series_of
+from launch.reports.runs import RLVR, Recorded, series_of
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "sft": {"reduce_loss": "token", "batch_size": 16, "learning_rate": 3e-3, "optimizer": "adamw", "seed": 1},
     "dpo": {"loss_type": "dpo_norm", "beta": 5.0, "batch_size": 16, "learning_rate": 1e-3, "optimizer": "adamw"},
-    "ppo": {"kl_coef": 0.05, "batch_size": 32, "num_samples_per_prompt": 4, "learning_rate": 1e-3, "seed": 1},
+    "ppo": {
+        **{"kl_coef": 0.05, "vf_coef": 0.1, "batch_size": 32, "num_samples_per_prompt": 4, "learning_rate": 1e-3},
+        "seed": 1,
+    },
+    "grpo": {
+        **{"advantage": "grpo", "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28, "aggregate": "token"},
+        **{"kl_coef": 0.01, "kl_in": "loss", "kl_estimator": "k3", "dual_clip": None, "mask_truncated": False},
+        **{"batch_size": 32, "num_samples_per_prompt": 8, "learning_rate": 1e-3, "seed": 1},
+    },
 }
 STEPS = 60
 
@@ -52,16 +60,16 @@ def healthy(stage: str) -> dict[str, dict[int, float]]:
             "logps/accuracies": (0.5, 0.8, 0.85),
             "rewards/accuracies": (0, 0.8, 0.9),
         }
-    if stage == "ppo":
+    if stage in RLVR:
         scores = curve(0.3, 0.8)
         found |= {"objective/scores": scores, "verified/gsm8k": scores, "objective/kl": curve(0.0, 1.2)}
-        found |= {"loss": curve(-0.01, -0.005), "loss/policy": curve(-0.01, -0.005), "loss/value": curve(0.1, 0.03)}
+        found |= {"loss": curve(-0.01, -0.005), "loss/policy": curve(-0.01, -0.005)}
         found |= {
             "objective/entropy": curve(0.3, 0.15),
             "val/ratio": curve(1.01, 1.0),
             "policy/clipfrac": curve(0.1, 0.05),
         }
-        found |= {"policy/approxkl": curve(0.02, 0.01), "val/explained_variance": curve(-0.5, 0.6)}
+        found |= {"policy/approxkl": curve(0.02, 0.01)}
         found |= {
             "rollout/length": curve(16.0, 16.4),
             "rollout/stop_rate": curve(0.97, 1.0),
@@ -72,13 +80,20 @@ def healthy(stage: str) -> dict[str, dict[int, float]]:
             "time/evaluate": np.full(STEPS, 0.5),
             "time/update": np.full(STEPS, 1.0),
         }
-        found |= {"grad_norm/value": curve(2.0, 0.4)}
         held_out = {
             "accuracy": (0.34, 0.6, 0.77),
             "low": (0.28, 0.54, 0.71),
             "high": (0.4, 0.66, 0.83),
             "length": (16, 16.2, 16.3),
         }
+    if stage == "ppo":
+        found |= {"loss/value": curve(0.1, 0.03), "val/explained_variance": curve(-0.5, 0.6)}
+        found |= {"grad_norm/value": curve(2.0, 0.4)}
+    if stage == "grpo":
+        found |= {"loss/kl": curve(0.0, 0.08), "rollout/masked": curve(8.0, 0.0), "groups/drawn": np.full(STEPS, 32.0)}
+        found |= {"groups/signal": curve(0.9, 0.6), "groups/all_right": curve(0.0, 0.3)}
+        found |= {"groups/pass_at_8": curve(0.9, 0.97), "sampler/truncated": np.zeros(STEPS)}
+        found |= {"sampler/ratio": curve(1.001, 1.0), "sampler/ratio_max": curve(1.3, 1.2)}
     rows = {name: {step: float(v) for step, v in enumerate(values, 1)} for name, values in found.items()}
     steps = (0, STEPS // 2, STEPS)
     return rows | {f"eval/{name}": dict(zip(steps, map(float, v), strict=True)) for name, v in held_out.items()}
@@ -102,7 +117,7 @@ def recorded(stage: str, **changes: Any) -> Recorded:
     `config` and `samples` in place of its own.
     """
     config = CONFIGS[stage] | changes.pop("config", {})
-    kept = changes.pop("samples", samples() if stage == "ppo" else [])
+    kept = changes.pop("samples", samples() if stage in RLVR else [])
     metrics = healthy(stage)
     for name, values in changes.items():
         rows = values if isinstance(values, dict) else dict(enumerate(np.asarray(values, float).tolist(), 1))
@@ -124,7 +139,7 @@ def write(
         steps = sorted({step for values in metrics.values() for step in values})
         rows = [{"step": s, **{name: values[s] for name, values in metrics.items() if s in values}} for s in steps]
     lines(directory / "metrics.jsonl", rows)
-    kept = samples() if kept is None and stage == "ppo" else kept
+    kept = samples() if kept is None and stage in RLVR else kept
     if kept:
         lines(directory / "samples.jsonl", kept)
     return directory

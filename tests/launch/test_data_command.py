@@ -183,13 +183,25 @@ def test_problems(screen, tmp_path):
     rows += [problem(f"{i} and none?", str(i)) for i in range(6)]
     words = ("--max_seq_length", 128, "--response_length", 16)
     lines = screen("--dataset_name", jsonl(tmp_path / "x.jsonl", rows), *words)
-    assert said(lines, "stage") == "stage       ppo, the only one that has these flags"
+    assert said(lines, "stage") == "stage       ppo, whose flags and rows are grpo's too; `launch.data ppo` says it"
     assert "12 rows, 10 kept, 1 dropped (nothing left within 112 tokens), 1 bad" in said(lines, "rows")
     assert "gsm8k 11" in said(lines, "verifiers")
     assert "1 prompts stand there again with another ground truth" in said(lines, "questions")
     assert "x.jsonl:2 as x.jsonl:1" in said(lines, "questions")
     assert "1 of 10 repeat" in said(lines, "duplicates") and "x.jsonl:5 as x.jsonl:4" in said(lines, "duplicates")
     assert lines[-1].startswith("next        keep one ground truth for each prompt")
+
+
+def test_the_stages_that_sample_read_the_same(screen, tmp_path):
+    """All but the stage's name; and a flag of one of them says which."""
+    name = jsonl(tmp_path / "x.jsonl", [problem(f"{i} and one?", str(i + 1)) for i in range(4)])
+    words = ("--dataset_name", name, "--max_seq_length", 128, "--response_length", 16)
+    of_ppo, of_grpo = screen("ppo", *words), screen("grpo", *words)
+    assert of_ppo[-1].startswith("next        python -m launch.ppo ")
+    assert [line.replace("grpo", "ppo") for line in of_grpo] == of_ppo != of_grpo
+    only = screen(*words, "--advantage", "rloo")
+    assert said(only, "stage") == "stage       grpo, the only one that has these flags"
+    assert said(only, "not read") == "not read    advantage: the training's"
 
 
 def test_plain_text_trains_all_but_its_first_token(screen, tmp_path):
@@ -221,10 +233,10 @@ def test_a_mixture_by_source(screen, tmp_path):
     assert "not read" not in "\n".join(lines)
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo", "grpo"])
 @pytest.mark.parametrize("rows", [[], ["{"], [{"n": 1}] * 30])
 def test_nothing_that_can_be_trained(stage, rows, screen, tmp_path):
-    words = ("--max_seq_length", 128, "--response_length", 16) if stage == "ppo" else ()
+    words = ("--max_seq_length", 128, "--response_length", 16) if stage in ("ppo", "grpo") else ()
     name = jsonl(tmp_path / "x.jsonl", rows)
     lines = screen(stage, "--dataset_name", name, "--page", tmp_path / "x.html", "--examples", 2, *words)
     assert f"{len(rows)} rows, 0 kept" in said(lines, "rows")
@@ -275,7 +287,7 @@ def test_a_flag_of_one_stage_says_which(screen, tmp_path):
 
 HELD = ("sft", "--dataset_name", "{}/x.jsonl")
 REFUSED = {
-    "no stage": (("grop",), "'grop' is not a stage: sft, dpo, ppo"),
+    "no stage": (("grop",), "'grop' is not a stage: sft, dpo, ppo, grpo (did you mean grpo?)"),
     "no stage's flags": (("--beta", "1", "--reduce_loss", "sum"), "command line: --beta belongs to launch.dpo"),
     "no file": ((*HELD[:2], "{}/y.jsonl"), "{}/y.jsonl: no such file or directory (did you mean x.jsonl?)"),
     "nothing to compare": ((*HELD, "--drop_overlap", "{}/z"), "--drop_overlap is not read without --against"),

@@ -181,8 +181,8 @@ CASES = {
     ),
     "flag of other commands": (
         ("--max_new_tokens", 64),
-        "command line: --max_new_tokens is --response_length here, which belongs to launch.ppo, launch.generate,"
-        " launch.chat and launch.evaluate",
+        "command line: --max_new_tokens is --response_length here, which belongs to launch.ppo, launch.grpo,"
+        " launch.generate, launch.chat and launch.evaluate",
     ),
     "another trainer's, refused": (("--fp16",), "--fp16 true is refused: float16 needs loss scaling"),
     "another trainer's, and ours": (

@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from engine import world
+from engine.config import flags_of
 from engine.data.batch import micro_batch
 from engine.errors import UserError
 from engine.model import export as exporting
 from engine.train import card
+from launch import grpo
 from launch.export import size
 from tests import needs, ranks
 from tests.families import load, save_family
@@ -251,12 +253,44 @@ def test_a_cards_accuracy_has_its_interval(tmp_path):
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
-    facts = card.Facts({"kl_coef": 0.1}, "m", "local", "w", "X", step=2, metrics=card.metrics_in(path, 2))
+    facts = card.Facts({"vf_coef": 0.1}, "m", "local", "w", "X", step=2, metrics=card.metrics_in(path, 2))
     said = card.text(facts)
     assert "held out, after step 1: accuracy | 0.25 (95 % interval 0.125 to 0.5) |" in said
     assert "held out, after step 1: length | 7 |" in said and "loss of step 2 | 0.375" in said and "low" not in said
     assert "after 2 iterations" in said and card.metrics_in(tmp_path / "none") == ()
     assert len(card.metrics_in(path)) == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (
+            {},
+            "The advantage is a reward less its group's mean, over the group's deviation; a group is 8 responses to a"
+            " prompt. The surrogate is the clipped ratio of a token, from 1 - 0.2 to 1 + 0.28; in the mean every token"
+            " counts alike; no KL term.",
+        ),
+        (
+            {"advantage": "rloo", "surrogate": "gspo", "aggregate": "sequence", "kl_coef": 0.01, "clip_low": 0.0003},
+            "The advantage is a reward less the mean of the others of its group; a group is 8 responses to a prompt."
+            " The surrogate is the clipped ratio of a response, from 1 - 0.0003 to 1 + 0.28; in the mean every response"
+            " counts alike; 0.01 times the KL to the reference (k3) in the loss.",
+        ),
+    ],
+)
+def test_a_card_says_in_words_what_grpo_descended(flags, line):
+    given = {"advantage": "grpo", "surrogate": "clip", "clip_low": 0.2, "clip_high": 0.28, "aggregate": "token"}
+    given |= {"kl_coef": 0.0, "kl_in": "loss", "kl_estimator": "k3", "num_samples_per_prompt": 8} | flags
+    said = card.text(card.Facts(given, "m", "local", "w", "X", step=2, total=4))
+    assert "by reinforcement learning with verifiable rewards (GRPO), after 2 of 4 iterations" in said
+    assert f"\n\n{line}\n\n" in said and "after launch.grpo" in said
+    assert "The advantage" not in card.text(card.Facts({"vf_coef": 0.1}, "m", "local", "w", "X"))
+
+
+def test_every_choice_of_grpo_has_its_words():
+    flags = flags_of(grpo.Config)
+    for name, words in (("advantage", card.ADVANTAGES), ("surrogate", card.SURROGATES), ("aggregate", card.AGGREGATES)):
+        assert words.keys() == set(flags[name].choices)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

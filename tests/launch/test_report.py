@@ -21,13 +21,16 @@ from hypothesis import strategies as st
 
 from engine.config import parse
 from engine.errors import UserError
+from engine.train import card
 from launch.report import Config, report
 from launch.reports import catalogue, health, planned, results, runs, samples, verdict
+from launch.reports import page as page_of
 from tests import needs
 from tests.launch import recorded as made
 from tests.launch.recorded import curve, lines, recorded, write
 
 ROOT = Path(__file__).parents[2]
+STAGES = runs.STAGES
 HOSTILE = '</script></td><img src=x onerror="document.title=1"><script>document.title=2</script>{{ 7*7 }}'
 
 
@@ -154,7 +157,7 @@ def test_a_configuration_that_is_damaged_or_of_another_version(text, tmp_path):
         ),
         max_size=30,
     ),
-    stage=st.sampled_from(["sft", "dpo", "ppo"]),
+    stage=st.sampled_from(STAGES),
 )
 def test_any_file_is_read_and_judged(rows, stage, tmp_path):
     """No line breaks it; every number of every whole row is in a series, drawn or counted."""
@@ -182,6 +185,7 @@ def test_any_file_is_read_and_judged(rows, stage, tmp_path):
 # --- health -----------------------------------------------------------------------------------------------------------
 
 N = made.STEPS
+FEW_DIFFER = "Few groups differ"
 SICK = {
     "not_finite": ("sft", {"grad_norm": [1.0, np.nan, *[1.0] * (N - 2)]}, "bad", "Numbers that are not finite"),
     "reference": ("dpo", {"loss": curve(0.9, 0.3)}, "bad", "Does not start at the reference"),
@@ -216,6 +220,23 @@ SICK = {
     "updates_kl": ("ppo", {"policy__approxkl": curve(0.1, 0.7)}, "bad", "Updates are large"),
     "entropy": ("ppo", {"objective__entropy": curve(0.5, 0.05)}, "warning", "Entropy collapses"),
     "entropy_gone": ("ppo", {"objective__entropy": curve(0.5, 0.003, 0)}, "bad", "Entropy collapses"),
+    "groups": ("grpo", {"groups__signal": curve(0.9, 0.2), "groups__all_right": curve(0, 0.1)}, "warning", FEW_DIFFER),
+    "groups_none": (
+        "grpo",
+        {"groups__signal": curve(0.3, 0.02), "groups__all_right": 0 * curve(0, 1)},
+        "bad",
+        FEW_DIFFER,
+    ),
+    "groups_solved": (
+        "grpo",
+        {"groups__signal": curve(0.9, 0.02), "groups__all_right": curve(0, 1)},
+        "warning",
+        FEW_DIFFER,
+    ),
+    "sampler": ("grpo", {"sampler__ratio": curve(1.03, 1.03)}, "warning", "The sampler is not the policy"),
+    "sampler_token": ("grpo", {"sampler__ratio_max": curve(1.0, 30.0)}, "bad", "The sampler is not the policy"),
+    "cut_off_groups": ("grpo", {"rollout__stop_rate": curve(1.0, 0.3)}, "bad", "Responses are cut off"),
+    "kl_negative_of_a_group": ("grpo", {"objective__kl": curve(0.0, -3.0)}, "warning", "KL is negative"),
     "values": ("ppo", {"val__explained_variance": curve(-1.0, -0.2)}, "warning", "The value model explains nothing"),
     "cut_off": ("ppo", {"rollout__stop_rate": curve(1.0, 0.7)}, "warning", "Responses are cut off"),
     "cut_off_most": ("ppo", {"rollout__stop_rate": curve(1.0, 0.3)}, "bad", "Responses are cut off"),
@@ -247,17 +268,17 @@ def test_a_rule_is_raised_by_a_run_that_should(name):
     assert found[title].seen and found[title].advice
 
 
-@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_healthy_run_raises_none(stage):
     marks = health.examine(recorded(stage))
     assert [mark.title for mark in marks if mark.level != "ok"] == []
-    assert len(marks) >= {"sft": 6, "dpo": 8, "ppo": 13}[stage]
+    assert len(marks) >= {"sft": 6, "dpo": 8, "ppo": 13, "grpo": 14}[stage]
     assert all(mark.metric in recorded(stage).series for mark in marks if mark.metric)
 
 
 def test_every_rule_is_raised_by_one_and_passed_by_one():
     """Also a rule that is added."""
-    passed = {m.title for s in ("sft", "dpo", "ppo") for m in health.examine(recorded(s))}
+    passed = {m.title for s in STAGES for m in health.examine(recorded(s))}
     assert len(passed) == len(health.RULES)
     raised = {case[3] for case in SICK.values()} - {
         "KL is negative",
@@ -280,6 +301,8 @@ def test_every_rule_is_raised_by_one_and_passed_by_one():
             "ppo",
             {"samples": [{"prompt": str(i), "response": "11", "score": 1, "reason": "expected 11"} for i in range(8)]},
         ),
+        ("grpo", {"groups__signal": {1: 0.0, 2: 0.1}}),  # two steps are no trend
+        ("grpo", {"config": {"kl_coef": 0.0}, "objective__kl": curve(0, 90.0)}),
         ("ppo", {"learning_rate": [0.0, *[1e-3] * (N - 2), 0.0]}),
     ],
 )
@@ -318,7 +341,7 @@ def test_the_commands_that_come_next(tmp_path):
     """Every one is a command line that this version understands."""
     from launch import commands
 
-    for stage in ("sft", "dpo", "ppo"):
+    for stage in STAGES:
         for status in ("finished", "running", "stopped"):
             directory = write(tmp_path / f"{stage} {status}", stage)
             run = runs.read_run(directory)
@@ -369,6 +392,19 @@ def test_tick_labels(places, share, expected):
     assert [formatter(x) for x in places] == expected
 
 
+@pytest.mark.parametrize(
+    ("values", "share"),
+    [(1 + 1e-7 * np.arange(6.0), False), (1 - 0.0125 * np.linspace(0, 1, 6), True), (4 - 1e-5 * np.arange(6.0), False)],
+)
+def test_what_differs_by_rounding_is_level_and_its_labels_are_short(values, share):
+    from launch.reports import plots
+
+    line = plots.Line(runs.series_of(dict(enumerate(values.tolist(), 1))), 0)
+    svg = plots.lines_plot([line], "", share=share, xlabel="step", name="x")
+    labels = [text for text in re.findall(r">([^<>]+)</text>", svg) if text.strip() and text != "step"]
+    assert len(labels) > 4 and max(map(len, labels)) <= 7, labels
+
+
 # --- the page ---------------------------------------------------------------------------------------------------------
 
 
@@ -390,7 +426,7 @@ class Seen(HTMLParser):
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory) -> str:
-    """Three acts, two runs of the last, with hostile samples, evaluations, a plan and results."""
+    """Four acts, two runs of one, with hostile samples, evaluations, a plan and results."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     root = tmp_path_factory.mktemp("page")
     kept = [
@@ -400,7 +436,7 @@ def page(tmp_path_factory) -> str:
         {"step": 60, "prompt": "signs", "response": "a\x00\x1b[2J\u202egnp.exe\ud800\u2028", "score": 0.5},
         '{"step": 60, "prompt": "torn',
     ]
-    acts = [write(root / stage, stage) for stage in ("ppo", "sft", "dpo")]
+    acts = [write(root / stage, stage) for stage in ("ppo", "grpo", "sft", "dpo")]
     other = write(root / "<b>other", "ppo", kept=kept, kl_coef=0.2, seed=7)
     with (other / "metrics.jsonl").open("a") as file:
         file.write('{"step": 61, "<img src=x onerror=1>": 1.0, "$x_{1}$": 2.0, "only/nan": NaN}\n')
@@ -430,7 +466,10 @@ def page(tmp_path_factory) -> str:
 def test_the_page_says_what_was_done(page):
     text = " ".join(" ".join(Seen(page).text).split())
     for words in (
-        "From base to SFT → DPO → PPO",
+        "From base to SFT → DPO → PPO and GRPO",
+        "advantage grpo, surrogate clip, clip_low 0.2, clip_high 0.28, aggregate token, kl_coef 0.01, kl_in loss, kl_",
+        "Solved by one of 8",
+        "32 prompts × 8 responses per iteration",
         "It worked: held-out verified accuracy went from 34.0 % to 77.0 %; the 95 % intervals do not overlap.",
         "2 x NVIDIA H100 80GB HBM3",
         "triptych 9.9, abc123",
@@ -451,16 +490,38 @@ def test_the_page_says_what_was_done(page):
     assert text.index("Supervised fine-tuning") < text.index("Preference optimization") < text.index("Reinforcement")
 
 
+def test_a_stage_is_known_by_its_flags_and_without_them_by_its_metrics(tmp_path):
+    for stage in STAGES:
+        directory = write(tmp_path / stage, stage)
+        assert runs.read_run(directory).stage == card.Facts(made.CONFIGS[stage], *["x"] * 4).stage == stage
+        (directory / "config.yaml").unlink()
+        assert runs.read_run(directory).stage == stage
+
+
+def test_what_no_flag_asked_for_is_not_drawn():
+    """No KL, no mask: a number in the table, not a flat line."""
+    zeros = np.zeros(N)
+    groups, tabled = page_of.plots_of("grpo", [recorded("grpo", loss__kl=zeros, rollout__masked=zeros)])
+    drawn = {plot.name: plot for _, plots in groups for plot in plots}
+    assert {"loss/kl", "rollout/masked"} == {name for name, _ in tabled}
+    assert {"groups/signal", "groups/all_right", "groups/pass_at_8", "groups/drawn", "sampler/ratio_max"} <= {*drawn}
+    assert not [name for name in drawn if "value" in name or "variance" in name or name == drawn[name].title]
+    assert drawn["loss"].caption == catalogue.RLVR_LOSS.caption
+
+
+def test_what_a_run_descended_is_said_without_what_is_off():
+    off = {"kl_coef": 0.0, "kl_in": "none", "kl_estimator": "k3", "dual_clip": 3.0}
+    said = "advantage grpo, surrogate clip, clip_low 0.2, clip_high 0.28, dual_clip 3, aggregate token, kl_coef 0"
+    assert verdict.loss_of(recorded("grpo", config=off)) == said
+
+
 def test_every_metric_is_on_the_page(page):
-    names = set().union(*(made.healthy(stage) for stage in ("sft", "dpo", "ppo"))) | {
-        "$x_{1}$",
-        "<img src=x onerror=1>",
-    }
+    names = set().union(*(made.healthy(stage) for stage in STAGES)) | {"$x_{1}$", "<img src=x onerror=1>"}
     with_band = {"eval/low", "eval/high"}
     phases = {name for name in names if name.startswith("time/")}
     shown = {dict(attributes).get("id") for tag, attributes in Seen(page).tags if tag == "figure"}
     for name in names - with_band - phases:
-        assert any(f"{stage}-{name}" in shown for stage in ("sft", "dpo", "ppo")), name
+        assert any(f"{stage}-{name}" in shown for stage in STAGES), name
     assert {"ppo-time/*: ppo", "ppo-time/*: <b>other"} <= shown and all(
         f">{phase[5:]}</span>" in page for phase in phases
     )

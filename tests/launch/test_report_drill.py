@@ -14,6 +14,7 @@ import pytest
 
 from benchmarks.pictures import browser, chromium
 from launch.report import report
+from launch.reports.runs import RLVR, STAGES
 from tests import needs
 from tests.launch import recorded as made
 
@@ -64,7 +65,7 @@ document.getElementById("seen").textContent = JSON.stringify(seen);
 def page(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("page")
     kept = [*made.samples(), {"step": 60, "prompt": "p", "response": HOSTILE + "y" * 3000, "reason": HOSTILE}]
-    runs = [made.write(root / stage, stage, kept=kept if stage == "ppo" else None) for stage in ("sft", "dpo", "ppo")]
+    runs = [made.write(root / stage, stage, kept=kept if stage in RLVR else None) for stage in STAGES]
     rows = [{"name": HOSTILE, "accuracy": 0.1, "low": 0.05, "high": 0.2}, {"name": "ppo", "accuracy": 0.7}]
     report(runs, root / "page.html", results={"rows": rows}, title=HOSTILE)
     return root / "page.html"
