@@ -8,6 +8,7 @@ from typing import Any
 from launch.planner.ledger import HOST
 from launch.planner.plans import Plan
 from launch.planner.search import changes
+from launch.planner.stages import RLVR
 
 GIB = 2**30
 
@@ -15,7 +16,7 @@ GIB = 2**30
 def table(plan: Plan, lm_config: Any) -> list[str]:
     config, seen, device = plan.config, plan.seen, plan.device
     name = (lm_config.architectures or [lm_config.model_type])[0]
-    unit = {"sft": "conversations", "dpo": "pairs", "ppo": "responses"}[plan.stage]
+    unit = {"sft": "conversations", "dpo": "pairs"}.get(plan.stage, "responses")
     where = f"{plan.ranks} x {device.name}" + (f" in {config.nodes} nodes" if config.nodes > 1 else "")
     scale, unit_of_memory = (GIB, "GiB") if plan.needed >= GIB else (2**20, "MiB")
     lines = [
@@ -50,7 +51,7 @@ def table(plan: Plan, lm_config: Any) -> list[str]:
 
 
 def speed(plan: Plan) -> list[str]:
-    rate, unit = plan.tokens / plan.seconds, "an iteration" if plan.stage == "ppo" else "a step"
+    rate, unit = plan.tokens / plan.seconds, "an iteration" if plan.stage in RLVR else "a step"
     parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in plan.parts.items())
     mean = (
         "" if plan.config.mean_tokens is None else f" with sequences of {plan.config.mean_tokens:.0f} tokens on average"
@@ -67,7 +68,7 @@ def speed(plan: Plan) -> list[str]:
         )
     if steps := total_steps(plan):
         lines.append(
-            f"{steps:,} {'iterations' if plan.stage == 'ppo' else 'steps'}, {steps * plan.seconds / 3600:,.3g} hours at"
+            f"{steps:,} {'iterations' if plan.stage in RLVR else 'steps'}, {steps * plan.seconds / 3600:,.3g} hours at"
             " best"
         )
     return lines
