@@ -187,10 +187,10 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
 
 
 def of_group_loss(config: Any) -> dict[str, Any]:
-    """What `launch.grpo` fills in for the flags of its loss. Raises UserError for a KL divergence that cannot be, not
-    for what a run without one has saved of it.
+    """What `launch.grpo` fills in for its loss. Raises UserError for a KL divergence that cannot be. Without a weight,
+    what is said of it is not read: it stands in the config.yaml of every run without one.
     """
-    if config.kl_coef or config.kl_in != "none":
+    if config.kl_coef:
         config.check_kl()
     low, high = grpo.CLIPS[config.surrogate]
     kl_in = (config.kl_in or "loss") if config.kl_coef else "none"

@@ -76,10 +76,11 @@ def speed(plan: Plan) -> list[str]:
 
 def total_steps(plan: Plan) -> int | None:
     config = plan.config
+    if config.max_steps > 0:
+        return config.max_steps  # whatever the epochs
     if config.num_examples is None:
-        return config.max_steps if config.max_steps > 0 else None
-    steps = -(-config.num_examples // min(config.batch_size, config.num_examples)) * config.num_train_epochs
-    return min(steps, config.max_steps) if config.max_steps > 0 else steps
+        return None
+    return -(-config.num_examples // min(config.batch_size, config.num_examples)) * config.num_train_epochs
 
 
 def disk(plan: Plan) -> list[str]:
