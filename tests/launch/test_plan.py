@@ -16,13 +16,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 
 from benchmarks.plan import COMMON, made, measured, words
+from engine import config as configuration
 from engine.config import parse
 from engine.errors import UserError
 from engine.hardware import DEVICES, device
+from launch import grpo
 from launch.plan import plan
 from launch.planner import foreign, plans, search
 from launch.planner.fakes import flash_attention, visible_pairs
 from launch.planner.ledger import HOST, Ledger
+from launch.planner.stages import RLVR
 from tests.ranks import launch
 
 H100 = DEVICES["h100-80gb"]
@@ -233,6 +236,74 @@ def test_ppo_counts_every_model_and_the_cache(tiny):
     )
 
 
+SAMPLED = {"batch_size": 4, "num_samples_per_prompt": 4, "max_seq_length": 256, "response_length": 128}
+
+
+def test_grpo_has_no_value_model_and_a_reference_only_for_a_kl(tiny):
+    """Beside PPO's plan of the same flags, which has both."""
+    value, without, against = (
+        planned(stage, tiny, **SAMPLED, kl_coef=kl_coef).seen
+        for stage, kl_coef in (("ppo", 0.1), ("grpo", 0), ("grpo", 0.1))
+    )
+    numbers = without.parameters
+    assert without.trained == against.trained == numbers < value.trained
+    for seen, kinds in ((without, set()), (against, {"reference copy"}), (value, {"reference copy", "value model"})):
+        assert {"reference copy", "value model"} & seen.steady.keys() == kinds
+    for phase in without.peaks.keys() - {"start", "loading"}:
+        copy = against.peaks[phase].total - without.peaks[phase].total
+        assert copy == pytest.approx(4 * numbers, rel=0.05), phase
+    assert without.rollout["evaluate"].flops < against.rollout["evaluate"].flops < value.rollout["evaluate"].flops
+    assert without.micro_batch.flops == pytest.approx(against.micro_batch.flops) < value.micro_batch.flops
+
+
+def test_adapters_are_the_reference_of_grpo(tiny):
+    """No copy is planned; a start of their own is kept where it is what a KL divergence is taken to."""
+    lora = SAMPLED | {"use_lora": True, "lora_rank": 16}
+    seen = planned("grpo", tiny, **lora, kl_coef=0.1).seen
+    assert "reference copy" not in seen.steady and seen.trained < seen.parameters / 4
+    start = {"adapter_name_or_path": "nowhere", "reference": "adapter"}
+    for stage in RLVR:
+        kept, left = (planned(stage, tiny, **lora, **start, kl_coef=kl_coef).seen for kl_coef in (0.1, 0))
+        assert kept.steady["weights"] > left.steady["weights"] + 3 * left.trained / (2 if stage == "ppo" else 1)
+
+
+def test_an_entropy_bonus_costs_another_product_with_the_head(tiny):
+    flags = SAMPLED | {"micro_batch_tokens": 2048}
+    plain, bonus = (planned("grpo", tiny, **flags, entropy_coef=x).seen for x in (0, 0.1))
+    rows = 8 * 128 + 8  # of eight responses, and one of the room that is left
+    assert bonus.micro_batch.flops - plain.micro_batch.flops == 2 * rows * TINY["hidden_size"] * TINY["vocab_size"]
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("advantage", ["grpo", "reinforce_pp"])
+@pytest.mark.parametrize("surrogate", ["clip", "cispo", "gspo"])
+@pytest.mark.parametrize("kl_in", ["none", "loss", "reward"])
+def test_every_loss_of_grpo_is_planned(advantage, surrogate, kl_in, tmp_path):
+    """With a head of several chunks, over which a response's tokens are spread."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY | {"vocab_size": 2**19}), encoding="utf-8")
+    flags = SAMPLED | {"advantage": advantage, "surrogate": surrogate, "micro_batch_tokens": 4096}
+    flags |= {} if kl_in == "none" else {"kl_in": kl_in, "kl_coef": 0.1}
+    seen = planned("grpo", tmp_path / "config.json", **flags).seen
+    assert ("reference copy" in seen.steady) == (kl_in != "none") and seen.micro_batch.flops > 0
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [[], ["--kl_coef", "0.1"], ["--kl_coef", "0.1", "--kl_in", "reward"], ["--surrogate", "gspo"], ["--use_lora"]],
+)
+def test_a_plan_of_grpo_is_of_what_the_run_takes(argv, tiny, tmp_path):
+    """What launch.grpo fills in is what is planned, and so is the config.yaml of it, which --dry_run plans."""
+    given = ["--model_name_or_path", "meta-llama/Llama-3.2-1B", "--dataset_name", "rows", *argv]
+    world = SimpleNamespace(agree=lambda *_: None, say=lambda *_: None, size=8, device=torch.device("cpu"))
+    run = grpo.resolve_grpo(parse(grpo.Config, given), world)
+    configuration.save(configuration.as_dict(run), tmp_path / "config.yaml", {})
+    for words_ in (given, ["--config", str(tmp_path / "config.yaml")]):
+        config, _, value_config = plans.resolve("grpo", parse(plans.GrpoPlan, words_))
+        assert value_config is None
+        for name in ("clip_low", "clip_high", "kl_in", "kl_estimator", "reference", "batch_size", "response_length"):
+            assert getattr(config, name) == getattr(run, name), name
+
+
 def test_a_known_model_of_the_table():
     lm_config = plans.load_architecture(None, "allenai/Llama-3.1-Tulu-3-8B-SFT", "")
     assert (lm_config.vocab_size, lm_config.num_hidden_layers) == (128264, 32)
@@ -251,6 +322,9 @@ def test_a_known_model_of_the_table():
         (["sft", "--nodes", "0"], "--nodes must be greater than 0"),
         (["sft", "--trained_share", "2"], "--trained_share"),
         (["ppo", "--response_length", "4096"], "leaves no room"),
+        (["grpo", "--response_length", "4096"], "leaves no room"),
+        (["grpo", "--num_samples_per_prompt", "1"], "needs at least 2"),
+        (["grpo", "--kl_coef", "0.1", "--kl_estimator", "k1"], "no gradient"),
     ],
 )
 def test_what_cannot_be_planned_is_one_line(argv, message, tmp_path):
