@@ -25,7 +25,7 @@ from launch.plan import plan
 from launch.planner import foreign, plans, search
 from launch.planner.fakes import flash_attention, visible_pairs
 from launch.planner.ledger import HOST, Ledger
-from launch.planner.stages import RLVR
+from launch.planner.stages import Rehearsed
 from tests.ranks import launch
 
 H100 = DEVICES["h100-80gb"]
@@ -239,39 +239,41 @@ def test_ppo_counts_every_model_and_the_cache(tiny):
 SAMPLED = {"batch_size": 4, "num_samples_per_prompt": 4, "max_seq_length": 256, "response_length": 128}
 
 
-def test_grpo_has_no_value_model_and_a_reference_only_for_a_kl(tiny):
-    """Beside PPO's plan of the same flags, which has both."""
-    value, without, against = (
-        planned(stage, tiny, **SAMPLED, kl_coef=kl_coef).seen
-        for stage, kl_coef in (("ppo", 0.1), ("grpo", 0), ("grpo", 0.1))
-    )
-    numbers = without.parameters
-    assert without.trained == against.trained == numbers < value.trained
-    for seen, kinds in ((without, set()), (against, {"reference copy"}), (value, {"reference copy", "value model"})):
+@pytest.fixture(scope="module")
+def sampled(tiny) -> dict[str, Rehearsed]:
+    """One machine's work by PPO, and by GRPO without more, against a reference, and with an entropy bonus."""
+    changes = {"value": {"kl_coef": 0.1}, "plain": {}, "against": {"kl_coef": 0.1}, "bonus": {"entropy_coef": 0.1}}
+    return {
+        name: planned("ppo" if name == "value" else "grpo", tiny, **SAMPLED, **change).seen
+        for name, change in changes.items()
+    }
+
+
+def test_grpo_has_no_value_model_and_a_reference_only_for_a_kl(sampled):
+    value, plain, against = (sampled[name] for name in ("value", "plain", "against"))
+    numbers = plain.parameters
+    assert plain.trained == against.trained == numbers < value.trained
+    for seen, kinds in ((plain, set()), (against, {"reference copy"}), (value, {"reference copy", "value model"})):
         assert {"reference copy", "value model"} & seen.steady.keys() == kinds
-    for phase in without.peaks.keys() - {"start", "loading"}:
-        copy = against.peaks[phase].total - without.peaks[phase].total
-        assert copy == pytest.approx(4 * numbers, rel=0.05), phase
-    assert without.rollout["evaluate"].flops < against.rollout["evaluate"].flops < value.rollout["evaluate"].flops
-    assert without.micro_batch.flops == pytest.approx(against.micro_batch.flops) < value.micro_batch.flops
+    assert against.peak.total - plain.peak.total == pytest.approx(4 * numbers, rel=0.05)
+    assert plain.rollout["evaluate"].flops < against.rollout["evaluate"].flops < value.rollout["evaluate"].flops
+    assert plain.micro_batch.flops == against.micro_batch.flops < value.micro_batch.flops
+    assert plain.optimizer.moved < 0.6 * value.optimizer.moved
+
+
+def test_an_entropy_bonus_costs_another_product_with_the_head(sampled):
+    rows = SAMPLED["response_length"] * SAMPLED["batch_size"] * SAMPLED["num_samples_per_prompt"]
+    more = sampled["bonus"].micro_batch.flops - sampled["plain"].micro_batch.flops
+    assert more == 2 * rows * TINY["hidden_size"] * TINY["vocab_size"]
 
 
 def test_adapters_are_the_reference_of_grpo(tiny):
     """No copy is planned; a start of their own is kept where it is what a KL divergence is taken to."""
-    lora = SAMPLED | {"use_lora": True, "lora_rank": 16}
-    seen = planned("grpo", tiny, **lora, kl_coef=0.1).seen
+    seen = planned("grpo", tiny, **SAMPLED, kl_coef=0.1, use_lora=True).seen
     assert "reference copy" not in seen.steady and seen.trained < seen.parameters / 4
-    start = {"adapter_name_or_path": "nowhere", "reference": "adapter"}
-    for stage in RLVR:
-        kept, left = (planned(stage, tiny, **lora, **start, kl_coef=kl_coef).seen for kl_coef in (0.1, 0))
-        assert kept.steady["weights"] > left.steady["weights"] + 3 * left.trained / (2 if stage == "ppo" else 1)
-
-
-def test_an_entropy_bonus_costs_another_product_with_the_head(tiny):
-    flags = SAMPLED | {"micro_batch_tokens": 2048}
-    plain, bonus = (planned("grpo", tiny, **flags, entropy_coef=x).seen for x in (0, 0.1))
-    rows = 8 * 128 + 8  # of eight responses, and one of the room that is left
-    assert bonus.micro_batch.flops - plain.micro_batch.flops == 2 * rows * TINY["hidden_size"] * TINY["vocab_size"]
+    start = SAMPLED | {"use_lora": True, "adapter_name_or_path": "nowhere", "reference": "adapter"}
+    kept, left = (planned("grpo", tiny, **start, kl_coef=kl_coef).seen for kl_coef in (0.1, 0))
+    assert kept.steady["weights"] > left.steady["weights"] + left.trained
 
 
 @pytest.mark.drill
