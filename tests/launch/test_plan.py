@@ -306,6 +306,33 @@ def test_a_plan_of_grpo_is_of_what_the_run_takes(argv, tiny, tmp_path):
             assert getattr(config, name) == getattr(run, name), name
 
 
+RECIPES = sorted((Path(plans.__file__).parents[1] / "recipes").glob("*.yaml"))
+QUOTED = {p.name: p.read_text(encoding="utf-8") for p in RECIPES if " says:\n" in p.read_text(encoding="utf-8")}
+
+
+@pytest.mark.parametrize("name", QUOTED)
+def test_a_recipes_head_quotes_a_plan_of_itself(name):
+    """Of its own stage and file, on a machine where it fits."""
+    (command,) = re.findall(r"^# python -m launch\.plan (\w+ .*) says:$", QUOTED[name], re.M)
+    stage, *argv = command.split()
+    assert name.endswith(f"_{stage}.yaml") and argv[:2] == ["--config", f"launch/recipes/{name}"]
+    config = parse(plans.STAGES[stage][1], [*argv[:1], str(plans.ARCHITECTURES.parent / "recipes" / name), *argv[2:]])
+    assert (
+        f"#   plan: {stage} of " in QUOTED[name] and f"on {config.gpus * config.nodes} x {config.gpu}" in QUOTED[name]
+    )
+    assert len(re.findall(r"^#     needed, of .* it fits, ", QUOTED[name], re.M)) == 1
+
+
+@pytest.mark.drill
+@pytest.mark.parametrize("name", QUOTED)
+def test_what_a_recipes_head_quotes_is_said(name, monkeypatch, capsys):
+    monkeypatch.chdir(Path(plans.__file__).parents[2])
+    (command,) = re.findall(r"^# python -m launch\.plan (\w+ .*) says:$", QUOTED[name], re.M)
+    plan(command.split())
+    said = [line for line in capsys.readouterr().out.splitlines() if line and not line.startswith("planned in")]
+    assert "".join(f"#   {line}\n" for line in said) in QUOTED[name]
+
+
 def test_a_known_model_of_the_table():
     lm_config = plans.load_architecture(None, "allenai/Llama-3.1-Tulu-3-8B-SFT", "")
     assert (lm_config.vocab_size, lm_config.num_hidden_layers) == (128264, 32)
