@@ -50,8 +50,12 @@ def table(plan: Plan, lm_config: Any) -> list[str]:
     return lines + speed(plan) + disk(plan)
 
 
+def step_of(plan: Plan) -> str:
+    return "an iteration" if plan.stage in RLVR else "a step"
+
+
 def speed(plan: Plan) -> list[str]:
-    rate, unit = plan.tokens / plan.seconds, "an iteration" if plan.stage in RLVR else "a step"
+    rate, unit = plan.tokens / plan.seconds, step_of(plan)
     parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in plan.parts.items())
     mean = (
         "" if plan.config.mean_tokens is None else f" with sequences of {plan.config.mean_tokens:.0f} tokens on average"
@@ -67,10 +71,7 @@ def speed(plan: Plan) -> list[str]:
             + (": the links are the limit" if exchanged > computed else ", behind it")
         )
     if steps := total_steps(plan):
-        lines.append(
-            f"{steps:,} {'iterations' if plan.stage in RLVR else 'steps'}, {steps * plan.seconds / 3600:,.3g} hours at"
-            " best"
-        )
+        lines.append(f"{steps:,} {step_of(plan).partition(' ')[2]}s, {steps * plan.seconds / 3600:,.3g} hours at best")
     return lines
 
 
@@ -97,7 +98,7 @@ def suggestion(plan: Plan, change: dict[str, Any] | None, other: Plan | None) ->
     rate, before = other.tokens / other.seconds, plan.tokens / plan.seconds
     return [
         f"it fits with {words}: {other.needed / GIB:.1f} of {other.device.memory / GIB:.1f} GiB, at best"
-        f" {other.seconds:.3g} s a step, {rate:,.0f} tokens/s a rank ({rate / before - 1:+.0%})"
+        f" {other.seconds:.3g} s {step_of(plan)}, {rate:,.0f} tokens/s a rank ({rate / before - 1:+.0%})"
     ]
 
 

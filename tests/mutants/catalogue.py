@@ -3750,15 +3750,17 @@ LEDGER = tuple(
     )
 )
 HALVES = ("tests/launch/test_plan.py::test_weights_and_optimizer_halve_from_one_rank_to_two",)
-MODELS = ("tests/launch/test_plan.py::test_ppo_counts_every_model_and_the_cache",)
-GROUPS = tuple(
-    f"tests/launch/test_plan.py::test_{name}"
-    for name in (
-        "grpo_has_no_value_model_and_a_reference_only_for_a_kl",
-        "adapters_are_the_reference_of_grpo",
-        "a_plan_of_grpo_is_of_what_the_run_takes",
-        "what_cannot_be_planned_is_one_line",
-    )
+MODELS = ("tests/launch/test_plan_rlvr.py::test_ppo_counts_every_model_and_the_cache",)
+GROUPS = (
+    *(
+        f"tests/launch/test_plan_rlvr.py::test_{name}"
+        for name in (
+            "grpo_has_no_value_model_and_a_reference_only_for_a_kl",
+            "adapters_are_the_reference_of_grpo",
+            "a_plan_of_grpo_is_of_what_the_run_takes",
+        )
+    ),
+    "tests/launch/test_plan.py::test_what_cannot_be_planned_is_one_line",
 )
 LEDGERS = (*LEDGER, "tests/launch/test_ledger.py")
 
