@@ -71,7 +71,7 @@ def speed(plan: Plan) -> list[str]:
             + (": the links are the limit" if exchanged > computed else ", behind it")
         )
     if steps := total_steps(plan):
-        lines.append(f"{steps:,} {step_of(plan).partition(' ')[2]}s, {steps * plan.seconds / 3600:,.3g} hours at best")
+        lines.append(f"{steps:,} {unit.split()[-1]}s, {steps * plan.seconds / 3600:,.3g} hours at best")
     return lines
 
 

@@ -80,12 +80,14 @@ def test_an_entropy_bonus_costs_another_product_with_the_head(sampled):
     assert more == 2 * rows * TINY["hidden_size"] * TINY["vocab_size"]
 
 
-def test_adapters_are_the_reference_of_grpo(tiny):
+def test_adapters_are_the_reference_of_grpo(tmp_path):
     """No copy is planned; a start of their own is kept where it is what a KL divergence is taken to."""
-    seen = planned("grpo", tiny, **SAMPLED, kl_coef=0.1, use_lora=True).seen
-    assert "reference copy" not in seen.steady and seen.trained < seen.parameters / 4
-    start = SAMPLED | {"use_lora": True, "adapter_name_or_path": "nowhere", "reference": "adapter"}
-    kept, left = (planned("grpo", tiny, **start, kl_coef=kl_coef).seen for kl_coef in (0.1, 0))
+    config, lora = tmp_path / "config.json", SAMPLED | {"use_lora": True}
+    config.write_text(json.dumps(TINY | {"num_hidden_layers": 1}), encoding="utf-8")
+    assert "reference copy" not in planned("grpo", config, **lora, kl_coef=0.1).seen.steady
+    start = lora | {"adapter_name_or_path": "nowhere", "reference": "adapter"}
+    kept, left = (planned("grpo", config, **start, kl_coef=kl_coef).seen for kl_coef in (0.1, 0))
+    assert kept.trained == left.trained < left.parameters / 4
     assert kept.steady["weights"] > left.steady["weights"] + left.trained
 
 
