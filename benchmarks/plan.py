@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 COMMON = {"max_steps": 2, "batch_size": 8, "micro_batch_tokens": 1024, "max_seq_length": 256}
+SAMPLED = {"response_length": 128, "rollout_slots": 16, "num_samples_per_prompt": 2, "num_ppo_epochs": 1}
 CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
     "sft": ("sft", 1, {}),
     "sft, bfloat16": ("sft", 1, {"dtype": "bfloat16"}),
@@ -41,7 +42,9 @@ CASES: dict[str, tuple[str, int, dict[str, Any]]] = {
         1,
         {"use_lora": True, "load_in_4bit": True, "double_quant": True, "dtype": "bfloat16"},
     ),
-    "ppo": ("ppo", 1, {"response_length": 128, "rollout_slots": 16, "num_samples_per_prompt": 2, "num_ppo_epochs": 1}),
+    "ppo": ("ppo", 1, SAMPLED),
+    "grpo": ("grpo", 1, SAMPLED),
+    "grpo, against a reference": ("grpo", 1, SAMPLED | {"kl_coef": 0.01, "num_mini_batches": 2}),
 }
 SIZES = {
     "hidden_size": 512,
@@ -85,7 +88,8 @@ def made(root: Path, sizes: dict[str, int] = SIZES) -> tuple[Path, dict[str, Pat
     }
     for stage, lines in rows.items():
         (root / f"{stage}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    return root / "model", {stage: root / f"{stage}.jsonl" for stage in rows}
+    files = {stage: root / f"{stage}.jsonl" for stage in rows}
+    return root / "model", files | {"grpo": files["ppo"]}
 
 
 def words(flags: dict[str, Any]) -> list[str]:

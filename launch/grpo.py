@@ -11,7 +11,7 @@ value model.
 The weights w_t add up to 1 over the mini-batch, on all ranks, and are known before its first forward: --aggregate token
 is 1 / N for its N tokens. --advantage names the baseline: grpo, dr_grpo (no deviation), rloo (the others' mean) or
 reinforce_pp (no group, the batch whitened); --surrogate how far an update goes: clip, cispo or gspo. Recipes, with
-`python -m launch.grpo --config launch/recipes/NAME`: tulu3.1_8b_grpo.yaml, dapo_7b.yaml, one_node_8b_grpo.yaml,
+`python -m launch.grpo --config launch/recipes/NAME`: tulu3.1_8b_grpo.yaml, dapo_32b_grpo.yaml, one_node_8b_grpo.yaml,
 one_card_1b_lora_grpo.yaml. A step is an iteration: --batch_size prompts times --num_samples_per_prompt responses, then
 all updates. Left out on purpose: curricula by observed accuracy, sampling with weights that are older than the policy.
 

@@ -1,9 +1,9 @@
 """Will it fit, and how fast can it be: before GPUs are booked.    python -m launch.plan dpo --gpus 8 --gpu h100-80gb
 
 The stage's own step runs here on tensors that have shapes and no numbers, as rank 0 of the planned number of ranks: its
-model, cut by FSDP; its loss, backward pass and optimizer; PPO's sampler and cache. A ledger keeps what is live and what
-every operation costs. No GPU, no weights, no data and no hub are needed, and every flag of the stage may be given as it
-will be for the run.
+model, cut by FSDP; its loss, backward pass and optimizer; for ppo and grpo its sampler and the cache. A ledger keeps
+what is live and what every operation costs. No GPU, no weights, no data and no hub are needed, and every flag of the
+stage may be given as it will be for the run.
 
 Assumed: full micro-batches of sequences of --max_seq_length (--longest_tokens, if the data is known to be shorter) of
 which every token counts (--trained_share); flash-attention as torch ships it. Times are floors: matrix products at 80 %

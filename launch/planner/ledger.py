@@ -95,7 +95,7 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}  # by phase
         self.costs: dict[str, Cost] = {"start": Cost()}
         self.paused = False  # operations leave no trace
-        self.rows = 0  # what repeat_interleave over counts gives: the rows of the micro-batch under way
+        self.rows = 0  # what repeat_interleave over counts gives where it is not told: those of the micro-batch
         self._entries: dict[int, list] = {}  # storage → [bytes, kind, weak reference]
         self._plans: dict[Any, str] = {}  # operator → how it is counted
 
@@ -196,7 +196,8 @@ class Ledger(TorchDispatchMode):
         if plan == "answer":
             return _one(args[0])
         if plan == "repeats":
-            out = args[0].new_empty(self.rows)
+            known = kwargs.get("output_size")
+            out = args[0].new_empty(self.rows if known is None else known)
         else:
             out = func(*args, **kwargs)
         if plan in ("view", "nothing") or self.paused:

@@ -17,8 +17,10 @@ from engine.flags import fill, flag, require_positive
 from engine.hardware import Device
 from engine.model import build, open
 from engine.train.reference import resolve_reference
-from launch import dpo, ppo, sft
-from launch.planner.stages import Case, Rehearsed, Work, rehearse
+from launch import dpo, grpo, ppo, sft
+from launch.planner.fakes import rehearsal
+from launch.planner.rlvr import Rlvr
+from launch.planner.stages import RLVR, Case, Rehearsed, Supervised, Work
 
 ARCHITECTURES = Path(__file__).parents[1] / "architectures"
 FRAGMENTATION = 0.02  # of the allocator's peak, lost between blocks
@@ -60,7 +62,12 @@ class PpoPlan(PlanFlags, ppo.Config):
     __doc__ = ppo.__doc__
 
 
-STAGES = {"sft": (sft, SftPlan), "dpo": (dpo, DpoPlan), "ppo": (ppo, PpoPlan)}
+@dataclass(frozen=True, kw_only=True)
+class GrpoPlan(PlanFlags, grpo.Config):
+    __doc__ = grpo.__doc__
+
+
+STAGES = {"sft": (sft, SftPlan), "dpo": (dpo, DpoPlan), "ppo": (ppo, PpoPlan), "grpo": (grpo, GrpoPlan)}
 
 
 @dataclass(frozen=True)
@@ -86,10 +93,10 @@ class Plan:
 
     @property
     def parts(self) -> dict[str, float]:
-        """Seconds of a step's (PPO: an iteration's) parts."""
+        """Seconds of a step's (RLVR: an iteration's) parts."""
         seen, n = self.seen, self.work.micro_batches
         step = (n - 1) * seen.micro_batch.seconds + seen.last.seconds
-        if self.stage != "ppo":
+        if self.stage not in RLVR:
             return {"forward and backward": step, "optimizer": seen.optimizer.seconds}
         config, waves = self.config, -(-self.work.units // max(1, seen.slots))
         return {
@@ -107,12 +114,12 @@ class Plan:
 
     @property
     def tokens(self) -> float:
-        """Fed by a rank in a step's training micro-batches (PPO: once through all responses)."""
+        """Fed by a rank in a step's training micro-batches (RLVR: once through all responses)."""
         return self.seen.tokens * self.work.micro_batches
 
     @property
     def mfu(self) -> float:
-        passes = self.config.num_ppo_epochs if self.stage == "ppo" else 1
+        passes = self.config.num_ppo_epochs if self.stage in RLVR else 1
         return passes * self.seen.model_flops * self.work.micro_batches / self.seconds / self.device.flops
 
     @property
@@ -133,7 +140,7 @@ class Plan:
             "checkpoints, one being written": round(kept * seen.trained * (master + moments)),
             "final/": final,
         }
-        if config.num_examples and self.stage != "ppo":
+        if config.num_examples and self.stage not in RLVR:
             sequences = config.num_examples * (2 if self.stage == "dpo" else 1)
             found["tokenised data"] = round(sequences * (5 * (config.mean_tokens or config.max_seq_length) + 28))
             if self.stage == "dpo" and config.reference == "cache":
@@ -152,10 +159,14 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     batch_size, _ = config.batch_size_on(config.gpus * config.nodes)
     none = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     defaults = STAGES[stage][0].DEFAULTS | {"seed": 1}  # of --seeds one is planned
+    if stage == "grpo":
+        defaults |= of_group_loss(config)
     config = fill(dataclasses.replace(config, batch_size=batch_size, **none), **defaults)
     if stage == "dpo":
         config, _ = dpo.resolve_loss(config)
-    if stage == "ppo":
+    if stage == "grpo":
+        config.check_group()
+    if stage in RLVR:
         require_positive(config, "num_samples_per_prompt", "response_length", "rollout_slots")
         require_positive(config, "num_ppo_epochs", "num_mini_batches")
         kind = resolve_reference(config.reference, config, without_lora="copy")
@@ -165,14 +176,25 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     most = min(config.max_seq_length, reach, config.longest_tokens or config.max_seq_length)
     batch_size = min(config.batch_size, config.num_examples or config.batch_size)
     config = dataclasses.replace(config, max_seq_length=most, batch_size=batch_size)
-    if stage != "ppo":
-        return config, lm_config, None
-    if config.response_length >= most:
+    if stage in RLVR and config.response_length >= most:
         raise UserError(f"--response_length {config.response_length} leaves no room for a prompt in {most} tokens")
+    if stage != "ppo":  # it alone has a value model
+        return config, lm_config, None
     name = config.value_model_name_or_path or config.model_name_or_path
     value_config = grown(load_architecture(config.architecture, name, config.cache_dir), config)
     value_config.num_labels = 1
     return config, lm_config, value_config
+
+
+def of_group_loss(config: Any) -> dict[str, Any]:
+    """What `launch.grpo` fills in for its loss. Raises UserError for a KL divergence that cannot be. Without a weight,
+    what is said of it is not read: it stands in the config.yaml of every run without one.
+    """
+    if config.kl_coef:
+        config.check_kl()
+    low, high = grpo.CLIPS[config.surrogate]
+    kl_in = (config.kl_in or "loss") if config.kl_coef else "none"
+    return {"clip_low": low, "clip_high": high, "kl_in": kl_in, "kl_estimator": "k1" if kl_in == "reward" else "k3"}
 
 
 def grown(lm_config: Any, config: Any) -> Any:
@@ -213,3 +235,13 @@ def make(stage: str, config: Any, lm_config: Any, value_config: Any, device: Dev
     models = (lm_config, value_config)
     seen = rehearse(Case(stage, config, *models, device, ranks, config.gpus, work, config.trained_share))
     return Plan(stage, config, device, ranks, work, seen)
+
+
+def rehearse(case: Case) -> Rehearsed:
+    """A step of the stage on rank 0. Raises UserError for what the stage itself refuses."""
+    config, device = case.config, case.device
+    fused = 0.5 if config.compile else 1.0  # the traffic between matrix products that is left where layers are compiled
+    config = dataclasses.replace(config, compile=False)
+    with rehearsal(device, case.ranks, per_node=case.per_node, fused=fused) as (world, ledger, mode):
+        stage = Rlvr if case.stage in RLVR else Supervised
+        return stage(case, config, world, ledger, mode).rehearse()

@@ -8,6 +8,7 @@ from typing import Any
 from launch.planner.ledger import HOST
 from launch.planner.plans import Plan
 from launch.planner.search import changes
+from launch.planner.stages import RLVR
 
 GIB = 2**30
 
@@ -15,7 +16,7 @@ GIB = 2**30
 def table(plan: Plan, lm_config: Any) -> list[str]:
     config, seen, device = plan.config, plan.seen, plan.device
     name = (lm_config.architectures or [lm_config.model_type])[0]
-    unit = {"sft": "conversations", "dpo": "pairs", "ppo": "responses"}[plan.stage]
+    unit = {"sft": "conversations", "dpo": "pairs"}.get(plan.stage, "responses")
     where = f"{plan.ranks} x {device.name}" + (f" in {config.nodes} nodes" if config.nodes > 1 else "")
     scale, unit_of_memory = (GIB, "GiB") if plan.needed >= GIB else (2**20, "MiB")
     lines = [
@@ -49,8 +50,12 @@ def table(plan: Plan, lm_config: Any) -> list[str]:
     return lines + speed(plan) + disk(plan)
 
 
+def step_of(plan: Plan) -> str:
+    return "an iteration" if plan.stage in RLVR else "a step"
+
+
 def speed(plan: Plan) -> list[str]:
-    rate, unit = plan.tokens / plan.seconds, "an iteration" if plan.stage == "ppo" else "a step"
+    rate, unit = plan.tokens / plan.seconds, step_of(plan)
     parts = ", ".join(f"{name} {seconds:.3g}" for name, seconds in plan.parts.items())
     mean = (
         "" if plan.config.mean_tokens is None else f" with sequences of {plan.config.mean_tokens:.0f} tokens on average"
@@ -66,19 +71,17 @@ def speed(plan: Plan) -> list[str]:
             + (": the links are the limit" if exchanged > computed else ", behind it")
         )
     if steps := total_steps(plan):
-        lines.append(
-            f"{steps:,} {'iterations' if plan.stage == 'ppo' else 'steps'}, {steps * plan.seconds / 3600:,.3g} hours at"
-            " best"
-        )
+        lines.append(f"{steps:,} {unit.split()[-1]}s, {steps * plan.seconds / 3600:,.3g} hours at best")
     return lines
 
 
 def total_steps(plan: Plan) -> int | None:
     config = plan.config
+    if config.max_steps > 0:
+        return config.max_steps  # whatever the epochs
     if config.num_examples is None:
-        return config.max_steps if config.max_steps > 0 else None
-    steps = -(-config.num_examples // min(config.batch_size, config.num_examples)) * config.num_train_epochs
-    return min(steps, config.max_steps) if config.max_steps > 0 else steps
+        return None
+    return -(-config.num_examples // min(config.batch_size, config.num_examples)) * config.num_train_epochs
 
 
 def disk(plan: Plan) -> list[str]:
@@ -95,7 +98,7 @@ def suggestion(plan: Plan, change: dict[str, Any] | None, other: Plan | None) ->
     rate, before = other.tokens / other.seconds, plan.tokens / plan.seconds
     return [
         f"it fits with {words}: {other.needed / GIB:.1f} of {other.device.memory / GIB:.1f} GiB, at best"
-        f" {other.seconds:.3g} s a step, {rate:,.0f} tokens/s a rank ({rate / before - 1:+.0%})"
+        f" {other.seconds:.3g} s {step_of(plan)}, {rate:,.0f} tokens/s a rank ({rate / before - 1:+.0%})"
     ]
 
 

@@ -71,8 +71,9 @@ def test_the_disk_of_pairs_and_of_two_models():
     assert planned("sft", num_examples=10, mean_tokens=100).disk["tokenised data"] == 10 * (500 + 28)
     pairs = planned("dpo", num_examples=10, mean_tokens=100, reference="cache").disk
     assert pairs["tokenised data"] == 2 * 10 * (500 + 28) and pairs["reference cache"] == 24 * 20
-    sizes = [planned(stage, parameters=1000, slots=1).disk["final/"] for stage in ("sft", "ppo")]
-    assert sizes == [2000, 4000]
+    found = [planned(stage, parameters=1000, slots=1, num_examples=10).disk for stage in ("sft", "ppo", "grpo")]
+    assert [disk["final/"] for disk in found] == [2000, 4000, 2000]  # PPO's value model is exported too
+    assert ["tokenised data" in disk for disk in found] == [True, False, False]
 
 
 def test_what_is_written_in_place_is_no_new_storage():
@@ -81,3 +82,12 @@ def test_what_is_written_in_place_is_no_new_storage():
         a.add_(1).mul_(2)
         b = a.add_(a)
         assert ledger.total == ledger.peak.total == 400 and b is a
+
+
+def test_what_is_repeated_has_the_rows_that_were_asked_for():
+    """Else those of the micro-batch: counts have no numbers here."""
+    with FakeTensorMode(), Ledger(H100) as ledger:
+        ledger.rows = 7
+        x_S, counts_S = torch.empty(3), torch.empty(3, dtype=torch.int64)
+        assert len(x_S.repeat_interleave(counts_S, output_size=5)) == 5
+        assert len(x_S.repeat_interleave(counts_S)) == 7

@@ -14,7 +14,8 @@ from engine.data.packing import pack
 from engine.hardware import DEVICES
 from launch.planner import plans, search
 from launch.planner.ledger import Cost, Peak
-from launch.planner.stages import Rehearsed, Work
+from launch.planner.report import total_steps
+from launch.planner.stages import RLVR, Rehearsed, Work
 
 H100 = DEVICES["h100-80gb"]
 GIB = 2**30
@@ -44,7 +45,7 @@ def planned(
     """A plan of made-up measurements: every part takes a number of seconds that is a power of ten of its own."""
     rollout = (
         {"hand-over": seconds(1e-1), "prefill": seconds(1e-2), "decode": seconds(1e-3), "evaluate": seconds(1e-4)}
-        if stage == "ppo"
+        if stage in RLVR
         else {}
     )
     seen = Rehearsed(
@@ -138,10 +139,11 @@ def test_every_micro_batch_of_a_step_takes_its_time(n):
     assert p.mfu == pytest.approx(n * 1e12 / p.seconds / H100.flops)
 
 
+@pytest.mark.parametrize("stage", RLVR)
 @pytest.mark.parametrize("units, slots, waves", [(1, 4, 1), (4, 4, 1), (5, 4, 2), (8, 4, 2), (9, 4, 3), (64, 1, 64)])
-def test_responses_beyond_the_slots_are_decoded_in_further_waves(units, slots, waves):
+def test_responses_beyond_the_slots_are_decoded_in_further_waves(units, slots, waves, stage):
     p = planned(
-        "ppo", units=units, slots=slots, micro_batches=3, response_length=200, num_ppo_epochs=4, num_mini_batches=2
+        stage, units=units, slots=slots, micro_batches=3, response_length=200, num_ppo_epochs=4, num_mini_batches=2
     )
     assert p.parts == pytest.approx(
         {
@@ -153,6 +155,24 @@ def test_responses_beyond_the_slots_are_decoded_in_further_waves(units, slots, w
             "optimizer": 4 * 2 * 1000,
         }
     )
+    assert p.mfu == pytest.approx(4 * 3 * 1e12 / p.seconds / H100.flops)  # of four passes over three micro-batches
+
+
+@pytest.mark.parametrize("stage", plans.STAGES)
+@pytest.mark.parametrize(
+    ("named", "steps"),
+    [
+        ({"num_examples": 100}, 4),  # the short last one is a step
+        ({"num_examples": 100, "num_train_epochs": 3}, 12),
+        ({"num_examples": 20, "num_train_epochs": 3}, 3),
+        ({"num_examples": 100, "max_steps": 2}, 2),
+        ({"num_examples": 100, "max_steps": 30}, 30),  # whatever the epochs
+        ({"max_steps": 30}, 30),
+        ({}, None),
+    ],
+)
+def test_steps_are_those_that_the_run_takes(stage, named, steps):
+    assert total_steps(planned(stage, batch_size=32, **({"num_train_epochs": 1} | named))) == steps
 
 
 # --- a rank's work ----------------------------------------------------------------------------------------------------
@@ -160,10 +180,10 @@ def test_responses_beyond_the_slots_are_decoded_in_further_waves(units, slots, w
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("budget", [254, 600, 2048])
-@pytest.mark.parametrize("stage, of_a_unit", [("sft", 1), ("dpo", 2), ("ppo", 1)])
+@pytest.mark.parametrize("stage, of_a_unit", [("sft", 1), ("dpo", 2), ("ppo", 1), ("grpo", 1)])
 def test_micro_batches_are_those_that_packing_makes_on_a_rank(stage, of_a_unit, budget, ranks):
     """48 units of 128 tokens a sequence, which feed 127 each, packed as a step is packed."""
-    named = {"batch_size": 12, "num_samples_per_prompt": 4} if stage == "ppo" else {"batch_size": 48}
+    named = {"batch_size": 12, "num_samples_per_prompt": 4} if stage in RLVR else {"batch_size": 48}
     work = Work.of(stage, flags(stage, micro_batch_tokens=budget, **named), ranks, 128)
     packed = pack([of_a_unit * 127] * 48, budget, ranks)
     assert work.units == 48 // ranks and {len(batches) for batches in packed} == {work.micro_batches}

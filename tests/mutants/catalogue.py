@@ -3792,7 +3792,18 @@ LEDGER = tuple(
     )
 )
 HALVES = ("tests/launch/test_plan.py::test_weights_and_optimizer_halve_from_one_rank_to_two",)
-MODELS = ("tests/launch/test_plan.py::test_ppo_counts_every_model_and_the_cache",)
+MODELS = ("tests/launch/test_plan_rlvr.py::test_ppo_counts_every_model_and_the_cache",)
+GROUPS = (
+    *(
+        f"tests/launch/test_plan_rlvr.py::test_{name}"
+        for name in (
+            "grpo_has_no_value_model_and_a_reference_only_for_a_kl",
+            "adapters_are_the_reference_of_grpo",
+            "a_plan_of_grpo_is_of_what_the_run_takes",
+        )
+    ),
+    "tests/launch/test_plan.py::test_what_cannot_be_planned_is_one_line",
+)
 LEDGERS = (*LEDGER, "tests/launch/test_ledger.py")
 
 PLANNER = (
@@ -3907,7 +3918,7 @@ PLANNER = (
     Mutant(
         "the_plan_forgets_samples",
         "launch/planner/stages.py",
-        '(config.num_samples_per_prompt if stage == "ppo" else 1)',
+        "(config.num_samples_per_prompt if stage in RLVR else 1)",
         "1",
         ARITHMETIC,
     ),
@@ -3941,10 +3952,80 @@ PLANNER = (
     ),
     Mutant(
         "the_plan_keeps_the_cache",
-        "launch/planner/stages.py",
+        "launch/planner/rlvr.py",
         "        sampler.release()\n        return costs",
         "        return costs",
         MODELS,
+    ),
+    Mutant(
+        "the_plan_has_a_reference_without_a_kl",
+        "launch/planner/rlvr.py",
+        "frozen = self.frozen() if config.kl_coef else None",
+        "frozen = self.frozen()",
+        GROUPS[:1],
+    ),
+    Mutant(
+        "the_plan_evaluates_no_reference",
+        "launch/planner/rlvr.py",
+        "                frozen.logprobs(batch)\n",
+        "                pass\n",
+        GROUPS[:1],
+    ),
+    Mutant(
+        "the_plan_keeps_a_start_without_a_kl",
+        "launch/planner/stages.py",
+        'case.stage == "dpo" or (case.stage in RLVR and config.kl_coef)',
+        'case.stage != "sft"',
+        GROUPS[1:2],
+    ),
+    Mutant(
+        "the_plan_has_the_kl_of_the_reward_in_the_loss",
+        "launch/planner/plans.py",
+        '"k1" if kl_in == "reward" else "k3"',
+        '"k3"',
+        GROUPS[2:3],
+    ),
+    Mutant(
+        "the_plan_has_the_clips_of_another_surrogate",
+        "launch/planner/plans.py",
+        "grpo.CLIPS[config.surrogate]",
+        'grpo.CLIPS["clip"]',
+        GROUPS[2:3],
+    ),
+    Mutant(
+        "the_plan_takes_any_group",
+        "launch/planner/plans.py",
+        "        config.check_group()\n",
+        "        pass\n",
+        GROUPS[3:],
+    ),
+    Mutant(
+        "the_plan_refuses_what_a_run_has_saved",
+        "launch/planner/plans.py",
+        "    if config.kl_coef:\n        config.check_kl()",
+        "    config.check_kl()",
+        GROUPS[2:3],
+    ),
+    Mutant(
+        "the_plan_gives_grpo_a_value_models_disk",
+        "launch/planner/plans.py",
+        'self.stage == "ppo" else 1)\n        )',
+        "self.stage in RLVR else 1)\n        )",
+        ("tests/launch/test_ledger.py",),
+    ),
+    Mutant(
+        "the_plan_stops_at_the_epochs",
+        "launch/planner/report.py",
+        "if config.max_steps > 0:",
+        "if config.max_steps > 0 and config.num_examples is None:",
+        ARITHMETIC,
+    ),
+    Mutant(
+        "the_plan_repeats_by_the_micro_batch_alone",
+        "launch/planner/ledger.py",
+        "self.rows if known is None else known",
+        "self.rows",
+        ("tests/launch/test_ledger.py",),
     ),
     Mutant(
         "a_view_is_a_storage",
