@@ -85,6 +85,21 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 rpo_alpha=1.0,
             ),
         ),
+        *tiny_rlvr(config, problems, shared),
+    ]
+    how = {"response_length": 48, "num_samples_per_prompt": 4}
+    return str(problems.model), acts, measured_on(problems.held_out, SIZES["held_out"], config, **how)
+
+
+def tiny_rlvr(config: RecipeFlags, problems: WordProblems, shared: dict[str, Any]) -> list[Act]:
+    """Act III by both algorithms, from one start."""
+    shared = shared | {
+        "model_name_or_path": f"{config.output_dir}/dpo/final",
+        "dataset_name": str(problems.problems),
+        "response_length": 48,
+        "max_steps": scaled(config, 60),
+    }
+    return [
         Act(
             "PPO",
             "DPO",
@@ -92,16 +107,12 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             ppo,
             ppo.Config(
                 **shared | out(config, "ppo"),
-                model_name_or_path=f"{config.output_dir}/dpo/final",
-                dataset_name=str(problems.problems),
                 batch_size=32,
                 num_samples_per_prompt=4,
-                max_steps=scaled(config, 60),
                 learning_rate=5e-4,
                 warmup_ratio=0.1,
                 num_ppo_epochs=2,
                 num_mini_batches=2,
-                response_length=48,
             ),
         ),
         Act(
@@ -111,19 +122,13 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             grpo,
             grpo.Config(
                 **shared | out(config, "grpo"),
-                model_name_or_path=f"{config.output_dir}/dpo/final",
-                dataset_name=str(problems.problems),
                 batch_size=16,
                 num_samples_per_prompt=8,
-                max_steps=scaled(config, 60),
                 learning_rate=1e-3,
                 num_mini_batches=2,
-                response_length=48,
             ),
         ),
     ]
-    how = {"response_length": 48, "num_samples_per_prompt": 4}
-    return str(problems.model), acts, measured_on(problems.held_out, SIZES["held_out"], config, **how)
 
 
 def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], Evaluation]:
@@ -162,22 +167,33 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 learning_rate=5e-5,
             ),
         ),
+        *real_rlvr(config, problems, shared | lora),
+    ]
+    how = {"response_length": 256, "temperature": 0.0, "source_column": "source"}
+    return model, acts, measured_on(problems.exam, SIZES["exam"], config, **how)
+
+
+def real_rlvr(config: RecipeFlags, problems: WordProblems, shared: dict[str, Any]) -> list[Act]:
+    """Act III by both algorithms, from one start."""
+    shared = shared | {
+        "model_name_or_path": f"{config.output_dir}/dpo/final",
+        "dataset_name": str(problems.practice),
+        "response_length": 96,
+        "max_steps": scaled(config, 16),
+    }
+    return [
         Act(
             "PPO",
             "DPO",
             "reinforces right answers to sums and word problems, by PPO (launch/ppo.py, verifiers/gsm8k.py)",
             ppo,
             ppo.Config(
-                **shared | out(config, "ppo") | lora,
-                model_name_or_path=f"{config.output_dir}/dpo/final",
-                dataset_name=str(problems.practice),
+                **shared | out(config, "ppo"),
                 batch_size=12,
                 num_samples_per_prompt=4,
-                max_steps=scaled(config, 16),
                 learning_rate=1e-4,
                 num_ppo_epochs=1,
                 num_mini_batches=2,
-                response_length=96,
             ),
         ),
         Act(
@@ -186,20 +202,14 @@ def real(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
             "does so from the same start by GRPO, without a value model (launch/grpo.py, losses/group.py)",
             grpo,
             grpo.Config(
-                **shared | out(config, "grpo") | lora,
-                model_name_or_path=f"{config.output_dir}/dpo/final",
-                dataset_name=str(problems.practice),
+                **shared | out(config, "grpo"),
                 batch_size=6,
                 num_samples_per_prompt=8,
-                max_steps=scaled(config, 16),
                 learning_rate=1e-4,
                 num_mini_batches=2,
-                response_length=96,
             ),
         ),
     ]
-    how = {"response_length": 256, "temperature": 0.0, "source_column": "source"}
-    return model, acts, measured_on(problems.exam, SIZES["exam"], config, **how)
 
 
 def measured_on(problems: Path, n: int, config: RecipeFlags, **how: Any) -> Evaluation:

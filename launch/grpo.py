@@ -29,7 +29,7 @@ import losses
 from engine.config import as_dict, parse
 from engine.data import MicroBatch, Prompt, PromptReader, Steps, fingerprint_of, read_prompts, sum_by_sequence
 from engine.errors import UserError
-from engine.flags import RlvrFlags, flag, override, require_between, require_not_negative, require_positive
+from engine.flags import RlvrFlags, fill, flag, override, require_between, require_not_negative, require_positive
 from engine.log import Totals
 from engine.model import Policy, load_policy, open_model, release
 from engine.train import Clock, Run, optim, reference, screen
@@ -130,6 +130,12 @@ class Config(RlvrFlags):
                 if self.surrogate == "cispo"
                 else f"--dual_clip must be greater than 1, got {self.dual_clip:g}"
             )
+        responses = (self.batch_size or 0) * (self.num_samples_per_prompt or 0)  # 0: not filled in yet
+        if responses % self.num_mini_batches:
+            raise UserError(
+                f"--num_mini_batches {self.num_mini_batches} does not divide the {responses} responses of an iteration"
+                f" ({self.batch_size} x {self.num_samples_per_prompt})"
+            )
 
     def check_kl(self) -> None:
         """Raises UserError for a KL divergence without a weight, a place or an estimator."""
@@ -147,6 +153,13 @@ class Config(RlvrFlags):
             raise UserError(
                 "--kl_estimator k1 has no gradient on average in the loss: k2, k3 or unbiased, or --kl_in reward"
             )
+
+    def with_loss(self) -> "Config":
+        """With the surrogate's own clip range, and the place and estimator of a KL divergence, if there is one."""
+        low, high = CLIPS[self.surrogate]
+        kl_in = ("loss" if self.kl_coef else "none") if self.kl_in == "auto" else self.kl_in
+        config = fill(replace(self, kl_in=kl_in), clip_low=low, clip_high=high)
+        return fill(config, kl_estimator="k1" if kl_in == "reward" else "k3") if self.kl_coef else config
 
 
 def train(config: Config) -> None:
@@ -326,13 +339,8 @@ def resolve_grpo(config: Config, world: World) -> Config:
     config.check()  # before a model is tuned for it
     check_form(config)
     config = replace(config, verifier_module=pinned(config.verifier_module))
-    low, high = CLIPS[config.surrogate]
-    defaults: dict[str, object] = dict(DEFAULTS) | {"clip_low": low, "clip_high": high}
-    defaults |= {"learning_rate": 5e-6 if config.use_lora else 5e-7}
-    if config.kl_in == "auto":
-        config = replace(config, kl_in="loss" if config.kl_coef else "none")
-    if config.kl_coef:
-        defaults |= {"kl_estimator": "k1" if config.kl_in == "reward" else "k3"}
+    config = config.with_loss()
+    defaults = DEFAULTS | {"learning_rate": 5e-6 if config.use_lora else 5e-7}
     if config.model_name_or_path is None:
         if not config.names_data and config.max_steps == -1 and config.num_train_epochs is None:
             config = replace(config, max_steps=30)
@@ -340,12 +348,6 @@ def resolve_grpo(config: Config, world: World) -> Config:
         defaults |= {"batch_size": 32, "num_samples_per_prompt": 8, "learning_rate": 1e-3, "response_length": 24}
     config = resolve(config, world, defaults=defaults, embedded_defaults={}, data="problems")
     config.check()  # with what was filled in
-    responses = config.batch_size * config.num_samples_per_prompt
-    if responses % config.num_mini_batches:
-        raise UserError(
-            f"--num_mini_batches {config.num_mini_batches} does not divide the {responses} responses of an iteration"
-            f" ({config.batch_size} x {config.num_samples_per_prompt})"
-        )
     if not config.kl_coef:
         return config
     return replace(config, reference=reference.resolve_reference(config.reference, config, without_lora="copy"))

@@ -131,8 +131,7 @@ def train(config: Config) -> None:
             sampler.load(policy)
             examples = steps.examples(step)
             rollouts, verdicts = collect(prompts, examples, config.num_samples_per_prompt, step)
-            after_end = config.score_slot == "after_eos"
-            experience = experience_of(rollouts, verdicts, config, base.chat.response_text, slot_after_end=after_end)
+            experience = experience_of(rollouts, verdicts, config, base.chat.response_text, config.score_slot)
             sampler.release()  # its cache makes room for activations
             times = {"time/rollout": clock.lap()}
 

@@ -105,10 +105,11 @@ def experience_of(
     verdicts: list[Verdict],
     flags: RlvrFlags,
     text_of: Callable[[np.ndarray], str],
-    *,
-    slot_after_end: bool = False,
+    score_slot: str = "last",
 ) -> Experience:
-    """The responses that have a verdict, with their scores. Raises UserError if more than 1 % have none."""
+    """The responses that have a verdict, with their scores, credited at the last token or `after_eos`. Raises UserError
+    if more than 1 % have none.
+    """
     errors = [verdict.reason for verdict in verdicts if verdict.status == "error"]
     if len(errors) > MAX_ERROR_RATE * len(verdicts):
         raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")
@@ -116,7 +117,7 @@ def experience_of(
     longest = flags.response_length
     scores = [score_of(rollout, verdict, flags, longest, text_of) for rollout, verdict in judged]
     responses = [rollout for rollout, _ in judged]
-    return Experience(responses, scores, slot_after_end=slot_after_end, response_length=longest)
+    return Experience(responses, scores, slot_after_end=score_slot == "after_eos", response_length=longest)
 
 
 def minibatches(responses: np.ndarray, flags: RlvrFlags, step: int) -> list[np.ndarray]:

@@ -160,7 +160,8 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     none = {"per_device_train_batch_size": None, "gradient_accumulation_steps": None}
     defaults = STAGES[stage][0].DEFAULTS | {"seed": 1}  # of --seeds one is planned
     if stage == "grpo":
-        defaults |= of_group_loss(config)
+        config.check_kl()
+        config = config.with_loss()
     config = fill(dataclasses.replace(config, batch_size=batch_size, **none), **defaults)
     if stage == "dpo":
         config, _ = dpo.resolve_loss(config)
@@ -184,17 +185,6 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     value_config = grown(load_architecture(config.architecture, name, config.cache_dir), config)
     value_config.num_labels = 1
     return config, lm_config, value_config
-
-
-def of_group_loss(config: Any) -> dict[str, Any]:
-    """What `launch.grpo` fills in for its loss. Raises UserError for a KL divergence that cannot be. Without a weight,
-    what is said of it is not read: it stands in the config.yaml of every run without one.
-    """
-    if config.kl_coef:
-        config.check_kl()
-    low, high = grpo.CLIPS[config.surrogate]
-    kl_in = (config.kl_in or "loss") if config.kl_coef else "none"
-    return {"clip_low": low, "clip_high": high, "kl_in": kl_in, "kl_estimator": "k1" if kl_in == "reward" else "k3"}
 
 
 def grown(lm_config: Any, config: Any) -> Any:

@@ -11,10 +11,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 
 from engine.data import Prompt
 from launch import grpo
-from rollout import Rollout, groups, rewards
+from rollout import Experience, Rollout, groups, rewards
 from tests.launch import iteration
 from tests.launch.test_equivalence import Runs, digest, rows, trajectory, weights_of
 from verifiers import Verdict
@@ -243,6 +244,40 @@ def test_a_form_is_rewarded_beside_the_answer():
     assert score(3, "<think>a</think> <answer>4</answer>", 1.0, format_reward=0.25) == 1.25
     assert score(3, "<answer>4</answer>", 1.0, format_reward=0.25) == 1
     assert score(3, "<plan>a</plan> 4", format_reward=1.0, format_tags=("plan",)) == 1
+
+
+def experience(counts: list[int], scores: list[float], cut: tuple[int, ...] = ()) -> Experience:
+    """Two responses to each prompt, of these lengths; those in `cut` have no end."""
+    ids = [np.arange(n) for n in counts]
+    rollouts = [
+        Rollout(i // 2, i % 2, np.array([1]), x, np.zeros(len(x)), np.zeros(len(x)), "length" if i in cut else "stop")
+        for i, x in enumerate(ids)
+    ]
+    return Experience(rollouts, scores, slot_after_end=False, response_length=8)
+
+
+def test_responses_without_an_end_count_nowhere():
+    """Neither in the mean nor among the updates; what they scored stays in their group's mean."""
+    cut = experience([2, 8, 3, 8], [1.0, 0.0, 1.0, 1.0], cut=(1, 3))
+    assert grpo.learnt_from(cut, grpo.Config(mask_truncated=True)).tolist() == [0, 2]
+    assert grpo.learnt_from(cut, grpo.Config()).tolist() == [0, 1, 2, 3]
+    flags = grpo.Config(advantage="dr_grpo").with_loss()
+    old = torch.zeros(21, dtype=torch.float64)
+    found = grpo.advantages_of(cut, old, old, flags)
+    assert found.tolist() == [0.5] * 2 + [-0.5] * 8 + [0.0] * 11
+    assert grpo.has_gradient(cut, found, flags).tolist() == [True, True, False, False]
+    with_kl = grpo.Config(kl_coef=0.1).with_loss()
+    assert grpo.has_gradient(cut, found, with_kl).all()
+
+
+def test_a_kl_in_the_reward_is_a_sum_over_the_response():
+    two = experience([2, 3], [1.0, 1.0])
+    old, ref = (torch.tensor(x, dtype=torch.float64) for x in ([-1.0, -1, -2, -2, -2], [-2.0, -1, -2, -3, -4]))
+    flags = grpo.Config(advantage="dr_grpo", kl_coef=0.1, kl_in="reward").with_loss()
+    rewards = [1 - 0.1 * 1, 1 - 0.1 * 3]
+    mean = sum(rewards) / 2
+    expected = [rewards[0] - mean] * 2 + [rewards[1] - mean] * 3
+    assert grpo.advantages_of(two, old, ref, flags).tolist() == pytest.approx(expected)
 
 
 # --- bad input --------------------------------------------------------------------------------------------------------
