@@ -23,109 +23,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.measure import relative_error, table
+from benchmarks.group_cases import CASES, WITHOUT_COUNTERPART, Case
+from benchmarks.measure import relative_error
 
 STEPS, PROMPTS, SAMPLES, LONGEST = 3, 8, 4, 48
 DISTANCE = 0.1  # that all weights together move in a step: a third of the ratios leave 1 +- 0.1
 TOLERANCE = 1e-5  # of losses, over the largest of them; of gradients, over their norm
-EPSILON = 1e-4  # TRL's, beside the deviation of a group; ours is 1e-6
 Steps = list[tuple[float, dict[str, Tensor]]]  # the loss and the gradients of every step
-
-
-@dataclass(frozen=True)
-class Case:
-    """One loss in the words of both. Where they differ, `why` says it; if by a factor that is known before, `share` is
-    what TRL's loss is of ours ('ended': the share of responses with an end).
-    """
-
-    trl: str
-    ours: str
-    why: str = ""
-    share: str = ""
-    epsilon: float = EPSILON
-
-    @property
-    def agrees(self) -> bool:
-        return not self.why or bool(self.share)
-
-    def of_trl(self) -> dict[str, Any]:
-        return {name: read(word) for name, word in (pair.split("=") for pair in self.trl.split())}
-
-    def of_ours(self) -> dict[str, Any]:
-        pairs = [flag.partition(" ") for flag in self.ours.removeprefix("--").split(" --")]
-        return {name: read(word or "True") for name, _, word in pairs}
-
-
-def read(word: str) -> Any:
-    return word == "True" if word in ("True", "False") else word if word.isidentifier() else float(word)
-
-
-SEQUENCE = "importance_sampling_level=sequence epsilon=0.02"
-GSPO = "--surrogate gspo --clip_low 0.02 --clip_high 0.02"
-ONLY_LEARNT = "the mean is over responses that are learnt from; TRL leaves the masked ones in its denominator"
-CASES = (
-    Case("loss_type=grpo", "--aggregate sequence"),
-    Case("loss_type=grpo steps=4", "--aggregate sequence"),
-    Case("loss_type=bnpo", "--aggregate token"),
-    Case("loss_type=dapo", "--aggregate token"),
-    Case("loss_type=dapo steps=4", "--aggregate token"),
-    Case("loss_type=dr_grpo", "--aggregate dr_grpo"),
-    Case("loss_type=dr_grpo scale_rewards=none", "--aggregate dr_grpo --advantage dr_grpo"),
-    Case("loss_type=dapo epsilon_high=0.28", "--aggregate token --clip_high 0.28"),
-    Case("loss_type=dapo delta=1.2", "--aggregate token --dual_clip 1.2"),
-    Case("loss_type=cispo epsilon_high=1.1", "--aggregate token --surrogate cispo --clip_low 1"),
-    Case(f"loss_type=grpo {SEQUENCE}", f"--aggregate sequence {GSPO}"),
-    Case(f"loss_type=dapo {SEQUENCE}", f"--aggregate token {GSPO}"),
-    Case("loss_type=grpo beta=0.2 use_bias_correction_kl=False", "--aggregate sequence --kl_coef 0.2"),
-    Case("loss_type=dapo beta=0.2", "--aggregate token --kl_coef 0.2 --kl_estimator unbiased"),
-    Case("loss_type=dapo temperature=0.7", "--aggregate token --temperature 0.7"),
-    Case("loss_type=dapo entropy_coef=0.05", "--aggregate token --entropy_coef 0.05"),
-    Case("loss_type=dapo mask_truncated_completions=True", "--aggregate token --mask_truncated"),
-    Case(
-        "loss_type=grpo mask_truncated_completions=True",
-        "--aggregate sequence --mask_truncated",
-        ONLY_LEARNT,
-        share="ended",
-    ),
-    Case(
-        "loss_type=dr_grpo mask_truncated_completions=True",
-        "--aggregate dr_grpo --mask_truncated",
-        ONLY_LEARNT,
-        share="ended",
-    ),
-    Case(
-        "loss_type=dapo",
-        "--aggregate token",
-        "with our own epsilon beside a group's deviation, 1e-6; TRL's is 1e-4",
-        epsilon=1e-6,
-    ),
-    Case(
-        "loss_type=bnpo steps=4",
-        "--aggregate token",
-        "TRL divides by the tokens of a micro-batch: its gradient depends on how the batch is cut",
-    ),
-    Case(
-        "loss_type=grpo entropy_coef=0.05",
-        "--aggregate sequence --entropy_coef 0.05",
-        "the bonus is weighed as the loss is; TRL's is a mean over tokens whatever the loss",
-    ),
-    Case(
-        f"loss_type=grpo {SEQUENCE} beta=0.2",
-        f"--aggregate sequence {GSPO} --kl_coef 0.2 --kl_estimator unbiased",
-        "the unbiased KL is weighed by a token's ratio; TRL weighs it by the response's, which is biased",
-    ),
-    Case(
-        "loss_type=dapo delta=1.05",
-        "--aggregate token --dual_clip 1.05",
-        "a dual clip within the range bounds the loss there too; TRL's clipped branch still reaches 1 + epsilon",
-    ),
-)
-WITHOUT_COUNTERPART = (
-    "no counterpart here: loss_type sapo, luspo, vespo; scale_rewards=batch; top_entropy_quantile;"
-    " off_policy_mask_threshold; use_adaptive_entropy",
-    "none in TRL's GRPOTrainer: --advantage rloo (TRL has a trainer for it), reinforce_pp; --kl_in reward;"
-    " --kl_estimator k2; --surrogate cispo with a floor",
-)
 
 
 # --- the responses ----------------------------------------------------------------------------------------------------
@@ -146,18 +50,18 @@ class Recorded:
 
 
 def record(vocab: int, end: int, seed: int = 0) -> Recorded:
-    """Random tokens of many lengths; three of four end. Rewards differ in spread from group to group, and one group is
-    all alike.
+    """Random tokens of many lengths; three of four end. Rewards differ in spread from group to group; one group is all
+    alike.
     """
     draw = np.random.default_rng(seed)
     tokens = lambda n: draw.integers(2, vocab, n).tolist()
     prompts = [tokens(draw.integers(3, 24)) for _ in range(PROMPTS)]
     responses = []
-    for i in range(PROMPTS * SAMPLES):
+    for _ in range(PROMPTS * SAMPLES):
         ended = draw.random() < 0.75
         responses.append([*tokens(draw.integers(1, LONGEST)), end] if ended else tokens(LONGEST))
-    rewards = np.round(draw.random((PROMPTS, SAMPLES)) * draw.random((PROMPTS, 1)), 3)
-    rewards[0] = 1.0
+    rewards = draw.choice([0.0, 0.25, 0.5, 1.0], (PROMPTS, SAMPLES))
+    rewards[:, 0], rewards[:, 1], rewards[0] = 0.0, draw.choice([0.5, 1.0], PROMPTS), 1.0
     return Recorded(prompts, responses, rewards.flatten().tolist(), end)
 
 
@@ -378,6 +282,7 @@ def difference(ours: Steps, trl: Steps, share: float = 1.0) -> tuple[float, floa
 def compare(root: Path, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]:
     """A row of every case."""
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     warnings.filterwarnings("ignore")
     from engine.data.embedded import embedded
 
@@ -387,23 +292,23 @@ def compare(root: Path, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]
         mine, clipped = ours(case)
         with contextlib.redirect_stdout(io.StringIO()):  # the trainer prints its logs
             theirs = trl_steps(case, recorded, root)
-        share = float(np.mean(recorded.is_ended)) if case.share else 1.0
+        share = float(np.mean(recorded.is_ended)) if case.by_ended else 1.0
         apart = dict(zip(("losses", "gradients"), difference(mine, theirs, share), strict=True))
         within = max(apart.values()) <= TOLERANCE
-        rows.append({**vars(case), **apart, "clipped": clipped, "factor": share, "within": within})
+        rows.append(
+            {**vars(case), **apart, "clipped": clipped, "loss": theirs[-1][0], "factor": share, "within": within}
+        )
     return rows
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The table, and below it why the last rows differ."""
-    cells, notes = [], []
+    """Two lines a case; then why the last ones differ."""
+    lines, notes = ["losses    gradients  clipped  last loss  TRL's GRPOConfig, launch.grpo", "-" * 120], []
     for row in rows:
         mark = ""
         if row["why"]:
-            notes.append(f"[{len(notes) + 1}] {row['why']}")
-            mark = f" [{len(notes)}]" + (f" x {row['factor']:.3f}" if row["share"] else "")
-        cells.append(
-            (row["trl"], f"{row['ours']}{mark}", f"{row['clipped']:.0%}", f"{row['losses']:.1e}", f"{row['gradients']:.1e}")
-        )
-    head = ("TRL's GRPOConfig", "launch.grpo", "clipped", "losses apart", "gradients apart")
-    return "\n".join([table(head, cells), "", *notes, *WITHOUT_COUNTERPART])
+            notes += [] if row["why"] in notes else [row["why"]]
+            mark = f"  [{notes.index(row['why']) + 1}]" + (f" times {row['factor']:.4f}" if row["by_ended"] else "")
+        figures = f"{row['losses']:.1e}   {row['gradients']:.1e}  {row['clipped']:7.0%}  {row['loss']:9.5f}"
+        lines += [f"{figures}  {row['trl']}", f"{'':38}  {row['ours']}{mark}"]
+    return "\n".join([*lines, "", *(f"[{i + 1}] {why}" for i, why in enumerate(notes)), *WITHOUT_COUNTERPART])
