@@ -96,6 +96,8 @@ def make_inputs(args: argparse.Namespace) -> None:
     tokenizer.save_pretrained(args.root / "model")
     embedded_data = {"dpo": made.train_pairs, "sft": made.train_conversations, "grpo": made.train_problems}[args.stage]
     data = args.data or (DATA[args.stage] if DATA[args.stage].is_file() else embedded_data)
+    if args.stage == "grpo":
+        data = group_speed.make_rows(args.root, data)
     shutil.copy(data, args.root / "rows.jsonl")
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     steps = Steps(len(lines), args.batch_size, 1, args.steps, SEED)
