@@ -305,6 +305,8 @@ def main_grpo(args: argparse.Namespace) -> None:
         print(shown)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1))
+    if not all(row["within"] for row in found.get("agreement", ()) if row["agrees"]):
+        sys.exit("losses or gradients that must agree do not")
 
 
 def show(args: argparse.Namespace, results: dict[str, dict], apart: float) -> None:

@@ -296,7 +296,15 @@ def compare(root: Path, cases: tuple[Case, ...] = CASES) -> list[dict[str, Any]]
         apart = dict(zip(("losses", "gradients"), difference(mine, theirs, share), strict=True))
         within = max(apart.values()) <= TOLERANCE
         rows.append(
-            {**vars(case), **apart, "clipped": clipped, "loss": theirs[-1][0], "factor": share, "within": within}
+            {
+                **vars(case),
+                **apart,
+                "agrees": case.agrees,
+                "within": within,
+                "clipped": clipped,
+                "loss": theirs[-1][0],
+                "factor": share,
+            }
         )
     return rows
 
@@ -311,4 +319,9 @@ def show(rows: list[dict[str, Any]]) -> str:
             mark = f"  [{notes.index(row['why']) + 1}]" + (f" times {row['factor']:.4f}" if row["by_ended"] else "")
         figures = f"{row['losses']:.1e}   {row['gradients']:.1e}  {row['clipped']:7.0%}  {row['loss']:9.5f}"
         lines += [f"{figures}  {row['trl']}", f"{'':38}  {row['ours']}{mark}"]
-    return "\n".join([*lines, "", *(f"[{i + 1}] {why}" for i, why in enumerate(notes)), *WITHOUT_COUNTERPART])
+    equal = [row for row in rows if row["agrees"]]
+    worst = max(max(row["losses"], row["gradients"]) for row in equal)
+    lines.append(
+        f"\n{sum(row['within'] for row in equal)} of {len(equal)} that must agree do, to {worst:.1e}; where not:"
+    )
+    return "\n".join([*lines, *(f"[{i + 1}] {why}" for i, why in enumerate(notes)), *WITHOUT_COUNTERPART])
