@@ -300,6 +300,7 @@ def main_grpo(args: argparse.Namespace) -> None:
         for _ in range(args.turns):
             for side, of_side in turns.items():
                 of_side.append(run_side(side, args))
+                print(f"{side}: {', '.join(f'{x:.2f}' for x in of_side[-1]['cpu'])} CPU s a step", flush=True)
         shown, ratios = group_speed.show(turns)
         found |= {"turns": turns, "ratios": ratios}
         print(shown)

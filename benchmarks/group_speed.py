@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
     from engine.train import throughput
     from launch import grpo
 
+    shutil.rmtree(args.root / "ours", ignore_errors=True)  # an earlier turn's
     watch, row = Stopwatch(), throughput.Throughput.row
 
     def timed_row(self, sums):
@@ -84,7 +86,6 @@ def ours(args: argparse.Namespace) -> dict[str, Any]:
         "dataset_name": args.root / "rows.jsonl",
         "output_dir": args.root / "ours",
         "cache_dir": args.root / "cache",
-        "resume": "never",
         "seed": SEED,
         "batch_size": args.batch_size,
         "num_samples_per_prompt": args.samples,
