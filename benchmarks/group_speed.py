@@ -2,9 +2,9 @@
 
 `python -m benchmarks.against_trl grpo` runs it. Both sides take the same prompts in the same order, sample as many
 tokens at temperature 1 and reward what a random model gets right half of the time (an even number of characters);
-sides take turns, each turn a process of its own, and of each step the best turn counts (these machines are shared). TRL runs as it
-is best here: no gradient checkpointing, its fused head, no old log-probs (it takes one update per step and leaves them
-out), and the whole batch in one micro-batch.
+sides take turns, each turn a process of its own, and of each step the best turn counts (these machines are shared).
+TRL runs as it is best here: no gradient checkpointing, its fused head, no old log-probs (it takes one update per step
+and leaves them out), and the whole batch in one micro-batch.
 """
 
 from __future__ import annotations
