@@ -1,5 +1,5 @@
-"""What `python -m benchmarks.against_trl grpo` compares still has its words here: the comparison itself needs TRL, whose
-import alone takes longer than a test may.
+"""`python -m benchmarks.against_trl grpo` compares settings that launch.grpo has: their words are its flags. The comparison
+itself needs TRL, whose import alone takes longer than a test may, and fails by itself.
 """
 
 from __future__ import annotations
