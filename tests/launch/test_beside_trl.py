@@ -1,5 +1,6 @@
-"""`python -m benchmarks.against_trl grpo` compares settings that launch.grpo has: their words are its flags. The comparison
-itself needs TRL, whose import alone takes longer than a test may, and fails by itself.
+"""`python -m benchmarks.against_trl grpo` compares settings that launch.grpo has: their words are its flags.
+
+The comparison itself needs TRL, whose import alone takes longer than a test may.
 """
 
 from __future__ import annotations
