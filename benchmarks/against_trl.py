@@ -2,10 +2,13 @@
 
     python -m benchmarks.against_trl dpo [--steps 8 --batch_size 8 --hidden 256 --layers 6 --vocab 32000 --data FILE]
     python -m benchmarks.against_trl sft ...
+    python -m benchmarks.against_trl grpo [--part agreement|speed --steps 4 --samples 4 --response_length 64 --turns 2]
 
 Each side runs in a process of its own, in float32 on one thread. Seconds are the process's CPU seconds (these machines
 are shared) of steps after the first two; memory is the peak resident set over what the imports took. TRL runs as it is
-best for this machine: reference log-probs precomputed, no gradient checkpointing. Needs the extra `bench`.
+best for this machine: reference log-probs precomputed, no gradient checkpointing. Of GRPO, losses and gradients are
+compared on recorded responses (group_agreement.py), seconds and memory on each side's own (group_speed.py). Needs the
+extra `bench`.
 """
 
 from __future__ import annotations
@@ -21,10 +24,15 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import group_agreement, group_speed
+
 DATA = {
     "dpo": Path("../shared/data/preferences/gsm8k_model_solutions.jsonl"),
     "sft": Path("../shared/data/sft/gsm8k_train.jsonl"),
+    "grpo": Path("../shared/data/rlvr/gsm8k_train.jsonl"),
 }
+DEFAULTS = {"steps": 8, "batch_size": 8, "hidden": 256, "layers": 6, "vocab": 32000, "max_length": 1024}
+OF_GRPO = {"steps": 4, "layers": 4, "vocab": 16000}  # 11 M parameters
 # Tülu's template with the marks from which TRL takes its assistant mask
 MARKED = "{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}"
 LEARNING_RATE, WARMUP_RATIO, SEED = 1e-4, 0.25, 1
@@ -35,20 +43,23 @@ def options() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("stage", choices=sorted(DATA))
-    parser.add_argument("--side", choices=("ours", "trl"), help="run one side in this process (used internally)")
+    parser.add_argument(
+        "--side", choices=("ours", "trl", "both"), help="run one side in this process (used internally)"
+    )
     parser.add_argument("--root", type=Path, help="directory that both sides share (used internally)")
-    for name, default in {
-        "steps": 8,
-        "batch_size": 8,
-        "hidden": 256,
-        "layers": 6,
-        "vocab": 32000,
-        "max_length": 1024,
-    }.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    for name, default in DEFAULTS.items():
+        of_grpo = f", of grpo {OF_GRPO[name]}" if name in OF_GRPO else ""
+        parser.add_argument(f"--{name}", type=int, help=f"(default: {default}{of_grpo})")
+    for name, default in {"samples": 4, "response_length": 64, "turns": 2}.items():
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"of grpo (default: {default})")
+    parser.add_argument("--part", choices=("agreement", "speed"), help="of grpo (default: both)")
     parser.add_argument("--data", type=Path)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name, default in (DEFAULTS | (OF_GRPO if args.stage == "grpo" else {})).items():
+        if vars(args)[name] is None:
+            setattr(args, name, default)
+    return args
 
 
 def make_inputs(args: argparse.Namespace) -> None:
@@ -83,8 +94,10 @@ def make_inputs(args: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(made.model)
     tokenizer.chat_template = TULU_TEMPLATE
     tokenizer.save_pretrained(args.root / "model")
-    embedded_data = {"dpo": made.train_pairs, "sft": made.train_conversations}[args.stage]
+    embedded_data = {"dpo": made.train_pairs, "sft": made.train_conversations, "grpo": made.train_problems}[args.stage]
     data = args.data or (DATA[args.stage] if DATA[args.stage].is_file() else embedded_data)
+    if args.stage == "grpo":
+        data = group_speed.make_rows(args.root, data)
     shutil.copy(data, args.root / "rows.jsonl")
     lines = data.read_text(encoding="utf-8").splitlines(keepends=True)
     steps = Steps(len(lines), args.batch_size, 1, args.steps, SEED)
@@ -117,18 +130,19 @@ class Meter:
 def ours(args: argparse.Namespace) -> dict:
     import importlib
 
-    from engine import config, log
+    from engine import config
+    from engine.train import throughput
 
     stage = importlib.import_module(f"launch.{args.stage}")
-    meter, row = Meter(), log.Throughput.row
+    meter, row = Meter(), throughput.Throughput.row
 
-    def timed_row(self):
+    def timed_row(self, sums):
         meter.stop()
-        result = row(self)
+        result = row(self, sums)
         meter.start()
         return result
 
-    log.Throughput.row = timed_row
+    throughput.Throughput.row = timed_row
     meter.start()
     flags = {
         "model_name_or_path": args.root / "model",
@@ -232,30 +246,72 @@ def distance_of_weights(root: Path) -> float:
     return float((apart / moved).sqrt())
 
 
+def run_side(side: str, args: argparse.Namespace) -> dict:
+    """What one side measures, in a process of its own."""
+    words = [
+        word
+        for name, value in vars(args).items()
+        if name not in ("stage", "side", "json", "part") and value is not None
+        for word in (f"--{name}", str(value))
+    ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "benchmarks.against_trl", args.stage, "--side", side, *words]
+    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if process.returncode:
+        sys.exit(f"{side} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
+    return json.loads((args.root / f"{side}.json").read_text())
+
+
 def main() -> None:
     args = options()
     if args.side:
-        result = {"ours": ours, "trl": trl}[args.side](args)
+        sides = {"ours": ours, "trl": trl, "both": groups}
+        if args.stage == "grpo":
+            sides |= {"ours": group_speed.ours, "trl": group_speed.trl}
+        result = sides[args.side](args)
         (args.root / f"{args.side}.json").write_text(json.dumps(result))
         return
     with tempfile.TemporaryDirectory() as directory:
         args.root = Path(directory)
+        if args.stage == "grpo":
+            main_grpo(args)
+            return
         make_inputs(args)
-        results = {}
-        for side in ("ours", "trl"):
-            words = [
-                w
-                for k, v in vars(args).items()
-                if k not in ("stage", "side", "json") and v is not None
-                for w in (f"--{k}", str(v))
-            ]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1"}
-            command = [sys.executable, "-m", "benchmarks.against_trl", args.stage, "--side", side, *words]
-            process = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if process.returncode:
-                sys.exit(f"{side} failed:\n{process.stdout[-2000:]}\n{process.stderr[-4000:]}")
-            results[side] = json.loads((args.root / f"{side}.json").read_text())
+        results = {side: run_side(side, args) for side in ("ours", "trl")}
         apart = distance_of_weights(args.root)
+    show(args, results, apart)
+
+
+def groups(args: argparse.Namespace) -> list[dict]:
+    """Both sides in one process, on recorded responses."""
+    return group_agreement.compare(args.root)
+
+
+def main_grpo(args: argparse.Namespace) -> None:
+    """Losses and gradients on recorded responses, then steps that take turns."""
+    found = {}
+    if args.part != "speed":
+        rows = run_side("both", args)
+        found["agreement"] = rows
+        print(group_agreement.show(rows), flush=True)
+    if args.part != "agreement":
+        make_inputs(args)
+        turns: dict[str, list[dict]] = {"ours": [], "trl": []}
+        for _ in range(args.turns):
+            for side, of_side in turns.items():
+                of_side.append(run_side(side, args))
+                print(f"{side}: {', '.join(f'{x:.2f}' for x in of_side[-1]['cpu'])} CPU s a step", flush=True)
+        shown, ratios = group_speed.show(turns)
+        found |= {"turns": turns, "ratios": ratios}
+        print(shown)
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=1))
+    if not all(row["within"] for row in found.get("agreement", ()) if row["agrees"]):
+        sys.exit("losses or gradients that must agree do not")
+
+
+def show(args: argparse.Namespace, results: dict[str, dict], apart: float) -> None:
+    """Losses step by step, then seconds and memory."""
     worst = 0.0
     print(
         f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'norm ours':>10} {'norm TRL':>10}"
