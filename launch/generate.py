@@ -59,7 +59,7 @@ class Config(InferenceFlags, DataFlags, QuestionFlags, RolloutFlags):
         2048, "prompt + response, in tokens; prompts that leave no room are dropped and counted"
     )
     system_prompt: str | None = override(None, "system turn of the prompts that have none")
-    response_length: int = override(None, "longest response in tokens; 1024, embedded 48")
+    response_length: int = override(None, "longest response in tokens; 1024, or half of what the model can hold, embedded 48")
     num_samples_per_prompt: int = override(1, "responses per prompt")
 
 
@@ -69,6 +69,7 @@ def generate(config: Config) -> None:
     is_embedded = config.model_name_or_path is None
     config = resolve(config, world)
     base = open_model(config, world)
+    config = fill(config, response_length=48 if is_embedded else base.usual_response(config.max_seq_length))
     room = base.longest_prompt(config.max_seq_length, config.response_length)
     world.say(*cautions(base, is_embedded))
     words = PromptFlags(system_prompt=config.system_prompt, prompt_template=config.prompt_template)
@@ -103,7 +104,7 @@ def resolve(config: Config, world: World) -> Config:
     embeds = config.model_name_or_path is None
     if not embeds and config.prompt is None and config.dataset_name is None:
         raise UserError("nothing to answer: give --prompt TEXT or --dataset_name FILE")
-    config = fill(resolve_model(config, world), response_length=48 if embeds else 1024)
+    config = resolve_model(config, world)
     if config.prompt is None and config.dataset_name is None:
         config = replace(config, prompt=embedded_questions(config.cache_dir, EMBEDDED))
     return config

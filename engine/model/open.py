@@ -48,6 +48,10 @@ class Base:
         """That it is computed in."""
         return self.how.dtype
 
+    def usual_response(self, max_seq_length: int) -> int:
+        """The longest response where none is named: 1,024 tokens, and at most half of what there is room for."""
+        return min(1024, self.longest_prompt(max_seq_length, 1) // 2)
+
     def longest_prompt(self, max_seq_length: int, response_length: int) -> int:
         """Tokens of a prompt that leave room for such a response. Raises UserError where that is none."""
         reach = getattr(self.config, "max_position_embeddings", None)

@@ -56,6 +56,15 @@ def test_two_ranks_write_the_same_file_in_the_order_of_the_rows(cache, tmp_path)
     assert len({row["response"] for row in found}) == 10
 
 
+def test_a_model_that_holds_little_needs_no_length(cache, tmp_path):
+    """The embedded model holds 512 tokens, by its path too: half of them are a response."""
+    out = tmp_path / "out.jsonl"
+    model = next(cache.glob("embedded-v*/model"))
+    result = run(cache, "--model_name_or_path", model, "--prompt", "a?", "b?", "--output", out)
+    assert result.ok and {row["tokens"] for row in rows(out)} <= set(range(1, 257)), result.output
+    assert max(row["tokens"] for row in rows(out)) > 48  # it has read nothing, and ends by chance
+
+
 def test_greedy_answers_are_those_of_evaluate(cache, tmp_path):
     greedy = ["--temperature", 0, "--response_length", 12, "--output"]
     problems = embedded(cache).held_out_problems
