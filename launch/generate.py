@@ -59,7 +59,9 @@ class Config(InferenceFlags, DataFlags, QuestionFlags, RolloutFlags):
         2048, "prompt + response, in tokens; prompts that leave no room are dropped and counted"
     )
     system_prompt: str | None = override(None, "system turn of the prompts that have none")
-    response_length: int = override(None, "longest response in tokens; 1024, or half of what the model can hold, embedded 48")
+    response_length: int = override(
+        None, "longest response in tokens; 1024, or half of what the model can hold, embedded 48"
+    )
     num_samples_per_prompt: int = override(1, "responses per prompt")
 
 
