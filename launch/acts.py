@@ -80,7 +80,7 @@ def tiny(config: RecipeFlags, problems: WordProblems) -> tuple[str, list[Act], E
                 model_name_or_path=f"{config.output_dir}/sft/final",
                 dataset_name=str(problems.pairs),
                 batch_size=32,
-                max_steps=scaled(config, 128),
+                max_steps=scaled(config, 48),
                 learning_rate=3e-4,
                 rpo_alpha=1.0,
             ),
@@ -97,7 +97,7 @@ def tiny_rlvr(config: RecipeFlags, problems: WordProblems, shared: dict[str, Any
         "model_name_or_path": f"{config.output_dir}/dpo/final",
         "dataset_name": str(problems.problems),
         "response_length": 48,
-        "max_steps": scaled(config, 60),
+        "warmup_ratio": 0.1,
     }
     return [
         Act(
@@ -109,8 +109,8 @@ def tiny_rlvr(config: RecipeFlags, problems: WordProblems, shared: dict[str, Any
                 **shared | out(config, "ppo"),
                 batch_size=32,
                 num_samples_per_prompt=4,
-                learning_rate=5e-4,
-                warmup_ratio=0.1,
+                max_steps=scaled(config, 45),
+                learning_rate=4e-4,
                 num_ppo_epochs=2,
                 num_mini_batches=2,
             ),
@@ -122,10 +122,13 @@ def tiny_rlvr(config: RecipeFlags, problems: WordProblems, shared: dict[str, Any
             grpo,
             grpo.Config(
                 **shared | out(config, "grpo"),
-                batch_size=16,
+                batch_size=32,
                 num_samples_per_prompt=8,
-                learning_rate=1e-3,
-                num_mini_batches=2,
+                max_steps=scaled(config, 60),
+                learning_rate=4e-4,
+                lr_scheduler_type="linear",
+                kl_coef=0.05,
+                kl_in="reward",
             ),
         ),
     ]
