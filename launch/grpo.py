@@ -8,7 +8,7 @@ value model.
     L   = sum_i sum_t w_t [ max( - A_i rho_t, - A_i clip(rho_t, 1 - low, 1 + high) ) + kl_coef KL_t - entropy_coef H_t ]
     rho_t = pi(y_t) / pi_old(y_t)
 
-The weights w_t add up to 1 over the mini-batch, on all ranks, and are known before its first forward: --aggregate token
+The weights w_t make a mean over the mini-batch, of all ranks, and are known before its first forward: --aggregate token
 is 1 / N for its N tokens. --advantage names the baseline: grpo, dr_grpo (no deviation), rloo (the others' mean) or
 reinforce_pp (no group, the batch whitened); --surrogate how far an update goes: clip, cispo or gspo. Recipes, with
 `python -m launch.grpo --config launch/recipes/NAME`: tulu3.1_8b_grpo.yaml, dapo_32b_grpo.yaml, one_node_8b_grpo.yaml,
@@ -124,12 +124,10 @@ class Config(RlvrFlags):
                 f"--num_samples_per_prompt 1: --advantage {self.advantage} compares the responses to one prompt and"
                 " needs at least 2 (--advantage reinforce_pp needs no group, launch.ppo has a value model)"
             )
-        if self.dual_clip is not None and (self.dual_clip <= 1 or self.surrogate == "cispo"):
-            raise UserError(
-                "--dual_clip is not read by --surrogate cispo"
-                if self.surrogate == "cispo"
-                else f"--dual_clip must be greater than 1, got {self.dual_clip:g}"
-            )
+        if self.dual_clip is not None and self.surrogate == "cispo":
+            raise UserError("--dual_clip is not read by --surrogate cispo")
+        if self.dual_clip is not None and self.dual_clip <= 1:
+            raise UserError(f"--dual_clip must be greater than 1, got {self.dual_clip:g}")
         responses = (self.batch_size or 0) * (self.num_samples_per_prompt or 0)  # 0: not filled in yet
         if responses % self.num_mini_batches:
             raise UserError(

@@ -280,6 +280,19 @@ def test_a_kl_in_the_reward_is_a_sum_over_the_response():
     assert grpo.advantages_of(two, old, ref, flags).tolist() == pytest.approx(expected)
 
 
+def test_where_all_are_wrong_nothing_moves(runs, tmp_path):
+    """No group teaches anything, drawn again or not: the weights stay, and the run ends well. On two ranks."""
+    row = {"messages": [{"role": "user", "content": "2?"}], "ground_truth": "987654321", "dataset": "gsm8k"}
+    (tmp_path / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+    changes = {"dataset_name": tmp_path / "rows.jsonl", "max_steps": 2, "dynamic_sampling": 1}
+    start = next(Path(runs.flags["cache_dir"]).glob("embedded-v*/tuned_on_sums/final"))
+    out = runs.run("hopeless", 2, model_name_or_path=start, response_length=24, **changes)
+    assert [row["grad_norm"] for row in iterations(out)] == [0, 0]
+    assert all(row["groups/signal"] == 0 for row in iterations(out))
+    assert [row["groups/drawn"] for row in iterations(out)] == [6 + 2, 2 + 2]  # of 8 prompts, the last 2 a short batch
+    assert (weights_of(out / "final") == weights_of(start)).all()
+
+
 # --- bad input --------------------------------------------------------------------------------------------------------
 
 BAD = {
