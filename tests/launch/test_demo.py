@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import random
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -102,6 +106,28 @@ def test_all_acts_a_table_and_a_page_the_same_after_kills(tmp_path, cache, monke
     with monkeypatch.context() as patch:
         patch.setattr(dpo, "load_policy", killed)  # the finished acts train no more
         demo.demo(Config(output_dir=str(tmp_path / "killed"), **flags))
+    results = [(tmp_path / name / "results.json").read_text() for name in ("whole", "killed")]
+    assert results[0] == results[1]
+
+
+@matplotlib
+@pytest.mark.drill
+def test_killed_at_random_moments_it_ends_in_the_same_table(tmp_path, cache):
+    """kill -9 of the command as a user types it, ever later, until it gets through."""
+    command = [sys.executable, "-m", "launch.demo", "--cache_dir", str(cache), "--scale", "0.01", "--output_dir"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True, timeout=600)
+    began, kills, patience = time.monotonic(), 0, 6.0
+    moment = random.Random(13)
+    while time.monotonic() - began < 900:
+        process = subprocess.Popen([*command, str(tmp_path / "killed")], stdout=subprocess.DEVNULL)
+        try:
+            assert process.wait(moment.uniform(0.8, 1.2) * patience) == 0
+            break
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills, patience = kills + 1, patience * 1.25
+    assert kills >= 3
     results = [(tmp_path / name / "results.json").read_text() for name in ("whole", "killed")]
     assert results[0] == results[1]
 
