@@ -46,6 +46,7 @@ bench: .venv/bench
 	$(BIN)/python -m benchmarks.loss
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.against_trl dpo
+	$(BIN)/python -m benchmarks.against_trl grpo
 
 # on a CUDA machine, with the interpreter that has torch, transformers, triton and pytest: nothing is installed
 gpu:
