@@ -14,7 +14,7 @@ import torch
 
 from engine import log
 from engine.config import parse
-from launch import dpo, ppo, sft
+from launch import dpo, grpo, ppo, sft
 from tests.launch.waits import Waits
 
 STEP = {
@@ -23,11 +23,18 @@ STEP = {
     "engine/train/optim.py:step": 2,
 }
 HOST = {  # on rollouts, scores and values, which an iteration holds on the host
-    "launch/ppo.py:summary",
     "launch/ppo.py:train",
     "losses/ppo.py:_next",
     "losses/ppo.py:_pad",
     "losses/ppo.py:token_rewards",
+    "rollout/report.py:of_responses",
+    "launch/grpo.py:has_gradient",
+    "launch/grpo.py:of_old",
+    "launch/grpo.py:train",
+    "losses/group.py:_centred",
+    "losses/group.py:_centred (overrides.py:handle_torch_function)",
+    "losses/group.py:token_weights",
+    "rollout/experience.py:on_tokens",
 }
 PPO = {
     "engine/log.py:reduce": 1,
@@ -35,6 +42,10 @@ PPO = {
     # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches
     "rollout/experience.py:evaluate": 3 * 2,
     "rollout/sampler.py:_advance": 8,  # once a token
+}
+GRPO = PPO | {
+    "engine/train/optim.py:step": 2,  # one pass, of the policy
+    "rollout/experience.py:evaluate": 2 * 2,  # log-probs and entropies, the reference's
 }
 
 
@@ -44,8 +55,8 @@ def of_one_step(monkeypatch, waits: Waits, stage, number: int):
     write = log.Metrics.write
 
     def marked(self, step, row, postfix=""):
-        # not of the model that PPO starts from
-        shown, postfix = (postfix, postfix if stage is not ppo or "objective/kl" in row else "")
+        # not of the model that RLVR starts from
+        shown, postfix = (postfix, postfix if stage in (sft, dpo) or "loss/policy" in row else "")
         if postfix and step == number:
             waits.__exit__(None, None, None)
         write(self, step, row, shown)
@@ -85,10 +96,11 @@ def test_a_supervised_step_waits_for_its_metrics_and_for_its_norm(stage, tmp_pat
     assert found["engine/log.py:reduce"] == 1 and not beyond(found, STEP), found
 
 
-def test_an_iteration_of_ppo_waits_where_it_reads_rollouts_and_updates(tmp_path, monkeypatch, tuned):
+@pytest.mark.parametrize("stage, allowed, more", [(ppo, PPO, {}), (grpo, GRPO, {"kl_coef": 0.1})], ids=["ppo", "grpo"])
+def test_an_iteration_waits_where_it_reads_rollouts_and_updates(stage, allowed, more, tmp_path, monkeypatch, tuned):
     found = seen(
         monkeypatch,
-        ppo,
+        stage,
         tmp_path,
         cache_dir=tuned,
         batch_size=4,
@@ -96,9 +108,10 @@ def test_an_iteration_of_ppo_waits_where_it_reads_rollouts_and_updates(tmp_path,
         response_length=8,
         micro_batch_tokens=60,
         eval_steps=0,
+        **more,
     )
     device = {place: count for place, count in found.items() if place not in HOST}
-    assert not beyond(device, PPO) and device["rollout/sampler.py:_advance"] == 8, found
+    assert not beyond(device, allowed) and device["rollout/sampler.py:_advance"] == 8, found
 
 
 def test_the_mode_sees_what_it_is_for():
