@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from engine.config import parse
 from engine.data import Prompt
 from launch import grpo
 from rollout import Experience, Rollout, groups, rewards
@@ -139,6 +140,16 @@ def test_without_a_weight_there_is_no_reference(runs):
     out = runs.run("free", max_steps=1)
     assert not [name for row in rows(out) for name in row if name == "objective/kl"]
     assert not (out / "final" / "value").exists()
+
+
+def test_a_runs_own_configuration_is_read_again(runs, baseline):
+    """What was filled in is nothing that the flags refuse: with a KL divergence, and without one."""
+    again = [
+        parse(grpo.Config, ["--config", str(out / "config.yaml")]) for out in (baseline, runs.run("no_kl", max_steps=1))
+    ]
+    for config in again:
+        config.check()
+    assert [(c.kl_in, c.kl_estimator, c.reference) for c in again] == [("loss", "k3", "copy"), ("none", None, "auto")]
 
 
 # --- resume and adapters ----------------------------------------------------------------------------------------------
