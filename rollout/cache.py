@@ -1,84 +1,209 @@
-"""The KV cache, and the attention function that owns it: transformers' own decoders run on it, none is written twice.
+"""The KV cache in pages, and the attention function that owns it: transformers' own decoders run on it, none is written
+twice.
 
-    prefill    the new prompts as one packed stream: attention within the stream, keys and values written to their slots
-    decode     one token a slot:  out_a = sum_{s in window(p_a)} softmax_s( cap(scale q_a . k_as) ) v_as,  p_a its place
+    prefill    the new prompts as one packed stream: attention within the stream, keys and values written to their pages
+    decode     one token a response:  out_a = sum_{s in window(p_a)} softmax_s( cap(scale q_a . k_as) ) v_as,  p_a its
+               place, over the pages that hold its positions (pages.py)
 
-Registered with transformers' AttentionInterface under the name NAME; the `Pass` that says which slot each token of the
-stream belongs to arrives as a keyword argument that decoders pass through. Nothing is registered with
-AttentionMaskInterface: for a name unknown there, the library builds no mask at all.
+Registered with transformers' AttentionInterface under the name NAME; the pass that says where each token of the stream
+belongs arrives as a keyword argument that decoders pass through. Nothing is registered with AttentionMaskInterface: for
+a name unknown there, the library builds no mask at all. Layers with the same window are of one kind, and have their
+pages in common: each layer has a pool of its own, and a page is at the same place in all of them.
 
-The cache is dense, (slots, K, max_length, H) per layer, so its memory is slots x max_length, whatever comes. Slots in
-use are always the first A, so that decoding reads a slice. The query heads that share a key/value head are folded into
-rows of one query: grouped-query attention then reads every key once.
-
-T tokens of the stream · A active slots · L cached positions · N query heads · K key/value heads · G = N / K · H head
-size.
+T tokens of the stream · A active responses · P pages of a pool · B positions of a page · J pages that a response may
+have · N query heads · K key/value heads · H head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from engine.data.packing import Packing
+from engine.world import on_device
+from rollout import rows
+from rollout.kernels import paged_attention
+from rollout.pages import Pages, SharedPages
 
 NAME = "triptych_rollout"
+Window = int | None
 
 
-class SlotCache:
-    """Keys and values of every layer, in slots. A layer's tensors are made at its first use, in the shapes that it
-    hands over.
-    """
+@dataclass(frozen=True)
+class Layer:
+    """What a layer keeps of a token."""
 
-    def __init__(self, slots: int, max_length: int) -> None:
-        self.slots, self.max_length = slots, max_length
+    window: Window
+    kv_heads: int
+    key_size: int
+    value_size: int
+    dtype: torch.dtype
+
+    def bytes_of(self, block: int) -> int:
+        """Of a page."""
+        return block * self.kv_heads * (self.key_size + self.value_size) * self.dtype.itemsize
+
+
+class PagedCache:
+    """Keys and values of every layer, in pages."""
+
+    def __init__(
+        self, layers: dict[int, Layer], counts: dict[Window, int], slots: int, max_length: int, block: int
+    ) -> None:
+        """Pools of `counts` pages, by window; none is allocated before `allocate`."""
+        self.layers, self.counts, self.slots = layers, counts, slots
+        self.max_length, self.block = max_length, block
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.kinds: dict[Window, Pages] = {}
+        self.reset()
 
-    def write(self, layer: int, k_TKH: Tensor, v_TKH: Tensor, slots_T: Tensor, positions_T: Tensor) -> None:
-        for cache, x_TKH in ((self.keys, k_TKH), (self.values, v_TKH)):
-            if layer not in cache:  # zeros: what is masked is still multiplied by 0, and 0 times garbage may be NaN
-                cache[layer] = x_TKH.new_zeros(self.slots, x_TKH.shape[1], self.max_length, x_TKH.shape[2])
-            cache[layer][slots_T, :, positions_T] = x_TKH
+    def reset(self) -> None:
+        """No page has an owner."""
+        self.kinds = {
+            window: Pages(count, self.slots, self.max_length, self.block, window)
+            for window, count in self.counts.items()
+        }
 
-    def copy(self, source: int, target: int, length: int) -> None:
-        """The first `length` positions of one slot into another."""
-        for cache in (self.keys, self.values):
-            for x_SKLH in cache.values():
-                x_SKLH[target, :, :length] = x_SKLH[source, :, :length]
+    def allocate(self, device: torch.device) -> None:
+        for index, layer in self.layers.items():
+            shape = self.counts[layer.window], layer.kv_heads, self.block
+            self.keys[index] = zeros((*shape, layer.key_size), layer.dtype, device)
+            self.values[index] = zeros((*shape, layer.value_size), layer.dtype, device)
+
+    def copy(self, window: Window, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Pages onto others, in all layers of a kind."""
+        if not sources:
+            return
+        device = next(iter(self.keys.values())).device
+        pairs = on_device(torch.tensor([sources, targets]), device)
+        for index, layer in self.layers.items():
+            if layer.window == window:
+                for pool in (self.keys[index], self.values[index]):
+                    pool[pairs[1]] = pool[pairs[0]]
+
+    @property
+    def held_bytes(self) -> int:
+        """Of the pages that somebody uses."""
+        used = {window: len(pages.users) - 1 - pages.free for window, pages in self.kinds.items()}
+        return sum(used[layer.window] * layer.bytes_of(self.block) for layer in self.layers.values())
+
+
+def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros: what is masked is still multiplied by 0, and 0 times garbage may be NaN. On a CPU memory that the system
+    gives when it is first written to, so that a pool takes what it holds.
+    """
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    size = int(np.prod(shape)) * dtype.itemsize
+    return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
+# --- passes -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
-class Pass:
-    """One forward: the slot and position of every token of the stream, and how it attends."""
+class Prefill:
+    """Prompts, as one packed stream: the page and position of every token, by kind."""
 
-    cache: SlotCache
-    slots_T: Tensor  # int64; decoding: 0 .. A - 1
+    cache: PagedCache
     positions_T: Tensor  # int64
-    longest: int  # cached positions that decoding looks at
-    lengths: tuple[int, ...] | None = None  # of the packed prompts; None: decoding
-    masks: dict[int | None, Tensor] = field(default_factory=dict)  # by window, the same for all layers
+    pages_T: dict[Window, Tensor]  # int64; 0 for what no later token sees
+    lengths: tuple[int, ...]
+
+    @classmethod
+    def of(cls, cache: PagedCache, columns: Sequence[dict[Window, np.ndarray]], lengths: Sequence[int]) -> Prefill:
+        """`columns` are the pages of each prompt, in the order of its positions."""
+        device = next(iter(cache.keys.values())).device
+        places = [np.arange(n) for n in lengths]
+        pages = {
+            window: np.concatenate([of[window][at // cache.block] for of, at in zip(columns, places, strict=True)])
+            for window in cache.kinds
+        }
+        put = lambda x: on_device(torch.from_numpy(x.astype(np.int64)), device)
+        return cls(cache, put(np.concatenate(places)), {w: put(x) for w, x in pages.items()}, tuple(lengths))
 
     @cached_property
-    def packing(self) -> Packing:
+    def packing(self) -> Packing | None:
         """The boundaries of the packed prompts, the same for all layers."""
-        return Packing.of(self.lengths or (), self.positions_T.device)
+        return Packing.of(self.lengths, self.positions_T.device)
 
-    def visible(self, window: int | None) -> Tensor:
-        """True where the token of slot a may see cached position s, (A, L) bool."""
-        if window not in self.masks:
-            columns_L = torch.arange(self.longest, device=self.positions_T.device)
-            mask_AL = columns_L <= self.positions_T[:, None]
-            self.masks[window] = (
-                mask_AL if window is None else mask_AL & (columns_L > self.positions_T[:, None] - window)
-            )
-        return self.masks[window]
+    def write(self, layer: int, k_TKH: Tensor, v_TKH: Tensor, window: Window) -> None:
+        _write(self.cache, layer, k_TKH, v_TKH, self.pages_T[window], self.positions_T)
+
+    def read(self, layer: int, q_TNH: Tensor, **how) -> Tensor:
+        raise AssertionError("prompts attend within their stream")
+
+
+@dataclass
+class Decode:
+    """One token for every active response: where it goes, and what it reads, by kind."""
+
+    cache: PagedCache
+    positions_T: Tensor  # int64
+    pages_A: dict[Window, Tensor]  # int64
+    rows: dict[Window, rows.Rows] | None = None  # or else:
+    tables_AJ: dict[Window, Tensor] = field(default_factory=dict)  # int32
+
+    packing = None
+
+    @classmethod
+    def by_rows(cls, cache: PagedCache, slots_A: np.ndarray, positions_A: np.ndarray, device: torch.device) -> Decode:
+        """Of responses whose positions the host knows, page by page."""
+        put = lambda x: on_device(torch.from_numpy(x.astype(np.int64)), device)
+        pages = {w: put(kind.tables[slots_A, positions_A // cache.block]) for w, kind in cache.kinds.items()}
+        plans = {w: rows.rows_of(kind, slots_A, positions_A, device) for w, kind in cache.kinds.items()}
+        return cls(cache, put(positions_A), pages, plans)
+
+    @classmethod
+    def by_tables(cls, cache: PagedCache, positions_A: Tensor, tables_AJ: dict[Window, Tensor]) -> Decode:
+        """Of responses whose positions the device knows: nothing here depends on them."""
+        columns_A1 = (positions_A // cache.block)[:, None]
+        pages = {w: table.gather(1, columns_A1).squeeze(1).long() for w, table in tables_AJ.items()}
+        return cls(cache, positions_A, pages, None, tables_AJ)
+
+    def write(self, layer: int, k_AKH: Tensor, v_AKH: Tensor, window: Window) -> None:
+        _write(self.cache, layer, k_AKH, v_AKH, self.pages_A[window], self.positions_T)
+
+    def read(
+        self, layer: int, q_ANH: Tensor, *, scale: float, window: Window, softcap: float | None, sinks_N: Tensor | None
+    ) -> Tensor:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        if self.rows is not None:
+            return rows.attend(q_ANH, keys, values, self.rows[window], scale=scale, softcap=softcap, sinks_N=sinks_N)
+        how = {"scale": scale, "window": window, "softcap": softcap, "sinks_N": sinks_N}
+        return paged_attention(q_ANH, keys, values, self.tables_AJ[window], self.positions_T, **how)
+
+
+def _write(cache: PagedCache, layer: int, k_TKH: Tensor, v_TKH: Tensor, pages_T: Tensor, positions_T: Tensor) -> None:
+    places_T = positions_T % cache.block
+    cache.keys[layer][pages_T, :, places_T] = k_TKH
+    cache.values[layer][pages_T, :, places_T] = v_TKH
+
+
+@dataclass
+class Probe:
+    """One token, to see what every layer hands over."""
+
+    positions_T: Tensor
+    layers: dict[int, Layer] = field(default_factory=dict)
+    packing = None
+
+    def write(self, layer: int, k_TKH: Tensor, v_TKH: Tensor, window: Window) -> None:
+        sizes = k_TKH.shape[1], k_TKH.shape[2], v_TKH.shape[2]
+        self.layers[layer] = Layer(window, *sizes, dtype=k_TKH.dtype)
+
+    def read(self, layer: int, q_TNH: Tensor, **how) -> Tensor:
+        return q_TNH.new_zeros(*q_TNH.shape[:2], self.layers[layer].value_size)
+
+
+# --- the attention function -------------------------------------------------------------------------------------------
 
 
 def register(packed: Callable) -> str:
@@ -101,51 +226,23 @@ def register(packed: Callable) -> str:
         if rollout is None or attention_mask is not None or dropout:
             raise ValueError("cached attention takes a pass, no mask and no dropout")
         k_TKH, v_TKH = (x[0].transpose(0, 1) for x in (key_1KTH, value_1KTH))
-        rollout.cache.write(module.layer_idx, k_TKH, v_TKH, rollout.slots_T, rollout.positions_T)
-        if rollout.lengths is not None:
-            options = {
-                "scaling": scaling,
-                "sliding_window": sliding_window,
-                "softcap": softcap,
-                "s_aux": s_aux,
-                "packing": rollout.packing,
-            }
-            return packed(module, query_1NTH, key_1KTH, value_1KTH, None, **options)
+        rollout.write(module.layer_idx, k_TKH, v_TKH, sliding_window)
+        if rollout.packing is not None:
+            options = {"scaling": scaling, "sliding_window": sliding_window, "softcap": softcap, "s_aux": s_aux}
+            return packed(module, query_1NTH, key_1KTH, value_1KTH, None, **options, packing=rollout.packing)
         q_ANH = query_1NTH[0].transpose(0, 1)
         scale = scaling if scaling is not None else q_ANH.shape[-1] ** -0.5
         how = {"scale": scale, "window": sliding_window, "softcap": softcap, "sinks_N": s_aux}
-        out_ANH = _decode(q_ANH, rollout, module.layer_idx, **how)
-        return out_ANH[None], None
+        return rollout.read(module.layer_idx, q_ANH, **how)[None], None
 
     AttentionInterface.register(NAME, attention)
     return NAME
 
 
-def _decode(
-    q_ANH: Tensor,
-    rollout: Pass,
-    layer: int,
-    *,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks_N: Tensor | None,
-) -> Tensor:
-    """One token of each active slot against what the slot holds."""
-    active, longest = len(q_ANH), rollout.longest
-    k_AKLH, v_AKLH = (cache[layer][:active, :, :longest] for cache in (rollout.cache.keys, rollout.cache.values))
-    visible_A11L = rollout.visible(window)[:, None, None]
-    q_AKGH = q_ANH.unflatten(1, (k_AKLH.shape[1], -1))
-    if softcap is None and sinks_N is None:
-        out_AKGH = scaled_dot_product_attention(q_AKGH, k_AKLH, v_AKLH, attn_mask=visible_A11L, scale=scale)
-        return out_AKGH.flatten(1, 2)
-    scores_AKGL = (q_AKGH @ k_AKLH.transpose(2, 3)).float() * scale
-    if softcap is not None:
-        scores_AKGL = softcap * torch.tanh(scores_AKGL / softcap)
-    scores_AKGL = scores_AKGL.masked_fill(~visible_A11L, float("-inf"))
-    if sinks_N is not None:  # a sink is one more score per head, whose value is zero
-        sinks_AKG1 = sinks_N.float().view(1, q_AKGH.shape[1], -1, 1).expand(active, -1, -1, 1)
-        weights_AKGL = torch.cat([scores_AKGL, sinks_AKG1], -1).softmax(-1)[..., :-1]
-    else:
-        weights_AKGL = scores_AKGL.softmax(-1)
-    return (weights_AKGL.to(v_AKLH.dtype) @ v_AKLH).flatten(1, 2)
+def columns_of(shared: SharedPages, pages: Pages) -> np.ndarray:
+    """The pages of a shared prompt in the order of its positions, as a slot's table has them."""
+    columns = np.zeros(pages.tables.shape[1] + 1, np.int64)
+    end = shared.first + len(shared.whole)
+    columns[shared.first : end] = shared.whole
+    columns[end] = shared.tail
+    return columns

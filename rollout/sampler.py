@@ -1,24 +1,22 @@
-"""The sampler: continuous batching over slots of a KV cache, on the modules that are trained.
+"""The sampler: continuous batching over pages of a KV cache, on the modules that are trained.
 
-    while a request waits or a slot is active:
-        every free slot takes the next request: its prompt (all but the last token) is in a slot already, or prefilled
-        one token for every active slot: forward, logits, choice
-        responses that end leave their slots
+    while a response waits or is active:
+        waiting responses join while there is room (schedule.py): their prompts are run, once for all samples of one
+        one token for every active response (decoder.py): forward, logits, choice
+        responses that end leave, and give their pages back
 
 A prompt's last token is the first input of decoding, so prefill needs no logits and the n samples of a prompt share all
-of its keys and values: it is run once, and its slot's contents are copied to the others. A finished response's slot is
-filled again before the next token; when nothing waits, the last active slot moves into the gap, so that the active
-slots are always the first ones. For given float32 weights a response depends on (seed, step, example, sample), its
-prompt and the parameters alone (noise.py).
+of its keys and values. For given float32 weights a response depends on (seed, step, example, sample), its prompt and
+the parameters alone (noise.py): not on how many pages there are, who else is sampled, or how often it was set back.
 
-T tokens of a stream · A active slots · D hidden · V vocabulary.
+T tokens of a stream · A active responses · D hidden · V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,12 +27,18 @@ from engine.model import attention
 from engine.model.policy import Policy
 from engine.world import World, on_device
 from rollout import cache as caching
-from rollout import handover
-from rollout.choice import SamplingParams, choose
+from rollout import handover, room
+from rollout.choice import SamplingParams
+from rollout.decoder import LAG, Decoder, Launched
 from rollout.noise import response_key
+from rollout.schedule import Joined, Response, Schedule
 
 PREFILL_TOKENS = 8192  # of one prefill pass
 TAIL = 16  # tokens decoded beyond the characters of the longest stop string: tokens may be less than a character
+BLOCK = 32  # positions of a page
+SLOTS = {"cpu": 64, "cuda": 512}  # responses at a time, where nobody says how many: more are no faster
+HOW = {"cpu": "rows", "cuda": "graphs"}  # to decode: page by page, or in batches that are graphs
+SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when sampling begins
 
 
 @dataclass(frozen=True)
@@ -69,37 +73,6 @@ class Rollout:
     finish_reason: str  # 'stop' | 'length'
 
 
-@dataclass
-class _Sequence:
-    """A response in the making."""
-
-    index: int  # of its request
-    request: Request
-    prompt: list[int]
-    prompt_name: bytes
-    key: int
-    limit: int
-    response: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    logprobs_t1: list[float] = field(default_factory=list)
-
-    @property
-    def position(self) -> int:
-        """Of its next input: the last token that there is."""
-        return len(self.prompt) + len(self.response) - 1
-
-    def rollout(self, reason: str) -> Rollout:
-        return Rollout(
-            self.request.example,
-            self.request.sample,
-            prompt_ids=np.asarray(self.prompt, np.int64),
-            response_ids=np.asarray(self.response, np.int64),
-            logprobs=np.asarray(self.logprobs, np.float32),
-            logprobs_t1=np.asarray(self.logprobs_t1, np.float32),
-            finish_reason=reason,
-        )
-
-
 class Sampler:
     """Samples responses of the policy on its own copy of the weights, each rank for itself."""
 
@@ -111,37 +84,42 @@ class Sampler:
         *,
         dtype: torch.dtype,
         max_length: int,
-        slots: int,
+        slots: int | None = None,
+        memory: float | None = None,
+        block: int = BLOCK,
         decode: Callable[[list[int]], str] | None = None,
         backend: str = "auto",
-        make_cache: Callable[[int, int], caching.SlotCache] = caching.SlotCache,
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
-        Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once (the
-        cache holds slots x max_length); `decode` ids to text, for stop strings; `backend` of the prompts' attention;
-        `make_cache` makes a cache of (slots, max_length). Raises ValueError.
+        Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once, at
+        most (None: SLOTS); `memory` of the cache as a share of what is free when sampling begins (None: SHARE), of
+        which no more is taken than the requests can need; `block` positions of a page; `decode` ids to text, for stop
+        strings; `backend` of the prompts' attention. Raises ValueError.
         """
-        if slots < 1 or max_length < 2:
-            raise ValueError(f"slots >= 1 and max_length >= 2, not {slots} and {max_length}")
+        kind = world.device.type
+        slots = SLOTS[kind] if slots is None else slots
+        if slots < 1 or max_length < 2 or block < 1:
+            raise ValueError(f"slots >= 1, max_length >= 2 and block >= 1, not {slots}, {max_length} and {block}")
         if backend == "auto":
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
         self.lm: Any = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device)
-        self.transform, self.make_cache = policy.transform, make_cache
+        self.transform = policy.transform
         self.world, self.decode = world, decode
-        self.slots, self.max_length = slots, max_length
-        self._holds: list[bytes | None] = []  # the prompt whose keys and values a slot's beginning holds
-        self.release()
+        self.slots, self.max_length, self.block = slots, max_length, block
+        self.share = SHARE[kind] if memory is None else memory
+        self.lag, self.how = LAG[kind], HOW[kind]
+        self.cache: caching.PagedCache | None = None
+        self.layers: dict[int, caching.Layer] = {}  # what each keeps of a token: known after the first forward
+        self._streams = 0
 
     def load(self, policy: Policy) -> None:
         """The policy's current weights into the sampler. Collective."""
         handover.load(self.lm, policy.lm, self.world)
-        self._holds = [None] * self.slots
 
     def release(self) -> None:
         """Frees the cache; the next `generate` makes it again."""
-        self.cache = self.make_cache(self.slots, self.max_length)
-        self._holds = [None] * self.slots
+        self.cache = None
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> list[Rollout]:
         """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream`
@@ -150,7 +128,6 @@ class Sampler:
         rollouts: dict[int, Rollout] = dict(self.stream(requests, params, seed=seed, step=step))
         return [rollouts[i] for i in range(len(requests))]
 
-    @torch.inference_mode()
     def stream(
         self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int
     ) -> Iterator[tuple[int, Rollout]]:
@@ -158,37 +135,24 @@ class Sampler:
 
         Requests start in their order, or longest `expected_length` first where they have one. Raises ValueError for a
         request that does not fit `max_length`, an empty prompt, ids beyond the vocabulary, or stop strings without a
-        `decode`.
+        `decode`; UserError where the memory does not hold the longest of them. A stream ends where another begins.
         """
         self._check(requests, params)
         order = sorted(range(len(requests)), key=lambda i: -(requests[i].expected_length or 0.0))  # stable
-        waiting = deque(self._sequence(i, requests[i], params, seed, step) for i in order)
-        active: list[_Sequence | None] = []  # by slot; None: a gap
-        while waiting or active:
-            self._fill(active, waiting)
-            for slot, sequence, reason in self._advance(active, params):
-                active[slot] = None
-                yield sequence.index, sequence.rollout(reason)
-            if len(waiting) < self.slots:  # too few to fill every gap, perhaps
-                self._close_gaps(active)
+        responses = [self._response(i, requests[i], params, seed, step) for i in order]
+        for response in self._run(responses, params):
+            if response.reason:
+                yield response.index, _rollout(requests[response.index], response)
 
-    @torch.inference_mode()
     def tokens(
         self, request: Request, params: SamplingParams, *, seed: int, step: int
     ) -> Iterator[tuple[list[int], str]]:
         """One response as it grows: (its tokens so far, why it ended or '') after each of them; the tokens are those
-        that `generate` gives. Left before its end, the sampler is as good as before. Raises ValueError as `stream`
-        does.
+        that `generate` gives. Left before its end, the sampler is as good as before. Raises as `stream` does.
         """
         self._check([request], params)
-        sequence = self._sequence(0, request, params, seed, step)
-        active: list[_Sequence | None] = []
-        self._fill(active, deque([sequence]))
-        reason = ""
-        while not reason:
-            for _, _, ended in self._advance(active, params):  # none, or this one
-                reason = ended
-            yield list(sequence.response), reason
+        for response in self._run([self._response(0, request, params, seed, step)], params):
+            yield list(response.tokens), response.reason
 
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         if params.stop_strings and self.decode is None:
@@ -208,99 +172,112 @@ class Sampler:
             if np.min(request.prompt_ids) < 0 or np.max(request.prompt_ids) >= vocab:
                 raise ValueError(f"example {request.example}: prompt ids beyond the vocabulary of {vocab}")
 
-    def _sequence(self, index: int, request: Request, params: SamplingParams, seed: int, step: int) -> _Sequence:
+    def _response(self, index: int, request: Request, params: SamplingParams, seed: int, step: int) -> Response:
         ids = np.asarray(request.prompt_ids, np.int64)
         key = response_key(seed, step, request.example, request.sample)
-        return _Sequence(index, request, ids.tolist(), ids.tobytes(), key, _limit(request, params))
+        return Response(index, ids.tolist(), ids.tobytes(), key, _limit(request, params))
 
-    # --- slots --------------------------------------------------------------------------------------------------------
+    # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def _fill(self, active: list[_Sequence | None], waiting: deque[_Sequence]) -> None:
-        """Free slots take the next requests, each preferably one that holds its prompt already; prompts nowhere held
-        are prefilled.
+    def _run(self, responses: list[Response], params: SamplingParams) -> Iterator[Response]:
+        """Every response, each time that the host sees a token of it; the last time it has a `reason`."""
+        self._streams += 1
+        number = self._streams
+        with torch.inference_mode():
+            self.make_room(responses)
+            schedule = Schedule(self.cache, responses)
+            decoder = Decoder(self.forward, self.logits, self.cache, params, self.world.device, self.how)
+        launched: deque[Launched] = deque()
+        while schedule.waiting or schedule.active or launched:
+            if number != self._streams:
+                raise RuntimeError("another stream of this sampler has begun, and has its pages")
+            with torch.inference_mode():  # never while the consumer runs
+                self.prefill(schedule.admit())
+                if schedule.active and not (launched and schedule.is_short()):  # to set back is to know what there is
+                    schedule.grow()
+                    launched.append(decoder.launch(schedule))
+                    self._leave_at_their_limits(schedule)
+                seen = []
+                if len(launched) > self.lag or not schedule.active or schedule.is_short():
+                    seen = self._see(launched.popleft(), schedule, params)
+            yield from seen
+
+    @staticmethod
+    def _leave_at_their_limits(schedule: Schedule) -> None:
+        """Who has been asked for the last token that it may have, gives its pages back."""
+        for response in [r for r in schedule.active if r.launched == r.limit]:
+            schedule.leave(response)
+
+    def _see(self, launched: Launched, schedule: Schedule, params: SamplingParams) -> list[Response]:
+        """The host learns of a token of each response; what came after an end is thrown away."""
+        seen = []
+        for response, token, *logprobs in zip(launched.responses, *launched.read(), strict=True):
+            if response.reason:
+                continue
+            response.tokens.append(int(token))
+            response.logprobs.append(logprobs[0])
+            response.logprobs_t1.append(logprobs[1])
+            response.reason = self._reason_to_stop(response, params)
+            if response.reason and response.launched < response.limit:
+                schedule.leave(response)
+            seen.append(response)
+        return seen
+
+    def _reason_to_stop(self, response: Response, params: SamplingParams) -> str:
+        if response.tokens[-1] in params.stop_ids:
+            return "stop"
+        if params.stop_strings:
+            assert self.decode is not None, "_check has seen it"
+            tail = self.decode(response.tokens[-(max(map(len, params.stop_strings)) + TAIL) :])
+            if any(string in tail for string in params.stop_strings):
+                return "stop"
+        return "length" if len(response.tokens) == response.limit else ""
+
+    # --- memory -------------------------------------------------------------------------------------------------------
+
+    def make_room(self, responses: Sequence[Response]) -> None:
+        """A cache with no owner of its pages: as many as these can need, or as the memory holds. Raises UserError where
+        that is less than the longest of them needs.
         """
-        active += [None] * (min(self.slots, len(active) + len(waiting)) - len(active))
-        free = [slot for slot, sequence in enumerate(active) if sequence is None]
-        joined = []
-        while free and waiting:
-            sequence = waiting.popleft()
-            slot = next((s for s in free if self._holds[s] == sequence.prompt_name), free[0])
-            free.remove(slot)
-            active[slot] = sequence
-            if self._holds[slot] != sequence.prompt_name:
-                self._holds[slot] = None
-                joined.append((slot, sequence))
-        if not joined:
+        if not self.layers:
+            probe = caching.Probe(on_device(torch.zeros(1, dtype=torch.int64), self.world.device))
+            self.forward(probe.positions_T, probe)
+            self.layers = probe.layers
+        wanted = room.wanted(responses, self.layers, self.slots, self.block)
+        if self.cache is not None and all(self.cache.counts[w] >= most for w, (_, most) in wanted.items()):
+            self.cache.reset()
             return
-        source: dict[bytes, int] = {name: slot for slot, name in enumerate(self._holds) if name is not None}
-        prefill = {}
-        for slot, sequence in joined:
-            if sequence.prompt_name not in source:
-                source[sequence.prompt_name] = slot
-                prefill[slot] = sequence.prompt[:-1]
-        self.prefill(prefill)
-        for slot, sequence in joined:
-            if source[sequence.prompt_name] != slot:
-                self.cache.copy(source[sequence.prompt_name], slot, len(sequence.prompt) - 1)
-            self._holds[slot] = sequence.prompt_name
-
-    def _close_gaps(self, active: list[_Sequence | None]) -> None:
-        """Moves the last active slots into the gaps."""
-        slot = 0
-        while slot < len(active):
-            if active[slot] is not None:
-                slot += 1
-            elif (last := active.pop()) is not None:
-                self.cache.copy(len(active), slot, last.position)
-                active[slot], self._holds[slot] = last, self._holds[len(active)]
+        self.cache = None  # its memory is free before the next is made
+        counts = room.counts(int(self.share * room.free_memory(self.world)), wanted, self.layers, self.block)
+        self.cache = caching.PagedCache(self.layers, counts, self.slots, self.max_length, self.block)
+        self.cache.allocate(self.world.device)
 
     # --- forwards -----------------------------------------------------------------------------------------------------
 
-    def prefill(self, prompts: dict[int, list[int]]) -> None:
-        """Runs prompts (by slot) as packed streams of at most PREFILL_TOKENS, or of one prompt."""
-        stream: list[tuple[int, list[int]]] = []
-        for slot, ids in prompts.items():
-            if not ids:
-                continue
-            if stream and sum(len(x) for _, x in stream) + len(ids) > PREFILL_TOKENS:
-                self._prefill_stream(stream)
-                stream = []
-            stream.append((slot, ids))
-        if stream:
-            self._prefill_stream(stream)
+    def prefill(self, joined: Joined) -> None:
+        """Runs prompts as packed streams of at most PREFILL_TOKENS, or of one prompt; then copies pages."""
+        assert self.cache is not None
+        begin, tokens = 0, 0
+        for i, ids in enumerate(joined.prompts):
+            if i > begin and tokens + len(ids) > PREFILL_TOKENS:
+                self._prefill_stream(joined, slice(begin, i))
+                begin, tokens = i, 0
+            tokens += len(ids)
+        if joined.prompts:
+            self._prefill_stream(joined, slice(begin, None))
+        for window, sources in joined.sources.items():
+            self.cache.copy(window, sources, joined.targets[window])
 
-    def _prefill_stream(self, stream: list[tuple[int, list[int]]]) -> None:
-        lengths = tuple(len(ids) for _, ids in stream)
-        rows = [(token, slot, position) for slot, ids in stream for position, token in enumerate(ids)]
-        ids_T, slots_T, positions_T = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
-        self.forward(ids_T, caching.Pass(self.cache, slots_T, positions_T, max(lengths), lengths))
+    def _prefill_stream(self, joined: Joined, some: slice) -> None:
+        prompts = joined.prompts[some]
+        ids_T = on_device(torch.tensor([token for ids in prompts for token in ids]), self.world.device)
+        self.forward(ids_T, caching.Prefill.of(self.cache, joined.columns[some], [len(ids) for ids in prompts]))
 
-    def forward(self, ids_T: Tensor, rollout: caching.Pass) -> Tensor:
+    def forward(self, ids_T: Tensor, rollout: caching.Prefill | caching.Decode | caching.Probe) -> Tensor:
         body = self.lm.base_model
         return body(
             input_ids=ids_T[None], position_ids=rollout.positions_T[None], use_cache=False, rollout=rollout
         ).last_hidden_state[0]
-
-    def _advance(self, active: list[_Sequence | None], params: SamplingParams) -> list[tuple[int, _Sequence, str]]:
-        """One token for every active slot. Returns the slots that are finished, with what they hold, and why."""
-        sequences = [sequence for sequence in active if sequence is not None]  # no gap is left by now
-        rows = [
-            ((s.response or s.prompt)[-1], slot, s.position, len(s.response), s.key) for slot, s in enumerate(sequences)
-        ]
-        ids_A, slots_A, positions_A, taken_A, keys_A = on_device(torch.tensor(rows).T.contiguous(), self.world.device)
-        longest = 1 + max(s.position for s in sequences)
-        hidden_AD = self.forward(ids_A, caching.Pass(self.cache, slots_A, positions_A, longest))
-        chosen = choose(self.logits(hidden_AD), params, keys_A, taken_A)
-        together = torch.stack([x.double() for x in chosen])
-        tokens, logprobs, logprobs_t1 = together.tolist()  # the one synchronisation of a token
-        finished = []
-        for slot, sequence in enumerate(sequences):
-            sequence.response.append(int(tokens[slot]))
-            sequence.logprobs.append(logprobs[slot])
-            sequence.logprobs_t1.append(logprobs_t1[slot])
-            if reason := self._reason_to_stop(sequence, params):
-                finished.append((slot, sequence, reason))
-        return finished
 
     def logits(self, hidden_AD: Tensor) -> Tensor:
         """(A, V) fp32, by the products that the trainer's head takes."""
@@ -310,16 +287,18 @@ class Sampler:
             return self.transform(torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32))
         return self.transform((hidden_AD @ weight_VD.T).float())
 
-    def _reason_to_stop(self, sequence: _Sequence, params: SamplingParams) -> str:
-        if sequence.response[-1] in params.stop_ids:
-            return "stop"
-        if params.stop_strings:
-            assert self.decode is not None, "_check has seen it"
-            tail = self.decode(sequence.response[-(max(map(len, params.stop_strings)) + TAIL) :])
-            if any(string in tail for string in params.stop_strings):
-                return "stop"
-        return "length" if len(sequence.response) == sequence.limit else ""
-
 
 def _limit(request: Request, params: SamplingParams) -> int:
     return request.max_new_tokens if request.max_new_tokens is not None else params.max_new_tokens
+
+
+def _rollout(request: Request, response: Response) -> Rollout:
+    return Rollout(
+        request.example,
+        request.sample,
+        prompt_ids=np.asarray(response.prompt, np.int64),
+        response_ids=np.asarray(response.tokens, np.int64),
+        logprobs=np.asarray(response.logprobs, np.float32),
+        logprobs_t1=np.asarray(response.logprobs_t1, np.float32),
+        finish_reason=response.reason,
+    )

@@ -12,9 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from engine import log
+from torch.utils._python_dispatch import TorchDispatchMode, _pop_mode_temporarily
+
+from engine import log, world
 from engine.config import parse
+from engine.data import embedded
+from engine.model import load_untrained, open_model
 from launch import dpo, grpo, ppo, sft
+from launch.chat import Config as Chat
+from rollout import Request, Sampler, SamplingParams
+from rollout.decoder import Decoder, Launched
+from rollout.ladder import Ladder
 from tests.launch.waits import Waits
 
 STEP = {
@@ -41,7 +49,7 @@ PPO = {
     "engine/train/optim.py:step": 4 * 2 * 2,  # four passes, of policy and value model
     # log-probs and entropies, the reference's, values: .cpu().numpy() once for all micro-batches
     "rollout/experience.py:evaluate": 3 * 2,
-    "rollout/sampler.py:_advance": 8,  # once a token
+    "rollout/decoder.py:read": 8,  # a token's results; on CUDA a copy on the host, of two tokens ago
 }
 GRPO = PPO | {
     "engine/train/optim.py:step": 2,  # one pass, of the policy
@@ -111,7 +119,57 @@ def test_an_iteration_waits_where_it_reads_rollouts_and_updates(stage, allowed, 
         **more,
     )
     device = {place: count for place, count in found.items() if place not in HOST}
-    assert not beyond(device, allowed) and device["rollout/sampler.py:_advance"] == 8, found
+    assert not beyond(device, allowed) and device["rollout/decoder.py:read"] == 8, found
+
+
+def test_a_token_waits_for_nothing_and_is_read_two_later(monkeypatch, tuned):
+    """As on CUDA, with fixed tables and results that come late: between the first token and the last nothing is read
+    but copies on the host, and what is launched beside a graph is a handful, however many layers there are.
+    """
+    made = embedded(tuned)
+    here = world.start()
+    base = open_model(Chat(model_name_or_path=str(made.model), cache_dir=str(tuned)), here)
+    policy = load_untrained(base, here)
+    sampler = Sampler(base.config, policy, here, dtype=base.dtype, max_length=64, slots=6)
+    sampler.lag, sampler.how = 2, "tables"
+    sampler.load(policy)
+    order: list[str] = []
+    outside: list[int] = []
+    launch, read, run = Decoder.launch, Launched.read, Ladder.run
+
+    def launched(self, schedule):
+        order.append("launch")
+        with Launches() as mode:
+            result = launch(self, schedule)
+        outside.append(mode.count)
+        return result
+
+    def ran(self, size):
+        """What a graph holds is not counted."""
+        with _pop_mode_temporarily():
+            return run(self, size)
+
+    monkeypatch.setattr(Decoder, "launch", launched)
+    monkeypatch.setattr(Launched, "read", lambda self: (order.append("read"), read(self))[1])
+    monkeypatch.setattr(Ladder, "run", ran)
+    requests = [Request(np.arange(2, 12 + i), i, max_new_tokens=20) for i in range(6)]
+    with Waits() as waits:
+        sampler.generate(requests, SamplingParams(), seed=0, step=0)
+    assert set(waits.found) == {"rollout/decoder.py:read"} and waits.found.total() == 20, waits.found
+    assert order[:6] == ["launch"] * 3 + ["read", "launch", "read"] and order[-3:] == ["read"] * 3
+    assert max(outside[1:]) < 20, outside
+
+
+class Launches(TorchDispatchMode):
+    """Counts operations that are not views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
 
 
 def test_the_mode_sees_what_it_is_for():

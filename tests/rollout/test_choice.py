@@ -146,3 +146,19 @@ def test_a_nucleus_of_any_size_is_found(monkeypatch):
         drawn.append(choose(z_AV.clone(), params, keys(300), positions))
     for other in drawn[1:]:
         assert all(torch.equal(a, b) for a, b in zip(drawn[0], other, strict=True))
+
+
+@pytest.mark.parametrize("top_p", (1e-6, 0.3, 0.9, 0.999))
+@pytest.mark.parametrize("scale", (0.1, 3.0, 30.0))
+def test_the_edge_of_the_nucleus_by_halving_is_the_one_by_sorting(top_p, scale):
+    """Also with ties, and with tokens that top-k has left out."""
+    x_AV = scale * torch.randn(40, 700, generator=torch.Generator().manual_seed(0))
+    x_AV[5] = x_AV[5].round()
+    x_AV[6:9, 100:] = float("-inf")
+    normaliser_A1 = x_AV.logsumexp(-1, keepdim=True)
+    edges_A1 = choice._edges_by_halving(x_AV, normaliser_A1, top_p)
+    mass_A = (x_AV - normaliser_A1).double().exp().masked_fill(x_AV < edges_A1, 0).sum(-1)
+    above_A = (x_AV - normaliser_A1).double().exp().masked_fill(x_AV <= edges_A1, 0).sum(-1)
+    assert (mass_A > top_p - 1e-5).all() and (above_A < top_p + 1e-5).all()
+    same_A1 = edges_A1 == choice._nucleus_edges(x_AV, top_p)
+    assert same_A1.float().mean() > 0.95  # else the mass lies on the edge to the rounding of its sum

@@ -211,17 +211,30 @@ def test_cached_attention_is_the_formula(window, sinks, softcap):
         expected[0, t, head] = weights @ v[0, head // 2, start : t + 1]
 
     cached = AttentionInterface()[caching.register(attention.packed("sdpa"))]
-    module, cache = SimpleNamespace(layer_idx=0), caching.SlotCache(4, 32)
-    slots_T = torch.tensor(slots).repeat_interleave(torch.tensor(lengths))
+    module, layer = SimpleNamespace(layer_idx=0), caching.Layer(window, kv_heads, size, size, FP32)
+    cache = caching.PagedCache({0: layer}, {window: 40}, 4, 32, 4)
+    cache.allocate(torch.device("cpu"))
+    pages = cache.kinds[window]
+    for slot, length in zip(slots, lengths, strict=True):
+        pages.begin(slot, length - 1)
     positions_T = torch.cat([torch.arange(n) for n in lengths])
     last_T = positions_T == torch.tensor(lengths).repeat_interleave(torch.tensor(lengths)) - 1
-    prefill = caching.Pass(cache, slots_T[~last_T], positions_T[~last_T], 19, tuple(n - 1 for n in lengths))
+    columns = [{window: pages.tables[slot]} for slot in slots]
+    prefill = caching.Prefill.of(cache, columns, [n - 1 for n in lengths])
+    assert torch.equal(prefill.positions_T, positions_T[~last_T])
     out, _ = cached(module, *(x[:, :, ~last_T] for x in (q, k, v)), None, **options, rollout=prefill)
     torch.testing.assert_close(out, expected[:, ~last_T], atol=2e-6, rtol=1e-5)
-    by_slot = last_T.nonzero().squeeze(1)[torch.tensor(slots).argsort()]
-    decode = caching.Pass(cache, torch.arange(3), positions_T[by_slot], 20)
-    out, _ = cached(module, *(x[:, :, by_slot] for x in (q, k, v)), None, **options, rollout=decode)
-    torch.testing.assert_close(out, expected[:, by_slot], atol=2e-6, rtol=1e-5)
+    for slot, length in zip(slots, lengths, strict=True):
+        if pages.wants(slot, length - 1):
+            pages.take(slot)
+    last = np.array(lengths) - 1
+    tables = {window: torch.from_numpy(pages.tables[list(slots)])}
+    for decode in (
+        caching.Decode.by_rows(cache, np.array(slots), last, torch.device("cpu")),
+        caching.Decode.by_tables(cache, torch.from_numpy(last), tables),
+    ):
+        out, _ = cached(module, *(x[:, :, last_T] for x in (q, k, v)), None, **options, rollout=decode)
+        torch.testing.assert_close(out, expected[:, last_T], atol=2e-6, rtol=1e-5)
 
 
 def test_load_casts_to_the_compute_dtype(families, here):
@@ -275,8 +288,8 @@ def test_text_does_not_depend_on_slots_or_order(families, here):
     assert not any(map(same, sampler.generate(wanted, params, seed=6, step=2), reference))
 
 
-def test_a_slot_that_is_taken_is_no_source_of_its_old_prompt(families, here):
-    """All slots are freed at once and refilled in every order of prompts: a copy must not come from a slot that was
+def test_slots_that_are_taken_again_hold_nothing_of_before(families, here):
+    """All slots are freed at once and refilled in every order of prompts: a copy must not come from a page that was
     given away.
     """
     params = SamplingParams(max_new_tokens=2)
@@ -319,7 +332,7 @@ def test_longest_expected_first_and_streaming(families, here):
     reference = sampler.generate(wanted, SamplingParams(), seed=0, step=0)
     stream = sampler.stream(wanted[::-1], SamplingParams(), seed=0, step=1)
     next(stream)
-    stream.close()  # given up half-way: what the slots hold is still known
+    stream.close()  # given up half-way: its pages are nobody's
     rollouts = sampler.generate(wanted, SamplingParams(), seed=0, step=0)
     assert all(map(same, rollouts, reference))
     assert [len(r.response_ids) for r in rollouts] == [3, 9, 1, 6, 2] and [r.example for r in rollouts] == list(
@@ -331,11 +344,9 @@ def test_a_prompt_is_prefilled_once_for_its_samples(families, here, monkeypatch)
     sampler = make_sampler(families, here, slots=3)
     seen = []
     inner = sampler.prefill
-    monkeypatch.setattr(sampler, "prefill", lambda by_slot: (seen.extend(map(tuple, by_slot.values())), inner(by_slot)))
+    monkeypatch.setattr(sampler, "prefill", lambda joined: (seen.extend(map(tuple, joined.prompts)), inner(joined)))
     sampler.generate(requests_of(samples=5), SamplingParams(max_new_tokens=6), seed=0, step=0)
-    assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts())
-    for cache in (*sampler.cache.keys.values(), *sampler.cache.values.values()):  # memory: slots x max_length, no more
-        assert cache.shape == (3, 2, 64, 8)
+    assert sorted(seen) == sorted(tuple(ids[:-1].tolist()) for ids in prompts() if len(ids) > 1)
 
 
 # --- stops and errors -------------------------------------------------------------------------------------------------

@@ -181,17 +181,19 @@ def test_the_samplers_logits_are_fp32(dtype):
     assert is_like(Sampler.logits(sampler, cuda(6, 16, dtype=dtype)), (6, 96), torch.float32)
 
 
-def test_decoding_reads_the_cache_in_grouped_heads():
-    cache = caching.SlotCache(4, 32)
-    slots_A, positions_A = (torch.empty(3, dtype=torch.int64, device=CUDA) for _ in range(2))
-    cache.write(0, cuda(3, 2, 64), cuda(3, 2, 64), slots_A, positions_A)
+def test_decoding_writes_and_reads_pages_on_the_device():
+    layer = caching.Layer(8, 2, 64, 64, BF16)
+    cache = caching.PagedCache({0: layer}, {8: 20}, 4, 64, 16)
+    cache.allocate(CUDA)
+    positions_A, tables_AJ = (torch.empty(3, *more, dtype=kind, device=CUDA) for more, kind in POSITIONS_AND_TABLES)
+    one = caching.Decode.by_tables(cache, positions_A, {8: tables_AJ})
+    one.write(0, cuda(3, 2, 64), cuda(3, 2, 64), 8)
     for softcap, sinks_N in ((None, None), (30.0, None), (None, cuda(8))):
-        one = caching.Pass(cache, slots_A, positions_A, 20)
-        assert is_like(
-            caching._decode(cuda(3, 8, 64), one, 0, scale=0.1, window=8, softcap=softcap, sinks_N=sinks_N),
-            (3, 8, 64),
-            BF16,
-        )
+        out = one.read(0, cuda(3, 8, 64), scale=0.1, window=8, softcap=softcap, sinks_N=sinks_N)
+        assert is_like(out, (3, 8, 64), BF16)
+
+
+POSITIONS_AND_TABLES = ((), torch.int64), ((4,), torch.int32)
 
 
 # --- what a step sums -------------------------------------------------------------------------------------------------
