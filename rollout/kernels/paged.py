@@ -36,6 +36,7 @@ PIECES = 32  # at most, of a response
 PIECE = 256  # positions of the shortest piece
 ROWS = 16  # query heads of a program: what a tensor core takes at least
 TILE_BYTES = 2**14  # of keys, and of values, that a program reads at once
+STAGES = 5  # a tile waits for its page's number: five stages are two tiles on their way
 PROGRAMS = 16  # a multiprocessor, that S aims at: many short ones even out what lengths differ in
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
@@ -55,6 +56,11 @@ def tile(head_size: int, dtype: torch.dtype) -> int:
     return max(16, min(128, TILE_BYTES // (triton.next_power_of_2(head_size) * dtype.itemsize)))
 
 
+def longest_of(room: int, window: int | None, tile: int) -> int:
+    """Positions that a response's pieces may cover: the first one begins at the start of a tile."""
+    return room if window is None else min(room, window + tile - 1)
+
+
 def shares(A: int, heads: int, longest: int, multiprocessors: int) -> tuple[int, int]:
     """(pieces that a response of `longest` positions may have, programs that share them)."""
     pieces = min(PIECES, -(-longest // PIECE))
@@ -64,14 +70,22 @@ def shares(A: int, heads: int, longest: int, multiprocessors: int) -> tuple[int,
 if AVAILABLE:
 
     @triton.jit
-    def _pieces_of(position, room, window, WINDOWED: tl.constexpr, TILE: tl.constexpr, PIECES: tl.constexpr):
+    def _pieces_of(
+        position,
+        room,
+        window,
+        WINDOWED: tl.constexpr,
+        TILE: tl.constexpr,
+        PIECE: tl.constexpr,
+        PIECES: tl.constexpr,
+    ):
         """(first visible position, end, start of the first piece, positions of a piece)."""
         end = tl.minimum(position + 1, room).to(tl.int32)
         first = 0
         if WINDOWED:
             first = tl.maximum(position + 1 - window, 0).to(tl.int32)
         start = first // TILE * TILE
-        piece = 256
+        piece = PIECE
         while piece * PIECES < end - start:
             piece *= 2
         return first, end, start, piece
@@ -100,6 +114,7 @@ if AVAILABLE:
         WIDTH: tl.constexpr,
         ROWS: tl.constexpr,
         TILE: tl.constexpr,
+        PIECE: tl.constexpr,
         PIECES: tl.constexpr,
         WINDOWED: tl.constexpr,
         CAPPED: tl.constexpr,
@@ -111,7 +126,7 @@ if AVAILABLE:
         a = tl.program_id(0).to(tl.int64)
         tiles: tl.constexpr = (G + ROWS - 1) // ROWS
         k = tl.program_id(1) // tiles
-        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECES)
+        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECE, PIECES)
         row = tl.program_id(1) % tiles * ROWS + tl.arange(0, ROWS)
         column = tl.arange(0, WIDTH)
         inside = (row < G)[:, None] & (column < H)[None, :]
@@ -172,6 +187,7 @@ if AVAILABLE:
         H: tl.constexpr,
         WIDTH: tl.constexpr,
         TILE: tl.constexpr,
+        PIECE: tl.constexpr,
         PIECES: tl.constexpr,
         WINDOWED: tl.constexpr,
         WITH_SINKS: tl.constexpr,
@@ -180,7 +196,7 @@ if AVAILABLE:
         added in one order.
         """
         a, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECES)
+        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECE, PIECES)
         i, column = tl.arange(0, PIECES), tl.arange(0, WIDTH)
         there = i < (end - start + piece - 1) // piece
         place = (a * N + n) * pieces + i
@@ -220,8 +236,7 @@ def paged_attention(
         return out_ANH
     G, room, TILE = N // K, J * B, tile(H, keys_PKBH.dtype)
     heads = K * -(-G // ROWS)
-    longest = room if window is None else min(room, window + TILE - 1)  # a first piece begins where a tile does
-    pieces, programs = shares(A, heads, longest, multiprocessors)
+    pieces, programs = shares(A, heads, longest_of(room, window, TILE), multiprocessors)
     partial = torch.empty(A, N, pieces, H, dtype=torch.float32, device=q_ANH.device)
     lse = torch.empty(A, N, pieces, dtype=torch.float32, device=q_ANH.device)
     q_ANH = q_ANH if q_ANH.stride(2) == 1 else q_ANH.contiguous()
@@ -232,6 +247,7 @@ def paged_attention(
         "H": H,
         "WIDTH": max(16, triton.next_power_of_2(H)),
         "TILE": TILE,
+        "PIECE": PIECE,
         "PIECES": PIECES,
         "WINDOWED": window is not None,
     }
@@ -258,6 +274,8 @@ def paged_attention(
         CAPPED=softcap is not None,
         WIDEN=not q_ANH.is_cuda,  # a CPU has the interpreter alone, whose products know no bfloat16
         **common,
+        num_warps=8 if q_ANH.dtype == torch.float32 else 4,
+        num_stages=STAGES,
     )
     _sum_kernel[(A, N)](
         partial,
