@@ -347,7 +347,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 def _convert(f: Flag, value: Any, where: str) -> Any:
     """A word of the command line or a YAML value as the flag's type. Raises UserError that says where."""
-    if f.optional and (value is None or (isinstance(value, str) and value.lower() in ("none", "null"))):
+    open_words = ("none", "null", "auto") if f.type in (int, float) else ("none", "null")
+    if f.optional and (value is None or (isinstance(value, str) and value.lower() in open_words)):
         return None
     expected = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}.get(
         f.type, "words"

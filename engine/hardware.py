@@ -33,18 +33,20 @@ class Device:
     host: float  # bytes/s to and from the host's memory, as reached
     attention: float  # share of `flops` that flash-attention 2, the kernel inside torch, reaches
     launch: float = 5e-6  # seconds below which no operation goes, from Python
+    replay: float = 1.5e-6  # and of a CUDA graph
     reserved: int = 3 * 2**30 // 2  # context, libraries' workspaces, NCCL's buffers: outside the allocator
 
-    def seconds(self, flops: float, moved: float, *, kind: str = "") -> float:
+    def seconds(self, flops: float, moved: float, *, kind: str = "", launch: float | None = None) -> float:
         """The time of one operation: the longest of its arithmetic, its bytes and its launch. `kind`: matmul | fp32 |
         attention.
         """
+        launch = self.launch if launch is None else launch
         rate = {
             "matmul": MATMUL * self.flops,
             "fp32": MATMUL * self.flops_fp32,
             "attention": self.attention * self.flops,
         }.get(kind)
-        return max(flops / rate if rate else 0.0, moved / (MEMORY * self.bandwidth), self.launch)
+        return max(flops / rate if rate else 0.0, moved / (MEMORY * self.bandwidth), launch)
 
     def collective(self, moved: float, ranks: int, per_node: int) -> float:
         """The time of an all-gather or reduce-scatter of `moved` bytes (whole), the slower of the links in a node and

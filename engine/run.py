@@ -36,6 +36,8 @@ CHANGEABLE = {
     "eval_steps",
     "dataset_num_proc",
     "cache_logprobs_only",
+    "rollout_slots",
+    "rollout_memory",
 }
 
 

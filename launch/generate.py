@@ -20,17 +20,7 @@ from tqdm import tqdm
 from engine.config import parse
 from engine.data import Question, QuestionReader, prompts_of
 from engine.errors import UserError
-from engine.flags import (
-    DataFlags,
-    InferenceFlags,
-    PromptFlags,
-    QuestionFlags,
-    RolloutFlags,
-    fill,
-    flag,
-    override,
-    require_positive,
-)
+from engine.flags import DataFlags, InferenceFlags, PromptFlags, QuestionFlags, RolloutFlags, fill, flag, override
 from engine.model import open_model
 from engine.world import World, main, start
 from launch import commands
@@ -82,7 +72,7 @@ def generate(config: Config) -> None:
         found = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
         questions = [question for question in found if isinstance(question, Question)]
     window = max(len(question.ids) for question in questions) + config.response_length
-    sampler = open_sampler(base, world, window=window, slots=config.rollout_slots)
+    sampler = open_sampler(base, world, window=window, **config.rollout_room)
     rollouts = sample(sampler, questions, config, SamplingParams.of(config, *base.chat.end_ids), world)
     if not world.is_main:
         return
@@ -94,7 +84,7 @@ def generate(config: Config) -> None:
 def resolve(config: Config, world: World) -> Config:
     """Fills what is left open. Raises UserError."""
     world.agree("configuration", repr(config))
-    require_positive(config, "num_samples_per_prompt", "rollout_slots")
+    config.check_rollout()
     config.check_prompts()
     config.check_decoding()
     if config.prompt is not None and not all(text.strip() for text in config.prompt):

@@ -184,7 +184,7 @@ def train(config: Config) -> None:
         policy = load_policy(base, world, temperature=config.temperature or 1.0)
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=config.rollout_slots)
+        sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **config.rollout_room)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         optimizer = optim.adamw(policy, config, world)
 

@@ -70,10 +70,10 @@ def embedded_questions(cache_dir: str, count: int) -> tuple[str, ...]:
     return tuple(asked[:: len(asked) // count][:count])
 
 
-def open_sampler(base: Base, world: World, *, window: int, slots: int) -> Sampler:
+def open_sampler(base: Base, world: World, *, window: int, slots: int | None, memory: float | None = None) -> Sampler:
     """The model's weights in a sampler of so many slots of `window` tokens. Collective. Raises UserError."""
     policy = load_untrained(base, world)
-    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=slots)
+    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=slots, memory=memory)
     sampler.load(policy)
     return sampler
 

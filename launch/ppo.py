@@ -117,7 +117,7 @@ def train(config: Config) -> None:
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         value_model = load_value_model(base, world, config.value_model_name_or_path, policy)
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=config.rollout_slots)
+        sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **config.rollout_room)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         roots = {"policy": policy, "value": value_model}
         trained = {of: (root, optim.adamw(root, config, world)) for of, root in roots.items()}

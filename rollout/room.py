@@ -45,7 +45,7 @@ def wanted(
             for r in responses
         ]
         held = sorted((at_once(n) for n in prompts.values()), reverse=True)
-        together = sum(sorted(own, reverse=True)[:slots]) + sum(held[:slots]) + slots
+        together = sum(sorted(own, reverse=True)[:slots]) + sum(held[:slots]) + min(slots, len(own))
         found[window] = 1 + max(whole, default=0), 1 + max(max(whole, default=0), together)
     return found
 

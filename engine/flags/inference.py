@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import UserError
 from engine.flags.data import TextFlags
@@ -30,7 +31,28 @@ class RolloutFlags(DecodingFlags):
     """How many are drawn."""
 
     num_samples_per_prompt: int = flag(None, "responses to each prompt", SAMPLING)
-    rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
+    rollout_slots: int = flag(
+        None,
+        "responses sampled at a time on each rank, at most; auto: 64 on a CPU, 512 on CUDA, if the cache holds them",
+        SAMPLING,
+    )
+    rollout_memory: float = flag(
+        None,
+        "of the memory that is free when sampling begins, the share that the cache may take; auto: 0.9 of a GPU's, 0.5"
+        " of a host's",
+        SAMPLING,
+    )
+
+    @property
+    def rollout_room(self) -> dict[str, Any]:
+        """What a sampler is given of it."""
+        return {"slots": self.rollout_slots, "memory": self.rollout_memory}
+
+    def check_rollout(self) -> None:
+        """Raises UserError for what cannot be."""
+        require_positive(self, "num_samples_per_prompt", "rollout_slots", "rollout_memory")
+        if (self.rollout_memory or 0) > 1:
+            raise UserError(f"--rollout_memory {self.rollout_memory:g}: expected a share, 1 at most")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError, nearest, require
-from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_not_negative, require_positive
+from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_not_negative
 from engine.flags.inference import RolloutFlags
 
 
@@ -26,7 +26,7 @@ class SamplingFlags(RolloutFlags):
     def check_sampling(self) -> None:
         """Raises UserError for what cannot be."""
         self.check_decoding()
-        require_positive(self, "rollout_slots")
+        self.check_rollout()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ def ask(
     if not missing:
         return
     window = max(len(question.ids) for question in questions) + flags.response_length
-    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=flags.rollout_slots)
+    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **flags.rollout_room)
     sampler.load(policy)
     del policy
     params = SamplingParams.of(flags, *base.chat.end_ids)

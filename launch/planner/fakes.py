@@ -32,7 +32,7 @@ from engine.model.policy import Root
 from engine.world import World
 from launch.planner import foreign
 from launch.planner.ledger import ACTIVATIONS, HEAD, HOST, KV_CACHE, Ledger
-from rollout.cache import SlotCache
+from rollout.cache import PagedCache
 
 PLANNED = "planned"
 
@@ -68,17 +68,20 @@ class PlannedStream(CopyStream):
         self.ledger.haul(source)
 
 
-class PlannedCache(SlotCache):
-    """A cache whose memory is seen as such."""
+class PlannedCache(PagedCache):
+    """A cache whose memory is seen as such, and that has numbers nowhere."""
 
-    def __init__(self, slots: int, max_length: int, ledger: Ledger) -> None:
-        super().__init__(slots, max_length)
+    def __init__(self, *arguments: Any, ledger: Ledger) -> None:
+        super().__init__(*arguments)
         self.ledger = ledger
 
-    def write(self, *args: Any) -> None:
-        """As the cache does."""
+    def allocate(self, device: torch.device) -> None:
+        """Pools of fake tensors."""
         with self.ledger.allocating(KV_CACHE):
-            super().write(*args)
+            for index, layer in self.layers.items():
+                shape = self.counts[layer.window], layer.kv_heads, self.block
+                self.keys[index] = torch.zeros(*shape, layer.key_size, dtype=layer.dtype, device=device)
+                self.values[index] = torch.zeros(*shape, layer.value_size, dtype=layer.dtype, device=device)
 
 
 @contextlib.contextmanager

@@ -44,10 +44,11 @@ DEVICE_OF = torch.ops.prim.device.default
 
 @dataclass
 class Cost:
-    """Of one phase: FLOPs, bytes of memory traffic, and seconds of computing, of collectives and to and from the host,
-    which overlap.
+    """Of one phase: operations, FLOPs, bytes of memory traffic, and seconds of computing, of collectives and to and
+    from the host, which overlap.
     """
 
+    operations: float = 0.0
     flops: float = 0.0
     moved: float = 0.0
     computing: float = 0.0
@@ -95,6 +96,8 @@ class Ledger(TorchDispatchMode):
         self.peaks: dict[str, Peak] = {}  # by phase
         self.costs: dict[str, Cost] = {"start": Cost()}
         self.paused = False  # operations leave no trace
+        self.positions = 0.0  # that a response's next token reads of the cache
+        self.launch: float | None = None  # seconds below which no operation goes; None: the device's
         self.rows = 0  # what repeat_interleave over counts gives where it is not told: those of the micro-batch
         self._entries: dict[int, list] = {}  # storage → [bytes, kind, weak reference]
         self._plans: dict[Any, str] = {}  # operator → how it is counted
@@ -233,6 +236,11 @@ class Ledger(TorchDispatchMode):
             moved = _bytes(args[0]) + 3 * _bytes(outputs[0])
         elif plan == "gradient":  # one read of the logits, one write
             moved = 2 * _bytes(args[0])
+        elif plan == "pages":  # of every response, what its query sees
+            q, keys, values, window = args[0], args[1], args[2], args[6]
+            seen = len(q) * (self.positions if window is None else min(window, self.positions))
+            moved = seen * (_bytes(keys[0, :, 0]) + _bytes(values[0, :, 0])) + 2 * _bytes(outputs[0])
+            flops, kind = 2.0 * seen * q.shape[1] * (keys.shape[3] + values.shape[3]), "attention"
         elif plan == "put":  # into a few places: the values are read and written
             moved = 2 * _bytes(args[2])
         else:
@@ -242,9 +250,10 @@ class Ledger(TorchDispatchMode):
                 moved = sum(map(_bytes, args)) + _bytes(args[0])
         if not flops:
             moved *= self.fused
+        cost.operations += 1
         cost.flops += flops
         cost.moved += moved
-        cost.computing += self.device.seconds(flops, moved, kind=kind)
+        cost.computing += self.device.seconds(flops, moved, kind=kind, launch=self.launch)
 
     def _flops(self, plan: str, args: tuple, outputs: list[Tensor]) -> tuple[float, str]:
         if plan.startswith("mm"):
@@ -331,6 +340,8 @@ def _how(func: Any) -> str:
         kinds = {"logits_statistics": "statistics", "logits_gradient_": "gradient", "add_product_": "add"}
         if name in kinds:
             return kinds[name]
+        if name == "_paged_attention" or name == "paged_attention":
+            return "pages"
         if "attention" in name:
             return "attention"
     if name.startswith("_scaled_dot_product"):

@@ -168,7 +168,7 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
     if stage == "grpo":
         config.check_group()
     if stage in RLVR:
-        require_positive(config, "num_samples_per_prompt", "response_length", "rollout_slots")
+        require_positive(config, "num_samples_per_prompt", "response_length", "rollout_slots", "rollout_memory")
         require_positive(config, "num_ppo_epochs", "num_mini_batches")
     if stage == "ppo" or (stage == "grpo" and config.kl_coef):
         kind = resolve_reference(config.reference, config, without_lora="copy")

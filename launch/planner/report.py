@@ -64,6 +64,13 @@ def speed(plan: Plan) -> list[str]:
         f"at best {plan.seconds:.3g} s {unit}{mean} ({parts}), {rate:,.0f} tokens/s a rank, {rate * plan.ranks:,.0f} in"
         f" all, MFU {plan.mfu:.0%}"
     ]
+    if plan.stage in RLVR:
+        token = plan.seen.rollout["decode"]
+        lines.append(
+            f"sampling: {plan.seen.slots:,} responses at once, cache {plan.seen.pool / GIB:,.1f} GiB; a token of each:"
+            f" {token.operations:,.0f} operations, {token.moved / 1e9:,.1f} GB, {1e3 * token.seconds:.3g} ms;"
+            f" {plan.seen.slots / token.seconds:,.0f} tokens/s a rank"
+        )
     exchanged, computed = plan.seen.micro_batch.communicating, plan.seen.micro_batch.computing
     if plan.ranks > 1:
         lines.append(

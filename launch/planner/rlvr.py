@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from functools import partial
 
 import numpy as np
 import torch
 
 from engine.data.batch import Batchable, MicroBatch, MicroBatches
+from engine.errors import UserError
 from engine.log import Totals
 from engine.model import build
 from engine.model.adapters import choose
@@ -27,9 +27,11 @@ from launch import grpo, ppo
 from launch.planner.fakes import PlannedCache, follow
 from launch.planner.ledger import ACTIVATIONS, GATHERED, OPTIMIZER, SAMPLER, VALUE, Cost
 from launch.planner.stages import Rehearsed, Stage
-from rollout import Experience, Rollout, Sampler, SamplingParams
-from rollout.cache import Pass
+from rollout import Experience, Rollout, Sampler, SamplingParams, room
+from rollout.cache import Decode, Layer, Probe
 from rollout.choice import choose as choose_tokens
+from rollout.sampler import PREFILL_TOKENS, SHARE, SLOTS
+from rollout.schedule import Joined, Response
 
 
 class Rlvr(Stage):
@@ -48,20 +50,19 @@ class Rlvr(Stage):
                 world,
                 dtype=self.base.dtype,
                 max_length=config.max_seq_length,
-                slots=config.rollout_slots,
+                slots=config.rollout_slots or SLOTS[self._kind],
                 backend=self.base.how.backend,
-                make_cache=partial(PlannedCache, ledger=ledger),
             )
         optimizers = {OPTIMIZER: self.optimizer(self.policy, OPTIMIZER)}
         if value_model is not None:
             optimizers[VALUE] = self.optimizer(value_model, VALUE)
-        rollout = self._rollout(sampler)
+        with torch.no_grad():
+            rollout = self._rollout(sampler)
         rollout["evaluate"] = self._evaluate(frozen, value_model)
         totals = Totals(world)
         costs = self._update(value_model, optimizers, totals)
         flops = float(totals.sums["perf/flops"]) / min(2, self.work.micro_batches)
-        slots = min(config.rollout_slots, self.work.units)
-        result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=slots)
+        result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=self._at_once, pool=self._pool)
         trained = sum(root.num_trained for root in (self.policy, value_model) if root is not None)
         return dataclasses.replace(result, trained=trained)
 
@@ -83,31 +84,71 @@ class Rlvr(Stage):
             self.base.how, adapters=adapters and dataclasses.replace(adapters, keep_initial=False)
         )
 
-    @torch.no_grad()
+    @property
+    def _kind(self) -> str:
+        return "cpu" if self.ledger.device.name == "cpu" else "cuda"
+
     def _rollout(self, sampler: Sampler) -> dict[str, Cost]:
+        """Its parts: prefill of a prompt; decode of a token of all responses that the cache holds, half grown."""
         config, ledger, costs = self.config, self.ledger, {}
         with ledger.phase("hand-over", GATHERED):
             before = self.cost("hand-over")
             sampler.load(self.policy)
             costs["hand-over"] = self.cost("hand-over") - before
-        prompt = config.max_seq_length - config.response_length
-        slots = min(config.rollout_slots, self.work.units)
+        responses = self._responses()
+        prompt, grown = len(responses[0].prompt), len(responses[0].prompt) + config.response_length // 2
+        with ledger.phase("pages", ACTIVATIONS):
+            probe = Probe(torch.zeros(1, dtype=torch.int64))
+            sampler.forward(probe.positions_T, probe)
+        cache = self._cache(responses, probe.layers, sampler)
+        columns = {window: np.zeros_like(kind.tables[0]) for window, kind in cache.kinds.items()}
         with ledger.phase("prefill", ACTIVATIONS):
-            before, together = self.cost("prefill"), max(1, min(slots, 8192 // prompt))
-            sampler.prefill({slot: [0] * prompt for slot in range(together)})
+            before, together = self.cost("prefill"), max(1, min(self._at_once, PREFILL_TOKENS // prompt))
+            sampler.prefill(Joined([[0] * prompt] * together, [columns] * together))
             costs["prefill"] = (self.cost("prefill") - before) * (1 / together)
-        params = SamplingParams.of(config)
-        most, mean = config.max_seq_length - 1, prompt + config.response_length // 2
+        ledger.positions, ledger.launch = grown, ledger.device.replay if self._kind == "cuda" else None
+        rows = torch.zeros(3, self._at_once, dtype=torch.int64)
+        tables = {window: rows.new_zeros(self._at_once, len(x), dtype=torch.int32) for window, x in columns.items()}
         with ledger.phase("decode", ACTIVATIONS):
-            for position in (most, mean):  # the most memory, then the mean time
-                before = self.cost("decode")
-                rows = torch.zeros(4, slots, dtype=torch.int64)
-                hidden_AD = sampler.forward(rows[0], Pass(sampler.cache, rows[1], rows[2], position))
-                chosen = choose_tokens(sampler.logits(hidden_AD), params, rows[2], rows[3])
-                torch.stack([x.double() for x in chosen])
-                costs["decode"] = self.cost("decode") - before
+            before = self.cost("decode")
+            hidden_AD = sampler.forward(rows[0], Decode.by_tables(cache, rows[1], tables))
+            chosen = choose_tokens(sampler.logits(hidden_AD), SamplingParams.of(config), rows[1], rows[2])
+            torch.stack([x.double() for x in chosen])
+            costs["decode"] = self.cost("decode") - before
+        ledger.launch = None
         sampler.release()
         return costs
+
+    def _responses(self) -> list[Response]:
+        """A rank's responses of an iteration, of the longest prompts and to the last token."""
+        config, n = self.config, self.config.num_samples_per_prompt
+        prompt = [0] * (config.max_seq_length - config.response_length)
+        names = (str(i // n).encode() for i in range(self.work.units))
+        return [Response(i, prompt, name, 0, config.response_length) for i, name in enumerate(names)]
+
+    def _cache(self, responses: list[Response], layers: dict[int, Layer], sampler: Sampler) -> PlannedCache:
+        """The pages that these can need, or those that the memory holds beside what is there when sampling begins."""
+        config, ledger, block = self.config, self.ledger, sampler.block
+        asked = room.wanted(responses, layers, sampler.slots, block)
+        share = SHARE[self._kind] if config.rollout_memory is None else config.rollout_memory
+        free = int(share * (ledger.device.memory - ledger.device.reserved - ledger.total))
+        try:
+            counts = room.counts(free, asked, layers, block)
+        except UserError:  # the plan says that it does not fit
+            counts = {window: least for window, (least, _) in asked.items()}
+        cache = PlannedCache(layers, counts, sampler.slots, config.max_seq_length, block, ledger=ledger)
+        sampler.cache = cache
+        with ledger.phase("pages", ACTIVATIONS):
+            cache.allocate(torch.device("cpu"))
+        samples = min(config.num_samples_per_prompt, len(responses))
+        grown = len(responses[0].prompt) + config.response_length // 2
+        a_token = min(  # how many responses, half grown, the pages of every kind hold
+            counts[w] / (pages.needed(grown) - (1 - 1 / samples) * pages.needed(len(responses[0].prompt)))
+            for w, pages in cache.kinds.items()
+        )
+        self._at_once = max(1, min(int(a_token), sampler.slots, len(responses)))
+        self._pool = sum(counts[layer.window] * layer.bytes_of(block) for layer in layers.values())
+        return cache
 
     @torch.no_grad()
     def _evaluate(self, frozen: FrozenPolicy | None, value_model: ValueModel | None) -> Cost:

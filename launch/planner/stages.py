@@ -83,7 +83,8 @@ class Rehearsed:
     compute: torch.dtype
     # RLVR: hand-over, prefill (a prompt), decode (a token of all slots), evaluate (a micro-batch)
     rollout: dict[str, Cost] = field(default_factory=dict)
-    slots: int = 0
+    slots: int = 0  # responses that are sampled at once
+    pool: int = 0  # bytes of their cache
     vocabulary: tuple[str, ...] = ()  # what embedding and head are called
     steady: dict[str, int] = field(default_factory=dict)  # live between two steps, by kind
 

@@ -89,7 +89,9 @@ def flash_paged(backend: str) -> Callable[..., Tensor]:
     and where the model needs what the call lacks. Of rows that are masked it multiplies values by 0: a pool that holds
     NaN is not for it.
     """
-    package, table = {"flash2": ("flash_attn", "block_table"), "flash3": ("flash_attn_interface", "page_table")}[backend]
+    package, table = {"flash2": ("flash_attn", "block_table"), "flash3": ("flash_attn_interface", "page_table")}[
+        backend
+    ]
     try:
         if backend == "flash2":
             from flash_attn import flash_attn_with_kvcache

@@ -71,13 +71,7 @@ if AVAILABLE:
 
     @triton.jit
     def _pieces_of(
-        position,
-        room,
-        window,
-        WINDOWED: tl.constexpr,
-        TILE: tl.constexpr,
-        PIECE: tl.constexpr,
-        PIECES: tl.constexpr,
+        position, room, window, WINDOWED: tl.constexpr, TILE: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr
     ):
         """(first visible position, end, start of the first piece, positions of a piece)."""
         end = tl.minimum(position + 1, room).to(tl.int32)

@@ -16,6 +16,7 @@ from launch import grpo
 from launch.plan import plan
 from launch.planner import plans
 from launch.planner.stages import Rehearsed
+from rollout.sampler import BLOCK
 from tests.launch.test_plan import TINY, planned
 
 
@@ -36,8 +37,13 @@ def tiny(tmp_path_factory) -> Path:
 def test_ppo_counts_every_model_and_the_cache(tiny):
     p = planned("ppo", tiny, batch_size=8, max_seq_length=256, response_length=128, rollout_slots=4)
     kinds = p.seen.peaks["decode"].kinds
-    # slots x tokens x (keys, values) x layers x heads x size x bf16
-    assert kinds["KV cache"] == 4 * 256 * 2 * 3 * 2 * 16 * 2
+    # (slots x tokens, in pages of 32, a page more for each of them, the one that is nobody's) x (keys, values) x layers
+    # x heads x size x bf16
+    pages = 4 * (256 // BLOCK + 1) + 4 + 1
+    assert kinds["KV cache"] == p.seen.pool == pages * BLOCK * 2 * 3 * 2 * 16 * 2 and p.seen.slots == 4
+    token = p.seen.rollout["decode"]
+    read = 4 * 192 * 2 * 3 * 2 * 16 * 2  # half grown
+    assert 0 < token.moved - read < 3 * p.seen.parameters * 2 and token.operations < 400
     numbers = p.seen.parameters
     assert kinds["sampler's weights"] == pytest.approx(2 * numbers, rel=0.02) and kinds[
         "reference copy"

@@ -123,11 +123,16 @@ def cases(draw, sizes=HEAD_SIZES, pages=PAGES, longest: int = 300, dtypes=(torch
     options = {name: draw(st.none() | values[name]) for name in values}
     options |= {name: draw(st.booleans()) for name in ("sinks", "shared", "turned")}
     options |= {"room": draw(st.integers(0, 2)), "seed": draw(st.integers(0, 2**20))}
-    return Case(tuple(positions), K, G, draw(st.sampled_from(sizes)), B=draw(st.sampled_from(pages)), dtype=dtype, **options)
+    return Case(
+        tuple(positions), K, G, draw(st.sampled_from(sizes)), B=draw(st.sampled_from(pages)), dtype=dtype, **options
+    )
 
 
 @settings(deadline=None, max_examples=40)
-@given(case=cases(sizes=(1, 4, 5), pages=(1, 4, 16), longest=24, dtypes=(torch.float64,)), values=st.sampled_from((1, 4, 7)))
+@given(
+    case=cases(sizes=(1, 4, 5), pages=(1, 4, 16), longest=24, dtypes=(torch.float64,)),
+    values=st.sampled_from((1, 4, 7)),
+)
 def test_the_definition_equals_scalar_loops(case, values):
     case = replace(case, K=min(case.K, 2), G=min(case.G, 3), Hv=values)
     (q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A), how = case.make()
@@ -136,7 +141,9 @@ def test_the_definition_equals_scalar_loops(case, values):
         first = max(0, p - case.window + 1) if case.window else 0
         places = [(int(tables_AJ[a, s // case.B]), s % case.B) for s in range(first, p + 1)]
         for n in range(case.K * case.G):
-            k, v = ([pool[page, n // case.G, row].tolist() for page, row in places] for pool in (keys_PKBH, values_PKBH))
+            k, v = (
+                [pool[page, n // case.G, row].tolist() for page, row in places] for pool in (keys_PKBH, values_PKBH)
+            )
             sink = how["sinks_N"][n].item() if case.sinks else None
             q = [q_ANH[a, n].tolist()] * len(places)
             wanted = attention(q, k, v, how["scale"], softcap=case.softcap, sink=sink)[-1]
