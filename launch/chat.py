@@ -60,7 +60,7 @@ def open_talk(config: Config, world: World, is_embedded: bool = False) -> Talk:
     world.say(*cautions(base, is_embedded))
     window = base.longest_prompt(config.max_seq_length, 1) + 1
     params = SamplingParams.of(config, *base.chat.end_ids)
-    sampler = open_sampler(base, world, window=window, slots=1)
+    sampler, _ = open_sampler(base, world, window=window, slots=1)
     talk = Talk(base.chat, sampler, params, config.seed)
     if config.system_prompt is not None:
         try:

@@ -7,12 +7,13 @@ Prompts are texts, or rows as training reads them: messages, prompt, question, i
 the end of a row is cut off. --output writes a JSON object for each response, in the order of the prompts: prompt,
 messages, response, finish_reason (stop or length), tokens, and the row's ground_truth and dataset, so that
 launch.verify reads the file. Responses are a function of the model, the prompt's place, and --seed, on one process as
-on eight. --temperature 0 decodes greedily.
+on eight. --temperature 0 decodes greedily. A run that was stopped goes on with the same command: the
+responses that had ended lie beside --output until all have.
 
 With no argument the embedded tiny model answers embedded questions.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -25,8 +26,10 @@ from engine.model import open_model
 from engine.world import World, main, start
 from launch import commands
 from launch.inference import cautions, embedded_questions, open_sampler, resolve_model
+from launch.journal import Journal, line_of, run_of
+from launch.mail import Mail
 from launch.responses import check_output, questions_of, summary, write
-from rollout import Request, Rollout, Sampler, SamplingParams
+from rollout import Request, Sampler, SamplingParams
 
 SHOWN = 4  # responses on the screen, where --output has them all
 EMBEDDED = 4  # questions that are asked without --prompt and --dataset_name
@@ -72,12 +75,18 @@ def generate(config: Config) -> None:
         found = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
         questions = [question for question in found if isinstance(question, Question)]
     window = max(len(question.ids) for question in questions) + config.response_length
-    sampler = open_sampler(base, world, window=window, **config.rollout_room)
-    rollouts = sample(sampler, questions, config, SamplingParams.of(config, *base.chat.end_ids), world)
+    sampler, weights = open_sampler(base, world, window=window, **config.rollout_room)
+    params = SamplingParams.of(config, *base.chat.end_ids)
+    run = run_of(weights, questions, asdict(params) | {"seed": config.seed, "dtype": str(base.dtype)})
+    journal = world.on_main("journal", lambda: Journal(config.output, run, questions, world))
+    journal = journal or Journal(None, run, questions, world)
+    sample(sampler, journal, config, params, world)
     if not world.is_main:
         return
+    rollouts = [journal.rollouts[name] for name in sorted(journal.rollouts)]
     if config.output:
         write(Path(config.output), rollouts, questions, base.chat)
+    journal.close()
     print(*summary(rollouts, base.chat, SHOWN if config.output else len(rollouts)), sep="\n", flush=True)
 
 
@@ -102,21 +111,24 @@ def resolve(config: Config, world: World) -> Config:
     return config
 
 
-def sample(
-    sampler: Sampler, questions: list[Question], config: Config, params: SamplingParams, world: World
-) -> list[Rollout]:
-    """Every response, on every rank, in the order of the prompts and of the samples of each. Collective."""
-    mine = range(world.rank, len(questions), world.size)
-    samples = range(config.num_samples_per_prompt)
-    requests = [Request(questions[i].ids, i, j) for i in mine for j in samples]
-    found = []
+def sample(sampler: Sampler, journal: Journal, config: Config, params: SamplingParams, world: World) -> None:
+    """The responses that are not in rank 0's journal yet, into it as they end. Collective."""
+    wanted = [(i, j) for i in range(len(journal.questions)) for j in range(config.num_samples_per_prompt)]
+    missing = journal.missing(wanted, world)
+    examples = sorted({example for example, _ in missing})
+    mine = set(examples[world.rank :: world.size])
+    requests = [Request(journal.questions[i].ids, i, j) for i, j in missing if i in mine]
     hidden = None if world.is_main and len(requests) > 1 else True  # None: shown on a terminal alone
-    with tqdm(total=len(requests), unit="response", disable=hidden, dynamic_ncols=True, leave=False) as bar:
-        for _, rollout in sampler.stream(requests, params, seed=config.seed, step=0):
-            found.append(rollout)
+    with tqdm(total=len(missing), unit="response", disable=hidden, dynamic_ncols=True, leave=False) as bar:
+
+        def take(line: str) -> None:
+            journal.take(line)
             bar.update(1)
-    everyone = [rollout for part in world.gather(found) for rollout in part]
-    return sorted(everyone, key=lambda rollout: (rollout.example, rollout.sample))
+
+        mail = Mail(world, take)
+        for _, rollout in sampler.stream(requests, params, seed=config.seed, step=0):
+            mail.send(line_of(rollout))
+        mail.end()
 
 
 if __name__ == "__main__":

@@ -70,12 +70,16 @@ def embedded_questions(cache_dir: str, count: int) -> tuple[str, ...]:
     return tuple(asked[:: len(asked) // count][:count])
 
 
-def open_sampler(base: Base, world: World, *, window: int, slots: int | None, memory: float | None = None) -> Sampler:
-    """The model's weights in a sampler of so many slots of `window` tokens. Collective. Raises UserError."""
+def open_sampler(
+    base: Base, world: World, *, window: int, slots: int | None, memory: float | None = None
+) -> tuple[Sampler, str]:
+    """(a sampler of so many slots of `window` tokens with the model's weights, what these weights are called).
+    Collective. Raises UserError.
+    """
     policy = load_untrained(base, world)
     sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=slots, memory=memory)
     sampler.load(policy)
-    return sampler
+    return sampler, policy.identity
 
 
 def cautions(base: Base, is_embedded: bool = False) -> list[str]:

@@ -60,7 +60,7 @@ def rows_of(rollouts: Iterable[Rollout], questions: list[Question], chat: ChatTo
 
 def write(path: Path, rollouts: list[Rollout], questions: list[Question], chat: ChatTokenizer) -> None:
     """The file appears whole, in place of an earlier one, or not at all. Raises UserError."""
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.whole")
     try:
         with partial.open("w", encoding="utf-8") as out:
             for row in rows_of(rollouts, questions, chat):

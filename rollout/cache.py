@@ -177,8 +177,17 @@ class Decode:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
         if self.rows is not None:
             return rows.attend(q_ANH, keys, values, self.rows[window], scale=scale, softcap=softcap, sinks_N=sinks_N)
-        how = {"scale": scale, "window": window, "softcap": softcap, "sinks_N": sinks_N}
-        return paged_attention(q_ANH, keys, values, self.tables_AJ[window], self.positions_T, **how)
+        return paged_attention(
+            q_ANH,
+            keys,
+            values,
+            self.tables_AJ[window],
+            self.positions_T,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+            sinks_N=sinks_N,
+        )
 
 
 def _write(cache: PagedCache, layer: int, k_TKH: Tensor, v_TKH: Tensor, pages_T: Tensor, positions_T: Tensor) -> None:

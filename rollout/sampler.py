@@ -184,9 +184,9 @@ class Sampler:
         self._streams += 1
         number = self._streams
         with torch.inference_mode():
-            self.make_room(responses)
-            schedule = Schedule(self.cache, responses)
-            decoder = Decoder(self.forward, self.logits, self.cache, params, self.world.device, self.how)
+            cache = self.make_room(responses)
+            schedule = Schedule(cache, responses)
+            decoder = Decoder(self.forward, self.logits, cache, params, self.world.device, self.how)
         launched: deque[Launched] = deque()
         while schedule.waiting or schedule.active or launched:
             if number != self._streams:
@@ -235,9 +235,9 @@ class Sampler:
 
     # --- memory -------------------------------------------------------------------------------------------------------
 
-    def make_room(self, responses: Sequence[Response]) -> None:
-        """A cache with no owner of its pages: as many as these can need, or as the memory holds. Raises UserError where
-        that is less than the longest of them needs.
+    def make_room(self, responses: Sequence[Response]) -> caching.PagedCache:
+        """The cache, with no owner of its pages: as many as these can need, or as the memory holds. Raises UserError
+        where that is less than the longest of them needs.
         """
         if not self.layers:
             probe = caching.Probe(on_device(torch.zeros(1, dtype=torch.int64), self.world.device))
@@ -246,11 +246,12 @@ class Sampler:
         wanted = room.wanted(responses, self.layers, self.slots, self.block)
         if self.cache is not None and all(self.cache.counts[w] >= most for w, (_, most) in wanted.items()):
             self.cache.reset()
-            return
+            return self.cache
         self.cache = None  # its memory is free before the next is made
         counts = room.counts(int(self.share * room.free_memory(self.world)), wanted, self.layers, self.block)
         self.cache = caching.PagedCache(self.layers, counts, self.slots, self.max_length, self.block)
         self.cache.allocate(self.world.device)
+        return self.cache
 
     # --- forwards -----------------------------------------------------------------------------------------------------
 
@@ -269,6 +270,7 @@ class Sampler:
             self.cache.copy(window, sources, joined.targets[window])
 
     def _prefill_stream(self, joined: Joined, some: slice) -> None:
+        assert self.cache is not None
         prompts = joined.prompts[some]
         ids_T = on_device(torch.tensor([token for ids in prompts for token in ids]), self.world.device)
         self.forward(ids_T, caching.Prefill.of(self.cache, joined.columns[some], [len(ids) for ids in prompts]))

@@ -7,10 +7,9 @@ so that one process writes, no collective waits for the slowest, and no shared d
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tqdm import tqdm
@@ -18,16 +17,16 @@ from tqdm import tqdm
 from engine.data import ChatTokenizer
 from engine.flags import SamplingFlags
 from engine.model import Base, load_untrained
-from engine.world import FOREVER, World
+from engine.world import World
 from launch.evaluation.few_shot import Question
 from launch.evaluation.file import Name, ResponseFile
+from launch.mail import Mail
 from rollout import Request, Rollout, Sampler, SamplingParams
 from verifiers import Pool
 from verifiers.further import ANSWER, LOOSE, asked_of, num_instructions
 
 JUDGE = "verifiers.further:judged"
 IN_FLIGHT = 4  # rows that a worker holds: a response waits behind few others before it is written
-_runs = itertools.count()  # names the keys of the store: every rank evaluates the same number of times
 
 
 def ask(
@@ -142,46 +141,3 @@ def requests_of(missing: list[Name], questions: dict[str, Question], world: Worl
 
 
 # --- to rank 0 --------------------------------------------------------------------------------------------------------
-
-
-class Mail:
-    """Lines from every rank to rank 0, in any order. `send` on each rank; `end` once, after which rank 0 has all."""
-
-    def __init__(self, world: World, take: Callable[[str], None]) -> None:
-        """`take` is called on rank 0 with every line."""
-        self.world, self.take, self.name = world, take, f"evaluate/{next(_runs)}"
-        self._sent = 0
-        self._read = dict.fromkeys(range(1, world.size), 0) if world.is_main else {}
-
-    def send(self, line: str) -> None:
-        if self.world.is_main:
-            self.take(line)
-            for rank in list(self._read):  # one that has ended goes
-                self._empty(rank)
-        else:
-            self.world.store.set(self._key(self.world.rank, self._sent), line)
-            self._sent += 1
-
-    def end(self) -> None:
-        """Rank 0 waits on the store for what the others still sample; they go on at once."""
-        if not self.world.is_main:
-            self.world.store.set(self._key(self.world.rank, self._sent), "")
-        for rank in list(self._read):
-            while rank in self._read:
-                self.world.store.wait([self._key(rank, self._read[rank])], FOREVER)
-                self._empty(rank)
-
-    def _key(self, rank: int, number: int) -> str:
-        return f"{self.name}/{rank}/{number}"
-
-    def _empty(self, rank: int) -> None:
-        """Takes the lines of a rank that are there; an empty one is its last."""
-        while rank in self._read and self.world.store.check([self._key(rank, self._read[rank])]):
-            key = self._key(rank, self._read[rank])
-            line = self.world.store.get(key).decode()
-            self.world.store.delete_key(key)
-            if line:
-                self._read[rank] += 1
-                self.take(line)
-            else:
-                del self._read[rank]

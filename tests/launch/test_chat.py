@@ -56,7 +56,7 @@ def here():
 def made(here, embedded_dir):
     """(chat, sampler) of the embedded model with room for 160 tokens."""
     base = open_model(Config(model_name_or_path=str(embedded_dir.model)), here)
-    return base.chat, open_sampler(base, here, window=160, slots=1)
+    return base.chat, open_sampler(base, here, window=160, slots=1)[0]
 
 
 @pytest.fixture(scope="module")

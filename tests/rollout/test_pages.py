@@ -239,7 +239,7 @@ def sampler_of(made, name: str, *, pages: int | None = None, lag: int = 0, how: 
                 w: max(low, min(high, pages)) for w, (low, high) in asked.items()
             }
             try:
-                inner(responses)
+                return inner(responses)
             finally:
                 room.counts = before
 
