@@ -58,18 +58,18 @@ def test_two_ranks_write_the_same_file_in_the_order_of_the_rows(cache, tmp_path)
     assert len({row["response"] for row in found}) == 10
 
 
-@pytest.mark.parametrize("count", (1, 2))
+@pytest.mark.parametrize("count", (1, pytest.param(2, marks=pytest.mark.drill)))
 def test_a_run_that_was_killed_goes_on(count, cache, tmp_path):
     """With what had ended; the file is that of a run that was not killed. Other flags start anew, and say so."""
     data, out, partial = tmp_path / "rows.jsonl", tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
-    data.write_text("".join(json.dumps({"prompt": f"question {i}", "ground_truth": i}) + "\n" for i in range(40)))
-    argv = ["--dataset_name", data, "--num_samples_per_prompt", 2, "--rollout_slots", 4, "--response_length", 60]
+    data.write_text("".join(json.dumps({"prompt": f"question {i}", "ground_truth": i}) + "\n" for i in range(12)))
+    argv = ["--dataset_name", data, "--num_samples_per_prompt", 2, "--rollout_slots", 2, "--response_length", 40]
     assert run(cache, *argv, "--output", tmp_path / "whole.jsonl", count=count).ok
     processes = ranks.start(
         "launch.generate", [*argv, "--output", out, "--cache_dir", cache], count, cache / "killed.log"
     )
     end = time.monotonic() + 120
-    while not (partial.is_file() and partial.read_bytes().count(b"\n") > 8):
+    while not (partial.is_file() and partial.read_bytes().count(b"\n") > 6):
         assert processes[0].is_alive() and time.monotonic() < end
         time.sleep(0.02)
     for process in processes:
@@ -80,7 +80,7 @@ def test_a_run_that_was_killed_goes_on(count, cache, tmp_path):
     partial.write_bytes(kept.replace(b"[", b"{", 1) + b'[3, 0, "st')  # one line damaged, one torn
     result = run(cache, *argv, "--output", out, count=count)
     there = int(re.search(r"(\d+) responses are there already", result.output)[1])
-    assert result.ok and kept.count(b"\n") - 3 <= there < 80, result.output
+    assert result.ok and kept.count(b"\n") - 3 <= there < 24, result.output
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not partial.exists()
     partial.write_bytes(kept)
     result = run(cache, *argv, "--output", out, "--seed", 5, count=count)
