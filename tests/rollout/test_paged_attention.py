@@ -1,8 +1,8 @@
 """Attention over pages: the definition against scalar loops, the Triton kernels and flash-attention's call against the
 definition.
 
-The kernels run on a CPU under Triton's interpreter, which must be chosen before triton is imported, and triton may be in
-this process already: their properties run in a process of their own (this file as a script), once for all.
+The kernels run on a CPU under Triton's interpreter, which must be chosen before triton is imported, and triton may be
+in this process already: their properties run in a process of their own (this file as a script), once for all.
 
 What no response sees is NaN in every pool here, and what a table says of it is a random number.
 
@@ -13,6 +13,7 @@ table's row · L = J B positions · H head size · Hv head size of the values.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -123,11 +124,16 @@ def cases(draw, sizes=HEAD_SIZES, pages=PAGES, longest: int = 300, dtypes=(torch
     options = {name: draw(st.none() | values[name]) for name in values}
     options |= {name: draw(st.booleans()) for name in ("sinks", "shared", "turned")}
     options |= {"room": draw(st.integers(0, 2)), "seed": draw(st.integers(0, 2**20))}
-    return Case(tuple(positions), K, G, draw(st.sampled_from(sizes)), B=draw(st.sampled_from(pages)), dtype=dtype, **options)
+    return Case(
+        tuple(positions), K, G, draw(st.sampled_from(sizes)), B=draw(st.sampled_from(pages)), dtype=dtype, **options
+    )
 
 
 @settings(deadline=None, max_examples=40)
-@given(case=cases(sizes=(1, 4, 5), pages=(1, 4, 16), longest=24, dtypes=(torch.float64,)), values=st.sampled_from((1, 4, 7)))
+@given(
+    case=cases(sizes=(1, 4, 5), pages=(1, 4, 16), longest=24, dtypes=(torch.float64,)),
+    values=st.sampled_from((1, 4, 7)),
+)
 def test_the_definition_equals_scalar_loops(case, values):
     case = replace(case, K=min(case.K, 2), G=min(case.G, 3), Hv=values)
     (q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A), how = case.make()
@@ -136,7 +142,9 @@ def test_the_definition_equals_scalar_loops(case, values):
         first = max(0, p - case.window + 1) if case.window else 0
         places = [(int(tables_AJ[a, s // case.B]), s % case.B) for s in range(first, p + 1)]
         for n in range(case.K * case.G):
-            k, v = ([pool[page, n // case.G, row].tolist() for page, row in places] for pool in (keys_PKBH, values_PKBH))
+            k, v = (
+                [pool[page, n // case.G, row].tolist() for page, row in places] for pool in (keys_PKBH, values_PKBH)
+            )
             sink = how["sinks_N"][n].item() if case.sinks else None
             q = [q_ANH[a, n].tolist()] * len(places)
             wanted = attention(q, k, v, how["scale"], softcap=case.softcap, sink=sink)[-1]
@@ -286,37 +294,27 @@ def test_what_the_kernels_take():
 # --- flash-attention --------------------------------------------------------------------------------------------------
 
 
+NAMES = "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad {table} softmax_scale"
+NAMES += " causal window_size softcap rotary_interleaved num_splits return_softmax_lse"
+
+
 def stand_in(table: str, calls: list[dict]):
-    """A function with the arguments of flash-attention's, which computes by them what it would."""
+    """A function that says it has flash-attention's arguments, and computes by them what that would."""
 
-    def computed(q_A1NH, k_PBKH, v_PBKH, cache_seqlens, tables_AJ, **how) -> Tensor:
-        assert q_A1NH.shape[1] == 1 and cache_seqlens.dtype == tables_AJ.dtype == torch.int32
-        assert k_PBKH.stride(-1) == 1 and how["causal"]
+    def called(q_A1NH, k_PBKH, v_PBKH, **how) -> Tensor:
+        called.__signature__.bind(q_A1NH, k_PBKH, v_PBKH, **how)
         calls.append(how)
-        left, right = how["window_size"]
-        assert right == (0 if left >= 0 else -1)
-        rest = {"window": None if left < 0 else left + 1, "softcap": how["softcap"] or None, "sinks_N": None}
-        pools = (k_PBKH.transpose(1, 2), v_PBKH.transpose(1, 2))
-        return paged_attention(
-            q_A1NH[:, 0], *pools, tables_AJ, cache_seqlens.long() - 1, scale=how["softmax_scale"], **rest
-        )[:, None]
+        lengths_A, tables_AJ, (left, right) = how["cache_seqlens"], how[table], how.get("window_size", (-1, -1))
+        assert q_A1NH.shape[1] == k_PBKH.stride(3) == v_PBKH.stride(3) == 1 and how["causal"]
+        assert lengths_A.dtype == tables_AJ.dtype == torch.int32 and right == min(left, 0)
+        rest = {"scale": how["softmax_scale"], "window": None if left < 0 else left + 1, "softcap": how.get("softcap")}
+        pools = k_PBKH.transpose(1, 2), v_PBKH.transpose(1, 2)
+        return paged_attention(q_A1NH[:, 0], *pools, tables_AJ, lengths_A.long() - 1, **rest)[:, None]
 
-    def flash2(
-        q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-        cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-        rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
-    ):  # fmt: skip
-        how = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
-        return computed(q, k_cache, v_cache, cache_seqlens, block_table, **how)
-
-    def flash3(
-        q, k_cache, v_cache, k=None, v=None, qv=None, cache_seqlens=None, page_table=None, softmax_scale=None,
-        causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=0,
-    ):  # fmt: skip
-        how = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
-        return computed(q, k_cache, v_cache, cache_seqlens, page_table, **how)
-
-    return {"block_table": flash2, "page_table": flash3}[table]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = NAMES.format(table=table).split()
+    called.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
+    return called
 
 
 @pytest.fixture
