@@ -20,6 +20,8 @@ import subprocess
 import sys
 import traceback
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,25 +92,26 @@ def exact(tensors: list[Tensor], how: dict) -> Tensor:
     return eager.paged_attention(*(x.double() for x in tensors[:3]), *tensors[3:], **how)
 
 
-def worst(case: Case, tensors: list[Tensor], how: dict) -> float:
-    """The largest error that the roundings of a kernel explain: in the pools' dtype those of a weight and of the
-    output, in float32 twice the definition's own and those of the soft-cap's exponential, all relative to the largest
-    value.
+def allowed(case: Case, tensors: list[Tensor], how: dict) -> Tensor:
+    """The largest error that the roundings of a kernel explain, (A, N, H): twice the definition's own in float32, and
+    relative to the average of |v|, of which every rounding of a weight is a part: those of the exponentials and the
+    soft-cap in float32, in the pools' dtype half an ulp of a weight and one of the output (the interpreter truncates).
     """
-    largest = tensors[2].double().nan_to_num().abs().max().item()
-    naive = eager.paged_attention(*(x.float() for x in tensors[:3]), *tensors[3:], **how) - exact(tensors, how)
-    half = 0.0 if case.dtype == torch.float32 else 2 * torch.finfo(case.dtype).eps
-    single = torch.finfo(torch.float32).eps * (8 + 4 * (case.softcap or 0))
-    return 2 * naive.abs().max().item() + largest * (half + single)
+    q_ANH, keys_PKBH, values_PKBH, *others = tensors
+    average_ANH = exact([q_ANH, keys_PKBH, values_PKBH.abs(), *others], how)
+    naive = eager.paged_attention(*(x.float() for x in tensors[:3]), *others, **how) - exact(tensors, how)
+    relative = torch.finfo(torch.float32).eps * (16 + 4 * (case.softcap or 0))
+    relative += 0.0 if case.dtype == torch.float32 else 1.5 * torch.finfo(case.dtype).eps
+    return 2 * naive.abs().max() + relative * average_ANH
 
 
 def check(case: Case) -> None:
     """The kernels equal the definition."""
     tensors, how = case.make()
     got = paged.paged_attention(*tensors, **how, multiprocessors=132)
-    assert got.dtype == case.dtype and got.shape == exact(tensors, how).shape
-    error = (got.double() - exact(tensors, how)).abs().max().item()
-    assert error <= worst(case, tensors, how), (error, worst(case, tensors, how))
+    assert got.dtype == case.dtype and got.shape == tensors[0].shape
+    excess = (got.double() - exact(tensors, how)).abs() / allowed(case, tensors, how)
+    assert excess.max() <= 1, excess.max()  # NaN is not
 
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -185,7 +188,18 @@ def test_no_responses_no_rows():
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 
 
-@settings(deadline=None, max_examples=12, database=None)
+@contextmanager
+def short_pieces() -> Iterator[None]:
+    """At most 4, the shortest of 64 positions, instead of 32 of 256."""
+    before = paged.PIECE, paged.PIECES
+    try:
+        paged.PIECE, paged.PIECES = 64, 4
+        yield
+    finally:
+        paged.PIECE, paged.PIECES = before
+
+
+@settings(deadline=None, max_examples=10, database=None)
 @given(case=cases(dtypes=FLOATS))
 @example(case=Case((4999,), H=64, B=32))  # 20 pieces
 @example(case=Case((4999, 700), G=2, B=16, window=900, softcap=5.0, dtype=torch.bfloat16))
@@ -196,33 +210,30 @@ def kernels_equal_float64(case):
     check(case)
 
 
-@settings(deadline=None, max_examples=6, database=None)
-@given(case=cases(longest=600, pages=(16, 64, 256)), factor=st.integers(1, 400))
-def a_result_is_of_its_response_alone(case, factor):
+@settings(deadline=None, max_examples=4, database=None)
+@given(case=cases(longest=400, pages=(16, 64, 256)), few=st.integers(1, 400))
+def a_result_is_of_its_response_alone(case, few):
     """To the bit: alone, in a table as narrow as can be, on other pages, with another number of programs."""
     tensors, how = case.make()
     q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A = tensors
-    whole_ANH = paged.paged_attention(*tensors, **how, multiprocessors=132)
     P, last = len(keys_PKBH), len(case.positions) - 1
-    moved_P = torch.randperm(P, generator=torch.Generator().manual_seed(1))
+    moved_P = torch.randperm(P, generator=torch.Generator().manual_seed(1)).to(case.device)
     elsewhere = [torch.empty_like(pool) for pool in (keys_PKBH, values_PKBH)]
     for there, here in zip(elsewhere, (keys_PKBH, values_PKBH), strict=True):
         there[moved_P] = here
     row_J = tables_AJ[last, : case.positions[last] // case.B + 1]
     row_J = torch.where(row_J < P, moved_P[row_J.clamp(max=P - 1)].int(), row_J)
     alone = [q_ANH[last:], *elsewhere, row_J[None], positions_A[last:]]
-    assert torch.equal(paged.paged_attention(*alone, **how, multiprocessors=factor)[0], whole_ANH[last])
+    with short_pieces():
+        whole_ANH = paged.paged_attention(*tensors, **how, multiprocessors=132)
+        assert torch.equal(paged.paged_attention(*alone, **how, multiprocessors=few)[0], whole_ANH[last])
 
 
 def longer_pieces_where_there_would_be_too_many():
-    """As for responses of more than 32 pieces of 256 positions; here it is 4 of 64."""
-    before = paged.PIECE, paged.PIECES
-    try:
-        paged.PIECE, paged.PIECES = 64, 4
+    """As for responses of more than 32 pieces of 256 positions."""
+    with short_pieces():
         check(Case((255, 256, 511, 513), B=64))
         check(Case((300, 700), B=16, window=260))
-    finally:
-        paged.PIECE, paged.PIECES = before
 
 
 INTERPRETED = [kernels_equal_float64, a_result_is_of_its_response_alone, longer_pieces_where_there_would_be_too_many]
