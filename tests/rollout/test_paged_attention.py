@@ -27,7 +27,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -185,6 +185,7 @@ def test_no_responses_no_rows():
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
+PHASES = (Phase.explicit, Phase.generate)  # the interpreter is slow: a failure is not made smaller
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -199,7 +200,7 @@ def short_pieces() -> Iterator[None]:
         paged.PIECE, paged.PIECES = before
 
 
-@settings(deadline=None, max_examples=10, database=None)
+@settings(deadline=None, max_examples=10, database=None, phases=PHASES)
 @given(case=cases(dtypes=FLOATS))
 @example(case=Case((4999,), H=64, B=32))  # 20 pieces
 @example(case=Case((4999, 700), G=2, B=16, window=900, softcap=5.0, dtype=torch.bfloat16))
@@ -210,7 +211,7 @@ def kernels_equal_float64(case):
     check(case)
 
 
-@settings(deadline=None, max_examples=4, database=None)
+@settings(deadline=None, max_examples=4, database=None, phases=PHASES)
 @given(case=cases(longest=400, pages=(16, 64, 256)), few=st.integers(1, 400))
 def a_result_is_of_its_response_alone(case, few):
     """To the bit: alone, in a table as narrow as can be, on other pages, with another number of programs."""
