@@ -154,7 +154,8 @@ def decoding(lab: Lab) -> Figures:
             name,
             "; ".join(f"{backend} {s * 1e6:.1f} us, {row['bytes'] / s / best:.0%}" for backend, s in known.items()),
         )
-    yield "errors", "; ".join(f"{backend}: {error}" for backend, error in content["errors"].items())
+    said = lambda error: error if isinstance(error, str) else f"{error:.0e}"
+    yield "errors", "; ".join(f"{backend}: {said(error)}" for backend, error in content["errors"].items())
 
 
 def _benchmark(main: Callable, lab: Lab, name: str, tiny: list[str]) -> dict[str, Any]:
