@@ -47,6 +47,7 @@ BOXES = {  # the sections in order of value, and the most seconds of each
     "facts": 60,
     "loss": 60,
     "attention": 60,
+    "decode": 60,
     "sft eager": 40,
     "sft compiled": 60,
     "rollout": 60,

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig
 
-from benchmarks import attention, loss, measure
+from benchmarks import attention, decode, loss, measure
 from benchmarks.gpu_lab import ROOT, Figures, Lab, Planned, Skipped, forget, launch, random_llama
 from engine import world
 from engine.model.attention import BACKENDS
@@ -139,6 +139,23 @@ def packed_attention(lab: Lab) -> Figures:
             f"{name}: {row['skipped']}" for name, row in content["backends"].items() if row["skipped"] is not None
         ),
     )
+
+
+def decoding(lab: Lab) -> Figures:
+    """Attention over pages of one decoded token, at shapes of 0.6B, 1B and 8B, beside the memory's bandwidth."""
+    path = lab.directory / "decode.json"
+    decode.main(["--json", str(path), *(["--rehearse"] if lab.rehearse else ["--seconds", "0.05"])])
+    content = json.loads(path.read_text(encoding="utf-8"))
+    best = content["bandwidth"]["data sheet"] or content["bandwidth"]["copy"]
+    for row in content["rows"]:
+        name = "{shape}, {responses} x {context}".format(**row["problem"])
+        known = {backend: s for backend, s in row["seconds"].items() if not isinstance(s, str)}
+        yield (
+            name,
+            "; ".join(f"{backend} {s * 1e6:.1f} us, {row['bytes'] / s / best:.0%}" for backend, s in known.items()),
+        )
+    said = lambda error: error if isinstance(error, str) else f"{error:.0e}"
+    yield "errors", "; ".join(f"{backend}: {said(error)}" for backend, error in content["errors"].items())
 
 
 def _benchmark(main: Callable, lab: Lab, name: str, tiny: list[str]) -> dict[str, Any]:
@@ -403,6 +420,7 @@ SECTIONS: dict[str, Callable[[Lab], Figures]] = {
     "facts": facts,
     "loss": heads,
     "attention": packed_attention,
+    "decode": decoding,
     "sft eager": supervised("sft", False),
     "sft compiled": supervised("sft", True),
     "rollout": rollouts,

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "engine": ENGINE
     | {"yaml", "jinja2", "tokenizers", "huggingface_hub", "datasets", "pyarrow", "bitsandbytes", "wandb"}
     | {"flash_attn", "flash_attn_interface"},
-    "rollout": ENGINE,
+    "rollout": ENGINE | {"triton", "flash_attn", "flash_attn_interface"},
     "launch": ENGINE | {"yaml", "jinja2", "matplotlib"},
 }
 BELOW = {  # room → the rooms that it may import besides itself

@@ -22,7 +22,9 @@ from engine.errors import UserError
 from engine.model.attention import BACKENDS
 from losses.kernels import eager, fused
 from losses.logprobs import linear_logprobs, linear_loss, naive_logprobs
+from rollout.kernels import paged, paged_attention
 from tests.losses.test_kernels import CASES, difference
+from tests.rollout.test_paged_attention import Case, a_result_is_of_its_response_alone, check
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda")
@@ -113,6 +115,44 @@ def test_triton_kernels_equal_eager_on_a_whole_vocabulary():
         module.logits_gradient_(work_CV, lse_C, targets_C, coef_C, entropy_C, entropy_coef_C, None)
         outputs.append((lse_C, logprobs_C, entropy_C, work_CV))
     assert all(relative_error(x, y) < 1e-5 for x, y in zip(*outputs, strict=True))
+
+
+PAGED = [
+    Case((4999, 0, 700), 2, 4, 128, B=16, dtype=torch.bfloat16, device="cuda"),
+    Case((4999, 2000, 31), 2, 4, 128, B=256, window=900, softcap=5.0, sinks=True, dtype=torch.bfloat16, device="cuda"),
+    Case((9000, 63), 4, 1, 64, B=64, dtype=torch.float16, shared=True, device="cuda"),
+    Case((600, 63), 1, 23, 80, B=16, dtype=torch.bfloat16, turned=True, room=9, device="cuda"),
+    Case((300, 3), 2, 16, 256, B=32, sinks=True, device="cuda"),
+    Case((300, 3), 2, 3, 96, B=128, softcap=50.0, device="cuda"),
+]
+
+
+@pytest.mark.parametrize("case", PAGED, ids=str)
+def test_attention_over_pages_equals_float64(case):
+    if not paged.AVAILABLE:
+        pytest.skip("triton is not installed")
+    check(case)
+
+
+def test_attention_over_pages_is_of_its_response_alone():
+    if not paged.AVAILABLE:
+        pytest.skip("triton is not installed")
+    for case in PAGED[:3]:
+        a_result_is_of_its_response_alone.hypothesis.inner_test(case, 7)
+
+
+def test_attention_over_pages_in_a_graph():
+    """Captured once, replayed for other places and pages."""
+    first, second = (Case((p, 3), 2, 4, 128, B=16, dtype=torch.bfloat16, seed=p, device="cuda") for p in (790, 799))
+    (tensors, how), (others, _) = first.make(), second.make()
+    paged_attention(*tensors, **how)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out_ANH = paged_attention(*tensors, **how)
+    for there, here in zip(tensors, others, strict=True):
+        there.copy_(here)
+    graph.replay()
+    assert torch.equal(out_ANH, paged_attention(*others, **how))
 
 
 def test_loss_holds_one_chunk_of_logits():

@@ -1,10 +1,11 @@
 """Attention over pages, for decoding: one query a response over the keys and values that its pages hold.
 
-    out_a = sum_s softmax_s( cap(scale q_a . k_as) ) v_as,   p_a - W < s <= p_a,   k_as on page tables[a, s // B], row s % B
+    out_a = sum_s softmax_s( cap(scale q_a . k_as) ) v_as,   p_a - W < s <= p_a,
+    k_as in row s % B of page tables[a, s // B]
 
 It exists three times with one signature: by its definition in torch operations (any device), as Triton kernels (CUDA,
 keys and values read once), and as flash-attention's call where that is installed (`flash_paged`, not chosen by
-default). CUDA tensors whose shapes and dtypes the kernels take (`paged.takes`) go to them, all others to the definition.
+default). CUDA tensors of shapes and dtypes that the kernels take (`paged.takes`) go to them, others to the definition.
 
 A active responses · N query heads · K key/value heads · P pages of the pool · B tokens of a page · J pages of a table's
 row · H head size · Hv head size of the values.
@@ -67,13 +68,14 @@ def _paged_attention(
     sinks_N: Tensor | None,
     multiprocessors: int,
 ) -> Tensor:
-    arguments = q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A, scale, window, softcap, sinks_N
+    tensors = q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A
+    how: dict[str, Any] = {"scale": scale, "window": window, "softcap": softcap, "sinks_N": sinks_N}
     if q_ANH.is_cuda:
         from rollout.kernels import paged
 
         if paged.takes(q_ANH, keys_PKBH, values_PKBH):
-            return paged.paged_attention(*arguments, multiprocessors)
-    return eager.paged_attention(*arguments)
+            return paged.paged_attention(*tensors, **how, multiprocessors=multiprocessors)
+    return eager.paged_attention(*tensors, **how)
 
 
 @_paged_attention.register_fake

@@ -1,6 +1,7 @@
 """Attention over pages by its definition, in torch operations on any device: what the other ways are tested against.
 
-    out_a = sum_s softmax_s( cap(scale q_a . k_as) ) v_as,   p_a - W < s <= p_a,   k_as on page tables[a, s // B], row s % B
+    out_a = sum_s softmax_s( cap(scale q_a . k_as) ) v_as,   p_a - W < s <= p_a,
+    k_as in row s % B of page tables[a, s // B]
 
 A responses · N query heads · K key/value heads · G = N / K · P pages of the pool · B tokens of a page · J pages of a
 table's row · L = J B positions · H head size.
@@ -18,6 +19,7 @@ def paged_attention(
     values_PKBH: Tensor,
     tables_AJ: Tensor,
     positions_A: Tensor,
+    *,
     scale: float,
     window: int | None,
     softcap: float | None,

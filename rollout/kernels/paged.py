@@ -36,7 +36,9 @@ PIECES = 32  # at most, of a response
 PIECE = 256  # positions of the shortest piece
 ROWS = 16  # query heads of a program: what a tensor core takes at least
 TILE_BYTES = 2**14  # of keys, and of values, that a program reads at once
-STAGES = 5  # a tile waits for its page's number: five stages are two tiles on their way
+# A tile waits for the number of its page: five stages are two tiles on their way. Without tensor cores arithmetic is
+# what takes time: more threads, which hide one another's waits.
+LAUNCH, LAUNCH_FP32 = {"num_warps": 4, "num_stages": 5}, {"num_warps": 8, "num_stages": 2}
 PROGRAMS = 16  # a multiprocessor, that S aims at: many short ones even out what lengths differ in
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
@@ -54,6 +56,12 @@ def takes(q_ANH: Tensor, keys_PKBH: Tensor, values_PKBH: Tensor) -> bool:
 def tile(head_size: int, dtype: torch.dtype) -> int:
     """Positions that a program reads at once; of the head size and dtype alone, so that page sizes give equal bits."""
     return max(16, min(128, TILE_BYTES // (triton.next_power_of_2(head_size) * dtype.itemsize)))
+
+
+def constants(head_size: int, dtype: torch.dtype, windowed: bool) -> dict[str, int | bool]:
+    """What both kernels are compiled for: their pieces must be the same."""
+    sizes = {"H": head_size, "WIDTH": triton.next_power_of_2(head_size), "TILE": tile(head_size, dtype)}
+    return sizes | {"PIECE": PIECE, "PIECES": PIECES, "WINDOWED": windowed}
 
 
 def longest_of(room: int, window: int | None, tile: int) -> int:
@@ -84,7 +92,59 @@ if AVAILABLE:
             piece *= 2
         return first, end, start, piece
 
-    @triton.jit(do_not_specialize=["room", "pages", "pieces", "window"])
+    @triton.jit
+    def _piece(
+        query,
+        keys,
+        values,
+        table,
+        k,
+        begin,
+        end,
+        first,
+        scale,
+        softcap,
+        K: tl.constexpr,
+        B: tl.constexpr,
+        H: tl.constexpr,
+        TILE: tl.constexpr,
+        WINDOWED: tl.constexpr,
+        CAPPED: tl.constexpr,
+    ):
+        """Of the positions begin .. end - 1, from the start of a tile: the softmax's average of the values, and log2 of
+        the sum of the exponentials. Scores are in powers of two.
+        """
+        column = tl.arange(0, query.shape[1])
+        running_max = tl.full([query.shape[0]], float("-inf"), tl.float32)
+        running_sum = tl.zeros([query.shape[0]], tl.float32)
+        average = tl.zeros(query.shape, tl.float32)
+        for at in range(begin, end, TILE):
+            s = at + tl.arange(0, TILE)
+            visible = s < end
+            if WINDOWED:
+                visible = visible & (s >= first)
+            if B >= TILE:  # a tile lies within one page
+                page = tl.load(table + at // B).to(tl.int64)
+            else:
+                page = tl.load(table + s // B, mask=visible, other=0).to(tl.int64)
+            row = (page * K + k) * B + s % B
+            offset = row[:, None] * H + column[None, :]
+            read = visible[:, None] & (column < H)[None, :]
+            key = tl.load(keys + offset, mask=read, other=0.0).to(query.dtype)
+            value = tl.load(values + offset, mask=read, other=0.0).to(query.dtype)
+            score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
+            if CAPPED:  # softcap tanh(...), the tanh from one exponential
+                score = softcap * (1.0 - 2.0 / (tl.exp2(score) + 1.0))
+            score = tl.where(visible[None, :], score, float("-inf"))
+            new_max = tl.maximum(running_max, tl.max(score, 1))
+            rescale = tl.exp2(running_max - new_max)
+            weight = tl.exp2(score - new_max[:, None])
+            running_sum = running_sum * rescale + tl.sum(weight, 1)
+            average = tl.dot(weight.to(query.dtype), value, average * rescale[:, None], input_precision="ieee")
+            running_max = new_max
+        return average / running_sum[:, None], running_max + tl.log2(running_sum)
+
+    @triton.jit(do_not_specialize=["room", "table_stride", "pieces", "window"])
     def _partial_kernel(
         q,
         keys,
@@ -96,7 +156,7 @@ if AVAILABLE:
         q_stride_a,
         q_stride_n,
         room,
-        pages,
+        table_stride,
         pieces,
         window,
         scale,
@@ -114,57 +174,26 @@ if AVAILABLE:
         CAPPED: tl.constexpr,
         WIDEN: tl.constexpr,
     ):
-        """Piece by piece: the softmax's average of the values, and log2 of the sum of the exponentials. Scores are in
-        powers of two.
-        """
+        """Pieces i, i + S, ... of one response, for ROWS query heads of one key/value head."""
         a = tl.program_id(0).to(tl.int64)
-        tiles: tl.constexpr = (G + ROWS - 1) // ROWS
-        k = tl.program_id(1) // tiles
-        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECE, PIECES)
-        row = tl.program_id(1) % tiles * ROWS + tl.arange(0, ROWS)
-        column = tl.arange(0, WIDTH)
+        shared_by: tl.constexpr = (G + ROWS - 1) // ROWS  # programs, of more query heads than one takes
+        k = tl.program_id(1) // shared_by
+        row, column = tl.program_id(1) % shared_by * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
         inside = (row < G)[:, None] & (column < H)[None, :]
         head = k * G + row
         query = tl.load(q + a * q_stride_a + head[:, None] * q_stride_n + column[None, :], mask=inside, other=0.0)
         if WIDEN:
             query = query.to(tl.float32)
-        table = tables + a * pages
+        table = tables + a * table_stride
+        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECE, PIECES)
         for i in range(tl.program_id(2), (end - start + piece - 1) // piece, tl.num_programs(2)):
-            running_max = tl.full([ROWS], float("-inf"), tl.float32)
-            running_sum = tl.zeros([ROWS], tl.float32)
-            average = tl.zeros([ROWS, WIDTH], tl.float32)
             begin = start + i * piece
-            for at in range(begin, tl.minimum(begin + piece, end), TILE):
-                s = at + tl.arange(0, TILE)
-                visible = s < end
-                if WINDOWED:
-                    visible = visible & (s >= first)
-                if B >= TILE:  # a tile lies within one page
-                    page = tl.load(table + at // B).to(tl.int64)
-                    base = (page * K + k) * (B * H) + (s % B) * H
-                else:
-                    page = tl.load(table + s // B, mask=visible, other=0).to(tl.int64)
-                    base = (page * K + k) * (B * H) + (s % B) * H
-                offset = base[:, None] + column[None, :]
-                read = visible[:, None] & (column < H)[None, :]
-                key = tl.load(keys + offset, mask=read, other=0.0)
-                value = tl.load(values + offset, mask=read, other=0.0)
-                if WIDEN:
-                    key, value = key.to(tl.float32), value.to(tl.float32)
-                score = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
-                if CAPPED:  # softcap tanh(score / softcap), the tanh from one exponential
-                    score = softcap * (1.0 - 2.0 / (tl.exp2(score) + 1.0))
-                score = tl.where(visible[None, :], score, float("-inf"))
-                new_max = tl.maximum(running_max, tl.max(score, 1))
-                rescale = tl.exp2(running_max - new_max)
-                weight = tl.exp2(score - new_max[:, None])
-                running_sum = running_sum * rescale + tl.sum(weight, 1)
-                average = average * rescale[:, None]
-                average = tl.dot(weight.to(value.dtype), value, average, input_precision="ieee")
-                running_max = new_max
+            until = tl.minimum(begin + piece, end)
+            average, piece_lse = _piece(
+                query, keys, values, table, k, begin, until, first, scale, softcap, K, B, H, TILE, WINDOWED, CAPPED
+            )
             place = (a * (K * G) + head) * pieces + i
-            tl.store(lse + place, running_max + tl.log2(running_sum), mask=row < G)
-            average = average / running_sum[:, None]
+            tl.store(lse + place, piece_lse, mask=row < G)
             tl.store(partial + place[:, None] * H + column[None, :], average, mask=inside)
 
     @triton.jit(do_not_specialize=["room", "pieces", "window"])
@@ -190,7 +219,7 @@ if AVAILABLE:
         added in one order.
         """
         a, n = tl.program_id(0).to(tl.int64), tl.program_id(1)
-        first, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECE, PIECES)
+        _, end, start, piece = _pieces_of(tl.load(positions + a), room, window, WINDOWED, TILE, PIECE, PIECES)
         i, column = tl.arange(0, PIECES), tl.arange(0, WIDTH)
         there = i < (end - start + piece - 1) // piece
         place = (a * N + n) * pieces + i
@@ -215,6 +244,7 @@ def paged_attention(
     values_PKBH: Tensor,
     tables_AJ: Tensor,
     positions_A: Tensor,
+    *,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -224,64 +254,29 @@ def paged_attention(
     """As `eager.paged_attention`, for what `takes` takes. The grid depends on shapes alone; nothing waits for the
     device. `multiprocessors` changes the number of programs and no bit of the result.
     """
-    (A, N, H), (_, K, B, _), J = q_ANH.shape, keys_PKBH.shape, tables_AJ.shape[1]
+    (A, N, H), (_, K, B, _), room = q_ANH.shape, keys_PKBH.shape, tables_AJ.shape[1] * keys_PKBH.shape[2]
     out_ANH = q_ANH.new_empty(A, N, H)
     if not A:
         return out_ANH
-    G, room, TILE = N // K, J * B, tile(H, keys_PKBH.dtype)
-    heads = K * -(-G // ROWS)
-    pieces, programs = shares(A, heads, longest_of(room, window, TILE), multiprocessors)
-    partial = torch.empty(A, N, pieces, H, dtype=torch.float32, device=q_ANH.device)
-    lse = torch.empty(A, N, pieces, dtype=torch.float32, device=q_ANH.device)
+    heads = K * -(-N // K // ROWS)
+    pieces, programs = shares(A, heads, longest_of(room, window, tile(H, q_ANH.dtype)), multiprocessors)
+    partial = q_ANH.new_empty(A, N, pieces, H, dtype=torch.float32)
+    lse = q_ANH.new_empty(A, N, pieces, dtype=torch.float32)
     q_ANH = q_ANH if q_ANH.stride(2) == 1 else q_ANH.contiguous()
-    tables_AJ, positions_A = tables_AJ.contiguous(), positions_A.contiguous()
-    # exp2 of a score before a soft-cap is e^(2 scale q.k / softcap), of one after it e^score
+    tables_AJ = tables_AJ if tables_AJ.stride(1) == 1 else tables_AJ.contiguous()
+    positions_A = positions_A.contiguous()
+    # e^(2 scale q.k / softcap) makes the soft-cap's tanh, e^(scale q.k) the softmax: powers of two are faster
     in_powers_of_two = (scale if softcap is None else 2 * scale / softcap) * LOG2E
-    common = {
-        "H": H,
-        "WIDTH": max(16, triton.next_power_of_2(H)),
-        "TILE": TILE,
-        "PIECE": PIECE,
-        "PIECES": PIECES,
-        "WINDOWED": window is not None,
-    }
+    tensors = (q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A, partial, lse)
+    strides = (q_ANH.stride(0), q_ANH.stride(1), room, tables_AJ.stride(0), pieces, window or 0)
+    common = constants(H, q_ANH.dtype, window is not None)
+    compiled_for = {"K": K, "G": N // K, "B": B, "ROWS": ROWS, "CAPPED": softcap is not None}
+    # a CPU has the interpreter alone, whose products know no bfloat16
+    compiled_for |= {"WIDEN": not q_ANH.is_cuda, **(LAUNCH_FP32 if q_ANH.dtype == torch.float32 else LAUNCH)}
     _partial_kernel[(A, heads, programs)](
-        q_ANH,
-        keys_PKBH,
-        values_PKBH,
-        tables_AJ,
-        positions_A,
-        partial,
-        lse,
-        q_ANH.stride(0),
-        q_ANH.stride(1),
-        room,
-        J,
-        pieces,
-        window or 0,
-        in_powers_of_two,
-        (softcap or 0.0) * LOG2E,
-        K=K,
-        G=G,
-        B=B,
-        ROWS=ROWS,
-        CAPPED=softcap is not None,
-        WIDEN=not q_ANH.is_cuda,  # a CPU has the interpreter alone, whose products know no bfloat16
-        **common,
-        num_warps=8 if q_ANH.dtype == torch.float32 else 4,
-        num_stages=STAGES,
+        *tensors, *strides, in_powers_of_two, (softcap or 0.0) * LOG2E, **common, **compiled_for
     )
-    _sum_kernel[(A, N)](
-        partial,
-        lse,
-        lse if sinks_N is None else sinks_N,
-        positions_A,
-        out_ANH,
-        room,
-        pieces,
-        window or 0,
-        N=N,
-        WITH_SINKS=sinks_N is not None,
-        **common,
-    )
+    sinks = {"N": N, "WITH_SINKS": sinks_N is not None}
+    of_sum = (partial, lse, lse if sinks_N is None else sinks_N, positions_A, out_ANH)
+    _sum_kernel[(A, N)](*of_sum, room, pieces, window or 0, **common, **sinks)
     return out_ANH

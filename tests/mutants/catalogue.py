@@ -3423,6 +3423,137 @@ ROLLOUT = (
     ),
 )
 
+# --- rollout: attention over pages ------------------------------------------------------------------------------------
+
+PAGED = "tests/rollout/test_paged_attention.py"
+DEFINITION = (f"{PAGED}::test_the_definition_equals_scalar_loops",)
+TOLD = (f"{PAGED}::test_flash_attention_is_told_the_same",)
+INTERPRETED = (f"{PAGED}::test_under_the_interpreter",)
+
+PAGES = (
+    Mutant(
+        "paged_window_sees_one_more",
+        "rollout/kernels/eager.py",
+        "s_L > positions_A[:, None] - window",
+        "s_L >= positions_A[:, None] - window",
+        DEFINITION,
+    ),
+    Mutant(
+        "paged_softcap_is_not_undone",
+        "rollout/kernels/eager.py",
+        "softcap * torch.tanh(scores_ANL / softcap)",
+        "torch.tanh(scores_ANL / softcap)",
+        DEFINITION,
+    ),
+    Mutant(
+        "paged_nan_of_what_is_unseen",
+        "rollout/kernels/eager.py",
+        ".to(wide).masked_fill(~visible_AL[:, :, None, None], 0)",
+        ".to(wide)",
+        DEFINITION,
+    ),
+    Mutant(
+        "paged_operator_has_the_keys_width",
+        "rollout/kernels/__init__.py",
+        "values_PKBH.shape[3]",
+        "keys_PKBH.shape[3]",
+        (f"{PAGED}::test_the_operator_has_a_shape_without_numbers",),
+    ),
+    Mutant(
+        "flash_is_told_one_token_less",
+        "rollout/kernels/__init__.py",
+        "(positions_A + 1).int()",
+        "positions_A.int()",
+        TOLD,
+    ),
+    Mutant("flash_window_is_one_longer", "rollout/kernels/__init__.py", "(window - 1, 0)", "(window, 0)", TOLD),
+    Mutant(
+        "flash2_on_any_page",
+        "rollout/kernels/__init__.py",
+        "B % 256",
+        "B % 16",
+        (f"{PAGED}::test_flash_attention_lacks_what_it_lacks",),
+    ),
+    Mutant(
+        "triton_pages_sum_without_rescaling",
+        "rollout/kernels/paged.py",
+        "running_sum * rescale + tl.sum(weight, 1)",
+        "running_sum + tl.sum(weight, 1)",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_average_without_rescaling",
+        "rollout/kernels/paged.py",
+        "value, average * rescale[:, None]",
+        "value, average",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_window_is_one_longer",
+        "rollout/kernels/paged.py",
+        "tl.maximum(position + 1 - window, 0)",
+        "tl.maximum(position - window, 0)",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_tiles_begin_anywhere",
+        "rollout/kernels/paged.py",
+        "start = first // TILE * TILE",
+        "start = first",
+        INTERPRETED,
+    ),
+    Mutant("triton_pages_row_of_a_tile", "rollout/kernels/paged.py", "* B + s % B", "* B + s % TILE", INTERPRETED),
+    Mutant(
+        "triton_pages_of_another_head",
+        "rollout/kernels/paged.py",
+        "k = tl.program_id(1) // shared_by",
+        "k = tl.program_id(1) % K",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_sink_in_another_base",
+        "rollout/kernels/paged.py",
+        "tl.load(sinks + n).to(tl.float32) * 1.4426950408889634",
+        "tl.load(sinks + n).to(tl.float32)",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_are_summed_without_weights",
+        "rollout/kernels/paged.py",
+        "tl.sum(average * weight[:, None], 0) / total",
+        "tl.sum(average, 0) / total",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_pieces_of_the_programs",
+        "rollout/kernels/paged.py",
+        "piece = PIECE\n",
+        "piece = PIECE * tl.num_programs(2)\n",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_pieces_of_the_table",
+        "rollout/kernels/paged.py",
+        "piece * PIECES < end - start",
+        "piece * PIECES < room - start",
+        INTERPRETED,
+    ),
+    Mutant(
+        "triton_pages_forget_the_first_tile",
+        "rollout/kernels/paged.py",
+        "min(room, window + tile - 1)",
+        "min(room, window)",
+        (f"{PAGED}::test_every_piece_of_a_response_has_a_place",),
+    ),
+    Mutant(
+        "triton_takes_any_page",
+        "rollout/kernels/paged.py",
+        " and B & (B - 1) == 0",
+        "",
+        (f"{PAGED}::test_what_the_kernels_take",),
+    ),
+)
+
 # --- launch -----------------------------------------------------------------------------------------------------------
 
 STEPS = ("tests/launch/test_stages.py",)
@@ -4822,6 +4953,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *TRAIN,
     *ENGINE,
     *ROLLOUT,
+    *PAGES,
     *LAUNCH,
     *PLANNER,
     *EVALUATION,

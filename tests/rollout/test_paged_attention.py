@@ -1,8 +1,8 @@
 """Attention over pages: the definition against scalar loops, the Triton kernels and flash-attention's call against the
 definition.
 
-The kernels run on a CPU under Triton's interpreter, which must be chosen before triton is imported, and triton may be in
-this process already: their properties run in a process of their own (this file as a script), once for all.
+The kernels run on a CPU under Triton's interpreter, which must be chosen before triton is imported, and triton may be
+in this process already: their properties run in a process of their own (this file as a script), once for all.
 
 What no response sees is NaN in every pool here, and what a table says of it is a random number.
 
@@ -13,18 +13,21 @@ table's row · L = J B positions · H head size · Hv head size of the values.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
 import sys
 import traceback
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -89,25 +92,26 @@ def exact(tensors: list[Tensor], how: dict) -> Tensor:
     return eager.paged_attention(*(x.double() for x in tensors[:3]), *tensors[3:], **how)
 
 
-def worst(case: Case, tensors: list[Tensor], how: dict) -> float:
-    """The largest error that the roundings of a kernel explain: in the pools' dtype those of a weight and of the
-    output, in float32 twice the definition's own and those of the soft-cap's exponential, all relative to the largest
-    value.
+def allowed(case: Case, tensors: list[Tensor], how: dict) -> Tensor:
+    """The largest error that the roundings of a kernel explain, (A, N, H): twice the definition's own in float32, and
+    relative to the average of |v|, of which every rounding of a weight is a part: those of the exponentials and the
+    soft-cap in float32, in the pools' dtype half an ulp of a weight and one of the output (the interpreter truncates).
     """
-    largest = tensors[2].double().nan_to_num().abs().max().item()
-    naive = eager.paged_attention(*(x.float() for x in tensors[:3]), *tensors[3:], **how) - exact(tensors, how)
-    half = 0.0 if case.dtype == torch.float32 else 2 * torch.finfo(case.dtype).eps
-    single = torch.finfo(torch.float32).eps * (8 + 4 * (case.softcap or 0))
-    return 2 * naive.abs().max().item() + largest * (half + single)
+    q_ANH, keys_PKBH, values_PKBH, *others = tensors
+    average_ANH = exact([q_ANH, keys_PKBH, values_PKBH.abs(), *others], how)
+    naive = eager.paged_attention(*(x.float() for x in tensors[:3]), *others, **how) - exact(tensors, how)
+    relative = torch.finfo(torch.float32).eps * (16 + 4 * (case.softcap or 0))
+    relative += 0.0 if case.dtype == torch.float32 else 1.5 * torch.finfo(case.dtype).eps
+    return 2 * naive.abs().max() + relative * average_ANH
 
 
 def check(case: Case) -> None:
     """The kernels equal the definition."""
     tensors, how = case.make()
     got = paged.paged_attention(*tensors, **how, multiprocessors=132)
-    assert got.dtype == case.dtype and got.shape == exact(tensors, how).shape
-    error = (got.double() - exact(tensors, how)).abs().max().item()
-    assert error <= worst(case, tensors, how), (error, worst(case, tensors, how))
+    assert got.dtype == case.dtype and got.shape == tensors[0].shape
+    excess = (got.double() - exact(tensors, how)).abs() / allowed(case, tensors, how)
+    assert excess.max() <= 1, excess.max()  # NaN is not
 
 
 # --- the definition ---------------------------------------------------------------------------------------------------
@@ -181,10 +185,22 @@ def test_no_responses_no_rows():
 
 # --- the kernels ------------------------------------------------------------------------------------------------------
 
+PHASES = (Phase.explicit, Phase.generate)  # the interpreter is slow: a failure is not made smaller
 FLOATS = (torch.float32, torch.float32, torch.bfloat16, torch.float16)
 
 
-@settings(deadline=None, max_examples=12, database=None)
+@contextmanager
+def short_pieces() -> Iterator[None]:
+    """At most 4, the shortest of 64 positions, instead of 32 of 256."""
+    before = paged.PIECE, paged.PIECES
+    try:
+        paged.PIECE, paged.PIECES = 64, 4
+        yield
+    finally:
+        paged.PIECE, paged.PIECES = before
+
+
+@settings(deadline=None, max_examples=10, database=None, phases=PHASES)
 @given(case=cases(dtypes=FLOATS))
 @example(case=Case((4999,), H=64, B=32))  # 20 pieces
 @example(case=Case((4999, 700), G=2, B=16, window=900, softcap=5.0, dtype=torch.bfloat16))
@@ -195,33 +211,30 @@ def kernels_equal_float64(case):
     check(case)
 
 
-@settings(deadline=None, max_examples=6, database=None)
-@given(case=cases(longest=600, pages=(16, 64, 256)), factor=st.integers(1, 400))
-def a_result_is_of_its_response_alone(case, factor):
+@settings(deadline=None, max_examples=4, database=None, phases=PHASES)
+@given(case=cases(longest=400, pages=(16, 64, 256)), few=st.integers(1, 400))
+def a_result_is_of_its_response_alone(case, few):
     """To the bit: alone, in a table as narrow as can be, on other pages, with another number of programs."""
     tensors, how = case.make()
     q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A = tensors
-    whole_ANH = paged.paged_attention(*tensors, **how, multiprocessors=132)
     P, last = len(keys_PKBH), len(case.positions) - 1
-    moved_P = torch.randperm(P, generator=torch.Generator().manual_seed(1))
+    moved_P = torch.randperm(P, generator=torch.Generator().manual_seed(1)).to(case.device)
     elsewhere = [torch.empty_like(pool) for pool in (keys_PKBH, values_PKBH)]
     for there, here in zip(elsewhere, (keys_PKBH, values_PKBH), strict=True):
         there[moved_P] = here
     row_J = tables_AJ[last, : case.positions[last] // case.B + 1]
     row_J = torch.where(row_J < P, moved_P[row_J.clamp(max=P - 1)].int(), row_J)
     alone = [q_ANH[last:], *elsewhere, row_J[None], positions_A[last:]]
-    assert torch.equal(paged.paged_attention(*alone, **how, multiprocessors=factor)[0], whole_ANH[last])
+    with short_pieces():
+        whole_ANH = paged.paged_attention(*tensors, **how, multiprocessors=132)
+        assert torch.equal(paged.paged_attention(*alone, **how, multiprocessors=few)[0], whole_ANH[last])
 
 
 def longer_pieces_where_there_would_be_too_many():
-    """As for responses of more than 32 pieces of 256 positions; here it is 4 of 64."""
-    before = paged.PIECE, paged.PIECES
-    try:
-        paged.PIECE, paged.PIECES = 64, 4
+    """As for responses of more than 32 pieces of 256 positions."""
+    with short_pieces():
         check(Case((255, 256, 511, 513), B=64))
         check(Case((300, 700), B=16, window=260))
-    finally:
-        paged.PIECE, paged.PIECES = before
 
 
 INTERPRETED = [kernels_equal_float64, a_result_is_of_its_response_alone, longer_pieces_where_there_would_be_too_many]
@@ -293,37 +306,27 @@ def test_what_the_kernels_take():
 # --- flash-attention --------------------------------------------------------------------------------------------------
 
 
+NAMES = "q k_cache v_cache k v rotary_cos rotary_sin cache_seqlens cache_batch_idx cache_leftpad {table} softmax_scale"
+NAMES += " causal window_size softcap rotary_interleaved num_splits return_softmax_lse"
+
+
 def stand_in(table: str, calls: list[dict]):
-    """A function with the arguments of flash-attention's, which computes by them what it would."""
+    """A function that says it has flash-attention's arguments, and computes by them what that would."""
 
-    def computed(q_A1NH, k_PBKH, v_PBKH, cache_seqlens, tables_AJ, **how) -> Tensor:
-        assert q_A1NH.shape[1] == 1 and cache_seqlens.dtype == tables_AJ.dtype == torch.int32
-        assert k_PBKH.stride(-1) == 1 and how["causal"]
+    def called(q_A1NH, k_PBKH, v_PBKH, **how) -> Tensor:
+        called.__signature__.bind(q_A1NH, k_PBKH, v_PBKH, **how)
         calls.append(how)
-        left, right = how["window_size"]
-        assert right == (0 if left >= 0 else -1)
-        rest = {"window": None if left < 0 else left + 1, "softcap": how["softcap"] or None, "sinks_N": None}
-        pools = (k_PBKH.transpose(1, 2), v_PBKH.transpose(1, 2))
-        return paged_attention(
-            q_A1NH[:, 0], *pools, tables_AJ, cache_seqlens.long() - 1, scale=how["softmax_scale"], **rest
-        )[:, None]
+        lengths_A, tables_AJ, (left, right) = how["cache_seqlens"], how[table], how.get("window_size", (-1, -1))
+        assert q_A1NH.shape[1] == k_PBKH.stride(3) == v_PBKH.stride(3) == 1 and how["causal"]
+        assert lengths_A.dtype == tables_AJ.dtype == torch.int32 and right == min(left, 0)
+        rest = {"scale": how["softmax_scale"], "window": None if left < 0 else left + 1, "softcap": how.get("softcap")}
+        pools = k_PBKH.transpose(1, 2), v_PBKH.transpose(1, 2)
+        return paged_attention(q_A1NH[:, 0], *pools, tables_AJ, lengths_A.long() - 1, **rest)[:, None]
 
-    def flash2(
-        q, k_cache, v_cache, k=None, v=None, rotary_cos=None, rotary_sin=None, cache_seqlens=None, cache_batch_idx=None,
-        cache_leftpad=None, block_table=None, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
-        rotary_interleaved=True, alibi_slopes=None, num_splits=0, return_softmax_lse=False,
-    ):  # fmt: skip
-        how = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
-        return computed(q, k_cache, v_cache, cache_seqlens, block_table, **how)
-
-    def flash3(
-        q, k_cache, v_cache, k=None, v=None, qv=None, cache_seqlens=None, page_table=None, softmax_scale=None,
-        causal=False, window_size=(-1, -1), attention_chunk=0, softcap=0.0, num_splits=0,
-    ):  # fmt: skip
-        how = {"softmax_scale": softmax_scale, "causal": causal, "window_size": window_size, "softcap": softcap}
-        return computed(q, k_cache, v_cache, cache_seqlens, page_table, **how)
-
-    return {"block_table": flash2, "page_table": flash3}[table]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    names = NAMES.format(table=table).split()
+    called.__signature__ = inspect.Signature([inspect.Parameter(name, kind, default=None) for name in names])
+    return called
 
 
 @pytest.fixture
