@@ -126,7 +126,8 @@ class Sampler:
             raise ValueError(f"slots >= 1 and max_length >= 2, not {slots} and {max_length}")
         if backend == "auto":
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
-        self.lm: Any = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device)
+        own = policy.lm if world.size == 1 else None
+        self.lm: Any = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device, own)
         self.transform, self.make_cache = policy.transform, make_cache
         self.world, self.decode = world, decode
         self.slots, self.max_length = slots, max_length

@@ -3111,6 +3111,9 @@ FILTERS = (
 )
 SAMPLER = "tests/rollout/test_sampler.py"
 CACHED = (f"{SAMPLER}::test_cached_attention_is_the_formula",)
+HANDOVER = "tests/rollout/test_handover.py"
+BUCKETS = (f"{HANDOVER}::test_buckets_give_what_one_gather_a_parameter_gives[2]",)
+PIECES_OUT = (f"{HANDOVER}::test_pieces_reach_their_places",)
 GREEDY = (f"{SAMPLER}::test_greedy_is_generate[llama]",)
 LAYOUT = (f"{SAMPLER}::test_text_does_not_depend_on_slots_or_order",)
 EXPERIENCE = ("tests/rollout/test_experience.py",)
@@ -3319,9 +3322,52 @@ ROLLOUT = (
     Mutant(
         "tied_weights_are_apart",
         "rollout/handover.py",
-        "    lm.tie_weights()\n",
-        "",
+        "            if id(p) not in made:\n",
+        "            if True:\n",
         (f"{SAMPLER}::test_greedy_is_generate[llama_biased]",),
+    ),
+    Mutant("a_bucket_is_overwritten_in_flight", "rollout/handover.py", "buffers[number % 2]", "buffers[0]", BUCKETS),
+    Mutant(
+        "the_last_ranks_rows_stay_old",
+        "rollout/handover.py",
+        "    if start < rest:\n",
+        "    if start > rest:\n",
+        PIECES_OUT,
+    ),
+    Mutant(
+        "columns_of_the_first_rank_for_all",
+        "rollout/handover.py",
+        "slice(place.first, place.first + place.size)",
+        "slice(0, place.size)",
+        PIECES_OUT,
+    ),
+    Mutant(
+        "what_fsdp_gathered_is_shared",
+        "rollout/handover.py",
+        "lasts = isinstance(p, DTensor) == sharded",
+        "lasts = True",
+        (f"{HANDOVER}::test_one_rank_samples_from_the_policys_own_tensors",),
+    ),
+    Mutant(
+        "the_other_policys_weights_are_overwritten",
+        "rollout/handover.py",
+        "origin.shares_with() is not source:",
+        "origin.shares_with() is None:",
+        (f"{HANDOVER}::test_another_policy_is_refused_where_weights_are_shared",),
+    ),
+    Mutant(
+        "frozen_weights_travel_every_time",
+        "rollout/handover.py",
+        "if not again or _is_trained(name, theirs[name][1], layers)]",
+        "]",
+        BUCKETS,
+    ),
+    Mutant(
+        "a_moved_policy_is_taken_for_shared",
+        "rollout/handover.py",
+        "isinstance(p, DTensor) == is_sharded and where[0] != where[1]",
+        "False",
+        (f"{HANDOVER}::test_a_policy_that_moved_is_copied",),
     ),
     Mutant(
         "adapters_are_not_handed_over",
