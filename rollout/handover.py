@@ -18,7 +18,7 @@ import copy
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -46,16 +46,16 @@ def skeleton(
     dtype: torch.dtype,
     device: torch.device,
     source: Any = None,
-    cut: Callable[[nn.Module], None] = lambda lm: None,
+    cut: Callable[[nn.Module], dict[str, Place]] | None = None,
 ) -> nn.Module:
     """The family's own modules with uninitialised weights, in eval mode, without gradients.
 
-    What `source`, a model on this rank alone, holds in this dtype on this device is shared with it. `cut` changes the
-    modules before there is memory for them.
+    What `source`, a model on this rank alone, holds in this dtype on this device is shared with it. `cut` leaves
+    parts of the modules before there is memory for them, and says what place each has in the whole.
     """
     with torch.device("meta"):
         lm = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention_name)
-    cut(lm)
+    places = cut(lm) if cut else {}
     shared = {} if source is None else _shareable(source, dtype, device)
     made: dict[int, nn.Parameter] = {}  # by the empty one's identity: tied weights stay one tensor
     for path, module in lm.named_modules():  # Module.to_empty would exchange data of parameters, which fakes refuse
@@ -68,8 +68,8 @@ def skeleton(
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=device))
     target: Any = lm.eval()
-    cut_by_rows = source is not None and _is_sharded(source)
-    target.origin = Origin(None if source is None else weakref.ref(source), dict.fromkeys(shared, cut_by_rows))
+    by_fsdp = source is not None and _is_sharded(source)
+    target.origin = Origin(None if source is None else weakref.ref(source), dict.fromkeys(shared, by_fsdp), places)
     return target
 
 
@@ -79,8 +79,8 @@ class Origin:
 
     shares_with: weakref.ref | None  # the model that holds what is shared
     shared: dict[str, bool]  # names of the tensors that are that model's own, and whether FSDP holds them
+    places: dict[str, Place]  # of tensors that are parts of the model's, by name
     loaded: weakref.ref | None = None  # the model of the last hand-over
-    places: dict[str, Place] = field(default_factory=dict)  # of tensors that are parts of the model's, by name
 
 
 def _shareable(source: Any, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:

@@ -29,7 +29,7 @@ from engine.model import attention
 from engine.model.policy import Policy
 from engine.world import World, on_device
 from rollout import cache as caching
-from rollout import handover
+from rollout import handover, parallel
 from rollout.choice import SamplingParams, choose
 from rollout.noise import response_key
 
@@ -115,19 +115,22 @@ class Sampler:
         decode: Callable[[list[int]], str] | None = None,
         backend: str = "auto",
         make_cache: Callable[[int, int], caching.SlotCache] = caching.SlotCache,
+        tensor_parallel: int = 1,
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
         Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once (the
         cache holds slots x max_length); `decode` ids to text, for stop strings; `backend` of the prompts' attention;
-        `make_cache` makes a cache of (slots, max_length). Raises ValueError.
+        `make_cache` makes a cache of (slots, max_length); `tensor_parallel` neighbouring ranks share one sampler, and
+        draw the same responses together. Raises ValueError, and UserError for a model that cannot be shared.
         """
         if slots < 1 or max_length < 2:
             raise ValueError(f"slots >= 1 and max_length >= 2, not {slots} and {max_length}")
         if backend == "auto":
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
-        own = policy.lm if world.size == 1 else None
-        self.lm: Any = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device, own)
+        self.team = parallel.Team.of(world, tensor_parallel)
+        attention_name = caching.register(attention.packed(backend))
+        self.lm: Any = parallel.build(config, attention_name, dtype, world, policy, self.team)
         self.transform, self.make_cache = policy.transform, make_cache
         self.world, self.decode = world, decode
         self.slots, self.max_length = slots, max_length
@@ -194,7 +197,7 @@ class Sampler:
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         if params.stop_strings and self.decode is None:
             raise ValueError("stop_strings need a sampler with `decode`")
-        vocab = self.lm.get_output_embeddings().weight.shape[0]
+        vocab = len(self.lm.get_input_embeddings().weight)
         for request in requests:
             length, limit = len(request.prompt_ids), _limit(request, params)
             if length + limit > self.max_length:
@@ -305,11 +308,13 @@ class Sampler:
 
     def logits(self, hidden_AD: Tensor) -> Tensor:
         """(A, V) fp32, by the products that the trainer's head takes."""
-        weight_VD = self.lm.get_output_embeddings().weight
+        weight_VD = self.team.head(self.lm)  # of a team: this rank's rows
         if hidden_AD.is_cuda and hidden_AD.dtype != torch.float32:
             # the tensor cores' own accumulator, not rounded to bf16
-            return self.transform(torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32))
-        return self.transform((hidden_AD @ weight_VD.T).float())
+            part_AV = torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32)
+        else:
+            part_AV = (hidden_AD @ weight_VD.T).float()
+        return self.transform(self.team.join(part_AV, len(self.lm.get_input_embeddings().weight)))
 
     def _reason_to_stop(self, sequence: _Sequence, params: SamplingParams) -> str:
         if sequence.response[-1] in params.stop_ids:

@@ -3314,8 +3314,8 @@ ROLLOUT = (
     Mutant(
         "sampled_without_the_softcap",
         "rollout/sampler.py",
-        "return self.transform((hidden_AD @ weight_VD.T).float())",
-        "return (hidden_AD @ weight_VD.T).float()",
+        "return self.transform(self.team.join(part_AV, len(self.lm.get_input_embeddings().weight)))",
+        "return self.team.join(part_AV, len(self.lm.get_input_embeddings().weight))",
         (f"{SAMPLER}::test_logprobs_are_the_trainers[gemma2]",),
     ),
     Mutant("stale_buffers", "rollout/handover.py", "        held[leaf].copy_(buffer)\n", "", GREEDY),
