@@ -47,7 +47,7 @@ def one_by_one(target: Any, source: Any, here: World) -> None:
         padded = p.new_zeros(per_rank, *p.shape[1:])
         padded[: len(shard.to_local())] = shard.to_local()
         whole = p.new_empty(per_rank * here.size, *p.shape[1:])
-        handover._all_gather(whole, padded, group=here.mesh.get_group())
+        handover.all_gather(whole, padded, group=here.mesh.get_group())
         p.copy_(whole[: p.shape[0]])
 
 
@@ -81,7 +81,7 @@ def measure(args: argparse.Namespace) -> None:
     policy = made(args, here)
     target: Any = handover.skeleton(policy.lm.config, "sdpa", torch.bfloat16, here.device)
     count, largest = 0, 0
-    gather = handover._all_gather
+    gather = handover.all_gather
 
     def counted(output: torch.Tensor, mine: torch.Tensor, **options: Any) -> Any:
         nonlocal count, largest
@@ -96,7 +96,7 @@ def measure(args: argparse.Namespace) -> None:
         "in buckets": lambda: handover.load(target, policy.lm, here),
         "one by one": lone,
     }
-    handover._all_gather = counted
+    handover.all_gather = counted
     seen = {}
     for name, way in ways.items():  # a warm-up, whose collectives are counted, and whose weights are kept
         count = largest = 0

@@ -82,7 +82,8 @@ def generate(config: Config) -> None:
         found = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
         questions = [question for question in found if isinstance(question, Question)]
     window = max(len(question.ids) for question in questions) + config.response_length
-    sampler = open_sampler(base, world, window=window, slots=config.rollout_slots)
+    parts = config.rollout_tensor_parallel
+    sampler = open_sampler(base, world, window=window, slots=config.rollout_slots, tensor_parallel=parts)
     rollouts = sample(sampler, questions, config, SamplingParams.of(config, *base.chat.end_ids), world)
     if not world.is_main:
         return
@@ -94,7 +95,7 @@ def generate(config: Config) -> None:
 def resolve(config: Config, world: World) -> Config:
     """Fills what is left open. Raises UserError."""
     world.agree("configuration", repr(config))
-    require_positive(config, "num_samples_per_prompt", "rollout_slots")
+    require_positive(config, "num_samples_per_prompt", "rollout_slots", "rollout_tensor_parallel")
     config.check_prompts()
     config.check_decoding()
     if config.prompt is not None and not all(text.strip() for text in config.prompt):
@@ -116,14 +117,15 @@ def sample(
     sampler: Sampler, questions: list[Question], config: Config, params: SamplingParams, world: World
 ) -> list[Rollout]:
     """Every response, on every rank, in the order of the prompts and of the samples of each. Collective."""
-    mine = range(world.rank, len(questions), world.size)
+    team = sampler.team
+    mine = range(team.number, len(questions), team.count)
     samples = range(config.num_samples_per_prompt)
     requests = [Request(questions[i].ids, i, j) for i in mine for j in samples]
     found = []
     hidden = None if world.is_main and len(requests) > 1 else True  # None: shown on a terminal alone
     with tqdm(total=len(requests), unit="response", disable=hidden, dynamic_ncols=True, leave=False) as bar:
         for _, rollout in sampler.stream(requests, params, seed=config.seed, step=0):
-            found.append(rollout)
+            found += [rollout] if team.leads else []
             bar.update(1)
     everyone = [rollout for part in world.gather(found) for rollout in part]
     return sorted(everyone, key=lambda rollout: (rollout.example, rollout.sample))

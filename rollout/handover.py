@@ -246,7 +246,7 @@ def _hand_over(moving: list[Moving], world: World) -> None:
             part = reader(piece)
             mine.view(dtype)[at : at + len(part)].copy_(part)  # the cast
             at += piece.stop - piece.start
-        work = _all_gather(everyones, mine, group=world.mesh.get_group(), async_op=True)
+        work = all_gather(everyones, mine, group=world.mesh.get_group(), async_op=True)
         if flying is not None:
             _land(*flying)
         flying = work, bucket, everyones.view(dtype).view(world.size, -1)
@@ -254,7 +254,7 @@ def _hand_over(moving: list[Moving], world: World) -> None:
         _land(*flying)
 
 
-_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, and before
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, and before
 
 
 def _numbers(bucket: list[Piece]) -> int:
@@ -337,7 +337,7 @@ class Ahead:
             shard = local(p).contiguous().view(torch.uint8).reshape(-1)
             part[: len(shard)].copy_(shard)
         everyones = mine.new_empty(self.world.size * len(mine))
-        _all_gather(everyones, mine, group=self.world.mesh.get_group())
+        all_gather(everyones, mine, group=self.world.mesh.get_group())
         for p, part in zip(some, everyones.view(self.world.size, -1).split(sizes, dim=1), strict=True):
             numbers = part.reshape(-1)[: p.shape.numel() * p.element_size()]
             self.there[id(p)] = numbers.clone().view(p.dtype).view(p.shape)

@@ -81,7 +81,7 @@ class Team:
             return part
         padded = pad(part, (0, -(-width // self.size) - part.shape[-1])).contiguous()
         everyones = padded.new_empty(self.size, *padded.shape)
-        handover._all_gather(everyones.view(-1), padded.view(-1), group=self.group)
+        handover.all_gather(everyones.view(-1), padded.view(-1), group=self.group)
         return everyones.movedim(0, -2).flatten(-2)[..., :width]
 
     def head(self, lm: Any) -> Tensor:

@@ -31,6 +31,12 @@ class RolloutFlags(DecodingFlags):
 
     num_samples_per_prompt: int = flag(None, "responses to each prompt", SAMPLING)
     rollout_slots: int = flag(64, "responses sampled at a time on each rank", SAMPLING)
+    rollout_tensor_parallel: int = flag(
+        1,
+        "neighbouring ranks that share one sampler, each with a part of every layer, for a model whose whole copy does"
+        " not fit one; --rollout_slots is then theirs together",
+        SAMPLING,
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ class SamplingFlags(RolloutFlags):
     def check_sampling(self) -> None:
         """Raises UserError for what cannot be."""
         self.check_decoding()
-        require_positive(self, "rollout_slots")
+        require_positive(self, "rollout_slots", "rollout_tensor_parallel")
 
 
 @dataclass(frozen=True, kw_only=True)

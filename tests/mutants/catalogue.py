@@ -3442,8 +3442,8 @@ ROLLOUT = (
     Mutant(
         "every_rank_samples_all",
         "rollout/collect.py",
-        "for e in chosen[rank::size] for",
-        "for e in chosen for",
+        "for e in chosen[team.number :: team.count]",
+        "for e in chosen",
         COLLECT,
     ),
     Mutant(

@@ -63,7 +63,7 @@ def hand_over(policy: Any, dtype: torch.dtype, here: world.World, bucket: int) -
     addresses = [p.data_ptr() for p in target.parameters()]
     gathers: list[tuple[bool, int]] = []  # of a bucket, or of what merging needs whole; bytes
     planned: list[int] = []
-    gather, buckets = handover._all_gather, handover.buckets
+    gather, buckets = handover.all_gather, handover.buckets
 
     def counted(output: torch.Tensor, mine: torch.Tensor, **options: Any) -> Any:
         gathers.append(("async_op" in options, output.nbytes))
@@ -74,7 +74,7 @@ def hand_over(policy: Any, dtype: torch.dtype, here: world.World, bucket: int) -
         planned.append(len(found))
         return found
 
-    handover._all_gather, handover.buckets = counted, plan
+    handover.all_gather, handover.buckets = counted, plan
     found = []
     try:
         for number in range(2):
@@ -90,5 +90,5 @@ def hand_over(policy: Any, dtype: torch.dtype, here: world.World, bucket: int) -
                 assert torch.equal(own, expected), (name, bucket)
         assert addresses == [p.data_ptr() for p in target.parameters()]
     finally:
-        handover._all_gather, handover.buckets = gather, buckets
+        handover.all_gather, handover.buckets = gather, buckets
     return {"rounds": found, "bytes": sum(p.nbytes for p in target.parameters())}
