@@ -3114,6 +3114,7 @@ CACHED = (f"{SAMPLER}::test_cached_attention_is_the_formula",)
 HANDOVER = "tests/rollout/test_handover.py"
 BUCKETS = (f"{HANDOVER}::test_buckets_give_what_one_gather_a_parameter_gives[2]",)
 PIECES_OUT = (f"{HANDOVER}::test_pieces_reach_their_places",)
+SHARED = "tests/rollout/test_parallel.py::test_a_team_of_two_samples_what_one_rank_samples"
 GREEDY = (f"{SAMPLER}::test_greedy_is_generate[llama]",)
 LAYOUT = (f"{SAMPLER}::test_text_does_not_depend_on_slots_or_order",)
 EXPERIENCE = ("tests/rollout/test_experience.py",)
@@ -3325,6 +3326,62 @@ ROLLOUT = (
         "            if id(p) not in made:\n",
         "            if True:\n",
         (f"{SAMPLER}::test_greedy_is_generate[llama_biased]",),
+    ),
+    Mutant(
+        "every_rank_of_a_team_adds_the_bias",
+        "rollout/parallel.py",
+        "self.team.sum(linear(x, self.weight))",
+        "self.team.sum(linear(x, self.weight, self.bias))",
+        (f"{SHARED}[llama_biased]",),
+    ),
+    Mutant(
+        "the_first_ranks_columns_for_all",
+        "rollout/parallel.py",
+        "x = x.narrow(-1, self.first, self.size)",
+        "x = x.narrow(-1, 0, self.size)",
+        (f"{SHARED}[olmo2]",),
+    ),
+    Mutant(
+        "padding_is_a_token",
+        "rollout/parallel.py",
+        "everyones.movedim(0, -2).flatten(-2)[..., :width]",
+        "everyones.movedim(0, -2).flatten(-2)",
+        (f"{SHARED}[llama]",),
+    ),
+    Mutant(
+        "a_tied_embedding_is_cut_with_the_head",
+        "rollout/parallel.py",
+        "if source is head and is_tied:",
+        "if source is head and not is_tied:",
+        ("tests/rollout/test_parallel.py::test_parts_make_the_whole",),
+    ),
+    Mutant(
+        "heads_are_cut_in_two",
+        "rollout/parallel.py",
+        "if heads and heads % size:",
+        "if heads and heads * 2 < size:",
+        ("tests/rollout/test_parallel.py::test_what_cannot_be_split_is_refused_in_one_line",),
+    ),
+    Mutant(
+        "teams_that_overlap",
+        "rollout/parallel.py",
+        "if size < 1 or world.size % size:",
+        "if size < 1 or world.size < size:",
+        ("tests/rollout/test_parallel.py::test_a_team_divides_its_world",),
+    ),
+    Mutant(
+        "every_rank_of_a_team_verifies",
+        "rollout/collect.py",
+        "for verdict in self.pool.imap(rows()) if team.leads else ():",
+        "for verdict in self.pool.imap(rows()):",
+        COLLECT,
+    ),
+    Mutant(
+        "a_team_counts_twice",
+        "launch/generate.py",
+        "found += [rollout] if team.leads else []",
+        "found += [rollout]",
+        ("tests/launch/test_generate.py::test_two_ranks_write_the_same_file_in_the_order_of_the_rows",),
     ),
     Mutant("a_bucket_is_overwritten_in_flight", "rollout/handover.py", "buffers[number % 2]", "buffers[0]", BUCKETS),
     Mutant(

@@ -124,3 +124,11 @@ def test_what_cannot_be_split_is_refused_in_one_line(case):
     with pytest.raises(UserError, match=line):
         parallel.check(config, size, here)
     parallel.check(config, 1, here)
+
+
+@pytest.mark.parametrize("size", [0, 3, 5])
+def test_a_team_divides_its_world(size):
+    here: Any = SimpleNamespace(size=4, rank=1)
+    with pytest.raises(UserError, match=f"--rollout_tensor_parallel {size} does not divide the 4 ranks"):
+        parallel.Team.of(here, size)
+    assert parallel.Team.of(here, 1) == parallel.Team(0, 1, 1, 4) and parallel.Team.of(here, 1).leads
