@@ -19,7 +19,7 @@ from engine import terminal
 from engine.config import parse
 from engine.data.rows import BadRow
 from engine.errors import UserError
-from engine.flags import DecodingFlags, InferenceFlags, SystemFlags, fill, flag, override
+from engine.flags import DecodingFlags, InferenceFlags, RolloutFlags, SystemFlags, fill, flag, override
 from engine.model import open_model
 from engine.world import World, main, start
 from launch import commands
@@ -60,7 +60,7 @@ def open_talk(config: Config, world: World, is_embedded: bool = False) -> Talk:
     world.say(*cautions(base, is_embedded))
     window = base.longest_prompt(config.max_seq_length, 1) + 1
     params = SamplingParams.of(config, *base.chat.end_ids)
-    sampler, _ = open_sampler(base, world, window=window, slots=1)
+    sampler, _ = open_sampler(base, world, window=window, flags=RolloutFlags(rollout_slots=1))
     talk = Talk(base.chat, sampler, params, config.seed)
     if config.system_prompt is not None:
         try:

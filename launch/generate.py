@@ -75,7 +75,7 @@ def generate(config: Config) -> None:
         found = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
         questions = [question for question in found if isinstance(question, Question)]
     window = max(len(question.ids) for question in questions) + config.response_length
-    sampler, weights = open_sampler(base, world, window=window, **config.rollout_room)
+    sampler, weights = open_sampler(base, world, window=window, flags=config)
     params = SamplingParams.of(config, *base.chat.end_ids)
     run = run_of(weights, questions, asdict(params) | {"seed": config.seed, "dtype": str(base.dtype)})
     journal = world.on_main("journal", lambda: Journal(config.output, run, questions, world))
@@ -116,7 +116,8 @@ def sample(sampler: Sampler, journal: Journal, config: Config, params: SamplingP
     wanted = [(i, j) for i in range(len(journal.questions)) for j in range(config.num_samples_per_prompt)]
     missing = journal.missing(wanted, world)
     examples = sorted({example for example, _ in missing})
-    mine = set(examples[world.rank :: world.size])
+    team = sampler.team
+    mine = set(examples[team.number :: team.count])
     requests = [Request(journal.questions[i].ids, i, j) for i, j in missing if i in mine]
     hidden = None if world.is_main and len(requests) > 1 else True  # None: shown on a terminal alone
     with tqdm(total=len(missing), unit="response", disable=hidden, dynamic_ncols=True, leave=False) as bar:
@@ -127,7 +128,8 @@ def sample(sampler: Sampler, journal: Journal, config: Config, params: SamplingP
 
         mail = Mail(world, take)
         for _, rollout in sampler.stream(requests, params, seed=config.seed, step=0):
-            mail.send(line_of(rollout))
+            if team.leads:  # of the ranks that share a sampler, one
+                mail.send(line_of(rollout))
         mail.end()
 
 

@@ -31,14 +31,24 @@ from engine.data import MicroBatch, Prompt, PromptReader, Steps, fingerprint_of,
 from engine.errors import UserError
 from engine.flags import RlvrFlags, fill, flag, override, require_between, require_not_negative, require_positive
 from engine.log import Totals
-from engine.model import Policy, load_policy, open_model, release
+from engine.model import Policy, load_policy, release
 from engine.train import Clock, Run, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import after, checker, commands, each_seed, pinned, resolve, show_plan, with_tuned_model
+from launch.resolve import (
+    after,
+    checker,
+    commands,
+    each_seed,
+    make_sampler,
+    open_rlvr,
+    pinned,
+    resolve,
+    show_plan,
+    with_tuned_model,
+)
 from rollout import (
     Collector,
     Experience,
-    Sampler,
     check_form,
     check_ratio,
     check_sampler,
@@ -164,8 +174,7 @@ def train(config: Config) -> None:
     """Iterates the six numbered steps of this file's head."""
     world = start(config.deterministic, config.quiet)
     config = resolve_grpo(config, world)
-    keep_initial = config.reference == "adapter" and config.kl_coef != 0
-    base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
+    base = open_rlvr(config, world)
     longest = base.longest_prompt(config.max_seq_length, config.response_length)
     with checker(config.verifier_mode, config.verifier_module) as check:
         read = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
@@ -184,7 +193,7 @@ def train(config: Config) -> None:
         policy = load_policy(base, world, temperature=config.temperature or 1.0)
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **config.rollout_room)
+        sampler = make_sampler(base, policy, world, config, window)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         optimizer = optim.adamw(policy, config, world)
 

@@ -12,10 +12,10 @@ from typing import TypeVar
 from engine.data import ChatTokenizer, embedded
 from engine.data.chat import CLOSED_THOUGHT, MARK_OF_THOUGHT
 from engine.errors import UserError
-from engine.flags import InferenceFlags
-from engine.model import Base, load_untrained
+from engine.flags import InferenceFlags, RolloutFlags
+from engine.model import Base, Policy, load_untrained
 from engine.world import World
-from rollout import Sampler
+from rollout import Sampler, parallel
 
 Config = TypeVar("Config", bound=InferenceFlags)
 LIBRARYS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0, "repetition_penalty": 1.0}  # own settings
@@ -70,14 +70,18 @@ def embedded_questions(cache_dir: str, count: int) -> tuple[str, ...]:
     return tuple(asked[:: len(asked) // count][:count])
 
 
-def open_sampler(
-    base: Base, world: World, *, window: int, slots: int | None, memory: float | None = None
-) -> tuple[Sampler, str]:
-    """(a sampler of so many slots of `window` tokens with the model's weights, what these weights are called).
-    Collective. Raises UserError.
+def make_sampler(base: Base, policy: Policy, world: World, flags: RolloutFlags, window: int) -> Sampler:
+    """A sampler of `window` tokens that has no weights yet. Collective. Raises UserError."""
+    return Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **flags.rollout_room)
+
+
+def open_sampler(base: Base, world: World, *, window: int, flags: RolloutFlags) -> tuple[Sampler, str]:
+    """(a sampler of `window` tokens with the model's weights, what these weights are called). Collective. Raises
+    UserError.
     """
+    parallel.check(base.config, flags.rollout_tensor_parallel, world)
     policy = load_untrained(base, world)
-    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, slots=slots, memory=memory)
+    sampler = make_sampler(base, policy, world, flags, window)
     sampler.load(policy)
     return sampler, policy.identity
 

@@ -28,13 +28,23 @@ from engine.config import as_dict, parse
 from engine.data import MicroBatch, Prompt, PromptReader, Steps, fingerprint_of, read_prompts
 from engine.flags import RlvrFlags, flag, override, require_between, require_not_negative, require_positive
 from engine.log import Totals
-from engine.model import Policy, ValueModel, check_value_model, load_policy, load_value_model, open_model, release
+from engine.model import Policy, ValueModel, check_value_model, load_policy, load_value_model, release
 from engine.train import Clock, Run, optim, reference, screen
 from engine.world import World, main, start
-from launch.resolve import after, checker, commands, each_seed, pinned, resolve, show_plan, with_tuned_model
+from launch.resolve import (
+    after,
+    checker,
+    commands,
+    each_seed,
+    make_sampler,
+    open_rlvr,
+    pinned,
+    resolve,
+    show_plan,
+    with_tuned_model,
+)
 from rollout import (
     Collector,
-    Sampler,
     check_form,
     check_ratio,
     check_sampler,
@@ -94,8 +104,7 @@ def train(config: Config) -> None:
     """Iterates the six numbered steps of this file's head."""
     world = start(config.deterministic, config.quiet)
     config = resolve_ppo(config, world)
-    keep_initial = config.reference == "adapter" and config.kl_coef != 0
-    base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
+    base = open_rlvr(config, world)
     if config.value_model_name_or_path:
         check_value_model(base, config.value_model_name_or_path)
     longest = base.longest_prompt(config.max_seq_length, config.response_length)
@@ -117,7 +126,7 @@ def train(config: Config) -> None:
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         value_model = load_value_model(base, world, config.value_model_name_or_path, policy)
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **config.rollout_room)
+        sampler = make_sampler(base, policy, world, config, window)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         roots = {"policy": policy, "value": value_model}
         trained = {of: (root, optim.adamw(root, config, world)) for of, root in roots.items()}

@@ -12,15 +12,18 @@ from engine import run, terminal
 from engine.data.embedded import embedded
 from engine.errors import UserError
 from engine.flags import MemoryFlags, StageFlags, fill
-from engine.model import layers
+from engine.model import Base, layers, open_model
 from engine.world import World
 from launch import commands
 from launch.after import after
+from launch.inference import make_sampler
 from launch.judges import checker, pinned
 from launch.planner.dry_run import show_plan
 from launch.seeds import each_seed
+from rollout import parallel
 
-__all__ = ["after", "checker", "commands", "each_seed", "pinned", "resolve", "show_plan", "with_tuned_model"]
+__all__ = ["after", "checker", "commands", "each_seed", "make_sampler", "open_rlvr", "pinned", "resolve", "show_plan"]
+__all__ += ["with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
 FAR_OFF = 300  # times the usual learning rate, of which a factor of 100 is within what papers use
 TINY = 64 * 2**20  # bytes of weights: such a model takes a hundred times as much
@@ -93,6 +96,16 @@ def with_embedded(config: Config, world: World, data: str) -> Config:
         return config
     train, held_out = (str(made._asdict()[f"{split}_{data}"]) for split in ("train", "held_out"))
     return dataclasses.replace(config, dataset_name=train, eval_dataset_name=config.eval_dataset_name or held_out)
+
+
+def open_rlvr(config: Any, world: World) -> Base:
+    """The model that is sampled from and trained, nothing read of it yet but its description. Raises UserError, also
+    where the sampler cannot be split as it is asked to be.
+    """
+    keep_initial = config.reference == "adapter" and config.kl_coef != 0
+    base = open_model(config, world, memory=config, adapters=config, keep_initial=keep_initial)
+    parallel.check(base.config, config.rollout_tensor_parallel, world)
+    return base
 
 
 def check_memory(flags: MemoryFlags, world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -36,26 +37,34 @@ class Collector:
         """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
 
         `seed` is in place of the run's; `shown` stands before the phases on the bar. Every n-th group of samples is
-        this rank's; verification draws finished responses from the sampler while it goes on.
+        this rank's, or its team's, of whom one verifies; verification draws finished responses from the sampler while
+        it goes on.
         """
-        rank, size, total = self.world.rank, self.world.size, len(chosen) * samples
+        team, total = self.sampler.team, len(chosen) * samples
         seed = self.seed if seed is None else seed
-        requests = [Request(prompts[e].ids, int(e), sample) for e in chosen[rank::size] for sample in range(samples)]
+        requests = [
+            Request(prompts[e].ids, int(e), sample)
+            for e in chosen[team.number :: team.count]
+            for sample in range(samples)
+        ]
+        drawn = self.sampler.stream(requests, self.params, seed=seed, step=step)
         finished: list[Rollout] = []
         verdicts: list[Verdict] = []
 
         def rows() -> Iterator[tuple]:
             self.world.phase(f"{shown}sampling", 0, total)
-            for _, rollout in self.sampler.stream(requests, self.params, seed=seed, step=step):
+            for _, rollout in drawn:
                 finished.append(rollout)
-                self.world.phase(f"{shown}sampling", len(finished) * size, total)
+                self.world.phase(f"{shown}sampling", len(finished) * team.count, total)
                 prompt = prompts[rollout.example]
                 yield self.chat.response_text(rollout.response_ids), prompt.ground_truth, prompt.dataset
 
-        for verdict in self.pool.imap(rows()):
+        if not team.leads:  # draws what its team draws, and hears of the verdicts with everyone
+            deque(drawn, maxlen=0)
+        for verdict in self.pool.imap(rows()) if team.leads else ():
             verdicts.append(verdict)
             if len(finished) == len(requests):
-                self.world.phase(f"{shown}verifying", len(verdicts) * size, total)
+                self.world.phase(f"{shown}verifying", len(verdicts) * team.count, total)
         mine = list(zip(finished, verdicts, strict=True))
         place = {int(e): i for i, e in enumerate(chosen)}
         everyone = [pair for part in self.world.gather(mine) for pair in part]

@@ -27,7 +27,7 @@ from engine.model import attention
 from engine.model.policy import Policy
 from engine.world import World, on_device
 from rollout import cache as caching
-from rollout import handover, room
+from rollout import handover, parallel, room
 from rollout.choice import SamplingParams
 from rollout.decoder import LAG, Decoder, Launched
 from rollout.noise import response_key
@@ -89,13 +89,15 @@ class Sampler:
         block: int = BLOCK,
         decode: Callable[[list[int]], str] | None = None,
         backend: str = "auto",
+        tensor_parallel: int = 1,
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
         Args: `dtype` to compute in; `max_length` tokens of prompt and response together; `slots` responses at once, at
         most (None: SLOTS); `memory` of the cache as a share of what is free when sampling begins (None: SHARE), of
         which no more is taken than the requests can need; `block` positions of a page; `decode` ids to text, for stop
-        strings; `backend` of the prompts' attention. Raises ValueError.
+        strings; `backend` of the prompts' attention; `tensor_parallel` neighbouring ranks share one sampler, and draw
+        the same responses together. Raises ValueError, and UserError for a model that cannot be shared.
         """
         kind = world.device.type
         slots = SLOTS[kind] if slots is None else slots
@@ -103,7 +105,9 @@ class Sampler:
             raise ValueError(f"slots >= 1, max_length >= 2 and block >= 1, not {slots}, {max_length} and {block}")
         if backend == "auto":
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
-        self.lm: Any = handover.skeleton(config, caching.register(attention.packed(backend)), dtype, world.device)
+        self.team = parallel.Team.of(world, tensor_parallel)
+        attention_name = caching.register(attention.packed(backend))
+        self.lm: Any = parallel.build(config, attention_name, dtype, world, policy, self.team)
         self.transform = policy.transform
         self.world, self.decode = world, decode
         self.slots, self.max_length, self.block = slots, max_length, block
@@ -157,7 +161,7 @@ class Sampler:
     def _check(self, requests: Sequence[Request], params: SamplingParams) -> None:
         if params.stop_strings and self.decode is None:
             raise ValueError("stop_strings need a sampler with `decode`")
-        vocab = self.lm.get_output_embeddings().weight.shape[0]
+        vocab = len(self.lm.get_input_embeddings().weight)
         for request in requests:
             length, limit = len(request.prompt_ids), _limit(request, params)
             if length + limit > self.max_length:
@@ -248,7 +252,8 @@ class Sampler:
             self.cache.reset()
             return self.cache
         self.cache = None  # its memory is free before the next is made
-        counts = room.counts(int(self.share * room.free_memory(self.world)), wanted, self.layers, self.block)
+        free = self.team.least(room.free_memory(self.world))  # all of a team set back the same responses
+        counts = room.counts(int(self.share * free), wanted, self.layers, self.block)
         self.cache = caching.PagedCache(self.layers, counts, self.slots, self.max_length, self.block)
         self.cache.allocate(self.world.device)
         return self.cache
@@ -283,11 +288,13 @@ class Sampler:
 
     def logits(self, hidden_AD: Tensor) -> Tensor:
         """(A, V) fp32, by the products that the trainer's head takes."""
-        weight_VD = self.lm.get_output_embeddings().weight
+        weight_VD = self.team.head(self.lm)  # of a team: this rank's rows
         if hidden_AD.is_cuda and hidden_AD.dtype != torch.float32:
             # the tensor cores' own accumulator, not rounded to bf16
-            return self.transform(torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32))
-        return self.transform((hidden_AD @ weight_VD.T).float())
+            part_AV = torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32)
+        else:
+            part_AV = (hidden_AD @ weight_VD.T).float()
+        return self.transform(self.team.join(part_AV, len(self.lm.get_input_embeddings().weight)))
 
 
 def _limit(request: Request, params: SamplingParams) -> int:

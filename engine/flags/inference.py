@@ -42,15 +42,25 @@ class RolloutFlags(DecodingFlags):
         " of a host's",
         SAMPLING,
     )
+    rollout_tensor_parallel: int = flag(
+        1,
+        "neighbouring ranks that share one sampler, each with a part of every layer, for a model whose whole copy does"
+        " not fit one; --rollout_slots is then theirs together",
+        SAMPLING,
+    )
 
     @property
     def rollout_room(self) -> dict[str, Any]:
         """What a sampler is given of it."""
-        return {"slots": self.rollout_slots, "memory": self.rollout_memory}
+        return {
+            "slots": self.rollout_slots,
+            "memory": self.rollout_memory,
+            "tensor_parallel": self.rollout_tensor_parallel,
+        }
 
     def check_rollout(self) -> None:
         """Raises UserError for what cannot be."""
-        require_positive(self, "num_samples_per_prompt", "rollout_slots", "rollout_memory")
+        require_positive(self, "num_samples_per_prompt", "rollout_slots", "rollout_memory", "rollout_tensor_parallel")
         if (self.rollout_memory or 0) > 1:
             raise UserError(f"--rollout_memory {self.rollout_memory:g}: expected a share, 1 at most")
 

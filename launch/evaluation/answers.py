@@ -20,8 +20,9 @@ from engine.model import Base, load_untrained
 from engine.world import World
 from launch.evaluation.few_shot import Question
 from launch.evaluation.file import Name, ResponseFile
+from launch.inference import make_sampler
 from launch.mail import Mail
-from rollout import Request, Rollout, Sampler, SamplingParams
+from rollout import Request, Rollout, SamplingParams, parallel
 from verifiers import Pool
 from verifiers.further import ANSWER, LOOSE, asked_of, num_instructions
 
@@ -40,6 +41,7 @@ def ask(
     """Samples the responses that are not there yet, on all ranks, and has rank 0, where `there` is, write each as soon
     as it is judged. Collective. Raises UserError where those that are there are another model's.
     """
+    parallel.check(base.config, flags.rollout_tensor_parallel, world)
     policy = load_untrained(base, world)
     settings = settings | {"weights": policy.identity}
     world.on_main("weights", lambda: there.check(settings) if there else None)
@@ -47,11 +49,11 @@ def ask(
     if not missing:
         return
     window = max(len(question.ids) for question in questions) + flags.response_length
-    sampler = Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **flags.rollout_room)
+    sampler = make_sampler(base, policy, world, flags, window)
     sampler.load(policy)
     del policy
     params = SamplingParams.of(flags, *base.chat.end_ids)
-    requests = requests_of(missing, {question.key: question for question in questions}, world)
+    requests = requests_of(missing, {question.key: question for question in questions}, sampler.team)
     by_example = {example_of(question.key): question for question in questions}
     beside = {"model": base.name, "settings": settings}
     total = len(there.wanted) if there else 0
@@ -63,6 +65,9 @@ def ask(
     with bar, pool:
         for seed, some in requests.items():
             stream = sampler.stream(some, params, seed=seed, step=0)
+            if not sampler.team.leads:  # one rank of a team judges what all of them have sampled
+                deque(stream, maxlen=0)
+                continue
             for line in lines_of(stream, pool, base.chat, by_example, seed, beside):
                 mail.send(line)
         mail.end()
@@ -125,15 +130,15 @@ def example_of(key: str) -> int:
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=7).digest(), "little")
 
 
-def requests_of(missing: list[Name], questions: dict[str, Question], world: World) -> dict[int, list[Request]]:
-    """This rank's share of the missing responses, by seed: every n-th question, with all samples of it."""
+def requests_of(missing: list[Name], questions: dict[str, Question], team: parallel.Team) -> dict[int, list[Request]]:
+    """This team's share of the missing responses, by seed: every n-th question, with all samples of it."""
     by_seed: dict[int, dict[str, list[int]]] = {}
     for key, seed, sample in missing:
         by_seed.setdefault(seed, {}).setdefault(key, []).append(sample)
     return {
         seed: [
             Request(questions[key].ids, example_of(key), sample)
-            for key in list(samples)[world.rank :: world.size]
+            for key in list(samples)[team.number :: team.count]
             for sample in samples[key]
         ]
         for seed, samples in by_seed.items()

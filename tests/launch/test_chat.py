@@ -24,6 +24,7 @@ from engine import world
 from engine.data import embedded
 from engine.data.chat import load_tokenizer
 from engine.data.rows import BadRow
+from engine.flags import RolloutFlags
 from engine.model import open_model
 from launch import chat as launch_chat
 from launch.chat import Config
@@ -56,7 +57,7 @@ def here():
 def made(here, embedded_dir):
     """(chat, sampler) of the embedded model with room for 160 tokens."""
     base = open_model(Config(model_name_or_path=str(embedded_dir.model)), here)
-    return base.chat, open_sampler(base, here, window=160, slots=1)[0]
+    return base.chat, open_sampler(base, here, window=160, flags=RolloutFlags(rollout_slots=1))[0]
 
 
 @pytest.fixture(scope="module")

@@ -43,13 +43,14 @@ def test_two_ranks_write_the_same_file_in_the_order_of_the_rows(cache, tmp_path)
     data = tmp_path / "rows.jsonl"
     data.write_text("".join(json.dumps({"prompt": q, "ground_truth": i}) + "\n" for i, q in enumerate(asked)))
     outputs = []
-    for count in (1, 2):
-        out = tmp_path / f"{count}.jsonl"
+    for count, parts in ((1, 1), (2, 1), (2, 2)):
+        out = tmp_path / f"{count}-{parts}.jsonl"
         argv = ["--dataset_name", data, "--output", out, "--num_samples_per_prompt", 2, "--rollout_slots", 3]
+        argv += ["--rollout_tensor_parallel", parts]
         result = run(cache, *argv, "--response_length", 9, "--top_k", 50, count=count)
         assert result.ok and "10 responses" in result.output, result.output
         outputs.append(out.read_text())
-    assert outputs[0] == outputs[1]
+    assert outputs[0] == outputs[1] == outputs[2]
     found = rows(out)
     assert [row["messages"][0]["content"] for row in found] == [q for q in asked for _ in range(2)]
     assert [(row["ground_truth"], row["sample"]) for row in found] == [(i, j) for i in range(5) for j in range(2)]
@@ -102,7 +103,8 @@ def test_greedy_answers_are_those_of_evaluate(cache, tmp_path):
     problems = embedded(cache).held_out_problems
     model = ["--model_name_or_path", embedded(cache).model, "--dataset_name", problems]
     assert run(cache, *model, *greedy, tmp_path / "ours.jsonl").ok
-    assert run(cache, *model, *greedy, tmp_path / "theirs.jsonl", module="launch.evaluate").ok
+    argv = [*model, *greedy, tmp_path / "theirs.jsonl", "--rollout_tensor_parallel", 2]  # one rank judges for both
+    assert run(cache, *argv, module="launch.evaluate", count=2).ok
     ours, theirs = rows(tmp_path / "ours.jsonl"), rows(tmp_path / "theirs.jsonl")
     keys = ("prompt", "response", "finish_reason", "ground_truth", "dataset")
     assert len(ours) == 96 and [[row[k] for k in keys] for row in ours] == [[row[k] for k in keys] for row in theirs]

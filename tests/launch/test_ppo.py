@@ -75,6 +75,7 @@ def test_the_value_model_learns(learnt):
 
 CHANGES = {
     "two_ranks": (2, {}),
+    "one_sampler_on_two_ranks": (2, {"rollout_tensor_parallel": 2}),
     "tiny_micro_batches": (1, {"micro_batch_tokens": 60}),
     "three_slots": (1, {"rollout_slots": 3}),
     "naive_and_eager": (1, {"head": "naive", "attention": "eager"}),

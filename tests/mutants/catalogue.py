@@ -3111,6 +3111,10 @@ FILTERS = (
 )
 SAMPLER = "tests/rollout/test_sampler.py"
 CACHED = (f"{SAMPLER}::test_cached_attention_is_the_formula",)
+HANDOVER = "tests/rollout/test_handover.py"
+BUCKETS = (f"{HANDOVER}::test_buckets_give_what_one_gather_a_parameter_gives[2]",)
+PIECES_OUT = (f"{HANDOVER}::test_pieces_reach_their_places",)
+SHARED = "tests/rollout/test_parallel.py::test_a_team_of_two_samples_what_one_rank_samples"
 GREEDY = (f"{SAMPLER}::test_greedy_is_generate[llama]",)
 LAYOUT = (f"{SAMPLER}::test_text_does_not_depend_on_slots_or_order",)
 EXPERIENCE = ("tests/rollout/test_experience.py",)
@@ -3311,17 +3315,116 @@ ROLLOUT = (
     Mutant(
         "sampled_without_the_softcap",
         "rollout/sampler.py",
-        "return self.transform((hidden_AD @ weight_VD.T).float())",
-        "return (hidden_AD @ weight_VD.T).float()",
+        "return self.transform(self.team.join(part_AV, len(self.lm.get_input_embeddings().weight)))",
+        "return self.team.join(part_AV, len(self.lm.get_input_embeddings().weight))",
         (f"{SAMPLER}::test_logprobs_are_the_trainers[gemma2]",),
     ),
     Mutant("stale_buffers", "rollout/handover.py", "        held[leaf].copy_(buffer)\n", "", GREEDY),
     Mutant(
         "tied_weights_are_apart",
         "rollout/handover.py",
-        "    lm.tie_weights()\n",
-        "",
+        "            if id(p) not in made:\n",
+        "            if True:\n",
         (f"{SAMPLER}::test_greedy_is_generate[llama_biased]",),
+    ),
+    Mutant(
+        "every_rank_of_a_team_adds_the_bias",
+        "rollout/parallel.py",
+        "self.team.sum(linear(x, self.weight))",
+        "self.team.sum(linear(x, self.weight, self.bias))",
+        (f"{SHARED}[llama_biased]",),
+    ),
+    Mutant(
+        "the_first_ranks_columns_for_all",
+        "rollout/parallel.py",
+        "x = x.narrow(-1, self.first, self.size)",
+        "x = x.narrow(-1, 0, self.size)",
+        (f"{SHARED}[olmo2]",),
+    ),
+    Mutant(
+        "padding_is_a_token",
+        "rollout/parallel.py",
+        "everyones.movedim(0, -2).flatten(-2)[..., :width]",
+        "everyones.movedim(0, -2).flatten(-2)",
+        (f"{SHARED}[llama]",),
+    ),
+    Mutant(
+        "a_tied_embedding_is_cut_with_the_head",
+        "rollout/parallel.py",
+        "if source is head and is_tied:",
+        "if source is head and not is_tied:",
+        ("tests/rollout/test_parallel.py::test_parts_make_the_whole",),
+    ),
+    Mutant(
+        "heads_are_cut_in_two",
+        "rollout/parallel.py",
+        "if heads and heads % size:",
+        "if heads and heads * 2 < size:",
+        ("tests/rollout/test_parallel.py::test_what_cannot_be_split_is_refused_in_one_line",),
+    ),
+    Mutant(
+        "teams_that_overlap",
+        "rollout/parallel.py",
+        "if size < 1 or world.size % size:",
+        "if size < 1 or world.size < size:",
+        ("tests/rollout/test_parallel.py::test_a_team_divides_its_world",),
+    ),
+    Mutant(
+        "every_rank_of_a_team_verifies",
+        "rollout/collect.py",
+        "for verdict in self.pool.imap(rows()) if team.leads else ():",
+        "for verdict in self.pool.imap(rows()):",
+        COLLECT,
+    ),
+    Mutant(
+        "a_team_counts_twice",
+        "launch/generate.py",
+        "found += [rollout] if team.leads else []",
+        "found += [rollout]",
+        ("tests/launch/test_generate.py::test_two_ranks_write_the_same_file_in_the_order_of_the_rows",),
+    ),
+    Mutant("a_bucket_is_overwritten_in_flight", "rollout/handover.py", "buffers[number % 2]", "buffers[0]", BUCKETS),
+    Mutant(
+        "the_last_ranks_rows_stay_old",
+        "rollout/handover.py",
+        "    if start < rest:\n",
+        "    if start > rest:\n",
+        PIECES_OUT,
+    ),
+    Mutant(
+        "columns_of_the_first_rank_for_all",
+        "rollout/handover.py",
+        "slice(place.first, place.first + place.size)",
+        "slice(0, place.size)",
+        PIECES_OUT,
+    ),
+    Mutant(
+        "what_fsdp_gathered_is_shared",
+        "rollout/handover.py",
+        "lasts = isinstance(p, DTensor) == sharded",
+        "lasts = True",
+        (f"{HANDOVER}::test_one_rank_samples_from_the_policys_own_tensors",),
+    ),
+    Mutant(
+        "the_other_policys_weights_are_overwritten",
+        "rollout/handover.py",
+        "origin.shares_with() is not source:",
+        "origin.shares_with() is None:",
+        (f"{HANDOVER}::test_another_policy_is_refused_where_weights_are_shared",),
+    ),
+    Mutant(
+        "frozen_weights_travel_every_time",
+        "rollout/handover.py",
+        "if not again or _is_trained(name, theirs[name][1], layers)]",
+        "]",
+        BUCKETS,
+    ),
+    Mutant(
+        "a_moved_policy_is_taken_for_shared",
+        "rollout/handover.py",
+        "isinstance(p, DTensor) == is_sharded and where[0] != where[1]",
+        "False",
+        (f"{HANDOVER}::test_a_policy_that_moved_is_copied",),
     ),
     Mutant(
         "adapters_are_not_handed_over",
@@ -3396,8 +3499,8 @@ ROLLOUT = (
     Mutant(
         "every_rank_samples_all",
         "rollout/collect.py",
-        "for e in chosen[rank::size] for",
-        "for e in chosen for",
+        "for e in chosen[team.number :: team.count]",
+        "for e in chosen",
         COLLECT,
     ),
     Mutant(

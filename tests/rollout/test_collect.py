@@ -10,6 +10,7 @@ import pytest
 from engine.data.prompts import Prompt
 from engine.flags import SamplingFlags
 from rollout import Collector, Rollout
+from rollout.parallel import Team
 
 END = 9
 PROMPTS = [Prompt(np.array([n]), f"truth {n}", f"verifier {n}") for n in range(5)]
@@ -20,9 +21,11 @@ class Sampler:
 
     def stream(self, requests, params, *, seed, step):
         assert params.stop_ids == (END,) and params.max_new_tokens == 7
+        self.drawn = 0
         self.asked, self.seed, self.step = [(r.example, r.sample) for r in requests], seed, step
         for i in reversed(range(len(requests))):
             r, stops = requests[i], requests[i].example % 2 == 0
+            self.drawn += 1
             ids = np.array([10 + r.example, 20 + r.sample, *([END] if stops else [])])
             yield i, Rollout(r.example, r.sample, r.prompt_ids, ids, ids, ids, "stop" if stops else "length")
 
@@ -33,12 +36,14 @@ class Pool:
             yield SimpleNamespace(row=row)
 
 
-def collector(rank: int, size: int, others=()) -> Collector:
+def collector(rank: int, size: int, others=(), team: Team | None = None) -> Collector:
     chat = SimpleNamespace(end_ids=(END,), response_text=lambda ids: " ".join(str(i) for i in ids if i != END))
     phases: list[tuple[str, int, int]] = []
     world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others], phases=phases)
     world.phase = lambda *shown: phases.append(shown)
-    return Collector(Sampler(), Pool(), chat, SamplingFlags(response_length=7), 3, world)
+    sampler = Sampler()
+    sampler.team = team or Team(0, 1, rank, size)
+    return Collector(sampler, Pool(), chat, SamplingFlags(response_length=7), 3, world)
 
 
 def test_what_is_verified_is_the_response_without_its_end():
@@ -58,6 +63,15 @@ def test_every_rank_samples_its_share(rank, expected):
     rollouts, _ = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
     assert collect.sampler.asked == [(e, s) for e in expected for s in (0, 1)]
     assert [r.example for r in rollouts] == [e for e in expected for _ in (0, 1)]
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_of_a_team_verifies_what_all_of_it_sample(rank):
+    collect = collector(2 + rank, 4, team=Team(rank, 2, 1, 2))
+    collect.world.gather = lambda mine: [mine]
+    rollouts, verdicts = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
+    assert collect.sampler.asked == [(1, 0), (1, 1)] and collect.sampler.drawn == 2
+    assert len(rollouts) == len(verdicts) == (0 if rank else 2)
 
 
 def test_what_goes_on_is_shown_while_it_does():

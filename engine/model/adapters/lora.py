@@ -126,9 +126,16 @@ class AdaptedLinear(nn.Module):
         for name, rows in held.items():
             local(getattr(self, name)).copy_(rows.view(nf4.HELD))
 
+    @property
+    def needed_whole(self) -> list[Tensor]:
+        """The tensors of which `merged` asks for all rows, in its order."""
+        return [p for p in (self.groups, self.lora_A if self.rank else None) if p is not None]
+
     @torch.no_grad()
-    def merged(self) -> Tensor:
-        """W + s B A in fp32, cut as W is: this rank's rows, computed from its rows of W and B. Collective."""
+    def merged(self, whole: Callable[[Any], Tensor] = whole) -> Tensor:
+        """W + s B A in fp32, cut as W is: this rank's rows, computed from its rows of W and B. Collective by `whole`,
+        which gives all rows of a tensor.
+        """
         if self.four_bit:
             groups = None if self.groups is None else whole(self.groups)
             rows = nf4.dequantise(
