@@ -164,11 +164,10 @@ def test_attention_by_rows_is_the_definition(seed, block, window, softcap, sinks
     q_ANH = torch.randn(len(order), kv_heads * group, 8)
     sinks_N = torch.randn(kv_heads * group) if sinks else None
     tables, positions = torch.from_numpy(pages.tables[order]), torch.from_numpy(last[order])
-    expected = eager.paged_attention(
-        q_ANH.double(), keys, values, tables, positions, 0.3, window, softcap, None if sinks_N is None else sinks_N
-    )
+    how = {"scale": 0.3, "softcap": softcap, "sinks_N": sinks_N}
+    expected = eager.paged_attention(q_ANH.double(), keys, values, tables, positions, window=window, **how)
     plan = rows.rows_of(pages, order, last[order], CPU)
-    out = rows.attend(q_ANH, keys, values, plan, scale=0.3, softcap=softcap, sinks_N=sinks_N)
+    out = rows.attend(q_ANH, keys, values, plan, **how)
     torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
 
 
