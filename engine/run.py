@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from engine import config as configuration
+from engine.disk import take_in_turn
 from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
@@ -25,6 +26,9 @@ CHANGEABLE = {
     "micro_batch_tokens",
     "save_steps",
     "save_total_limit",
+    "checkpoint_dir",
+    "max_hours",
+    "patience",
     "resume",
     "on_bad_row",
     "dry_run",
@@ -106,7 +110,7 @@ def waiting_for(path: Path, world: World) -> Iterator[None]:
         nonlocal descriptor
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_in_turn(descriptor)
 
     world.on_main("waiting_for", take)
     try:

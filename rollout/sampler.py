@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import signals
 from engine.model import attention
 from engine.model.policy import Policy
 from engine.world import World, on_device
@@ -166,6 +167,7 @@ class Sampler:
         active: list[_Sequence | None] = []  # by slot; None: a gap
         while waiting or active:
             self._fill(active, waiting)
+            signals.between_tokens()
             for slot, sequence, reason in self._advance(active, params):
                 active[slot] = None
                 yield sequence.index, sequence.rollout(reason)

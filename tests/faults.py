@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable
 
 from engine.model import export
 
@@ -62,6 +64,115 @@ def poison_gradients_of_rank_1_at_step_3() -> None:
         return loss * float("nan") if os.environ["RANK"] == "1" and next(count) == 2 else loss
 
     launch.dpo.preference_loss = poisoned
+
+
+def _at_step(step: int, do: Callable[[], object]) -> None:
+    """Before the optimizer takes that step (1-based) in this process."""
+    from engine.train import optim
+
+    original, count = optim.step, iter(range(1, 1000))
+
+    def stepping(*args, **options):
+        if next(count) == step:
+            do()
+        return original(*args, **options)
+
+    optim.step = stepping
+
+
+def _signal_me(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def terminate_rank_1_at_step_5() -> None:
+    """One rank alone is told."""
+    if os.environ["RANK"] == "1":
+        _at_step(5, _signal_me)
+
+
+def terminate_all_at_step_5() -> None:
+    """And the last rank a second time at once, as torchrun passes on what it got too."""
+    _at_step(5, lambda: (_signal_me(signal.SIGUSR1), _signal_me()))
+
+
+def terminate_rank_0_at_step_10() -> None:
+    """In the last one."""
+    if os.environ["RANK"] == "0":
+        _at_step(10, _signal_me)
+
+
+def terminate_in_an_operation_at_step_3() -> None:
+    """The main thread is in one call for seconds: it does not see the second signal either."""
+    import time
+
+    from engine import signals
+
+    signals.ECHO = 0.2
+
+    def busy() -> None:
+        threading.Timer(0.2, _signal_me).start()
+        threading.Timer(0.8, _signal_me).start()
+        time.sleep(30)
+
+    if os.environ["RANK"] == "0":
+        _at_step(3, busy)
+
+
+def terminate_rank_0_in_the_reference_pass() -> None:
+    """In the second of its segments, which are short."""
+    from engine.train import refcache
+
+    refcache.SEQUENCES_PER_SEGMENT = 16
+    original, count = refcache._append, iter(range(100))
+
+    def appending(*args):
+        original(*args)
+        if next(count) == 1:
+            _signal_me()
+
+    refcache._append = appending
+
+
+def terminate_rank_1_while_rank_0_tokenises() -> None:
+    """Rank 1 waits for rank 0 in one call."""
+    import time
+
+    from engine.data import tokenise
+
+    tokenise.CHUNK_ROWS = 4
+    original = tokenise.encode_rows
+
+    def slow(*args):
+        time.sleep(0.2)
+        return original(*args)
+
+    tokenise.encode_rows = slow
+    if os.environ["RANK"] == "1":
+        threading.Timer(2.5, _signal_me).start()
+
+
+def terminate_rank_1_in_the_third_rollout() -> None:
+    """At its first token; both ranks are slow, and rank 0 has to hear of it. The first load is the evaluation's."""
+    import time
+
+    from rollout.sampler import Sampler
+
+    original, advance = Sampler.load, Sampler._advance
+    loads = iter(range(1, 100))
+    state = {"load": 0}
+
+    def loading(self, policy):
+        state["load"] = next(loads)
+        if state["load"] == 4 and os.environ["RANK"] == "1":
+            _signal_me()
+        return original(self, policy)
+
+    def slow(*args):
+        if state["load"] == 4:
+            time.sleep(0.25)
+        return advance(*args)
+
+    Sampler.load, Sampler._advance = loading, slow
 
 
 def tokenise_slowly() -> None:
@@ -237,3 +348,12 @@ def record_experience(argv: list[str]) -> None:
         return experience
 
     launch.grpo.experience_of = recording
+
+
+def slow_steps() -> None:
+    import time
+
+    from engine.train import optim
+
+    original = optim.step
+    optim.step = lambda *args, **options: (time.sleep(0.6), original(*args, **options))[1]

@@ -37,7 +37,7 @@ from engine.model.policy import Policy
 from engine.world import World, on_device
 
 VERSION = 1
-SEQUENCES_PER_SEGMENT = 2**16
+SEQUENCES_PER_SEGMENT = 2**13  # what a run that is asked to end in the middle of one computes again
 
 
 class Reference:
@@ -71,8 +71,8 @@ def reference_logprobs(
     """The reference log-probs of the examples numbered `used` under `policy` as it is now, from the cache where they
     are there.
 
-    Collective. Prints hit, partial hit (n of m) or miss with the reason. The pass writes a segment every 65,536
-    sequences, so a killed one goes on where it was.
+    Collective. Prints hit, partial hit (n of m) or miss with the reason. The pass writes a segment every 8,192
+    sequences, so a killed one goes on where it was, with the same micro-batches. Raises Stopped, between two of them.
     """
     identity, budget = model_identity(policy.identity, base), base.memory.micro_batch_tokens
     used = np.unique(used)
@@ -124,6 +124,7 @@ def _compute(
     order: list[int] = []
     parts: list[Tensor] = []
     for positions in bins:
+        world.end_if_asked()
         world.phase("reference log-probs", len(order) * world.size, len(block))
         batch = micro_batch([sequences[i] for i in positions], positions, world.device)
         logprobs_R = policy.logprobs(batch)  # collective, also where the batch is a placeholder
