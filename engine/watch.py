@@ -78,9 +78,10 @@ def to_blame(seen: list[Seen], me: int, patience: float, now: float) -> list[tup
     found, still = [], 0
     for rank, of in enumerate(seen):
         limit = patience * (LONGER if of.long else 1)
-        if now - of.left_at > patience:
-            found.append((rank, f"has given no sign of life for {_time(now - of.left_at)}"))
-        elif of.state == WORKS and now - of.moved_at > limit:
+        silent, stands = now - of.left_at, of.state == WORKS and now - of.moved_at > limit
+        if silent > (patience / 2 if stands else patience):
+            found.append((rank, f"has given no sign of life for {_time(silent)}"))
+        elif stands:
             found.append((rank, f"has not gone on for {_time(now - of.moved_at)}"))
         still += of.state == WAITS and now - of.moved_at > limit
     if not found and still == len(seen):
@@ -112,6 +113,7 @@ class Watch:
         self.said = ""  # the first rank's that had one
         self.claimed = threading.Event()
         self._rows = 0
+        self._talked = now
         self._threads = [
             threading.Thread(target=work, daemon=True, name=f"watch {work.__name__}")
             for work in (self._talk, self._look)
@@ -140,10 +142,11 @@ class Watch:
         }
 
     def _talk(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store is gone: so is the run, and the main thread will say so
+        with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that keeps it: collectives say so
             store = world.another_store(self.patience + 60)
             while not self.over.is_set():
                 self._exchange(store)
+                self._talked = time.monotonic()
                 self.over.wait(self.beat)
 
     def _exchange(self, store: dist.Store) -> None:
@@ -151,8 +154,9 @@ class Watch:
         store.set(f"rank/{self.rank}", json.dumps(own))
         keys = [f"rank/{rank}" for rank in range(self.size)]
         if store.check(keys):
-            for of, row in zip(self.seen, map(json.loads, store.multi_get(keys)), strict=True):
-                of.update(row, time.monotonic())
+            for rank, row in enumerate(map(json.loads, store.multi_get(keys))):
+                if rank != self.rank:
+                    self.seen[rank].update(row, time.monotonic())
                 if row["asked"]:
                     signals.ask(row["asked"])
         if self.verdict and not self.claimed.is_set():
@@ -168,11 +172,16 @@ class Watch:
         while not self.over.wait(self.beat):
             now = time.monotonic()
             if now - last > 5 * self.beat + 1:  # this process was itself stopped, or starved: nobody is judged by that
+                self._talked = now
                 for of in self.seen:
                     of.left_at = of.moved_at = now
             last = now
             if self.said:
                 self._end("")
+            self.seen[self.rank].update(self._own(), now)
+            if self.seen[self.rank].state != WORKS and now - self._talked > self.patience:
+                silent = _time(now - self._talked)
+                self._end(f"the store that rank 0, or torchrun, keeps has not answered rank {self.rank} for {silent}")
             if dead := gone(self.seen, self.rank, now):
                 names = ", ".join(f"rank {rank} ({self.seen[rank].doing})" for rank in dead)
                 _leave(f"error: rank {self.rank}: told to end, and {names} is gone", 1)

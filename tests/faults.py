@@ -357,3 +357,102 @@ def slow_steps() -> None:
 
     original = optim.step
     optim.step = lambda *args, **options: (time.sleep(0.6), original(*args, **options))[1]
+
+
+def stop_rank_1_at_step_4() -> None:
+    """As a debugger, or a machine that is gone from the network, does; a second after it told of that step."""
+    import time
+
+    if os.environ["RANK"] == "1":
+        _at_step(4, lambda: (time.sleep(1), _signal_me(signal.SIGSTOP)))
+
+
+def stop_rank_0_at_step_4() -> None:
+    """With it the store that it keeps."""
+    if os.environ["RANK"] == "0":
+        _at_step(4, lambda: _signal_me(signal.SIGSTOP))
+
+
+def loop_on_rank_1_at_step_4() -> None:
+    def forever() -> None:
+        number = 0
+        while True:
+            number += 1
+
+    if os.environ["RANK"] == "1":
+        _at_step(4, forever)
+
+
+def call_on_rank_1_at_step_4() -> None:
+    """One call that lasts."""
+    import time
+
+    if os.environ["RANK"] == "1":
+        _at_step(4, lambda: time.sleep(1000))
+
+
+def call_of_four_seconds_at_step_4() -> None:
+    """Of all ranks at once: nobody waits for anybody."""
+    import time
+
+    _at_step(4, lambda: time.sleep(4))
+
+
+def wait_for_each_other_at_step_4() -> None:
+    """Each in another collective."""
+    import torch
+    import torch.distributed as dist
+
+    def meet() -> None:
+        if os.environ["RANK"] == "1":
+            dist.send(torch.zeros(1), 0, tag=7)
+            dist.recv(torch.zeros(1), 0, tag=9)
+        else:
+            dist.recv(torch.zeros(1), 1, tag=7)
+            dist.recv(torch.zeros(1), 1, tag=8)
+
+    _at_step(4, meet)
+
+
+def kill_rank_1_at_step_4() -> None:
+    if os.environ["RANK"] == "1":
+        _at_step(4, _die)
+
+
+def kill_rank_0_at_step_4() -> None:
+    if os.environ["RANK"] == "0":
+        _at_step(4, _die)
+
+
+def load_slowly_on_rank_1() -> None:
+    """Longer than patience, where no report can come."""
+    import time
+
+    from engine.model import build
+
+    original = build.load_policy
+
+    def slow(*args, **options):
+        if os.environ["RANK"] == "1":
+            time.sleep(4)
+        return original(*args, **options)
+
+    build.load_policy = slow
+    tokenise_for_long()
+
+
+def tokenise_for_long() -> None:
+    """Longer than patience, in chunks that are not."""
+    import time
+
+    from engine.data import tokenise
+
+    tokenise.CHUNK_ROWS = 8
+    original, count = tokenise.encode_rows, iter(range(1000))
+
+    def slow(*args):
+        if next(count) < 4:
+            time.sleep(1)
+        return original(*args)
+
+    tokenise.encode_rows = slow
