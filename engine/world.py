@@ -259,13 +259,21 @@ def another_store(seconds: float) -> dist.Store:
     """A connection of its own to the store where ranks met: one that is shared by threads is one thread's at a time,
     also while that one waits.
     """
-    store = dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
-    return dist.PrefixStore(f"watch_{_restart()}", store)
+    return dist.PrefixStore(f"watch_{_restart()}", _connect(seconds))
+
+
+def _connect(seconds: float) -> dist.Store:
+    return dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
 
 
 def _restart() -> str:
     """Which generation of ranks this is, under `torchrun --max-restarts`."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _is_the_agents() -> bool:
+    """Whether the store is torchrun's own, which outlives the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _store(rank: int, size: int) -> dist.Store:
@@ -274,8 +282,7 @@ def _store(rank: int, size: int) -> dist.Store:
     """
     if size == 1:
         return dist.HashStore()
-    address, agents = _address(), os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = rank == 0 and not agents
+    address, is_master = _address(), rank == 0 and not _is_the_agents()
     try:
         store = dist.TCPStore(*address, world_size=size, is_master=is_master, timeout=COLLECTIVE_TIMEOUT)
     except dist.DistNetworkError as error:
@@ -284,6 +291,8 @@ def _store(rank: int, size: int) -> dist.Store:
         raise UserError(
             f"port {address[1]} is in use, by another run perhaps: give torchrun another --master_port"
         ) from None
+    if _restart() != "0" and store.check(["stopped"]):
+        raise signals.Stopped(f"{store.get('stopped').decode()} (torchrun started it again)")
     return dist.PrefixStore(f"run_{_restart()}", store)
 
 
@@ -300,6 +309,7 @@ def main(command: Callable[[], object]) -> None:
         status, line = 2, f"error: {error}" if _speaks(rank, str(error)) else ""
     except signals.Stopped as stop:
         status, line = signals.STOPPED, f"stopped: {stop}" if rank == 0 else ""
+        _remember(str(stop), rank)
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint" if rank == 0 else ""
     except BrokenPipeError:
@@ -323,6 +333,13 @@ def main(command: Callable[[], object]) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _remember(stopped: str, rank: int) -> None:
+    """For the ranks that torchrun starts again after this: what was asked to end stays ended."""
+    if rank == 0 and dist.is_initialized() and _is_the_agents():
+        with contextlib.suppress(RuntimeError):
+            _connect(60).set("stopped", stopped)
 
 
 def _speaks(rank: int, message: str) -> bool:

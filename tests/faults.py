@@ -456,3 +456,64 @@ def tokenise_for_long() -> None:
         return original(*args)
 
     tokenise.encode_rows = slow
+
+
+def no_file_above_100_kib_from_step_3_to_6() -> None:
+    """As a quota does: weights cannot be written, rows can."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, hard)))
+    _at_step(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
+
+
+def no_file_above_100_kib_from_step_3() -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    _at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, hard)))
+
+
+def _fill(directory: str) -> None:
+    """To the last byte."""
+    import contextlib
+
+    with contextlib.suppress(OSError), open(f"{directory}/filler", "wb", buffering=0) as f:
+        while True:
+            f.write(b"x" * 4096)
+    with contextlib.suppress(OSError), open(f"{directory}/filler", "ab", buffering=0) as f:
+        while True:
+            f.write(b"x")
+
+
+def fill_the_disk_of_the_run_at_step_3(argv: list[str]) -> None:
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: _fill(argv[argv.index("--output_dir") + 1]))
+
+
+def fill_the_disk_of_the_run_from_step_3_to_6(argv: list[str]) -> None:
+    output_dir = argv[argv.index("--output_dir") + 1]
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: _fill(output_dir))
+        _at_step(6, lambda: os.unlink(f"{output_dir}/filler"))
+
+
+def _remount(argv: list[str], *options: str) -> None:
+    import subprocess
+
+    subprocess.run(
+        ["mount", "-o", ",".join(("remount", *options)), argv[argv.index("--checkpoint_dir") + 1]], check=True
+    )
+
+
+def checkpoints_read_only_from_step_3_to_6(argv: list[str]) -> None:
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: _remount(argv, "ro"))
+        _at_step(6, lambda: _remount(argv, "rw"))
+
+
+def unmount_checkpoints_at_step_3(argv: list[str]) -> None:
+    import subprocess
+
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: subprocess.run(["umount", "-l", argv[argv.index("--checkpoint_dir") + 1]], check=True))

@@ -129,7 +129,9 @@ class Checkpoints:
         last = self.root / f"step-{self.newest:06d}"
         try:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            self.root.parent.stat()  # a mount that is gone is not made again on another disk
+            self.root.mkdir(exist_ok=True)
+            partial.mkdir()
             sizes = [path.stat().st_size for path in last.iterdir()] if self.newest and last.is_dir() else []
             needed = sum(sizes) or sum(t.numel() * t.element_size() for t in tensors.values())
             if (free := shutil.disk_usage(partial).free) < needed:
@@ -173,7 +175,7 @@ class Checkpoints:
         problem = ""
         try:
             work()
-        except Exception as error:  # a full disk, a dead peer: whatever it is, training does not die of a checkpoint
+        except BaseException as error:  # DCP's own is no Exception; training does not die of a checkpoint
             problem = in_words(error)
         parts: list[Any] = [None] * self.world.size
         dist.all_gather_object(parts, (problem, written or {}), group=self.group)

@@ -140,11 +140,17 @@ class Run:
         self._resumed_after = self._done = start
         self._checkpoints = checkpoints
         world.say(f"resuming after step {start}" if start else "starting at step 0")
-        self.metrics = Metrics(
-            self.output_dir, world, start=start, total=total, report_to=flags.report_to, unit=self.unit
-        )
-        if world.is_main and (self.output_dir / "samples.jsonl").is_file():  # of what is done again, nothing stays
-            self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
+
+        def open_files() -> None:
+            self.metrics = Metrics(
+                self.output_dir, world, start=start, total=total, report_to=flags.report_to, unit=self.unit
+            )
+            if world.is_main and (self.output_dir / "samples.jsonl").is_file():  # of what is done again, nothing stays
+                self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
+
+        world.on_main("metrics", open_files)
+        if not world.is_main:
+            open_files()
         policy: Any = trained["policy"][0]
         self.throughput = Throughput(world, policy, self.base.dtype, state["num_tokens"])
         profile = self._stack.enter_context(directories.profiler(flags.profile, self.output_dir, world))
@@ -249,6 +255,7 @@ class Run:
         """
         self.world.phase("writing final/")
         progress.note(long=True)
+        self.world.on_main("output_dir", self.output_dir.stat)  # a mount that is gone is not made again elsewhere
         done, flags, adapter_only = {}, self.flags, self.values["export_adapter"]
         for name, root in inside.items():
             done[name] = self.output_dir / f".{name}"

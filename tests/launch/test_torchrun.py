@@ -81,7 +81,7 @@ def test_a_killed_rank_is_started_again_at_the_first_try(attempt, flags, uninter
     os.kill(worker(process, attempt % 2), signal.SIGKILL)
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
-    assert "resuming after step " in said and "86" not in said
+    assert "resuming after step " in said
     assert digest(tmp_path / "run") == digest(uninterrupted)
 
 

@@ -3002,7 +3002,7 @@ ENGINE = (
         "            json.loads(line)\n            kept.append(line)",
         LOG,
     ),
-    Mutant("rows_are_not_written_out", "engine/log.py", "        self._file.flush()\n", "", LOG),
+    Mutant("rows_are_not_written_out", "engine/log.py", 'open(path, "ab", buffering=0)', 'open(path, "ab")', LOG),
     Mutant("quiet_hides_warnings", "engine/terminal.py", "if line.startswith(WARNINGS) or not", "if not", TERMINAL),
     Mutant(
         "control_characters_of_data_reach_the_terminal",
