@@ -64,7 +64,7 @@ def system_error(error: BaseException, path: str = "") -> OSError | None:
 def in_words(error: BaseException) -> str:
     """One line: what the system refused and what to do about it, or what else went wrong."""
     found = system_error(error)
-    words = explained(found) if found is not None else f"{type(error).__name__}: {error}"
+    words = explained(found) if found is not None else str(error) or type(error).__name__
     return " ".join(words.split())[:400]
 
 

@@ -31,6 +31,7 @@ from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceSt
 from engine import signals
 from engine.disk import in_words
 from engine.errors import UserError, explained
+from engine.run import is_gone
 from engine.train import optim
 from engine.world import World
 
@@ -128,9 +129,11 @@ class Checkpoints:
         """
         last = self.root / f"step-{self.newest:06d}"
         try:
-            shutil.rmtree(partial, ignore_errors=True)
             self.root.parent.stat()  # a mount that is gone is not made again on another disk
+            if is_gone(self.root):
+                return f"{self.root.readlink()} is gone, or another disk: mount it again"
             self.root.mkdir(exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir()
             sizes = [path.stat().st_size for path in last.iterdir()] if self.newest and last.is_dir() else []
             needed = sum(sizes) or sum(t.numel() * t.element_size() for t in tensors.values())

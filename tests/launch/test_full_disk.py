@@ -130,3 +130,37 @@ def test_caches_on_a_full_disk(runs, uninterrupted, tmp_path):
         assert not [p for p in (tmp_path / "other" / "reference").rglob("*") if "rows-" in p.name]
         only = runs.launch("only", 2, cache_dir=tmp_path / "other", cache_logprobs_only="true")
         assert only.codes == [2, 2] and said(only.output)[-1].startswith("error: the reference cache is not written: ")
+
+
+# --- --checkpoint_dir -------------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_on_another_disk(runs, uninterrupted, tmp_path):
+    """It is one run's, found again from its directory; read-only for a while, a checkpoint is owed."""
+    with disk(tmp_path / "disk", "8m"):
+        elsewhere = tmp_path / "disk"
+        read_only = runs.launch("apart", 2, "checkpoints_read_only_from_step_3_to_6", checkpoint_dir=elsewhere)
+        assert read_only.ok and "a checkpoint is written again, of step 6" in read_only.output, read_only.output
+        (warning,) = said(read_only.output)
+        assert re.fullmatch(OWED, warning) and "Read-only file system: give another --output_dir" in warning, warning
+        assert sorted(p.name for p in elsewhere.glob("step-*")) == ["step-000006", "step-000008"]
+        assert (runs.root / "apart" / "checkpoints").readlink() == elsewhere
+        assert digest(runs.root / "apart") == digest(uninterrupted)
+        other = runs.launch("apart_too", 1, checkpoint_dir=elsewhere)
+        assert other.codes == [2] and said(other.output) == [
+            f"error: --checkpoint_dir {elsewhere} is that of the run {runs.root / 'apart'}: give another"
+        ]
+        moved = runs.launch("apart", 1, log="moved", checkpoint_dir=tmp_path / "third")
+        assert moved.codes == [2] and f"this run's checkpoints are in {elsewhere}: give that" in moved.output
+    there = runs.launch("uninterrupted", 2, log="there", checkpoint_dir=tmp_path / "fourth")
+    assert there.codes == [2, 2] and "move them, or leave it out" in there.output
+
+
+def test_a_disk_that_goes_while_a_run_writes(runs, uninterrupted, tmp_path):
+    """Nothing is written in its place below the directory where it was mounted; with it, the run is resumed."""
+    with disk(tmp_path / "disk", "8m"):
+        gone = runs.launch("gone", 2, "unmount_checkpoints_at_step_3", checkpoint_dir=tmp_path / "disk")
+        assert gone.ok and digest(runs.root / "gone") == digest(uninterrupted), gone.output
+        (warning,) = said(gone.output)
+        assert re.fullmatch(OWED, warning) and "is gone, or another disk: mount it again" in warning
+        assert list((tmp_path / "disk").iterdir()) == []
