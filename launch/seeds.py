@@ -27,6 +27,7 @@ from engine.flags import StageFlags
 from engine.train import interval
 from engine.watch import guarded
 from engine.world import World, start
+from launch.shortage import of_memory, stage_of
 
 Config = TypeVar("Config", bound=StageFlags)
 # key of metrics.jsonl, what it is, whether it is a share; the first that is there is the headline
@@ -64,7 +65,7 @@ def each_seed(train: Callable[[Config], None], config: Config) -> None:
     to, or where a rank hangs. Collective. Raises UserError.
     """
     world = start(config.deterministic, config.quiet)
-    with guarded(config, world):
+    with guarded(config, world), of_memory(stage_of(train), config, world):
         _each_seed(train, config, world)
 
 

@@ -517,3 +517,24 @@ def unmount_checkpoints_at_step_3(argv: list[str]) -> None:
 
     if os.environ["RANK"] == "0":
         _at_step(3, lambda: subprocess.run(["umount", "-l", argv[argv.index("--checkpoint_dir") + 1]], check=True))
+
+
+def no_memory_on_rank_1_at_step_3() -> None:
+    """A tensor that no machine holds."""
+    import torch
+
+    if os.environ["RANK"] == "1":
+        _at_step(3, lambda: torch.empty(2**50))
+
+
+def no_memory_on_any_rank_at_step_3() -> None:
+    import torch
+
+    from launch import shortage
+
+    shortage.PLANNED_WITHIN = 0.05  # no time for a plan
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 1 has 3 GiB in use.")
+
+    _at_step(3, full)
