@@ -185,7 +185,7 @@ def phase(what: str, done: int = 0, total: int = 0) -> None:
     """What goes on now, beside the bar of the run; or, where there is none, as a bar of its own that goes when it is
     done, or when something else begins.
     """
-    progress.note(what, long=False if done or total else None)
+    progress.note(what, counted=True if done or total else None)
     if _state.current is None or (_state.current.passing and _state.current.what != what):
         _state.current = Progress(what, total, passing=True)
     _state.current.phase(what, done, total)
@@ -195,7 +195,7 @@ def phase(what: str, done: int = 0, total: int = 0) -> None:
 
 def rest() -> None:
     """Takes away what `phase` showed by itself: nothing goes on that is counted."""
-    progress.note(long=True)
+    progress.note(counted=False)
     if _state.current is not None and _state.current.passing:
         _state.current.close()
 

@@ -3,8 +3,9 @@
 Every rank leaves a row in the store once a second: how far its main thread is, and whether it waits. To blame is a rank
 that has left nothing, or whose main thread neither reports nor waits, for --patience, while the one that looks waits. A
 main thread waits where its innermost frame is a collective, the store, or a number that the device still computes.
-Where it cannot report (loading, compiling, a file being written: `progress.may_take_long`) it has LONGER times that; a
-single call that takes longer than --patience elsewhere counts as a hang. If all wait for each other, all are named.
+Where its work is not counted (`progress.leniency`: loading, compiling, a file being written) it has 12 times that, and
+where one rank works for all (a download) as long as it takes; elsewhere a single call that takes longer than --patience
+is taken for a hang. If all wait for each other, all are named.
 
 Left out: a rank whose one call holds the interpreter's lock leaves nothing, and so no stack of its own; a device that
 hangs looks like one that computes, and is NCCL's watchdog's to find.
@@ -32,7 +33,6 @@ from engine.flags import RunFlags
 from engine.world import World
 
 HUNG = 86  # exit status of a rank that has waited too long for another
-LONGER = 12  # times patience, where no report can come
 BEAT = 1.0  # seconds between two rows of a rank
 GONE = 5.0  # seconds without a row after which a rank is taken for dead, once this one was told to end
 IN_THE_WORLD = ("_first", "_come", "agree")  # of engine/world.py: where a rank waits for the store
@@ -47,7 +47,7 @@ class Seen:
     count: int = -1
     state: str = WORKS
     doing: str = "starting"
-    long: bool = True
+    leniency: float = progress.LONGER
     left: int = -1  # rows
     left_at: float = 0.0
     moved_at: float = 0.0
@@ -57,7 +57,8 @@ class Seen:
             self.left, self.left_at = row["row"], now
         if (row["count"], row["state"] == WORKS) != (self.count, self.state == WORKS) or self.moved_at == 0.0:
             self.moved_at = now
-        self.count, self.state, self.doing, self.long = row["count"], row["state"], row["doing"], row["long"]
+        self.count, self.state, self.doing = row["count"], row["state"], row["doing"]
+        self.leniency = row["leniency"]
 
 
 def what_it_does(frame: FrameType | None) -> str:
@@ -77,7 +78,7 @@ def to_blame(seen: list[Seen], me: int, patience: float, now: float) -> list[tup
         return []
     found, still = [], 0
     for rank, of in enumerate(seen):
-        limit = patience * (LONGER if of.long else 1)
+        limit = patience * of.leniency
         silent, stands = now - of.left_at, of.state == WORKS and now - of.moved_at > limit
         if silent > (patience / 2 if stands else patience):
             found.append((rank, f"has given no sign of life for {_time(silent)}"))
@@ -137,7 +138,7 @@ class Watch:
             "count": progress.count(),
             "state": what_it_does(main),
             "doing": progress.words(),
-            "long": progress.may_take_long(),
+            "leniency": progress.leniency(),
             "asked": signals.asked(),
         }
 
@@ -223,8 +224,9 @@ def _leave(line: str, status: int, wait: float = 0.0) -> None:
 
 
 @contextlib.contextmanager
-def guarded(flags: RunFlags, here: World) -> Iterator[None]:
+def guarded(flags: RunFlags, here: World, compiles: bool = False) -> Iterator[None]:
     """In the body the run ends when it is asked to, and does not wait for ever for a rank that hangs."""
+    progress.compiles(compiles)
     with signals.listening(flags.max_hours, world.job_left()), contextlib.ExitStack() as stack:
         if here.size > 1:
             stack.enter_context(Watch(here, 60 * flags.patience, Path(flags.output_dir).expanduser() / "crash"))

@@ -99,7 +99,7 @@ class World:
         """Shows on rank 0 what goes on: on the bar of the run, or where there is none as a bar of its own. `done` may
         count as if every rank were as far as this one.
         """
-        progress.note(what, long=False if total else None)
+        progress.note(what, counted=True if total else None)
         if self.is_main:
             terminal.phase(what, min(done, total) if total else done, total)
 
@@ -125,15 +125,18 @@ class World:
     def _first(self, name: str, is_first: bool, work: Callable[[], Any]) -> Any:
         key = f"first/{next(_calls)}/{name}"
         if is_first:
-            progress.note(name.partition("/")[0], long=True)
+            progress.note(name.partition("/")[0], counted=False)
+            progress.for_all(True)
             try:
                 result = _as_user_error(work)
             except (UserError, signals.Stopped) as error:
                 self.store.set(key, f"{'error' if isinstance(error, UserError) else 'stopped'} {error}")
                 raise
+            finally:
+                progress.for_all(False)
             self.store.set(key, "ok")
             return result
-        progress.note(f"waiting for {name.partition('/')[0]}", long=True)
+        progress.note(f"waiting for {name.partition('/')[0]}", counted=False)
         self.store.wait([key], FOREVER)  # raises RuntimeError at once if the store dies
         status = self.store.get(key).decode()
         if status.startswith("error "):

@@ -65,7 +65,7 @@ def each_seed(train: Callable[[Config], None], config: Config) -> None:
     to, or where a rank hangs. Collective. Raises UserError.
     """
     world = start(config.deterministic, config.quiet)
-    with guarded(config, world), of_memory(stage_of(train), config, world):
+    with guarded(config, world, config.compile), of_memory(stage_of(train), config, world):
         _each_seed(train, config, world)
 
 

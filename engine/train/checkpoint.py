@@ -225,7 +225,7 @@ class Checkpoints:
             problem = next((p for p in self.world.gather(damage(path, self.world)) if p), "")
             if not problem:
                 state = self._load(path)
-                self.newest = state["step"]
+                self.newest = state["step"] if path.resolve().parent == self.root.resolve() else 0
                 return state
             if which != "auto":
                 raise UserError(f"--resume {path}: {problem}")

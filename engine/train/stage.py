@@ -94,18 +94,19 @@ class Run:
 
     def _leave(self, why: str) -> str:
         """Collective. Raises UserError where no checkpoint can be written."""
+        command = "the same command" if self.flags.resume == "auto" else "the same command with --resume auto"
         if self._checkpoints is None or not self._done:
-            return f"{why}, before the first step was over; the same command begins again"
+            return f"{why}, before the first step was over; {command} begins again"
         self._save()
         if problem := self._checkpoints.wait():
             raise UserError(f"stopped: {why}, and the checkpoint of step {self._done} is not written: {problem}")
-        return f"{why}, after step {self._done} of {self.plan.total}; the same command goes on from its checkpoint"
+        return f"{why}, after step {self._done} of {self.plan.total}; {command} goes on from its checkpoint"
 
     def _save(self) -> None:
         """A checkpoint of the last whole step, in the background."""
         assert self._checkpoints is not None, "steps() has made them"
         self.world.phase("saving a checkpoint")
-        progress.note(long=True)
+        progress.note(counted=False)
         facts = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
         self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts})
 
@@ -157,15 +158,16 @@ class Run:
         self._stack.enter_context(checkpoints)
         self._between(0.0)
         for step in range(start, total):
-            progress.at_step(step + 1, compiles=step == start and self.base.memory.compile)
+            progress.at_step(step + 1)
             signals.rollouts_may_end(True)
             began = time.monotonic()
             yield step
             self._done = step + 1
+            progress.compiles(False)  # one compilation serves all lengths
             if profile is not None:
                 profile.step()
             self._between(time.monotonic() - began)
-        progress.note("writing the last checkpoint", long=True)
+        progress.note("writing the last checkpoint", counted=False)
         checkpoints.wait()
 
     def evaluates(self, done: int) -> bool:
@@ -254,7 +256,7 @@ class Run:
         may come `then`. Collective.
         """
         self.world.phase("writing final/")
-        progress.note(long=True)
+        progress.note(counted=False)
         self.world.on_main("output_dir", self.output_dir.stat)  # a mount that is gone is not made again elsewhere
         done, flags, adapter_only = {}, self.flags, self.values["export_adapter"]
         for name, root in inside.items():

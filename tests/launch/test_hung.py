@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import threading
 import time
@@ -104,27 +105,28 @@ def test_a_rank_that_is_killed_ends_the_others_in_one_line(rank, runs):
 # --- who is to blame --------------------------------------------------------------------------------------------------
 
 
-def seen(*ranks: tuple[str, float, float, bool]) -> list[Seen]:
-    """Of (state, last row, last progress, whether it may take long), at second 100."""
+def seen(*ranks: tuple[str, float, float, float]) -> list[Seen]:
+    """Of (state, last row, last progress, leniency), at second 100."""
     return [
-        Seen(count=1, state=state, doing="sampling", long=long, left=1, left_at=left, moved_at=moved)
-        for state, left, moved, long in ranks
+        Seen(count=1, state=state, doing="sampling", leniency=leniency, left=1, left_at=left, moved_at=moved)
+        for state, left, moved, leniency in ranks
     ]
 
 
-WAITING = (WAITS, 100.0, 80.0, False)
+WAITING = (WAITS, 100.0, 80.0, 1)
 CASES = {
-    "nobody waits": ([(WORKS, 100.0, 10.0, False), (WORKS, 100.0, 10.0, False)], []),
-    "not for long": ([(WAITS, 100.0, 95.0, False), (WORKS, 100.0, 10.0, False)], []),
-    "it works and does not go on": ([WAITING, (WORKS, 100.0, 80.0, False)], [1]),
-    "it went on lately": ([WAITING, (WORKS, 100.0, 95.0, False)], []),
-    "it may take long": ([WAITING, (WORKS, 100.0, 80.0, True)], []),
-    "it may not take that long": ([(WAITS, 100.0, -50.0, False), (WORKS, 100.0, -25.0, True)], [1]),
-    "no sign of life": ([WAITING, (WAITS, 80.0, 80.0, True)], [1]),
-    "all wait": ([WAITING, (WAITS, 100.0, 85.0, False)], [0, 1]),
-    "one waits for its device": ([WAITING, (DEVICE, 100.0, 80.0, False)], []),
-    "from a device's wait": ([(DEVICE, 100.0, 80.0, False), (WORKS, 100.0, 80.0, False)], [1]),
-    "two of three": ([WAITING, (WORKS, 100.0, 80.0, False), (WORKS, 70.0, 70.0, False)], [1, 2]),
+    "nobody waits": ([(WORKS, 100.0, 10.0, 1), (WORKS, 100.0, 10.0, 1)], []),
+    "not for long": ([(WAITS, 100.0, 95.0, 1), (WORKS, 100.0, 10.0, 1)], []),
+    "it works and does not go on": ([WAITING, (WORKS, 100.0, 80.0, 1)], [1]),
+    "it went on lately": ([WAITING, (WORKS, 100.0, 95.0, 1)], []),
+    "it may take long": ([WAITING, (WORKS, 100.0, 80.0, 12)], []),
+    "it may not take that long": ([(WAITS, 100.0, -50.0, 1), (WORKS, 100.0, -25.0, 12)], [1]),
+    "it works for all": ([(WAITS, 100.0, -50.0, 12), (WORKS, 100.0, -9e9, math.inf)], []),
+    "no sign of life": ([WAITING, (WAITS, 80.0, 80.0, 12)], [1]),
+    "all wait": ([WAITING, (WAITS, 100.0, 85.0, 1)], [0, 1]),
+    "one waits for its device": ([WAITING, (DEVICE, 100.0, 80.0, 1)], []),
+    "from a device's wait": ([(DEVICE, 100.0, 80.0, 1), (WORKS, 100.0, 80.0, 1)], [1]),
+    "two of three": ([WAITING, (WORKS, 100.0, 80.0, 1), (WORKS, 70.0, 70.0, 1)], [1, 2]),
 }
 
 
@@ -136,10 +138,10 @@ def test_who_is_to_blame(case):
 
 def test_a_rank_that_is_told_to_end_does_not_wait_for_a_dead_one(monkeypatch):
     """torchrun ends the ranks that one which died leaves behind, and waits half a minute for each."""
-    ranks = seen(WAITING, (WAITS, 80.0, 80.0, False), (WAITS, 99.0, 80.0, False))
+    ranks = seen(WAITING, (WAITS, 80.0, 80.0, 1), (WAITS, 99.0, 80.0, 1))
     monkeypatch.setattr(signals, "asked_for", lambda: 6.0)
     assert gone(ranks, 0, 100.0) == [1]
-    assert gone(seen((WORKS, 100.0, 80.0, False), (WAITS, 80.0, 80.0, False)), 0, 100.0) == []
+    assert gone(seen((WORKS, 100.0, 80.0, 1), (WAITS, 80.0, 80.0, 1)), 0, 100.0) == []
     monkeypatch.setattr(signals, "asked_for", lambda: 0.0)
     assert gone(ranks, 0, 100.0) == []
 
