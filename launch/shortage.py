@@ -34,6 +34,7 @@ def of_memory(stage: str, config: StageFlags, world: World) -> Iterator[None]:
     """Raises UserError for memory that ran out in the body; of several ranks at once, one speaks."""
     try:
         yield
+        return
     except (RuntimeError, MemoryError, OSError) as error:
         if not ran_out(error):
             raise
