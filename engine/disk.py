@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
+from engine import progress, signals
+from engine.errors import explained
 
 POINTER = b"version https://git-lfs.github.com/spec/"
 PAGES = (b"<!doctype html", b"<html", b"<?xml")
@@ -36,13 +39,44 @@ def disguised_in(directory: Path) -> str:
     return ""
 
 
+def take_in_turn(descriptor: int) -> None:
+    """An open file's lock, once whoever has it lets go. Raises Stopped if this process is asked to end meanwhile."""
+    while True:
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            signals.end_if_asked("while another run had the lock")
+            progress.note("waiting for another run")
+            time.sleep(0.1)
+
+
+def system_error(error: BaseException, path: str = "") -> OSError | None:
+    """What the system said, where `error` is that, comes of it, or repeats its number in words, as libraries do."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, OSError) and seen.errno is not None:
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    number = re.search(r"(?:\(os error |\[Errno )(\d+)[)\]]", str(error))
+    return OSError(int(number[1]), os.strerror(int(number[1])), path or None) if number else None
+
+
+def in_words(error: BaseException) -> str:
+    """One line: what the system refused and what to do about it, or what else went wrong."""
+    found = system_error(error)
+    words = explained(found) if found is not None else str(error) or type(error).__name__
+    return " ".join(words.split())[:400]
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """safetensors tells in words why a file cannot be written: here it is the OSError that it was."""
+    """Libraries written in Rust tell in words why a file cannot be written: here it is the OSError that it was."""
     try:
         yield
-    except SafetensorError as error:
-        number = re.search(r"\(os error (\d+)\)", str(error))
-        if number is None:
+    except OSError:
+        raise
+    except Exception as error:
+        found = system_error(error, str(path))
+        if found is None:
             raise
-        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+        raise found from None

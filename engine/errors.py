@@ -25,7 +25,11 @@ ELSEWHERE = "give another --output_dir or --cache_dir"
 TODO = {
     errno.ENOSPC: f"free some, or {ELSEWHERE}",
     errno.EDQUOT: f"free some, or {ELSEWHERE}",
+    errno.EFBIG: f"raise the limit on a file's size (ulimit -f), or {ELSEWHERE}",
     errno.EROFS: ELSEWHERE,
+    errno.EIO: f"look at the disk, or {ELSEWHERE}",
+    errno.ESTALE: f"mount it again, or {ELSEWHERE}",
+    errno.ENOTCONN: f"mount it again, or {ELSEWHERE}",
     errno.EACCES: f"change its permissions, or {ELSEWHERE}",
     errno.EPERM: f"change its permissions, or {ELSEWHERE}",
 }

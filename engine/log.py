@@ -5,14 +5,18 @@ A metric of a step is a sum over the step's examples divided by a count, both ov
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from engine import terminal
 from engine.elsewhere import Elsewhere, elsewhere
+from engine.errors import explained
 from engine.terminal import Progress
 from engine.world import World
 
@@ -44,22 +48,44 @@ class Totals:
 
 class JsonLines:
     """A file of one JSON object a line, each with its `step`; opened at step `start`, the lines of later steps are cut
-    off.
+    off. A line that cannot be written is owed, said once, and written with the next.
     """
 
     def __init__(self, path: Path, start: int) -> None:
+        self.path, self._owed, self._warned = path, b"", False
         partial = path.with_suffix(".partial")
         kept = _rows_before(path, start) if start else []
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         partial.rename(path)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed in `close`
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
+        self._size = path.stat().st_size  # of whole lines
 
     def write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
-        self._file.flush()
+        self._owed += (json.dumps(row) + "\n").encode()
+        if (problem := self._settle()) and not self._warned:
+            terminal.say(f"warning: {problem}; training goes on, the rows are written with later ones")
+        self._warned = bool(problem)
 
     def close(self) -> None:
+        if problem := self._settle():
+            rows = self._owed.count(b"\n")
+            terminal.say(f"warning: {problem}; {rows} row{'s are' if rows > 1 else ' is'} lost for {self.path}")
         self._file.close()
+
+    def _settle(self) -> str:
+        """Writes what is owed, all of it or nothing; what went wrong, or ''."""
+        try:
+            if self._owed:
+                done = self._file.write(self._owed) or 0
+                while done < len(self._owed):  # a disk with room for a part: the next attempt says what is wrong
+                    done += self._file.write(self._owed[done:]) or 0
+                self._size, self._owed = self._size + done, b""
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.ftruncate(self._file.fileno(), self._size)
+            error.filename = error.filename or str(self.path)
+            return explained(error)
+        return ""
 
 
 class Metrics:

@@ -14,10 +14,12 @@ import torch
 import yaml
 
 from engine import config as configuration
+from engine.disk import take_in_turn
 from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
 
+OWNER = ".run"  # in --checkpoint_dir: the run that it belongs to
 # what may change between a run and its resumption: none of it touches the trajectory
 CHANGEABLE = {
     "output_dir",
@@ -25,6 +27,9 @@ CHANGEABLE = {
     "micro_batch_tokens",
     "save_steps",
     "save_total_limit",
+    "checkpoint_dir",
+    "max_hours",
+    "patience",
     "resume",
     "on_bad_row",
     "dry_run",
@@ -63,6 +68,8 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
             lock = _lock(output_dir / ".lock")
         except OSError as error:
             raise UserError(f"--output_dir {output_dir}: cannot be written ({error.strerror}): give another") from None
+        if flags.checkpoint_dir is not None:
+            _keep_checkpoints_in(Path(flags.checkpoint_dir).expanduser().absolute(), output_dir.absolute())
         defaults = {name: flag.default for name, flag in configuration.flags_of(type(flags)).items()}
         _check_same_configuration(values, defaults, output_dir / "config.yaml")
         if any((output_dir / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
@@ -78,6 +85,37 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
     finally:
         if lock is not None:
             os.close(lock)
+
+
+def _keep_checkpoints_in(directory: Path, output_dir: Path) -> None:
+    """output_dir/checkpoints is a link to --checkpoint_dir, which belongs to one run and says to which. Raises
+    UserError.
+    """
+    link, owner = output_dir / "checkpoints", directory / OWNER
+    if link.is_symlink() and link.readlink() != directory:
+        raise UserError(f"--checkpoint_dir {directory}: this run's checkpoints are in {link.readlink()}: give that")
+    if not link.is_symlink() and link.is_dir():
+        if any(link.iterdir()):
+            raise UserError(
+                f"--checkpoint_dir {directory}: there are checkpoints in {link}: move them, or leave it out"
+            )
+        link.rmdir()
+    try:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        named = owner.read_text(encoding="utf-8") if owner.is_file() else ""
+        if named not in ("", str(output_dir)):
+            raise UserError(f"--checkpoint_dir {directory} is that of the run {named}: give another")
+        if not named:
+            owner.write_text(str(output_dir), encoding="utf-8")
+        if not link.is_symlink():
+            link.symlink_to(directory)
+    except OSError as error:
+        raise UserError(f"--checkpoint_dir {directory}: cannot be written ({error.strerror}): give another") from None
+
+
+def is_gone(checkpoints: Path) -> bool:
+    """Whether what --checkpoint_dir named lies on a disk that is no longer mounted."""
+    return checkpoints.is_symlink() and not (checkpoints / OWNER).is_file()
 
 
 def _lock(path: Path) -> int:
@@ -108,7 +146,7 @@ def waiting_for(path: Path, world: World) -> Iterator[None]:
         nonlocal descriptor
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        take_in_turn(descriptor)
 
     world.on_main("waiting_for", take)
     try:

@@ -20,6 +20,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from engine import progress
+
 COLUMN = 18  # where values begin
 WIDEST = 120  # lines that are longer are hard to read
 EVERY = 30.0  # seconds between two lines of progress in a file
@@ -183,6 +185,7 @@ def phase(what: str, done: int = 0, total: int = 0) -> None:
     """What goes on now, beside the bar of the run; or, where there is none, as a bar of its own that goes when it is
     done, or when something else begins.
     """
+    progress.note(what, counted=True if done or total else None)
     if _state.current is None or (_state.current.passing and _state.current.what != what):
         _state.current = Progress(what, total, passing=True)
     _state.current.phase(what, done, total)
@@ -191,7 +194,8 @@ def phase(what: str, done: int = 0, total: int = 0) -> None:
 
 
 def rest() -> None:
-    """Takes away what `phase` showed by itself: nothing goes on."""
+    """Takes away what `phase` showed by itself: nothing goes on that is counted."""
+    progress.note(counted=False)
     if _state.current is not None and _state.current.passing:
         _state.current.close()
 

@@ -20,7 +20,7 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from engine import terminal
+from engine import progress, signals, terminal
 from engine.errors import TODO, UserError, explained, on_one_line, reader_gone
 
 T = TypeVar("T")
@@ -73,6 +73,20 @@ class World:
             dist.broadcast(x, 0)
         return x
 
+    def most(self, *numbers: int) -> tuple[int, ...]:
+        """The largest of all ranks, number by number: on the hosts, no device is waited for."""
+        if self.size == 1:
+            return numbers
+        x = torch.tensor(numbers)
+        dist.all_reduce(x, dist.ReduceOp.MAX)
+        return tuple(x.tolist())
+
+    def end_if_asked(self) -> None:
+        """Raises Stopped on every rank if one of them was asked to end. Collective."""
+        (why,) = self.most(signals.REASONS.index(signals.asked()))
+        if why:
+            raise signals.Stopped(signals.REASONS[why])
+
     def barrier(self) -> None:
         self.sum(torch.zeros(1, device=self.device))
 
@@ -85,6 +99,7 @@ class World:
         """Shows on rank 0 what goes on: on the bar of the run, or where there is none as a bar of its own. `done` may
         count as if every rank were as far as this one.
         """
+        progress.note(what, counted=True if total else None)
         if self.is_main:
             terminal.phase(what, min(done, total) if total else done, total)
 
@@ -110,17 +125,24 @@ class World:
     def _first(self, name: str, is_first: bool, work: Callable[[], Any]) -> Any:
         key = f"first/{next(_calls)}/{name}"
         if is_first:
+            progress.note(name.partition("/")[0], counted=False)
+            progress.for_all(True)
             try:
                 result = _as_user_error(work)
-            except UserError as error:
-                self.store.set(key, f"error {error}")
+            except (UserError, signals.Stopped) as error:
+                self.store.set(key, f"{'error' if isinstance(error, UserError) else 'stopped'} {error}")
                 raise
+            finally:
+                progress.for_all(False)
             self.store.set(key, "ok")
             return result
+        progress.note(f"waiting for {name.partition('/')[0]}", counted=False)
         self.store.wait([key], FOREVER)  # raises RuntimeError at once if the store dies
         status = self.store.get(key).decode()
         if status.startswith("error "):
             raise UserError(status.removeprefix("error "))
+        if status.startswith("stopped "):
+            raise signals.Stopped(status.removeprefix("stopped "))
         return None
 
     def agree(self, name: str, value: str) -> None:
@@ -175,6 +197,12 @@ def compiler(*names: str) -> str | None:
     )
 
 
+def job_left() -> float | None:
+    """Seconds that Slurm leaves this job, where it says so."""
+    end = os.environ.get("SLURM_JOB_END_TIME", "")
+    return int(end) - time.time() if end.isdecimal() else None
+
+
 def is_first() -> bool:
     """Whether this process is, or is going to be, rank 0."""
     return int(os.environ.get("RANK", 0)) == 0
@@ -226,15 +254,38 @@ def _configure_terminal(quiet: bool = False) -> None:
         )  # read when datasets is imported, which is later
 
 
+def _address() -> tuple[str, int]:
+    return os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
+
+
+def another_store(seconds: float) -> dist.Store:
+    """A connection of its own to the store where ranks met: one that is shared by threads is one thread's at a time,
+    also while that one waits.
+    """
+    return dist.PrefixStore(f"watch_{_restart()}", _connect(seconds))
+
+
+def _connect(seconds: float) -> dist.Store:
+    return dist.TCPStore(*_address(), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=seconds))
+
+
+def _restart() -> str:
+    """Which generation of ranks this is, under `torchrun --max-restarts`."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _is_the_agents() -> bool:
+    """Whether the store is torchrun's own, which outlives the ranks."""
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
 def _store(rank: int, size: int) -> dist.Store:
     """A store scoped to this restart: under `torchrun --max-restarts`, a dead generation's addresses stay in the
     agent's store.
     """
     if size == 1:
         return dist.HashStore()
-    address = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 29500))
-    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    is_master = rank == 0 and not agents
+    address, is_master = _address(), rank == 0 and not _is_the_agents()
     try:
         store = dist.TCPStore(*address, world_size=size, is_master=is_master, timeout=COLLECTIVE_TIMEOUT)
     except dist.DistNetworkError as error:
@@ -243,7 +294,9 @@ def _store(rank: int, size: int) -> dist.Store:
         raise UserError(
             f"port {address[1]} is in use, by another run perhaps: give torchrun another --master_port"
         ) from None
-    return dist.PrefixStore(f"run_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    if _restart() != "0" and store.check(["stopped"]):
+        raise signals.Stopped(f"{store.get('stopped').decode()} (torchrun started it again)")
+    return dist.PrefixStore(f"run_{_restart()}", store)
 
 
 def main(command: Callable[[], object]) -> None:
@@ -257,6 +310,9 @@ def main(command: Callable[[], object]) -> None:
         command()
     except UserError as error:
         status, line = 2, f"error: {error}" if _speaks(rank, str(error)) else ""
+    except signals.Stopped as stop:
+        status, line = signals.STOPPED, f"stopped: {stop}" if rank == 0 else ""
+        _remember(str(stop), rank)
     except KeyboardInterrupt:
         status, line = 130, "interrupted; the same command goes on from the last checkpoint" if rank == 0 else ""
     except BrokenPipeError:
@@ -280,6 +336,13 @@ def main(command: Callable[[], object]) -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
     sys.exit(status)
+
+
+def _remember(stopped: str, rank: int) -> None:
+    """For the ranks that torchrun starts again after this: what was asked to end stays ended."""
+    if rank == 0 and dist.is_initialized() and _is_the_agents():
+        with contextlib.suppress(RuntimeError):
+            _connect(60).set("stopped", stopped)
 
 
 def _speaks(rank: int, message: str) -> bool:

@@ -126,6 +126,9 @@ def train(config: Config) -> None:
         policy = load_policy(base, world)
         references = reference_sums(config, policy, base, (pairs, held_out), steps, world)
         if config.cache_logprobs_only:
+            for cached in references:
+                if isinstance(cached, refcache.Reference):
+                    cached.require_cached()
             return
 
         # descend L

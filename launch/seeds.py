@@ -25,7 +25,9 @@ from engine import terminal
 from engine.errors import UserError
 from engine.flags import StageFlags
 from engine.train import interval
-from engine.world import start
+from engine.watch import guarded
+from engine.world import World, start
+from launch.shortage import of_memory, stage_of
 
 Config = TypeVar("Config", bound=StageFlags)
 # key of metrics.jsonl, what it is, whether it is a share; the first that is there is the headline
@@ -59,17 +61,32 @@ class Figure:
 
 
 def each_seed(train: Callable[[Config], None], config: Config) -> None:
-    """`train(config)`; or, with --seeds, that for each of them, and what they differ by. Collective. Raises
-    UserError.
+    """`train(config)`; or, with --seeds, that for each of them, and what they differ by. Ends early where it is asked
+    to, or where a rank hangs. Collective. Raises UserError.
     """
+    world = start(config.deterministic, config.quiet)
+    with guarded(config, world, config.compile), of_memory(stage_of(train), config, world):
+        _each_seed(train, config, world)
+
+
+def _each_seed(train: Callable[[Config], None], config: Config, world: World) -> None:
     root = Path(config.output_dir).expanduser()
     if config.seeds is None:
         if (root / "seeds.json").is_file() and not config.dry_run:
             raise UserError(f"--output_dir {root} holds runs of several seeds (--seeds): give another")
         return train(config)
     seeds = _seeds(config.seeds)
-    own = {n: dataclasses.replace(config, seed=n, seeds=None, output_dir=str(root / f"seed-{n}")) for n in seeds}
-    world = start(config.deterministic, config.quiet)
+    of = config.checkpoint_dir and Path(config.checkpoint_dir).expanduser()
+    own = {
+        n: dataclasses.replace(
+            config,
+            seed=n,
+            seeds=None,
+            output_dir=str(root / f"seed-{n}"),
+            checkpoint_dir=str(of / f"seed-{n}") if of else None,
+        )
+        for n in seeds
+    }
     if config.dry_run:
         train(own[seeds[0]])
         world.say(f"this is seed {seeds[0]}; each of the {len(seeds)} takes as much, one after the other")

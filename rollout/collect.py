@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from engine import signals
 from engine.data.chat import ChatTokenizer
 from engine.data.prompts import Prompt
 from engine.flags import SamplingFlags
@@ -35,6 +36,7 @@ class Collector:
         shown: str = "",
     ) -> tuple[list[Rollout], list[Verdict]]:
         """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
+        Raises Stopped.
 
         `seed` is in place of the run's; `shown` stands before the phases on the bar. Every n-th group of samples is
         this rank's, or its team's, of whom one verifies; verification draws finished responses from the sampler while
@@ -61,12 +63,19 @@ class Collector:
 
         if not team.leads:  # draws what its team draws, and hears of the verdicts with everyone
             deque(drawn, maxlen=0)
-        for verdict in self.pool.imap(rows()) if team.leads else ():
-            verdicts.append(verdict)
-            if len(finished) == len(requests):
-                self.world.phase(f"{shown}verifying", len(verdicts) * team.count, total)
-        mine = list(zip(finished, verdicts, strict=True))
+        given_up = ""
+        try:
+            for verdict in self.pool.imap(rows()) if team.leads else ():
+                verdicts.append(verdict)
+                if len(finished) == len(requests):
+                    self.world.phase(f"{shown}verifying", len(verdicts) * team.count, total)
+        except signals.GivenUp:  # by this rank; the others, which may have finished, are told where they meet
+            given_up = signals.asked()
+        mine = given_up or list(zip(finished, verdicts, strict=True))
         place = {int(e): i for i, e in enumerate(chosen)}
-        everyone = [pair for part in self.world.gather(mine) for pair in part]
+        parts = self.world.gather(mine)
+        for why in (part for part in parts if isinstance(part, str)):
+            raise signals.Stopped(why)
+        everyone = [pair for part in parts for pair in part]
         everyone.sort(key=lambda pair: (place[pair[0].example], pair[0].sample))
         return [rollout for rollout, _ in everyone], [verdict for _, verdict in everyone]

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engine import signals
 from engine.model import attention
 from engine.model.policy import Policy
 from engine.world import World, on_device
@@ -195,6 +196,7 @@ class Sampler:
         while schedule.waiting or schedule.active or launched:
             if number != self._streams:
                 raise RuntimeError("another stream of this sampler has begun, and has its pages")
+            signals.between_tokens(alone=self.team.size == 1)  # a team would have to agree first: it draws to the end
             with torch.inference_mode():  # never while the consumer runs
                 self.prefill(schedule.admit())
                 if schedule.active and not (launched and schedule.is_short()):  # to set back is to know what there is

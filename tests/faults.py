@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from collections.abc import Callable
 
 from engine.model import export
 
@@ -62,6 +64,115 @@ def poison_gradients_of_rank_1_at_step_3() -> None:
         return loss * float("nan") if os.environ["RANK"] == "1" and next(count) == 2 else loss
 
     launch.dpo.preference_loss = poisoned
+
+
+def _at_step(step: int, do: Callable[[], object]) -> None:
+    """Before the optimizer takes that step (1-based) in this process."""
+    from engine.train import optim
+
+    original, count = optim.step, iter(range(1, 1000))
+
+    def stepping(*args, **options):
+        if next(count) == step:
+            do()
+        return original(*args, **options)
+
+    optim.step = stepping
+
+
+def _signal_me(number: int = signal.SIGTERM) -> None:
+    os.kill(os.getpid(), number)
+
+
+def terminate_rank_1_at_step_5() -> None:
+    """One rank alone is told."""
+    if os.environ["RANK"] == "1":
+        _at_step(5, _signal_me)
+
+
+def terminate_all_at_step_5() -> None:
+    """And the last rank a second time at once, as torchrun passes on what it got too."""
+    _at_step(5, lambda: (_signal_me(signal.SIGUSR1), _signal_me()))
+
+
+def terminate_rank_0_at_step_10() -> None:
+    """In the last one."""
+    if os.environ["RANK"] == "0":
+        _at_step(10, _signal_me)
+
+
+def terminate_in_an_operation_at_step_3() -> None:
+    """The main thread is in one call for seconds: it does not see the second signal either."""
+    import time
+
+    from engine import signals
+
+    signals.ECHO = 0.2
+
+    def busy() -> None:
+        threading.Timer(0.2, _signal_me).start()
+        threading.Timer(0.8, _signal_me).start()
+        time.sleep(30)
+
+    if os.environ["RANK"] == "0":
+        _at_step(3, busy)
+
+
+def terminate_rank_0_in_the_reference_pass() -> None:
+    """In the second of its segments, which are short."""
+    from engine.train import refcache
+
+    refcache.SEQUENCES_PER_SEGMENT = 16
+    original, count = refcache._append, iter(range(100))
+
+    def appending(*args):
+        original(*args)
+        if next(count) == 1:
+            _signal_me()
+
+    refcache._append = appending
+
+
+def terminate_rank_1_while_rank_0_tokenises() -> None:
+    """Rank 1 waits for rank 0 in one call."""
+    import time
+
+    from engine.data import tokenise
+
+    tokenise.CHUNK_ROWS = 4
+    original = tokenise.encode_rows
+
+    def slow(*args):
+        time.sleep(0.2)
+        return original(*args)
+
+    tokenise.encode_rows = slow
+    if os.environ["RANK"] == "1":
+        threading.Timer(2.5, _signal_me).start()
+
+
+def terminate_rank_1_in_the_third_rollout() -> None:
+    """At its first token; both ranks are slow, and rank 0 has to hear of it. The first load is the evaluation's."""
+    import time
+
+    from rollout.sampler import Sampler
+
+    original, advance = Sampler.load, Sampler._advance
+    loads = iter(range(1, 100))
+    state = {"load": 0}
+
+    def loading(self, policy):
+        state["load"] = next(loads)
+        if state["load"] == 4 and os.environ["RANK"] == "1":
+            _signal_me()
+        return original(self, policy)
+
+    def slow(*args):
+        if state["load"] == 4:
+            time.sleep(0.25)
+        return advance(*args)
+
+    Sampler.load, Sampler._advance = loading, slow
 
 
 def tokenise_slowly() -> None:
@@ -237,3 +348,193 @@ def record_experience(argv: list[str]) -> None:
         return experience
 
     launch.grpo.experience_of = recording
+
+
+def slow_steps() -> None:
+    import time
+
+    from engine.train import optim
+
+    original = optim.step
+    optim.step = lambda *args, **options: (time.sleep(0.6), original(*args, **options))[1]
+
+
+def stop_rank_1_at_step_4() -> None:
+    """As a debugger, or a machine that is gone from the network, does; a second after it told of that step."""
+    import time
+
+    if os.environ["RANK"] == "1":
+        _at_step(4, lambda: (time.sleep(1), _signal_me(signal.SIGSTOP)))
+
+
+def stop_rank_0_at_step_4() -> None:
+    """With it the store that it keeps."""
+    if os.environ["RANK"] == "0":
+        _at_step(4, lambda: _signal_me(signal.SIGSTOP))
+
+
+def loop_on_rank_1_at_step_4() -> None:
+    def forever() -> None:
+        number = 0
+        while True:
+            number += 1
+
+    if os.environ["RANK"] == "1":
+        _at_step(4, forever)
+
+
+def call_on_rank_1_at_step_4() -> None:
+    """One call that lasts."""
+    import time
+
+    if os.environ["RANK"] == "1":
+        _at_step(4, lambda: time.sleep(1000))
+
+
+def call_of_four_seconds_at_step_4() -> None:
+    """Of all ranks at once: nobody waits for anybody."""
+    import time
+
+    _at_step(4, lambda: time.sleep(4))
+
+
+def wait_for_each_other_at_step_4() -> None:
+    """Each in another collective."""
+    import torch
+    import torch.distributed as dist
+
+    def meet() -> None:
+        if os.environ["RANK"] == "1":
+            dist.send(torch.zeros(1), 0, tag=7)
+            dist.recv(torch.zeros(1), 0, tag=9)
+        else:
+            dist.recv(torch.zeros(1), 1, tag=7)
+            dist.recv(torch.zeros(1), 1, tag=8)
+
+    _at_step(4, meet)
+
+
+def kill_rank_1_at_step_4() -> None:
+    if os.environ["RANK"] == "1":
+        _at_step(4, _die)
+
+
+def kill_rank_0_at_step_4() -> None:
+    if os.environ["RANK"] == "0":
+        _at_step(4, _die)
+
+
+def load_slowly_on_rank_1() -> None:
+    """Longer than patience, where no report can come."""
+    import time
+
+    from engine.model import build
+
+    original = build.load_policy
+
+    def slow(*args, **options):
+        if os.environ["RANK"] == "1":
+            time.sleep(4)
+        return original(*args, **options)
+
+    build.load_policy = slow
+    tokenise_for_long()
+
+
+def tokenise_for_long() -> None:
+    """Longer than patience, in chunks that are not."""
+    import time
+
+    from engine.data import tokenise
+
+    tokenise.CHUNK_ROWS = 8
+    original, count = tokenise.encode_rows, iter(range(1000))
+
+    def slow(*args):
+        if next(count) < 4:
+            time.sleep(1)
+        return original(*args)
+
+    tokenise.encode_rows = slow
+
+
+def no_file_above_100_kib_from_step_3_to_6() -> None:
+    """As a quota does: weights cannot be written, rows can."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    _at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, hard)))
+    _at_step(6, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard)))
+
+
+def no_file_above_100_kib_from_step_3() -> None:
+    import resource
+
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    _at_step(3, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100 * 1024, hard)))
+
+
+def _fill(directory: str) -> None:
+    """To the last byte."""
+    import contextlib
+
+    with contextlib.suppress(OSError), open(f"{directory}/filler", "wb", buffering=0) as f:
+        while True:
+            f.write(b"x" * 4096)
+    with contextlib.suppress(OSError), open(f"{directory}/filler", "ab", buffering=0) as f:
+        while True:
+            f.write(b"x")
+
+
+def fill_the_disk_of_the_run_at_step_3(argv: list[str]) -> None:
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: _fill(argv[argv.index("--output_dir") + 1]))
+
+
+def fill_the_disk_of_the_run_from_step_3_to_6(argv: list[str]) -> None:
+    output_dir = argv[argv.index("--output_dir") + 1]
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: _fill(output_dir))
+        _at_step(6, lambda: os.unlink(f"{output_dir}/filler"))
+
+
+def _remount(argv: list[str], *options: str) -> None:
+    import subprocess
+
+    subprocess.run(
+        ["mount", "-o", ",".join(("remount", *options)), argv[argv.index("--checkpoint_dir") + 1]], check=True
+    )
+
+
+def checkpoints_read_only_from_step_3_to_6(argv: list[str]) -> None:
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: _remount(argv, "ro"))
+        _at_step(6, lambda: _remount(argv, "rw"))
+
+
+def unmount_checkpoints_at_step_3(argv: list[str]) -> None:
+    import subprocess
+
+    if os.environ["RANK"] == "0":
+        _at_step(3, lambda: subprocess.run(["umount", "-l", argv[argv.index("--checkpoint_dir") + 1]], check=True))
+
+
+def no_memory_on_rank_1_at_step_3() -> None:
+    """A tensor that no machine holds."""
+    import torch
+
+    if os.environ["RANK"] == "1":
+        _at_step(3, lambda: torch.empty(2**50))
+
+
+def no_memory_on_any_rank_at_step_3() -> None:
+    import torch
+
+    from launch import shortage
+
+    shortage.PLANNED_WITHIN = 0.05  # no time for a plan
+
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 1 has 3 GiB in use.")
+
+    _at_step(3, full)

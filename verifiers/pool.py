@@ -8,6 +8,7 @@ it was at the status 'error', and is replaced; the rows that waited behind it ar
 import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -207,6 +208,7 @@ class _Worker:
 def serve(fileno: int, judge: str, options: dict) -> None:
     """A worker's life: a row in, a verdict out, until the pipe closes."""
     limit_memory()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to all processes of a job: the trainer ends its workers
     module, _, function = judge.partition(":")
     verify = getattr(import_module(module), function)
     pipe = Connection(fileno)

@@ -10,7 +10,6 @@ it once. A damaged one is named and built again; what is read of an example is c
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -26,6 +25,7 @@ from engine import terminal
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
+from engine.disk import take_in_turn
 from engine.errors import UserError
 
 VERSION = 4  # of the encoding: raise it when the same rows would give other ids or masks
@@ -131,7 +131,7 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
     """
     directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with open(directory.parent / f".{directory.name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # the others wait here; a killed builder's lock goes with it
+        take_in_turn(lock.fileno())  # the others wait here; a killed builder's lock goes with it
         if is_whole():
             return
         partial = directory.parent / f".{directory.name}.partial"

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import terminal
+from engine import signals, terminal
 from engine.data.files import Source
 from engine.data.messages import Notes
 from engine.data.rows import BadRow
@@ -81,7 +81,7 @@ def encode_rows(encode: Encoder, rows: Rows) -> Chunk:
 
 def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, workers: int) -> dict[str, Any]:
     """Writes the files of a store and returns its header. Raises UserError for the first bad row if `on_bad_row` is
-    'error'.
+    'error', Stopped between two chunks of rows.
     """
     header: dict[str, Any] = {"rows": 0, "sequences": 0, "bad_rows": 0, "bad_list": []}
     dropped: collections.Counter = collections.Counter()
@@ -112,6 +112,7 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
                 f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
             ]
             terminal.phase("tokenising, rows", header["rows"])
+            signals.end_if_asked("while data was tokenised")
     listed = [[what, which, count] for (what, which), count in sorted(notes.items())]
     return header | {"dropped": dict(dropped), "notes": listed}
 
@@ -122,6 +123,7 @@ _of_worker: Callable[[Rows], Any] | None = None  # of a worker process, set once
 def _start_worker(work: Callable[[Rows], Any]) -> None:
     global _of_worker
     _of_worker = work
+    signals.ignore()  # what is sent to all processes of a job is the main one's to answer
 
 
 def _work(rows: Rows) -> Any:

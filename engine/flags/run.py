@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.errors import UserError, nearest, require
-from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_not_negative
+from engine.flags.declare import MEMORY, RUN, SAMPLING, flag, require_not_negative, require_positive
 from engine.flags.inference import RolloutFlags
 
 
@@ -93,6 +93,15 @@ class RunFlags:
         " path",
         RUN,
     )
+    checkpoint_dir: str | None = flag(
+        None, "another directory, on another disk perhaps, for this run's checkpoints; without it, output_dir's", RUN
+    )
+    max_hours: float | None = flag(
+        None, "end by a checkpoint (exit status 85) before so many hours since the start are over", RUN
+    )
+    patience: float = flag(
+        5.0, "minutes that ranks wait for one that does not go on, before it is named and the run ends (status 86)", RUN
+    )
     eval_steps: int = flag(0, "evaluate every N steps (0: before the first and after the last)", RUN)
     export_dtype: str | None = flag(
         None, "dtype of final/; without it, the input checkpoint's", RUN, choices=("bfloat16", "float16", "float32")
@@ -112,6 +121,7 @@ class RunFlags:
     def check_run(self) -> None:
         """Raises UserError for what cannot be."""
         require_not_negative(self, "save_steps", "eval_steps")
+        require_positive(self, "max_hours", "patience")
         if self.quiet and self.dry_run:
             raise UserError("--quiet would hide what --dry_run is for: give one of them")
         if self.save_total_limit < 1:

@@ -4,18 +4,21 @@ A checkpoint is output_dir/checkpoints/step-000100: DCP shards in safetensors (w
 moments; no pickle), a readable state.json, and COMPLETE, a manifest with the size and SHA-256 of every file. It is
 written in the background, from a copy, over a process group of its own, under a temporary name; it gets its own name
 when every rank's files are on disk. So a directory named step-* is whole, and one that has since been damaged is
-noticed before it is read.
+noticed before it is read. An older one goes when the newer one has been read back. One that could not be written is
+owed, and tried again after the next step.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +28,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from engine.errors import UserError
+from engine import signals
+from engine.disk import in_words
+from engine.errors import UserError, explained
+from engine.run import is_gone
 from engine.train import optim
 from engine.world import World
 
@@ -54,23 +60,38 @@ class Checkpoints:
         self.root = output_dir / "checkpoints"
         self.world, self.trained, self.keep, self.identity, self.settings = world, trained, keep, identity, settings
         self.group = dist.new_group(backend="gloo")  # of its own: collectives of a save must not mix with training's
+        self.newest = 0  # step of the last one that was written, or resumed
         self._writer: threading.Thread | None = None
-        self._problem: str = ""
-        if world.is_main and self.root.is_dir():
+        self._written: list[dict[str, Any]] = []  # by rank, what the writer has just gathered
+        self._problem = ""
+        self._warned = False
+        self._is_main = world.is_main
+        if self._is_main and self.root.is_dir():
             for leftover in self.root.glob("tmp-*"):
-                shutil.rmtree(leftover)
+                shutil.rmtree(leftover, ignore_errors=True)
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
+    @property
+    def is_owed(self) -> bool:
+        """Whether the last save failed, as far as this rank knows by now."""
+        return bool(self._problem) and (self._writer is None or not self._writer.is_alive())
+
     def save(self, step: int, state: dict[str, Any]) -> None:
-        """Copies the tensors and returns; the files are written behind. Waits first for a save still under way."""
+        """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
+        cannot be written is said once, and owed.
+        """
         self.wait()
-        partial = self.root / f"tmp-{step:06d}"
-        self._problem = self.world.gather(_make_empty(partial) if self.world.is_main else "")[0]
-        if self._problem:
-            return self.wait()
+        if step == self.newest:
+            return
+        began, tensors, partial = time.monotonic(), self._tensors(), self.root / f"tmp-{step:06d}"
+        problem = self._make_room(partial, tensors) if self.world.is_main else ""
+        if problem := self.world.gather(problem)[0]:
+            self._problem = problem
+            self.wait()
+            return
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        future = dcp.async_save(self._tensors(), storage_writer=writer, process_group=self.group)
+        future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
         steps = {
             part: int(next(iter(optimizer.state.values()))["step"]) for part, (_, optimizer) in self.trained.items()
         }
@@ -82,64 +103,107 @@ class Checkpoints:
             "world_size": self.world.size,
             **state,
         }
-        self._writer = threading.Thread(target=self._commit, args=(future, partial, step, state), daemon=True)
+        self._writer = threading.Thread(target=self._commit, args=(future, partial, state, began), daemon=True)
         self._writer.start()
 
-    def wait(self) -> None:
-        """Returns when no save is under way; prints what went wrong with the last one, if anything did."""
+    def wait(self) -> str:
+        """Returns when no save is under way: what went wrong with the last one, on every rank, which is printed
+        once; or ''.
+        """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
-        if self._problem:
+        if self._problem and not self._warned:
             self.world.say(
-                f"warning: checkpoint not written: {self._problem}; training goes on, the previous checkpoint stays"
+                f"warning: checkpoint not written: {self._problem}; training goes on, it is tried again after every"
+                " step, the previous checkpoint stays"
             )
-            self._problem = ""
+        elif self._warned and not self._problem:
+            self.world.say(f"a checkpoint is written again, of step {self.newest}")
+        self._warned = bool(self._problem)
+        return self._problem
 
-    def _commit(self, future: Any, partial: Path, step: int, state: dict[str, Any]) -> None:
-        """In the background: this rank's files to disk and hashed, then, once every rank's are, rank 0 publishes."""
-        written, problem = {}, ""
+    def _make_room(self, partial: Path, tensors: dict[str, Tensor]) -> str:
+        """An empty directory on a disk that has room for what the last checkpoint took, or these tensors take; or what
+        went wrong.
+        """
+        last = self.root / f"step-{self.newest:06d}"
         try:
+            self.root.parent.stat()  # a mount that is gone is not made again on another disk
+            if is_gone(self.root):
+                return f"{self.root.readlink()} is gone, or another disk: mount it again"
+            self.root.mkdir(exist_ok=True)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            sizes = [path.stat().st_size for path in last.iterdir()] if self.newest and last.is_dir() else []
+            needed = sum(sizes) or sum(t.numel() * t.element_size() for t in tensors.values())
+            if (free := shutil.disk_usage(partial).free) < needed:
+                partial.rmdir()
+                return f"{self.root} has {free / 2**20:,.1f} MiB left and one takes {needed / 2**20:,.1f}: free some"
+        except OSError as error:
+            return explained(error)
+        return ""
+
+    def _commit(self, future: Any, partial: Path, state: dict[str, Any], began: float) -> None:
+        """In the background: this rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every
+        rank has read its own again, older checkpoints go.
+        """
+        step, final, written = state["step"], self.root / f"step-{state['step']:06d}", {}
+
+        def write() -> None:
             future.result()
             for path in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
                 written[path.name] = _sync_and_describe(path)
-        except Exception as error:  # a full disk, a dead peer: whatever it is, training does not die of a checkpoint
-            problem = f"{type(error).__name__}: {error}"
-        parts: list[Any] = [None] * self.world.size
-        dist.all_gather_object(parts, (written, problem), group=self.group)
-        problem = next((p for _, p in parts if p), "")
-        if self.world.is_main and not problem:
-            try:
-                self._publish(partial, step, state, {name: facts for w, _ in parts for name, facts in w.items()})
-            except OSError as error:
-                problem = str(error)
-        if problem and self.world.is_main:
-            self._problem = problem
-            shutil.rmtree(partial, ignore_errors=True)
-        dist.barrier(group=self.group)
 
-    def _publish(self, partial: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
+        problem = self._everywhere(write, written)
+        if not problem:
+            files = {name: facts for of in self._written for name, facts in of.items()}
+            problem = self._everywhere(lambda: self._publish(partial, final, state, files) if self._is_main else None)
+        if not problem:
+            problem = self._everywhere(lambda: _read_again(final, self.world))
+            if problem and self._is_main:
+                shutil.rmtree(final, ignore_errors=True)
+        if problem and self._is_main:
+            shutil.rmtree(partial, ignore_errors=True)
+        if not problem:
+            self.newest = step
+            if self._is_main:
+                for old in self._named()[: -self.keep] if self.keep > 0 else []:
+                    shutil.rmtree(old, ignore_errors=True)
+            signals.a_save_took(time.monotonic() - began)
+        self._problem = problem
+
+    def _everywhere(self, work: Callable[[], Any], written: dict[str, Any] | None = None) -> str:
+        """Does it on every rank; what went wrong with the first, on every rank, or ''."""
+        problem = ""
+        try:
+            work()
+        except BaseException as error:  # DCP's own is no Exception; training does not die of a checkpoint
+            problem = in_words(error)
+        parts: list[Any] = [None] * self.world.size
+        dist.all_gather_object(parts, (problem, written or {}), group=self.group)
+        self._written = [of for _, of in parts]
+        return next((problem for problem, _ in parts if problem), "")
+
+    def _publish(self, partial: Path, final: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         files["state.json"] = _sync_and_describe(partial / "state.json")
         (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
         _sync_and_describe(partial / "COMPLETE")
         _sync_directory(partial)
-        final = self.root / f"step-{step:06d}"
         if final.exists():  # the same step of an earlier, damaged attempt
             shutil.rmtree(final)
         partial.rename(final)
         _sync_directory(self.root)
-        for old in self._named()[: -self.keep] if self.keep > 0 else []:
-            shutil.rmtree(old, ignore_errors=True)
 
     def __enter__(self) -> Checkpoints:
         return self
 
     def __exit__(self, kind: type | None, *_: Any) -> None:
-        """A save under way is finished, also when the run ends in a UserError, which all ranks share; not when a rank
-        died.
+        """A save under way is finished, also when the run ends in a UserError or Stopped, which all ranks share; not
+        when a rank died.
         """
-        if kind is None or issubclass(kind, UserError):
+        if kind is None or issubclass(kind, UserError | signals.Stopped):
             self.wait()
 
     # --- reading ------------------------------------------------------------------------------------------------------
@@ -148,26 +212,25 @@ class Checkpoints:
         return complete(self.root)
 
     def resume(self, which: str) -> dict[str, Any] | None:
-        """Loads the newest sound checkpoint (or the one at the path `which`) and returns its state; None if there is
-        none.
+        """Loads the newest sound checkpoint (or the one at the path `which`, and no other) and returns its state; None
+        if there is none. Names those that it passes over, and why.
 
         Collective. Raises UserError if the path is not a sound checkpoint, or belongs to another model or dataset.
         """
         if which == "never":
             return None
-        candidates = [Path(which)] if which != "auto" else list(reversed(self._named()))
+        candidates = [Path(which)] if which != "auto" else list(reversed(_steps(self.root)))
         candidates = self.world.gather(candidates)[0]
         for path in candidates:
-            problem = next((p for p in self.world.gather(self._inspect(path)) if p), "")
+            problem = next((p for p in self.world.gather(damage(path, self.world)) if p), "")
             if not problem:
-                return self._load(path)
+                state = self._load(path)
+                self.newest = state["step"] if path.resolve().parent == self.root.resolve() else 0
+                return state
             if which != "auto":
                 raise UserError(f"--resume {path}: {problem}")
             self.world.say(f"warning: checkpoint {path} is not used: {problem}")
         return None
-
-    def _inspect(self, path: Path) -> str:
-        return damage(path, self.world)
 
     def _load(self, path: Path) -> dict[str, Any]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -228,27 +291,48 @@ class Checkpoints:
 
 
 def complete(root: Path) -> list[Path]:
+    """The whole ones among a run's checkpoints, oldest first."""
+    return [path for path in _steps(root) if (path / "COMPLETE").is_file()]
+
+
+def _steps(root: Path) -> list[Path]:
     """The step-* directories in a run's checkpoints/, oldest first, by number."""
     if not root.is_dir():
         return []
-    matches = [
-        (int(m.group(1)), p) for p in root.iterdir() if (m := STEP.fullmatch(p.name)) and (p / "COMPLETE").is_file()
-    ]
+    matches = [(int(m.group(1)), p) for p in root.iterdir() if p.is_dir() and (m := STEP.fullmatch(p.name))]
     return [path for _, path in sorted(matches)]
 
 
 def damage(path: Path, world: World) -> str:
-    """What is wrong with this rank's share of a checkpoint's files, or ''."""
+    """What is wrong with a checkpoint, of whose files this rank reads its share, or ''."""
+    if not (path / "COMPLETE").is_file():
+        return "it is incomplete: it has no COMPLETE, its manifest"
     try:
         files = json.loads((path / "COMPLETE").read_text(encoding="utf-8"))
+        shards = {name for name in files if name.endswith(".safetensors")}
+        if not shards or "state.json" not in files:
+            return f"its manifest, COMPLETE, lists {'no state.json' if shards else 'no weights'}"
+        if unlisted := {p.name for p in path.glob("*.safetensors")} - shards:
+            return f"{min(unlisted)} is not in its manifest"
         for name in sorted(files)[world.rank :: world.size]:
             if Path(name).name != name or not (path / name).is_file():
                 return f"{name} is missing"
             if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
                 return f"{name} is damaged"
     except (OSError, ValueError, KeyError, TypeError):
-        return "it is incomplete"
+        return "its manifest, COMPLETE, is damaged"
     return ""
+
+
+def _read_again(path: Path, world: World) -> None:
+    """Raises OSError unless this rank's share of the files is what was written, read from the disk where the system
+    can be made to.
+    """
+    for file in path.iterdir():
+        with open(file, "rb") as f, contextlib.suppress(AttributeError):  # which systems other than Linux may lack
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if problem := damage(path, world):
+        raise OSError(f"read again, {problem}")
 
 
 def load_masters(path: Path, parts: Mapping[str, nn.Module]) -> None:
@@ -268,16 +352,6 @@ def load_masters(path: Path, parts: Mapping[str, nn.Module]) -> None:
     if wrong:
         raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
     dcp.load(trained, storage_reader=reader)
-
-
-def _make_empty(directory: Path) -> str:
-    """What went wrong, or ''."""
-    try:
-        shutil.rmtree(directory, ignore_errors=True)
-        directory.mkdir(parents=True)
-    except OSError as error:
-        return str(error)
-    return ""
 
 
 def _sha256(path: Path) -> str:

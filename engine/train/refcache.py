@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,22 +32,25 @@ from engine.data.batch import MicroBatch, micro_batch, sum_by_sequence
 from engine.data.packing import pack
 from engine.data.store import Examples
 from engine.disk import writing
-from engine.errors import UserError
+from engine.errors import UserError, explained
 from engine.model.open import Base
 from engine.model.policy import Policy
 from engine.world import World, on_device
 
 VERSION = 1
-SEQUENCES_PER_SEGMENT = 2**16
+SEQUENCES_PER_SEGMENT = 2**13  # what a run that is asked to end in the middle of one computes again
+
+LEFT_OVER = 3600.0  # seconds after which a file under a temporary name is nobody's
 
 
 class Reference:
     """sum log pi_ref of every sequence of the examples that a run uses, in host memory (4 bytes a sequence)."""
 
-    def __init__(self, sums: np.ndarray, per_example: int, computed: int) -> None:
+    def __init__(self, sums: np.ndarray, per_example: int, computed: int, problem: str = "") -> None:
         self.sums = sums  # fp32 (N, per_example); NaN for examples that the run does not use
         self.per_example = per_example
         self.computed = computed  # sequences that took a forward pass
+        self.problem = problem  # why they are not all in the cache, or ''
 
     def __call__(self, batch: MicroBatch) -> Tensor:
         """(S,) fp32 on the batch's device, in the order of its sequences."""
@@ -56,6 +60,11 @@ class Reference:
         if np.isnan(sums_S).any():
             raise RuntimeError(f"no reference log-prob for an example of {batch.examples}")
         return on_device(torch.as_tensor(sums_S), batch.ids_T.device)
+
+    def require_cached(self) -> None:
+        """Raises UserError if another run would have to compute them again."""
+        if self.problem:
+            raise UserError(f"the reference cache is not written: {self.problem}")
 
 
 def reference_logprobs(
@@ -71,8 +80,8 @@ def reference_logprobs(
     """The reference log-probs of the examples numbered `used` under `policy` as it is now, from the cache where they
     are there.
 
-    Collective. Prints hit, partial hit (n of m) or miss with the reason. The pass writes a segment every 65,536
-    sequences, so a killed one goes on where it was.
+    Collective. Prints hit, partial hit (n of m) or miss with the reason. The pass writes a segment every 8,192
+    sequences, so a killed one goes on where it was, with the same micro-batches. Raises Stopped, between two of them.
     """
     identity, budget = model_identity(policy.identity, base), base.memory.micro_batch_tokens
     used = np.unique(used)
@@ -83,14 +92,21 @@ def reference_logprobs(
         / hashlib.sha256(json.dumps([VERSION, identity], sort_keys=True).encode()).hexdigest()[:32]
     )
     found = np.full(keys.shape, np.nan, np.float32)
-    if world.is_main:
+
+    def look() -> None:
+        nonlocal found
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        fresh = not (directory / "header.json").is_file()
+        _remove_leftovers(directory)
+        header = directory / "header.json"
+        fresh = not header.is_file()
         found = _look_up(directory, keys, counts)
         world.say(f"{name}: {_verdict(directory, identity, found, fresh)}")
-        _write_atomically(
-            directory / "header.json", json.dumps({"version": VERSION, "identity": identity}, indent=1).encode()
-        )
+        described = json.dumps({"version": VERSION, "identity": identity}, indent=1).encode()
+        if fresh or header.read_bytes() != described:
+            _write_atomically(header, described)
+
+    world.on_main("reference", look)
+    problem = ""
     found = world.broadcast(torch.as_tensor(found)).numpy()
     missing = np.flatnonzero(np.isnan(found.reshape(-1)))
     _, first = np.unique(keys.reshape(-1)[missing], return_index=True)
@@ -98,9 +114,9 @@ def reference_logprobs(
     for start in range(0, len(todo), SEQUENCES_PER_SEGMENT):
         block = todo[start : start + SEQUENCES_PER_SEGMENT]
         found.reshape(-1)[block] = _compute(policy, examples, used, block, world, budget)
-        if world.is_main:
+        if world.is_main and not problem:
             rows = [array.reshape(-1)[block] for array in (keys, found, counts)]
-            _append(directory, *rows)
+            problem = _try_to_append(directory, name, rows)
     if len(missing) > len(todo):
         by_key = dict(zip(keys.reshape(-1)[todo].tolist(), found.reshape(-1)[todo].tolist(), strict=True))
         found.reshape(-1)[missing] = [by_key[key] for key in keys.reshape(-1)[missing].tolist()]
@@ -108,7 +124,7 @@ def reference_logprobs(
     policy.release()
     sums = np.full((len(examples), keys.shape[1]), np.nan, np.float32)
     sums[used] = found
-    return Reference(sums, keys.shape[1], len(todo))
+    return Reference(sums, keys.shape[1], len(todo), world.gather(problem)[0])
 
 
 @torch.no_grad()
@@ -124,6 +140,7 @@ def _compute(
     order: list[int] = []
     parts: list[Tensor] = []
     for positions in bins:
+        world.end_if_asked()
         world.phase("reference log-probs", len(order) * world.size, len(block))
         batch = micro_batch([sequences[i] for i in positions], positions, world.device)
         logprobs_R = policy.logprobs(batch)  # collective, also where the batch is a placeholder
@@ -143,16 +160,36 @@ def _compute(
 # --- the files --------------------------------------------------------------------------------------------------------
 
 
+def _remove_leftovers(directory: Path) -> None:
+    """Of runs that were killed while they wrote; others may write now."""
+    for path in directory.glob(".*.*"):
+        if time.time() - path.stat().st_mtime > LEFT_OVER:
+            path.unlink(missing_ok=True)
+
+
+def _try_to_append(directory: Path, name: str, rows: list[np.ndarray]) -> str:
+    """A segment more; or a warning, once, and what went wrong: the run has its numbers."""
+    try:
+        _append(directory, *rows)
+    except OSError as error:
+        terminal.say(f"warning: {name}: not cached: {explained(error)}; this run goes on with what it computes")
+        return explained(error)
+    return ""
+
+
 def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.ndarray) -> None:
     arrays = {"keys": np.frombuffer(keys.tobytes(), np.uint8).reshape(-1, 16), "logprobs": logprobs, "counts": counts}
     digest = _checksum(arrays)
     path = directory / f"rows-{digest[:16]}.safetensors"
     partial = directory / f".{path.name}.{os.getpid()}"
-    with writing(path):
-        save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
-    with open(partial, "rb") as f:
-        os.fsync(f.fileno())
-    partial.rename(path)
+    try:
+        with writing(path):
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
+        with open(partial, "rb") as f:
+            os.fsync(f.fileno())
+        partial.rename(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _checksum(arrays: dict[str, np.ndarray]) -> str:
@@ -233,8 +270,14 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
 
 def _write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(content)
-    partial.rename(path)
+    try:
+        partial.write_bytes(content)
+        partial.rename(path)
+    except OSError as error:  # a write to a full disk names no file
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def model_identity(weights: str, base: Base) -> dict[str, str]:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine import signals
 from engine.data.chat import ChatTokenizer
 from engine.data.mixture import Steps
 from engine.data.store import Examples
@@ -106,6 +107,7 @@ def _of_machine(base: Base, world: World) -> list[Row]:
         Row("world", f"{world.size} x {world.device.type}, compute {_plain(how.dtype)}, masters {_plain(how.master)}"),
         Row("attention", f"{how.backend} ({base.why_backend})"),
         Row("head", {"fused": "fused: log-probs by chunks"}.get(how.head, f"{how.head}: whole logits in memory")),
+        *([Row("time", left)] if (left := signals.time_left()) else []),
     ]
 
 

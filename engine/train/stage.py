@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine import provenance
+from engine import progress, provenance, signals
 from engine import run as directories
 from engine.data.batch import Batchable, MicroBatch, MicroBatches
 from engine.data.mixture import Steps
@@ -34,6 +34,7 @@ from engine.log import JsonLines, Metrics, Totals
 from engine.model.export import export
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
+from engine.signals import Stopped
 from engine.terminal import as_time
 from engine.train import card
 from engine.train.checkpoint import Checkpoints
@@ -66,6 +67,9 @@ class Run:
         self._began, self._resumed_after = time.monotonic(), 0
         self.output_dir = Path(flags.output_dir)
         self.is_finished = False
+        self._done = 0  # steps whose update is whole
+        self._longest = 0.0  # seconds of one
+        self._checkpoints: Checkpoints | None = None
         self._stack = contextlib.ExitStack()
         self._batches: MicroBatches | None = None
         self._samples: JsonLines | None = None
@@ -80,8 +84,45 @@ class Run:
             self.world.say(f"{self.output_dir} is finished, final/ is written: nothing to do", last=True)
         return self
 
-    def __exit__(self, *exception: Any) -> None:
-        self._stack.__exit__(*exception)
+    def __exit__(self, kind: type | None, error: BaseException | None, *traceback: Any) -> None:
+        """A run that was asked to end is left with a checkpoint of its last whole step, and says how to go on."""
+        try:
+            if isinstance(error, Stopped):
+                raise Stopped(self._leave(str(error))) from None
+        finally:
+            self._stack.__exit__(kind, error, *traceback)
+
+    def _leave(self, why: str) -> str:
+        """Collective. Raises UserError where no checkpoint can be written."""
+        command = "the same command" if self.flags.resume == "auto" else "the same command with --resume auto"
+        if self._checkpoints is None or not self._done:
+            return f"{why}, before the first step was over; {command} begins again"
+        self._save()
+        if problem := self._checkpoints.wait():
+            raise UserError(f"stopped: {why}, and the checkpoint of step {self._done} is not written: {problem}")
+        return f"{why}, after step {self._done} of {self.plan.total}; {command} goes on from its checkpoint"
+
+    def _save(self) -> None:
+        """A checkpoint of the last whole step, in the background."""
+        assert self._checkpoints is not None, "steps() has made them"
+        self.world.phase("saving a checkpoint")
+        progress.note(counted=False)
+        facts = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
+        self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts})
+
+    def _between(self, seconds: float) -> None:
+        """Between two steps, of which the last took so long: ends the run if a rank was asked to, else saves what is
+        due. Collective. Raises Stopped.
+        """
+        assert self._checkpoints is not None, "steps() has made them"
+        done, total, every = self._done, self.plan.total, self.flags.save_steps
+        self._longest = max(self._longest, seconds)
+        why = signals.asked() or (signals.no_time_for(self._longest) if done < total else "")
+        ends, again = self.world.most(signals.REASONS.index(why), self._checkpoints.is_owed)
+        if ends:
+            raise Stopped(signals.REASONS[ends])
+        if again or (every and self._resumed_after < done < total and done % every == 0):
+            self._save()
 
     def steps(self, **trained: tuple[Root, torch.optim.Optimizer]) -> Iterator[int]:
         """The steps to take, after a checkpoint where there is one; the first of a fresh run is 0.
@@ -97,26 +138,36 @@ class Run:
         )
         state = checkpoints.resume(flags.resume) or {"step": 0, "num_tokens": 0}
         start, total = state["step"], self.plan.total
-        self._resumed_after = start
+        self._resumed_after = self._done = start
+        self._checkpoints = checkpoints
         world.say(f"resuming after step {start}" if start else "starting at step 0")
-        self.metrics = Metrics(
-            self.output_dir, world, start=start, total=total, report_to=flags.report_to, unit=self.unit
-        )
-        if world.is_main and (self.output_dir / "samples.jsonl").is_file():  # of what is done again, nothing stays
-            self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
+
+        def open_files() -> None:
+            self.metrics = Metrics(
+                self.output_dir, world, start=start, total=total, report_to=flags.report_to, unit=self.unit
+            )
+            if world.is_main and (self.output_dir / "samples.jsonl").is_file():  # of what is done again, nothing stays
+                self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
+
+        world.on_main("metrics", open_files)
+        if not world.is_main:
+            open_files()
         policy: Any = trained["policy"][0]
         self.throughput = Throughput(world, policy, self.base.dtype, state["num_tokens"])
         profile = self._stack.enter_context(directories.profiler(flags.profile, self.output_dir, world))
         self._stack.enter_context(checkpoints)
+        self._between(0.0)
         for step in range(start, total):
+            progress.at_step(step + 1)
+            signals.rollouts_may_end(True)
+            began = time.monotonic()
             yield step
-            done = step + 1
+            self._done = step + 1
+            progress.compiles(False)  # one compilation serves all lengths
             if profile is not None:
                 profile.step()
-            if flags.save_steps and done < total and done % flags.save_steps == 0:
-                world.phase("saving a checkpoint")
-                facts = {"total_steps": total, "examples": self.plan.n}  # for a card
-                checkpoints.save(done, {"num_tokens": self.throughput.num_tokens, **facts})
+            self._between(time.monotonic() - began)
+        progress.note("writing the last checkpoint", counted=False)
         checkpoints.wait()
 
     def evaluates(self, done: int) -> bool:
@@ -142,6 +193,7 @@ class Run:
             root.sync_gradients(last)
             if totals is not None:
                 self.throughput.count(batch, totals)
+            progress.note()
             yield batch
 
     def evaluation_batches(self, examples: Batchable) -> Iterator[MicroBatch]:
@@ -164,6 +216,7 @@ class Run:
 
     def write(self, step: int, row: dict[str, Any], sums: dict[str, float], shown: str) -> None:
         """The row of a step that was taken, with its speed of `sums`; `shown` stands on the bar."""
+        signals.rollouts_may_end(False)  # what is sampled now is an evaluation of this step
         row = row | self.throughput.row(sums)
         self.headline = shown
         self.metrics.write(step + 1, row, f"{shown}, {row['perf/tokens_per_second_per_gpu']:,.0f} tokens/s")
@@ -203,6 +256,8 @@ class Run:
         may come `then`. Collective.
         """
         self.world.phase("writing final/")
+        progress.note(counted=False)
+        self.world.on_main("output_dir", self.output_dir.stat)  # a mount that is gone is not made again elsewhere
         done, flags, adapter_only = {}, self.flags, self.values["export_adapter"]
         for name, root in inside.items():
             done[name] = self.output_dir / f".{name}"
@@ -228,7 +283,9 @@ class Run:
         size = sum(path.stat().st_size for path in final.rglob("*") if path.is_file())
         some = f" ({self.plan.total - self._resumed_after} of them now)" if self._resumed_after else ""
         took, plural = as_time(time.monotonic() - self._began), "s" if self.plan.total > 1 else ""
-        return f"; {as_size(size)}, {self.plan.total:,} {self.unit}{plural}{some} in {took}; {self.headline}"
+        return f"; {as_size(size)}, {self.plan.total:,} {self.unit}{plural}{some} in {took}" + (
+            f"; {self.headline}" if self.headline else ""
+        )
 
 
 def as_size(n: int) -> str:

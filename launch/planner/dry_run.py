@@ -29,7 +29,15 @@ def show_plan(stage: str, config: object, world: World, tokens: np.ndarray, trai
     world.on_main("plan", lambda: world.say("", *_plan(stage, values, world, tokens, trained_share)))
 
 
-def _plan(stage: str, values: dict, world: World, tokens: np.ndarray, trained_share: float) -> list[str]:
+def suggested(stage: str, config: object, world: World, seconds: float) -> str:
+    """What `python -m launch.plan` would change of a configuration that did not fit, in one line, or ''."""
+    lines = _plan(stage, configuration.as_dict(config), world, None, 1.0, seconds)
+    return next((line for line in lines if line.startswith("it fits with ")), "")
+
+
+def _plan(
+    stage: str, values: dict, world: World, tokens: np.ndarray | None, trained_share: float, seconds: float = PATIENCE
+) -> list[str]:
     device, nodes = "cpu", 1
     if world.device.type == "cuda":
         nodes = max(1, world.size // torch.cuda.device_count())
@@ -41,22 +49,24 @@ def _plan(stage: str, values: dict, world: World, tokens: np.ndarray, trained_sh
         device = found.name
     if values.get("loss_type") == "simpo":  # it reads no reference, and a saved None is not given
         values = values | {"reference": None}
-    facts = {
-        "gpu": device,
-        "gpus": world.size // nodes,
-        "nodes": nodes,
-        "longest_tokens": math.ceil(tokens.max()),
-        "mean_tokens": f"{tokens.mean():.2f}",
-        "num_examples": len(tokens),
-        "trained_share": f"{trained_share:.4f}",
-    }
+    facts: dict[str, object] = {"gpu": device, "gpus": world.size // nodes, "nodes": nodes}
+    facts |= (
+        {}
+        if tokens is None
+        else {
+            "longest_tokens": math.ceil(tokens.max()),
+            "mean_tokens": f"{tokens.mean():.2f}",
+            "num_examples": len(tokens),
+            "trained_share": f"{trained_share:.4f}",
+        }
+    )
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "config.yaml"
         configuration.save(values, path, {})
         words = [str(word) for name, value in facts.items() for word in (f"--{name}", value)]
         command = [sys.executable, "-m", "launch.plan", stage, "--config", str(path), *words]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL)
+            done = subprocess.run(command, capture_output=True, text=True, timeout=seconds, stdin=subprocess.DEVNULL)
         except (OSError, subprocess.TimeoutExpired) as error:
             return [f"no plan: {error}"]
     if done.returncode:

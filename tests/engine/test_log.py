@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import resource
 
 import pytest
 import torch
@@ -34,3 +35,26 @@ def test_a_resumed_file_is_cut_back_to_the_resumed_step(start, kept, tmp_path):
     read = [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()]  # written out at once
     assert read == [*kept, 9]
     file.close()
+
+
+def test_a_row_that_cannot_be_written_is_owed(tmp_path, capsys):
+    """Not a part of it stays; one warning; it comes with the next that can, or is named as lost at the end."""
+    path, (soft, hard) = tmp_path / "metrics.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    file = log.JsonLines(path, 0)
+    file.write({"step": 1})
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, hard))
+        file.write({"step": 2})
+        file.write({"step": 3})
+        assert path.read_text(encoding="utf-8") == '{"step": 1}\n'
+        (said,) = capsys.readouterr().out.splitlines()
+        assert said.startswith(f"warning: {path}: File too large: raise the limit") and said.endswith("with later ones")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        file.write({"step": 4})
+        assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == [1, 2, 3, 4]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, hard))
+        file.write({"step": 5})
+        file.close()
+        assert capsys.readouterr().out.splitlines()[-1].endswith(f"; 1 row is lost for {path}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -20,9 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors import SafetensorError
 
 import engine.data.files
-from engine import disk, hardware
+from engine import hardware
 from engine.config import parse
 from engine.errors import UserError
 from engine.world import main
@@ -361,7 +362,7 @@ def full_disk(directory: Path, monkeypatch):
     if not mounted:
 
         def full(*_: Any, **__: Any) -> None:
-            raise disk.SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
         monkeypatch.setattr("engine.model.export.save_file", full)
     try:

@@ -1463,9 +1463,9 @@ DATA = (
     ),
     Mutant(
         "builders_do_not_wait_for_each_other",
-        "engine/data/store.py",
-        "fcntl.flock(lock, fcntl.LOCK_EX)",
-        "fcntl.flock(lock, fcntl.LOCK_SH)",
+        "engine/disk.py",
+        "fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)",
+        "fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)",
         (f"{STORE}::test_runs_that_start_together_build_once",),
     ),
     Mutant(
@@ -2515,8 +2515,8 @@ TRAIN = (
     Mutant(
         "the_oldest_checkpoint_is_resumed",
         "engine/train/checkpoint.py",
-        "list(reversed(self._named()))",
-        "list(self._named())",
+        "list(reversed(_steps(self.root)))",
+        "list(_steps(self.root))",
         CHECKPOINT,
     ),
     Mutant("checkpoints_by_name", "engine/train/checkpoint.py", "(int(m.group(1)), p)", "(m.group(1), p)", CHECKPOINT),
@@ -2530,8 +2530,8 @@ TRAIN = (
     Mutant(
         "an_incomplete_checkpoint_is_loaded",
         "engine/train/checkpoint.py",
-        'and (p / "COMPLETE").is_file()',
-        'and (p / "state.json").is_file()',
+        'return "it is incomplete: it has no COMPLETE, its manifest"',
+        'return ""',
         CHECKPOINT,
     ),
     Mutant(
@@ -3002,7 +3002,7 @@ ENGINE = (
         "            json.loads(line)\n            kept.append(line)",
         LOG,
     ),
-    Mutant("rows_are_not_written_out", "engine/log.py", "        self._file.flush()\n", "", LOG),
+    Mutant("rows_are_not_written_out", "engine/log.py", 'open(path, "ab", buffering=0)', 'open(path, "ab")', LOG),
     Mutant("quiet_hides_warnings", "engine/terminal.py", "if line.startswith(WARNINGS) or not", "if not", TERMINAL),
     Mutant(
         "control_characters_of_data_reach_the_terminal",
@@ -3074,7 +3074,7 @@ ENGINE = (
     Mutant(
         "others_go_on_after_a_failure",
         "engine/world.py",
-        'self.store.set(key, f"error {error}")',
+        """self.store.set(key, f"{'error' if isinstance(error, UserError) else 'stopped'} {error}")""",
         'self.store.set(key, "ok")',
         WORLD,
     ),
@@ -4897,8 +4897,8 @@ MISTAKES = (
     Mutant(
         "a_full_disk_is_a_traceback",
         "engine/disk.py",
-        "if number is None:",
-        "if number is not None:",
+        "if found is None:",
+        "if found is not None:",
         (f"{MISTAKEN}::test_a_full_disk_at_the_export",),
     ),
     Mutant(

@@ -244,11 +244,9 @@ def save(
         tensor = whole(saved_module.saved_weight)
         if world.is_main:
             tensors[f"base_model.model.{name}.weight"] = tensor.cpu().contiguous().clone()
-    if world.is_main:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        with writing(partial / TENSORS):
-            save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+
+    def write() -> None:
+        save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
         described = {
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
@@ -271,7 +269,20 @@ def save(
         if card:
             (partial / "README.md").write_text(card, encoding="utf-8")
         publish(partial, directory, inside)
-    world.barrier()
+
+    world.on_main("adapter", lambda: _whole_or_not(partial, write))
+
+
+def _whole_or_not(partial: Path, write: Callable[[], None]) -> None:
+    """What `write` puts into an empty directory; nothing is left of it where that fails."""
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        with writing(partial):
+            write()
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
 
 
 def _targets(lm: Any, adapters: Adapters) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -94,7 +95,7 @@ def test_the_newest_sound_one_is_taken(here, tmp_path, capsys):
     (tmp_path / "checkpoints" / "step-000002" / "COMPLETE").unlink()
     capsys.readouterr()
     assert Trained(tmp_path, here).checkpoints.resume("auto")["step"] == 1
-    assert "is not used" not in capsys.readouterr().out  # it is none
+    assert "step-000002 is not used: it is incomplete: it has no COMPLETE" in capsys.readouterr().out
     with pytest.raises(UserError, match="is incomplete"):
         Trained(tmp_path, here).checkpoints.resume(str(tmp_path / "checkpoints" / "step-000002"))
     shutil.rmtree(tmp_path / "checkpoints")
@@ -106,3 +107,73 @@ def test_when_held_out_data_is_looked_at():
     run = lambda every: SimpleNamespace(plan=SimpleNamespace(total=10), flags=SimpleNamespace(eval_steps=every))
     steps = lambda every: [done for done in range(1, 11) if Run.evaluates(run(every), done)]
     assert (steps(4), steps(0), steps(5)) == ([4, 8, 10], [10], [5, 10])
+
+
+@pytest.mark.parametrize(
+    "manifest, said",
+    [
+        ("{}", "its manifest, COMPLETE, lists no weights"),
+        ("[]", "its manifest, COMPLETE, lists no weights"),
+        ("", "its manifest, COMPLETE, is damaged"),
+        ('{"state.json": {}}', "its manifest, COMPLETE, lists no weights"),
+        ('{"shard.safetensors": {"bytes": 1, "sha256": "0"}}', "its manifest, COMPLETE, lists no state.json"),
+        ('{"../a.safetensors": {}, "state.json": {}}', "shard-.* is not in its manifest"),
+        ("more", "other.safetensors is not in its manifest"),
+        (None, "it is incomplete: it has no COMPLETE"),
+    ],
+)
+def test_a_manifest_that_does_not_say_what_is_there_is_refused(manifest, said, here, tmp_path, capsys):
+    """The one before is taken, with a word; where it was named, none is."""
+    Trained(tmp_path, here).train(1).save(1, 2)
+    path = tmp_path / "checkpoints" / "step-000002"
+    if manifest is None:
+        (path / "COMPLETE").unlink()
+    elif manifest == "more":
+        shutil.copy(next(path.glob("shard-*")), path / "other.safetensors")
+    else:
+        (path / "COMPLETE").write_text(manifest)
+    with pytest.raises(UserError, match=f"--resume {path}: {said}"):
+        Trained(tmp_path, here).checkpoints.resume(str(path))
+    capsys.readouterr()
+    assert Trained(tmp_path, here).checkpoints.resume("auto")["step"] == 1
+    (line,) = capsys.readouterr().out.splitlines()
+    assert re.match(f"warning: checkpoint {path} is not used: {said}", line)
+
+
+def test_nothing_is_begun_without_room(here, tmp_path, capsys, monkeypatch):
+    """For what the last one took, or for the tensors; owed until there is."""
+    trained, free = Trained(tmp_path, here).train(1), {"bytes": 10}
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free["bytes"]))
+    trained.save(1, 2)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert "checkpoints has 0.0 MiB left and one takes 0.0: free some; training goes on" in said
+    assert names(tmp_path) == [] and trained.checkpoints.is_owed and trained.checkpoints.newest == 0
+    free["bytes"] = 100 * 2**20
+    trained.save(3)
+    assert names(tmp_path) == ["step-000003"] and not trained.checkpoints.is_owed
+    assert "a checkpoint is written again, of step 3" in capsys.readouterr().out
+    sizes = sum(path.stat().st_size for path in (tmp_path / "checkpoints" / "step-000003").iterdir())
+    for bytes_free, written in ((sizes - 1, False), (sizes, True)):
+        free["bytes"] = bytes_free
+        trained.save(4)
+        assert (tmp_path / "checkpoints" / "step-000004").is_dir() == written
+
+
+def test_the_older_one_stays_until_the_newer_was_read_back(here, tmp_path, capsys, monkeypatch):
+    trained = Trained(tmp_path, here, keep=1).train(1).save(1)
+    publish = Checkpoints._publish
+
+    def flipping(self, partial, final, *rest):
+        publish(self, partial, final, *rest)
+        (shard,) = final.glob("shard-*")
+        content = bytearray(shard.read_bytes())
+        content[-1] ^= 1
+        shard.write_bytes(content)
+
+    monkeypatch.setattr(Checkpoints, "_publish", flipping)
+    trained.save(2)
+    assert names(tmp_path) == ["step-000001"] and trained.checkpoints.is_owed
+    assert re.search("not written: read again, shard-.* is damaged; training goes on", capsys.readouterr().out)
+    monkeypatch.setattr(Checkpoints, "_publish", publish)
+    trained.save(3)
+    assert names(tmp_path) == ["step-000003"]
