@@ -36,9 +36,11 @@ PIECES = 32  # at most, of a response
 PIECE = 256  # positions of the shortest piece
 ROWS = 16  # query heads of a program: what a tensor core takes at least
 TILE_BYTES = 2**14  # of keys, and of values, that a program reads at once
-# A tile waits for the number of its page: five stages are two tiles on their way. Without tensor cores arithmetic is
-# what takes time: more threads, which hide one another's waits.
-LAUNCH, LAUNCH_FP32 = {"num_warps": 4, "num_stages": 5}, {"num_warps": 8, "num_stages": 2}
+# A tile waits for the number of its page: five stages are two tiles on their way. Registers are for three programs a
+# multiprocessor, as its shared memory is. Without tensor cores (in float32) arithmetic takes the time: more threads,
+# which hide one another's waits.
+LAUNCH = {"num_warps": 4, "num_stages": 5, "maxnreg": 160}
+LAUNCH_FP32 = {"num_warps": 8, "num_stages": 2}
 PROGRAMS = 16  # a multiprocessor, that S aims at: many short ones even out what lengths differ in
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
