@@ -61,7 +61,7 @@ class Collector:
 
         if not team.leads:  # draws what its team draws, and hears of the verdicts with everyone
             deque(drawn, maxlen=0)
-        for verdict in self.pool.imap(rows()) if team.leads else ():
+        for verdict in self.pool.imap(rows()):
             verdicts.append(verdict)
             if len(finished) == len(requests):
                 self.world.phase(f"{shown}verifying", len(verdicts) * team.count, total)

@@ -51,6 +51,7 @@ class Rlvr(Stage):
                 slots=config.rollout_slots,
                 backend=self.base.how.backend,
                 make_cache=partial(PlannedCache, ledger=ledger),
+                tensor_parallel=config.rollout_tensor_parallel,
             )
         optimizers = {OPTIMIZER: self.optimizer(self.policy, OPTIMIZER)}
         if value_model is not None:
@@ -60,7 +61,7 @@ class Rlvr(Stage):
         totals = Totals(world)
         costs = self._update(value_model, optimizers, totals)
         flops = float(totals.sums["perf/flops"]) / min(2, self.work.micro_batches)
-        slots = min(config.rollout_slots, self.work.units)
+        slots = min(config.rollout_slots, self.work.units * config.rollout_tensor_parallel)
         result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=slots)
         trained = sum(root.num_trained for root in (self.policy, value_model) if root is not None)
         return dataclasses.replace(result, trained=trained)
@@ -91,7 +92,7 @@ class Rlvr(Stage):
             sampler.load(self.policy)
             costs["hand-over"] = self.cost("hand-over") - before
         prompt = config.max_seq_length - config.response_length
-        slots = min(config.rollout_slots, self.work.units)
+        slots = min(config.rollout_slots, self.work.units * config.rollout_tensor_parallel)
         with ledger.phase("prefill", ACTIVATIONS):
             before, together = self.cost("prefill"), max(1, min(slots, 8192 // prompt))
             sampler.prefill({slot: [0] * prompt for slot in range(together)})
