@@ -288,11 +288,11 @@ def _put(piece: Piece, part_SN: Tensor) -> None:
     per_rank, row, total = _per_rank(shape, len(part_SN)), shape[1:].numel(), shape.numel()
     if place is not None and place.dimension == 0:
         first, last = place.first * row, (place.first + place.size) * row
-        for rank, part_N in enumerate(part_SN):
+        for rank in range(len(part_SN)):
             start = rank * per_rank + piece.start
             a, b = max(first, start), min(last, rank * per_rank + piece.stop, total)
             if a < b:
-                target.view(-1)[a - first : b - first].copy_(part_N[a - start : b - start])
+                target.view(-1)[a - first : b - first].copy_(part_SN[rank, a - start : b - start])
         return
     grain, columns = (1, slice(None)) if place is None else (row, slice(place.first, place.first + place.size))
     # from here on in rows of `grain` numbers, of which `columns` are taken

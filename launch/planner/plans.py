@@ -98,10 +98,11 @@ class Plan:
         step = (n - 1) * seen.micro_batch.seconds + seen.last.seconds
         if self.stage not in RLVR:
             return {"forward and backward": step, "optimizer": seen.optimizer.seconds}
-        config, waves = self.config, -(-self.work.units // max(1, seen.slots))
+        config, units = self.config, self.work.units * self.config.rollout_tensor_parallel  # responses of a sampler
+        waves = -(-units // max(1, seen.slots))
         return {
             "hand-over": seen.rollout["hand-over"].seconds,
-            "prefill": self.work.units * seen.rollout["prefill"].seconds,
+            "prefill": units * seen.rollout["prefill"].seconds,
             "decode": waves * config.response_length * seen.rollout["decode"].seconds,
             "evaluate": n * seen.rollout["evaluate"].seconds,
             "update": config.num_ppo_epochs * step,
@@ -169,6 +170,7 @@ def resolve(stage: str, config: Any) -> tuple[Any, Any, Any]:
         config.check_group()
     if stage in RLVR:
         require_positive(config, "num_samples_per_prompt", "response_length", "rollout_slots", "rollout_memory")
+        require_positive(config, "rollout_tensor_parallel")
         require_positive(config, "num_ppo_epochs", "num_mini_batches")
     if stage == "ppo" or (stage == "grpo" and config.kl_coef):
         kind = resolve_reference(config.reference, config, without_lora="copy")

@@ -52,6 +52,7 @@ class Rlvr(Stage):
                 max_length=config.max_seq_length,
                 slots=config.rollout_slots or SLOTS[self._kind],
                 backend=self.base.how.backend,
+                tensor_parallel=config.rollout_tensor_parallel,
             )
         optimizers = {OPTIMIZER: self.optimizer(self.policy, OPTIMIZER)}
         if value_model is not None:
@@ -120,10 +121,10 @@ class Rlvr(Stage):
         return costs
 
     def _responses(self) -> list[Response]:
-        """A rank's responses of an iteration, of the longest prompts and to the last token."""
+        """Those of an iteration that a rank, or its team, samples: of the longest prompts and to the last token."""
         config, n = self.config, self.config.num_samples_per_prompt
         prompt = [0] * (config.max_seq_length - config.response_length)
-        names = (str(i // n).encode() for i in range(self.work.units))
+        names = (str(i // n).encode() for i in range(self.work.units * config.rollout_tensor_parallel))
         return [Response(i, prompt, name, 0, config.response_length) for i, name in enumerate(names)]
 
     def _cache(self, responses: list[Response], layers: dict[int, Layer], sampler: Sampler) -> PlannedCache:
