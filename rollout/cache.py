@@ -27,9 +27,10 @@ from transformers import AttentionInterface
 
 from engine.data.packing import Packing
 from engine.world import on_device
-from rollout import rows
+from rollout.dense import Dense
 from rollout.kernels import paged_attention
 from rollout.pages import Pages, SharedPages
+from rollout.rows import Rows, rows_of
 
 NAME = "triptych_rollout"
 Window = int | None
@@ -148,7 +149,7 @@ class Decode:
     cache: PagedCache
     positions_T: Tensor  # int64
     pages_A: dict[Window, Tensor]  # int64
-    rows: dict[Window, rows.Rows] | None = None  # or else:
+    plans: dict[Window, Dense | Rows] | None = None  # or else:
     tables_AJ: dict[Window, Tensor] = field(default_factory=dict)  # int32
 
     packing = None
@@ -158,7 +159,8 @@ class Decode:
         """Of responses whose positions the host knows, page by page."""
         put = lambda x: on_device(torch.from_numpy(x.astype(np.int64)), device)
         pages = {w: put(kind.tables[slots_A, positions_A // cache.block]) for w, kind in cache.kinds.items()}
-        plans = {w: rows.rows_of(kind, slots_A, positions_A, device) for w, kind in cache.kinds.items()}
+        where = slots_A, positions_A, device
+        plans = {w: Dense.of(kind, *where) or rows_of(kind, *where) for w, kind in cache.kinds.items()}
         return cls(cache, put(positions_A), pages, plans)
 
     @classmethod
@@ -175,8 +177,8 @@ class Decode:
         self, layer: int, q_ANH: Tensor, *, scale: float, window: Window, softcap: float | None, sinks_N: Tensor | None
     ) -> Tensor:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if self.rows is not None:
-            return rows.attend(q_ANH, keys, values, self.rows[window], scale=scale, softcap=softcap, sinks_N=sinks_N)
+        if self.plans is not None:
+            return self.plans[window].attend(q_ANH, keys, values, scale=scale, softcap=softcap, sinks_N=sinks_N)
         return paged_attention(
             q_ANH,
             keys,

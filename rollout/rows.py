@@ -5,8 +5,8 @@ where it lies.
     out_a  = sum_p exp(s_p - m_a) v_p / sum_p exp(s_p - m_a)      over the pages of a, in their order; m_a = max_p s_p
 
 A page that G responses share is read once for all of them. Nothing is gathered but queries and partial sums, so that
-the cost follows the tokens that are held, not the longest response. It is what runs on a CPU; kernels/ has the other
-path, and both equal kernels/eager.py.
+the cost follows the tokens that are held, not the longest response. It is what runs on a CPU where there are more pages
+than dense.py takes; kernels/ has the way of CUDA, and all equal kernels/eager.py.
 
 P private pages · U pages of the shared end · M users of a shared page, at most · R partial sums: P + U M · B positions
 of a page · A active responses · K key/value heads · G query heads to each · H head size.
@@ -15,6 +15,7 @@ of a page · A active responses · K key/value heads · G query heads to each ·
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,6 +41,10 @@ class Rows:
     is_padding_R: Tensor  # True for users of a shared page that there are not
     pieces: Tensor  # int64: the partial sums, response by response, in the order of their positions
     offsets_A: Tensor  # int64: where in `pieces` a response begins
+
+    def attend(self, q_ANH: Tensor, keys: Tensor, values: Tensor, **how: Any) -> Tensor:
+        """(A, N, Hv) of pools (pages, K, B, H) and (pages, K, B, Hv); `how`: scale, softcap, sinks_N."""
+        return attend(q_ANH, keys, values, self, **how)
 
 
 def rows_of(pages: Pages, slots_A: np.ndarray, positions_A: np.ndarray, device: torch.device) -> Rows:

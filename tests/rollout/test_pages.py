@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from engine import world
 from engine.errors import UserError
-from rollout import Request, Sampler, SamplingParams, room, rows
+from rollout import Request, Sampler, SamplingParams, dense, room, rows
 from rollout.cache import Decode, Layer, PagedCache, Prefill, zeros
+from rollout.dense import Dense
 from rollout.kernels import eager
 from rollout.pages import Pages
 from rollout.sampler import BLOCK
@@ -153,7 +154,9 @@ def filled(pages: Pages, slots: int, groups: int, samples: int, rng: np.random.G
     group=st.integers(1, 4),
     value_size=st.sampled_from((8, 6)),
 )
-def test_attention_by_rows_is_the_definition(seed, block, window, softcap, sinks, samples, kv_heads, group, value_size):
+def test_attention_on_a_cpu_is_the_definition(
+    seed, block, window, softcap, sinks, samples, kv_heads, group, value_size
+):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     groups = 3
@@ -167,8 +170,9 @@ def test_attention_by_rows_is_the_definition(seed, block, window, softcap, sinks
     how = {"scale": 0.3, "softcap": softcap, "sinks_N": sinks_N}
     expected = eager.paged_attention(q_ANH.double(), keys, values, tables, positions, window=window, **how)
     plan = rows.rows_of(pages, order, last[order], CPU)
-    out = rows.attend(q_ANH, keys, values, plan, **how)
-    torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
+    small = Dense.of(pages, order, last[order], CPU)
+    for out in (plan.attend(q_ANH, keys, values, **how), small.attend(q_ANH, keys, values, **how)):
+        torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("by_rows", (True, False))
@@ -247,6 +251,7 @@ def sampler_of(made, name: str, *, pages: int | None = None, lag: int = 0, how: 
 
 
 LAYOUTS = {
+    "side by side": {"slots": 5, "block": 8},
     "one slot": {"slots": 1},
     "pages of 4": {"slots": 3, "block": 4},
     "pages of 64": {"slots": 64, "block": 64},
@@ -260,13 +265,14 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_responses_are_those_of_the_sampler_written_out(name, made):
+def test_responses_are_those_of_the_sampler_written_out(name, made, monkeypatch):
     """Whatever the pages, the order and the lag; log-probs to the rounding of a sum."""
     wanted = requests_of(1)
     params = SamplingParams(temperature=0.9, stop_ids=tuple(range(0, VOCAB, 40)))
     expected = naive.sample(made(name)[1], wanted, params, seed=3, step=2)
     for layout in LAYOUTS if name in ("llama", "gemma2", "gemma3") else ("few pages", "late, few pages"):
         sampler = sampler_of(made, name, **LAYOUTS[layout])
+        monkeypatch.setattr(dense, "FEW", 4096 if layout == "side by side" else 0)
         order = np.random.default_rng(len(layout)).permutation(len(wanted))
         rollouts = sampler.generate([wanted[i] for i in order], params, seed=3, step=2)
         for i, r in zip(order, rollouts, strict=True):
