@@ -36,11 +36,6 @@ PIECES = 32  # at most, of a response
 PIECE = 256  # positions of the shortest piece
 ROWS = 16  # query heads of a program: what a tensor core takes at least
 TILE_BYTES = 2**14  # of keys, and of values, that a program reads at once
-# A tile waits for the number of its page: five stages are two tiles on their way. Registers are for three programs a
-# multiprocessor, as its shared memory is. Without tensor cores (in float32) arithmetic takes the time: more threads,
-# which hide one another's waits.
-LAUNCH = {"num_warps": 4, "num_stages": 5, "maxnreg": 160}
-LAUNCH_FP32 = {"num_warps": 8, "num_stages": 2}
 PROGRAMS = 16  # a multiprocessor, that S aims at: many short ones even out what lengths differ in
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LOG2E = math.log2(math.e)
@@ -58,6 +53,18 @@ def takes(q_ANH: Tensor, keys_PKBH: Tensor, values_PKBH: Tensor) -> bool:
 def tile(head_size: int, dtype: torch.dtype) -> int:
     """Positions that a program reads at once; of the head size and dtype alone, so that page sizes give equal bits."""
     return max(16, min(128, TILE_BYTES // (triton.next_power_of_2(head_size) * dtype.itemsize)))
+
+
+def launch(head_size: int, dtype: torch.dtype) -> dict[str, int | None]:
+    """Threads and stages of the first kernel, of which three programs then fit a multiprocessor of sm_90 and sm_100.
+
+    A tile waits for the number of its page: five stages are two tiles on their way. Without tensor cores, in float32,
+    arithmetic takes the time: more threads, which hide one another's waits. Of the widest heads the compiler would
+    rather spill than use more than 128 registers, were it not told how many there are.
+    """
+    if dtype == torch.float32:
+        return {"num_warps": 8, "num_stages": 2}
+    return {"num_warps": 4, "num_stages": 5, "maxnreg": 160 if head_size > 128 else None}
 
 
 def constants(head_size: int, dtype: torch.dtype, windowed: bool) -> dict[str, int | bool]:
@@ -272,9 +279,9 @@ def paged_attention(
     tensors = (q_ANH, keys_PKBH, values_PKBH, tables_AJ, positions_A, partial, lse)
     strides = (q_ANH.stride(0), q_ANH.stride(1), room, tables_AJ.stride(0), pieces, window or 0)
     common = constants(H, q_ANH.dtype, window is not None)
-    compiled_for = {"K": K, "G": N // K, "B": B, "ROWS": ROWS, "CAPPED": softcap is not None}
+    compiled_for: dict[str, int | None] = {"K": K, "G": N // K, "B": B, "ROWS": ROWS, "CAPPED": softcap is not None}
     # a CPU has the interpreter alone, whose products know no bfloat16
-    compiled_for |= {"WIDEN": not q_ANH.is_cuda, **(LAUNCH_FP32 if q_ANH.dtype == torch.float32 else LAUNCH)}
+    compiled_for |= {"WIDEN": not q_ANH.is_cuda, **launch(H, q_ANH.dtype)}
     _partial_kernel[(A, heads, programs)](
         *tensors, *strides, in_powers_of_two, (softcap or 0.0) * LOG2E, **common, **compiled_for
     )
