@@ -61,7 +61,8 @@ class Rlvr(Stage):
         totals = Totals(world)
         costs = self._update(value_model, optimizers, totals)
         flops = float(totals.sums["perf/flops"]) / min(2, self.work.micro_batches)
-        slots = min(config.rollout_slots, self.work.units * config.rollout_tensor_parallel)
+        team = config.rollout_tensor_parallel  # ranks that sample the responses of all of them together
+        slots = max(1, min(config.rollout_slots // team, self.work.units))  # of them a rank's own
         result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=slots)
         trained = sum(root.num_trained for root in (self.policy, value_model) if root is not None)
         return dataclasses.replace(result, trained=trained)
@@ -96,7 +97,7 @@ class Rlvr(Stage):
         with ledger.phase("prefill", ACTIVATIONS):
             before, together = self.cost("prefill"), max(1, min(slots, 8192 // prompt))
             sampler.prefill({slot: [0] * prompt for slot in range(together)})
-            costs["prefill"] = (self.cost("prefill") - before) * (1 / together)
+            costs["prefill"] = (self.cost("prefill") - before) * (config.rollout_tensor_parallel / together)
         params = SamplingParams.of(config)
         most, mean = config.max_seq_length - 1, prompt + config.response_length // 2
         with ledger.phase("decode", ACTIVATIONS):
