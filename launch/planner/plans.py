@@ -98,11 +98,10 @@ class Plan:
         step = (n - 1) * seen.micro_batch.seconds + seen.last.seconds
         if self.stage not in RLVR:
             return {"forward and backward": step, "optimizer": seen.optimizer.seconds}
-        config, units = self.config, self.work.units * self.config.rollout_tensor_parallel  # responses of a sampler
-        waves = -(-units // max(1, seen.slots))
+        config, waves = self.config, -(-self.work.units // max(1, seen.slots))
         return {
             "hand-over": seen.rollout["hand-over"].seconds,
-            "prefill": units * seen.rollout["prefill"].seconds,
+            "prefill": self.work.units * seen.rollout["prefill"].seconds,
             "decode": waves * config.response_length * seen.rollout["decode"].seconds,
             "evaluate": n * seen.rollout["evaluate"].seconds,
             "update": config.num_ppo_epochs * step,

@@ -63,7 +63,8 @@ class Rlvr(Stage):
         totals = Totals(world)
         costs = self._update(value_model, optimizers, totals)
         flops = float(totals.sums["perf/flops"]) / min(2, self.work.micro_batches)
-        result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=self._at_once, pool=self._pool)
+        own = max(1, self._at_once // config.rollout_tensor_parallel)  # of the responses that its team samples at once
+        result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=own, pool=self._pool)
         trained = sum(root.num_trained for root in (self.policy, value_model) if root is not None)
         return dataclasses.replace(result, trained=trained)
 
@@ -106,7 +107,7 @@ class Rlvr(Stage):
         with ledger.phase("prefill", ACTIVATIONS):
             before, together = self.cost("prefill"), max(1, min(self._at_once, PREFILL_TOKENS // prompt))
             sampler.prefill(Joined([[0] * prompt] * together, [columns] * together))
-            costs["prefill"] = (self.cost("prefill") - before) * (1 / together)
+            costs["prefill"] = (self.cost("prefill") - before) * (config.rollout_tensor_parallel / together)
         ledger.positions, ledger.launch = grown, ledger.device.replay if self._kind == "cuda" else None
         rows = torch.zeros(3, self._at_once, dtype=torch.int64)
         tables = {window: rows.new_zeros(self._at_once, len(x), dtype=torch.int32) for window, x in columns.items()}

@@ -55,6 +55,20 @@ def test_ppo_counts_every_model_and_the_cache(tiny):
     )
 
 
+def test_a_team_splits_the_sampler_and_its_cache(tiny):
+    """What the layers and the head take is halved; the embedding is whole on both ranks."""
+    flags = {"batch_size": 8, "max_seq_length": 256, "response_length": 128, "rollout_slots": 4, "gpus": 2}
+    alone, team = (planned("ppo", tiny, **flags, rollout_tensor_parallel=n).seen for n in (1, 2))
+    one, two = (seen.peaks["decode"].kinds for seen in (alone, team))
+    assert two["KV cache"] == one["KV cache"] / 2
+    embedding = 2 * TINY["vocab_size"] * TINY["hidden_size"]
+    split = (one["sampler's weights"] - embedding) / 2
+    assert two["sampler's weights"] - embedding == pytest.approx(split, rel=0.03)
+    assert team.rollout["decode"].communicating > 0 == alone.rollout["decode"].communicating
+    assert team.rollout["hand-over"].communicating == pytest.approx(alone.rollout["hand-over"].communicating)
+    assert (alone.slots, team.slots) == (4, 2)
+
+
 SAMPLED = {"batch_size": 4, "num_samples_per_prompt": 4, "max_seq_length": 256, "response_length": 128}
 
 

@@ -3116,7 +3116,10 @@ BUCKETS = (f"{HANDOVER}::test_buckets_give_what_one_gather_a_parameter_gives[2]"
 PIECES_OUT = (f"{HANDOVER}::test_pieces_reach_their_places",)
 SHARED = "tests/rollout/test_parallel.py::test_a_team_of_two_samples_what_one_rank_samples"
 GREEDY = (f"{SAMPLER}::test_greedy_is_generate[llama]",)
-LAYOUT = (f"{SAMPLER}::test_text_does_not_depend_on_slots_or_order",)
+PAGES_TESTS = "tests/rollout/test_pages.py"
+PAGED_ATTENTION = (f"{PAGES_TESTS}::test_attention_on_a_cpu_is_the_definition",)
+PAGES_HELD = (f"{PAGES_TESTS}::test_every_page_has_the_users_that_hold_it",)
+WRITTEN_OUT = (f"{PAGES_TESTS}::test_responses_are_those_of_the_sampler_written_out[llama]",)
 EXPERIENCE = ("tests/rollout/test_experience.py",)
 COLLECT = ("tests/rollout/test_collect.py",)
 
@@ -3213,17 +3216,24 @@ ROLLOUT = (
     Mutant("every_step_draws_the_same", "rollout/noise.py", "/rollout/{step}/{example}", "/rollout/{example}", NOISE),
     Mutant(
         "a_token_does_not_see_itself",
-        "rollout/cache.py",
-        "columns_L <= self.positions_T[:, None]",
-        "columns_L < self.positions_T[:, None]",
-        CACHED,
+        "rollout/rows.py",
+        "hidden = places > position[..., None]",
+        "hidden = places >= position[..., None]",
+        PAGED_ATTENTION,
     ),
     Mutant(
         "the_caches_window_of_one_more",
-        "rollout/cache.py",
-        "(columns_L > self.positions_T[:, None] - window)",
-        "(columns_L >= self.positions_T[:, None] - window)",
-        CACHED,
+        "rollout/rows.py",
+        "(places <= position[..., None] - window)",
+        "(places < position[..., None] - window)",
+        PAGED_ATTENTION,
+    ),
+    Mutant(
+        "a_few_pages_window_of_one_more",
+        "rollout/dense.py",
+        "places_L > positions_A[:, None] - pages.window",
+        "places_L >= positions_A[:, None] - pages.window",
+        PAGED_ATTENTION,
     ),
     Mutant(
         "decoding_by_the_default_scale",
@@ -3234,17 +3244,25 @@ ROLLOUT = (
     ),
     Mutant(
         "decoding_caps_without_dividing",
-        "rollout/cache.py",
-        "torch.tanh(scores_AKGL / softcap)",
-        "torch.tanh(scores_AKGL)",
-        CACHED,
+        "rollout/rows.py",
+        "torch.tanh(scores / softcap)",
+        "torch.tanh(scores)",
+        PAGED_ATTENTION,
     ),
     Mutant(
-        "decoding_takes_heads_across_groups",
-        "rollout/cache.py",
-        "q_AKGH = q_ANH.unflatten(1, (k_AKLH.shape[1], -1))",
-        "q_AKGH = q_ANH.unflatten(1, (-1, k_AKLH.shape[1])).transpose(1, 2)",
-        CACHED,
+        "users_that_there_are_not_have_a_score",
+        "rollout/rows.py",
+        '        most_RKG.masked_fill_(rows.is_padding_R[:, None, None], float("-inf"))\n',
+        "",
+        PAGED_ATTENTION,
+        equivalent="any number at least as large as the largest score serves as the one that is taken off",
+    ),
+    Mutant(
+        "a_sink_is_left_out_of_the_sum",
+        "rollout/rows.py",
+        "weights_AKG1 = weights_AKG1 + (sinks_N",
+        "weights_AKG1 = weights_AKG1 - (sinks_N",
+        PAGED_ATTENTION,
     ),
     Mutant(
         "prefill_without_a_window",
@@ -3254,49 +3272,116 @@ ROLLOUT = (
         CACHED,
     ),
     Mutant(
+        "a_token_beside_its_place",
+        "rollout/cache.py",
+        "places_T = positions_T % cache.block",
+        "places_T = (positions_T + 1) % cache.block",
+        CACHED,
+    ),
+    Mutant(
+        "a_page_is_given_back_by_a_token_too_early",
+        "rollout/pages.py",
+        "max(0, position + 1 - self.window) // self.block",
+        "max(0, position + 2 - self.window) // self.block",
+        PAGES_HELD,
+    ),
+    Mutant(
+        "a_shared_page_has_one_user",
+        "rollout/pages.py",
+        "self.users[prompt.whole] += 1",
+        "self.users[prompt.whole] += 0",
+        PAGES_HELD,
+    ),
+    Mutant(
+        "a_page_is_free_while_others_use_it",
+        "rollout/pages.py",
+        "            if self.users[page]:\n                continue\n",
+        "",
+        PAGES_HELD,
+    ),
+    Mutant(
+        "the_last_page_is_free_before_it_is_copied",
+        "rollout/schedule.py",
+        "                self._fresh[response.prompt_name] -= 1\n",
+        "                self._fresh[response.prompt_name] -= 1\n"
+        "                if not self._fresh[response.prompt_name]:\n"
+        "                    self._let_go(response.prompt_name)\n",
+        (*GREEDY, f"{SAMPLER}::test_slots_that_are_taken_again_hold_nothing_of_before"),
+    ),
+    Mutant(
+        "the_oldest_is_set_back",
+        "rollout/schedule.py",
+        "youngest = self.active[-1]",
+        "youngest = self.active[0]",
+        PAGES_HELD,
+    ),
+    Mutant(
+        "who_was_set_back_begins_again",
+        "rollout/schedule.py",
+        "joined.prompts.append([*response.prompt, *response.tokens][:length])",
+        "joined.prompts.append([*response.prompt, *response.prompt, *response.tokens][:length])",
+        WRITTEN_OUT,
+    ),
+    Mutant(
         "a_place_too_far",
-        "rollout/sampler.py",
-        "len(self.prompt) + len(self.response) - 1",
-        "len(self.prompt) + len(self.response)",
+        "rollout/schedule.py",
+        "return len(self.prompt) + self.launched - 1",
+        "return len(self.prompt) + self.launched",
         GREEDY,
     ),
     Mutant(
         "a_stop_token_does_not_stop",
         "rollout/sampler.py",
-        "if sequence.response[-1] in params.stop_ids:",
-        "if sequence.response[0] in params.stop_ids:",
+        "if response.tokens[-1] in params.stop_ids:",
+        "if response.tokens[0] in params.stop_ids:",
         GREEDY,
     ),
     Mutant(
-        "one_token_more_than_asked", "rollout/sampler.py", "== sequence.limit else", "> sequence.limit else", GREEDY
+        "one_token_more_than_asked", "rollout/sampler.py", "r.launched == r.limit", "r.launched == r.limit + 1", GREEDY
     ),
     Mutant(
-        "copies_lack_a_token",
+        "what_comes_after_an_end_is_kept",
         "rollout/sampler.py",
-        "slot, len(sequence.prompt) - 1)",
-        "slot, len(sequence.prompt) - 2)",
-        GREEDY,
-    ),
-    Mutant(
-        "a_taken_slot_is_a_source",
-        "rollout/sampler.py",
-        "                self._holds[slot] = None\n",
+        "            if response.reason:\n                continue\n",
         "",
-        (f"{SAMPLER}::test_a_slot_that_is_taken_is_no_source_of_its_old_prompt",),
+        WRITTEN_OUT,
     ),
     Mutant(
-        "old_keys_under_new_weights",
-        "rollout/sampler.py",
-        "handover.load(self.lm, policy.lm, self.world)\n        self._holds = [None] * self.slots",
-        "handover.load(self.lm, policy.lm, self.world)",
-        (f"{SAMPLER}::test_load_hands_over_new_weights_at_the_same_addresses",),
+        "who_has_ended_goes_on",
+        "rollout/decoder.py",
+        "goes_on_A = 1 - state[ENDED]",
+        "goes_on_A = 1 - 0 * state[ENDED]",
+        WRITTEN_OUT,
+        equivalent="what it computes is thrown away; it keeps a filled batch from running out of its tables",
     ),
     Mutant(
-        "a_moved_slot_lacks_a_token",
-        "rollout/sampler.py",
-        "self.cache.copy(len(active), slot, last.position)",
-        "self.cache.copy(len(active), slot, last.position - 1)",
-        LAYOUT,
+        "columns_of_others",
+        "rollout/decoder.py",
+        "before = {number: column for column, number in enumerate(self._numbers)}",
+        "before = {number: 0 for number in self._numbers}",
+        WRITTEN_OUT,
+    ),
+    Mutant(
+        "nobodys_columns_go_on",
+        "rollout/decoder.py",
+        "        self.state[ENDED, len(active) :] = 1  # columns of nobody, with which a batch may be filled\n",
+        "",
+        WRITTEN_OUT,
+        equivalent="no response runs for so long that they leave their tables; what they write is nobody's",
+    ),
+    Mutant(
+        "the_edge_by_halving_is_too_low",
+        "rollout/choice.py",
+        "for _ in range(30):",
+        "for _ in range(16):",
+        ("tests/rollout/test_choice.py::test_the_edge_of_the_nucleus_by_halving_is_the_one_by_sorting",),
+    ),
+    Mutant(
+        "a_journal_of_another_run",
+        "launch/journal.py",
+        "if first == run.encode():",
+        "if first:",
+        ("tests/launch/test_generate.py::test_a_run_that_was_killed_goes_on[1]",),
     ),
     Mutant(
         "the_shortest_starts_first",
