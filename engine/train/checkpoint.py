@@ -72,11 +72,6 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    @property
-    def is_owed(self) -> bool:
-        """Whether the last save failed, as far as this rank knows by now."""
-        return bool(self._problem) and (self._writer is None or not self._writer.is_alive())
-
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
         cannot be written is said once, and owed.
@@ -87,7 +82,7 @@ class Checkpoints:
         began, tensors, partial = time.monotonic(), self._tensors(), self.root / f"tmp-{step:06d}"
         problem = self._make_room(partial, tensors) if self.world.is_main else ""
         if problem := self.world.gather(problem)[0]:
-            self._problem = problem
+            self._ended(problem)
             self.wait()
             return
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
@@ -171,7 +166,11 @@ class Checkpoints:
                 for old in self._named()[: -self.keep] if self.keep > 0 else []:
                     shutil.rmtree(old, ignore_errors=True)
             signals.a_save_took(time.monotonic() - began)
+        self._ended(problem)
+
+    def _ended(self, problem: str) -> None:
         self._problem = problem
+        signals.owe(bool(problem))
 
     def _everywhere(self, work: Callable[[], Any], written: dict[str, Any] | None = None) -> str:
         """Does it on every rank; what went wrong with the first, on every rank, or ''."""

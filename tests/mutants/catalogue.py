@@ -2404,8 +2404,8 @@ TRAIN = (
     Mutant(
         "the_norm_of_one_rank",
         "engine/train/optim.py",
-        "world.sum(squares).sqrt().item()",
-        "squares.sqrt().item()",
+        "world.sum(torch.stack([squares, vote])).tolist()",
+        "torch.stack([squares, vote]).tolist()",
         OPTIM,
     ),
     Mutant("a_nan_is_applied", "engine/train/optim.py", "if math.isfinite(norm):", "if not math.isinf(norm):", OPTIM),
