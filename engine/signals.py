@@ -24,7 +24,8 @@ STOPPED = 85  # exit status of a run that can be resumed
 HEARD = (signal.SIGTERM, signal.SIGUSR1)
 ECHO = 2.0  # seconds in which a signal counts once: torchrun passes on what a job's manager sends to every process
 LOOK = 0.5  # seconds between two looks at the clock
-REASONS = ("", "the end of the job", "--max_hours", "SIGUSR1", "SIGTERM")  # by a number that ranks can compare
+TIMES = ("the end of the job", "--max_hours")
+REASONS = ("", *TIMES, "SIGUSR1", "SIGTERM")  # by a number that ranks can compare
 BASE = 1024.0  # more than there are ranks: a digit of a sum of votes
 _imported = time.monotonic()
 

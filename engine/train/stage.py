@@ -111,17 +111,18 @@ class Run:
 
     def _between(self, seconds: float) -> None:
         """Between two steps, of which the last took so long: ends the run if a rank was asked to, else saves what is
-        due. Collective. Raises Stopped.
+        due. After the last step, the end of its time costs the run a checkpoint and not its export. Collective. Raises
+        Stopped.
         """
         assert self._checkpoints is not None, "steps() has made them"
         done, total, every = self._done, self.plan.total, self.flags.save_steps
         signals.a_step_took(seconds)
         if (decision := signals.decided()) is None:
-            decision = signals.read(max(self.world.gather(signals.vote())))
+            decision = signals.read(sum(self.world.gather(signals.vote())))
         why, again = decision
-        if why:
+        if why and (done < total or why not in signals.TIMES):
             raise Stopped(why)
-        if again or (every and self._resumed_after < done < total and done % every == 0):
+        if again or why or (every and self._resumed_after < done < total and done % every == 0):
             self._save()
 
     def steps(self, **trained: tuple[Root, torch.optim.Optimizer]) -> Iterator[int]:
