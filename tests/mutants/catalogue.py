@@ -4844,7 +4844,7 @@ FAULTS = (
         SIGNALS,
     ),
     Mutant("hours_since_the_run_began", "engine/signals.py", "max_hours * 3600 - age()", "max_hours * 3600", SIGNALS),
-    Mutant("a_debt_is_a_reason", "engine/signals.py", "if number and votes", "if votes", SIGNALS),
+    Mutant("a_reason_is_a_debt", "engine/signals.py", "votes % BASE > 0", "votes > 0", SIGNALS),
     Mutant(
         "a_rank_ends_alone",
         "engine/train/optim.py",
