@@ -153,7 +153,7 @@ class Checkpoints:
         problem = self._everywhere(write, written)
         if not problem:
             files = {name: facts for of in self._written for name, facts in of.items()}
-            problem = self._everywhere(lambda: self._publish(partial, final, state, files) if self._is_main else None)
+            problem = self._everywhere(lambda: self._publish(partial, step, state, files) if self._is_main else None)
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
@@ -184,12 +184,13 @@ class Checkpoints:
         self._written = [of for _, of in parts]
         return next((problem for problem, _ in parts if problem), "")
 
-    def _publish(self, partial: Path, final: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
+    def _publish(self, partial: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         files["state.json"] = _sync_and_describe(partial / "state.json")
         (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
         _sync_and_describe(partial / "COMPLETE")
         _sync_directory(partial)
+        final = self.root / f"step-{step:06d}"
         if final.exists():  # the same step of an earlier, damaged attempt
             shutil.rmtree(final)
         partial.rename(final)

@@ -163,9 +163,9 @@ def test_the_older_one_stays_until_the_newer_was_read_back(here, tmp_path, capsy
     trained = Trained(tmp_path, here, keep=1).train(1).save(1)
     publish = Checkpoints._publish
 
-    def flipping(self, partial, final, *rest):
-        publish(self, partial, final, *rest)
-        (shard,) = final.glob("shard-*")
+    def flipping(self, partial, step, *rest):
+        publish(self, partial, step, *rest)
+        (shard,) = (self.root / f"step-{step:06d}").glob("shard-*")
         content = bytearray(shard.read_bytes())
         content[-1] ^= 1
         shard.write_bytes(content)
