@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine import terminal
+from engine import signals, terminal
 from engine.elsewhere import Elsewhere, elsewhere
 from engine.errors import explained
 from engine.terminal import Progress
@@ -36,14 +36,16 @@ class Totals:
 
     def reduce(self, names: tuple[str, ...]) -> dict[str, float]:
         """The sums over all ranks, by name; waits for the device. Every rank must pass the same names: one without
-        examples has no sums of its own.
+        examples has no sums of its own. With them goes whether the run is to end after this step.
         """
-        held = [self.sums.get(name, 0.0) for name in names]
+        held = [*(self.sums.get(name, 0.0) for name in names), signals.vote()]
         on_device = [
             x if isinstance(x, Tensor) else torch.full((), x, dtype=torch.float64, device=self.world.device)
             for x in held
         ]
-        return dict(zip(names, self.world.sum(torch.stack(on_device)).tolist(), strict=True))
+        *sums, votes = self.world.sum(torch.stack(on_device)).tolist()
+        signals.count(votes)
+        return dict(zip(names, sums, strict=True))
 
 
 class JsonLines:

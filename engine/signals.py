@@ -1,8 +1,9 @@
 """A run that is asked to end: by SIGTERM or SIGUSR1, by --max_hours, or by the time that a job was given.
 
-A handler written in Python runs between two operations of the main thread, and one operation may take minutes. So the
-handler does nothing; a thread reads the pipe that the interpreter's own handler writes to, and notes what was asked.
-The main thread looks where it can end (`asked`): between steps, rows, batches and tokens. Ctrl-C stays what it was.
+A handler written in Python runs between two operations of the main thread, and one operation may take minutes. So a
+thread besides reads the pipe that the interpreter's own handler writes to; both only note what was asked. The main
+thread looks where it can end (`asked`): between rows, batches and tokens; between steps where the ranks' votes, which
+are part of the sums that a step makes anyway, say so to all of them. Ctrl-C stays what it was.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ STOPPED = 85  # exit status of a run that can be resumed
 HEARD = (signal.SIGTERM, signal.SIGUSR1)
 ECHO = 2.0  # seconds in which a signal counts once: torchrun passes on what a job's manager sends to every process
 LOOK = 0.5  # seconds between two looks at the clock
-REASONS = ("", "the end of the job", "--max_hours", "SIGUSR1", "SIGTERM")  # by a number that ranks can compare
+TIMES = ("the end of the job", "--max_hours")
+REASONS = ("", *TIMES, "SIGUSR1", "SIGTERM")  # by a number that ranks can compare
+BASE = 1024.0  # more than there are ranks: a digit of a sum of votes
 _imported = time.monotonic()
 
 
@@ -47,6 +50,9 @@ class _Asked:
     ends_by = ""
     reserve = 0.0  # seconds that the longest save took
     may_give_up = False  # whether what is sampled now can be thrown away
+    longest = 0.0  # seconds of a step
+    owes = False  # a checkpoint that could not be written, on this rank
+    votes: float | None = None  # of all ranks, in the last sums of this step
 
 
 _state = _Asked()
@@ -83,6 +89,43 @@ def asked_for() -> float:
 def no_time_for(seconds: float) -> str:
     """What ends the run before something that takes so long, and a save after it, would be done; or ''."""
     return _state.ends_by if time.monotonic() + seconds + _state.reserve > _state.ends else ""
+
+
+def vote() -> float:
+    """What this rank wants after the step under way, as a number that goes into the sums that a step makes anyway: no
+    rank decides alone, and none waits for a decision.
+    """
+    why = _state.why or no_time_for(_state.longest)
+    return (BASE ** REASONS.index(why) if why else 0.0) + _state.owes
+
+
+def count(votes: float) -> None:
+    """The sum of all ranks' votes."""
+    _state.votes = votes
+
+
+def decided() -> tuple[str, bool] | None:
+    """(why the run ends here, whether a checkpoint is owed), alike on every rank; None where no sums were made since
+    the last call.
+    """
+    votes, _state.votes = _state.votes, None
+    return None if votes is None else read(votes)
+
+
+def read(votes: float) -> tuple[str, bool]:
+    """Of a sum of votes; of several reasons the last of REASONS."""
+    whys = [why for number, why in enumerate(REASONS) if number and votes >= BASE**number]
+    return (whys or [""])[-1], votes % BASE > 0
+
+
+def a_step_took(seconds: float) -> None:
+    """The next may take as long."""
+    _state.longest = max(_state.longest, seconds)
+
+
+def owe(yes: bool) -> None:
+    """Whether a checkpoint could not be written."""
+    _state.owes = yes
 
 
 def a_save_took(seconds: float) -> None:
@@ -132,7 +175,7 @@ def listening(max_hours: float | None, job_left: float | None) -> Iterator[None]
         return
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in HEARD}
+    before = {number: signal.signal(number, lambda of, _: ask(signal.Signals(of).name)) for number in HEARD}
     wakeup = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     over = threading.Event()
     listener = threading.Thread(target=_listen, args=(reading, over), daemon=True, name="signals")
@@ -151,8 +194,8 @@ def listening(max_hours: float | None, job_left: float | None) -> Iterator[None]
 
 
 def _begin(max_hours: float | None, job_left: float | None) -> None:
-    _state.why, _state.may_give_up = "", False
-    _state.at = _state.signalled = _state.reserve = 0.0
+    _state.why, _state.may_give_up, _state.owes, _state.votes = "", False, False, None
+    _state.at = _state.signalled = _state.reserve = _state.longest = 0.0
     limits = {REASONS[1]: job_left, REASONS[2]: None if max_hours is None else max_hours * 3600 - age()}
     given = [(seconds, by) for by, seconds in limits.items() if seconds is not None]
     seconds, _state.ends_by = min(given, default=(math.inf, ""))

@@ -72,11 +72,6 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    @property
-    def is_owed(self) -> bool:
-        """Whether the last save failed, as far as this rank knows by now."""
-        return bool(self._problem) and (self._writer is None or not self._writer.is_alive())
-
     def save(self, step: int, state: dict[str, Any]) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
         cannot be written is said once, and owed.
@@ -87,7 +82,7 @@ class Checkpoints:
         began, tensors, partial = time.monotonic(), self._tensors(), self.root / f"tmp-{step:06d}"
         problem = self._make_room(partial, tensors) if self.world.is_main else ""
         if problem := self.world.gather(problem)[0]:
-            self._problem = problem
+            self._ended(problem)
             self.wait()
             return
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
@@ -158,7 +153,7 @@ class Checkpoints:
         problem = self._everywhere(write, written)
         if not problem:
             files = {name: facts for of in self._written for name, facts in of.items()}
-            problem = self._everywhere(lambda: self._publish(partial, final, state, files) if self._is_main else None)
+            problem = self._everywhere(lambda: self._publish(partial, step, state, files) if self._is_main else None)
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
@@ -171,7 +166,11 @@ class Checkpoints:
                 for old in self._named()[: -self.keep] if self.keep > 0 else []:
                     shutil.rmtree(old, ignore_errors=True)
             signals.a_save_took(time.monotonic() - began)
+        self._ended(problem)
+
+    def _ended(self, problem: str) -> None:
         self._problem = problem
+        signals.owe(bool(problem))
 
     def _everywhere(self, work: Callable[[], Any], written: dict[str, Any] | None = None) -> str:
         """Does it on every rank; what went wrong with the first, on every rank, or ''."""
@@ -185,12 +184,13 @@ class Checkpoints:
         self._written = [of for _, of in parts]
         return next((problem for problem, _ in parts if problem), "")
 
-    def _publish(self, partial: Path, final: Path, state: dict[str, Any], files: dict[str, Any]) -> None:
+    def _publish(self, partial: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
         (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
         files["state.json"] = _sync_and_describe(partial / "state.json")
         (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
         _sync_and_describe(partial / "COMPLETE")
         _sync_directory(partial)
+        final = self.root / f"step-{step:06d}"
         if final.exists():  # the same step of an earlier, damaged attempt
             shutil.rmtree(final)
         partial.rename(final)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+from engine import signals
 from engine.flags import OptimizerFlags
 from engine.model.shards import local
 from engine.train.adamw8bit import AdamW8bit
@@ -129,7 +130,10 @@ def step(optimizer: torch.optim.Optimizer, world: World, lr: float, max_norm: fl
         if grads
         else torch.zeros((), dtype=torch.float64, device=world.device)
     )
-    norm = world.sum(squares).sqrt().item()
+    vote = torch.full((), signals.vote(), dtype=torch.float64, device=world.device)
+    square, votes = world.sum(torch.stack([squares, vote])).tolist()
+    signals.count(votes)
+    norm = math.sqrt(square)
     if math.isfinite(norm):
         if norm + 1e-6 > max_norm > 0 and grads:
             factor = torch.tensor(

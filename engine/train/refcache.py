@@ -40,6 +40,7 @@ from engine.world import World, on_device
 VERSION = 1
 SEQUENCES_PER_SEGMENT = 2**13  # what a run that is asked to end in the middle of one computes again
 
+BETWEEN = 4  # micro-batches between two questions whether the run is to end
 LEFT_OVER = 3600.0  # seconds after which a file under a temporary name is nobody's
 
 
@@ -139,8 +140,9 @@ def _compute(
     bins = pack([len(ids) - 1 for ids, _ in sequences], budget, world.size)[world.rank]
     order: list[int] = []
     parts: list[Tensor] = []
-    for positions in bins:
-        world.end_if_asked()
+    for number, positions in enumerate(bins):
+        if number % BETWEEN == 0:
+            world.end_if_asked()
         world.phase("reference log-probs", len(order) * world.size, len(block))
         batch = micro_batch([sequences[i] for i in positions], positions, world.device)
         logprobs_R = policy.logprobs(batch)  # collective, also where the batch is a placeholder

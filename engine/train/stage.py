@@ -68,7 +68,6 @@ class Run:
         self.output_dir = Path(flags.output_dir)
         self.is_finished = False
         self._done = 0  # steps whose update is whole
-        self._longest = 0.0  # seconds of one
         self._checkpoints: Checkpoints | None = None
         self._stack = contextlib.ExitStack()
         self._batches: MicroBatches | None = None
@@ -112,16 +111,18 @@ class Run:
 
     def _between(self, seconds: float) -> None:
         """Between two steps, of which the last took so long: ends the run if a rank was asked to, else saves what is
-        due. Collective. Raises Stopped.
+        due. After the last step, the end of its time costs the run a checkpoint and not its export. Collective. Raises
+        Stopped.
         """
         assert self._checkpoints is not None, "steps() has made them"
         done, total, every = self._done, self.plan.total, self.flags.save_steps
-        self._longest = max(self._longest, seconds)
-        why = signals.asked() or (signals.no_time_for(self._longest) if done < total else "")
-        ends, again = self.world.most(signals.REASONS.index(why), self._checkpoints.is_owed)
-        if ends:
-            raise Stopped(signals.REASONS[ends])
-        if again or (every and self._resumed_after < done < total and done % every == 0):
+        signals.a_step_took(seconds)
+        if (decision := signals.decided()) is None:
+            decision = signals.read(sum(self.world.gather(signals.vote())))
+        why, again = decision
+        if why and (done < total or why not in signals.TIMES):
+            raise Stopped(why)
+        if again or why or (every and self._resumed_after < done < total and done % every == 0):
             self._save()
 
     def steps(self, **trained: tuple[Root, torch.optim.Optimizer]) -> Iterator[int]:

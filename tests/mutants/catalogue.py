@@ -2404,8 +2404,8 @@ TRAIN = (
     Mutant(
         "the_norm_of_one_rank",
         "engine/train/optim.py",
-        "world.sum(squares).sqrt().item()",
-        "squares.sqrt().item()",
+        "world.sum(torch.stack([squares, vote])).tolist()",
+        "torch.stack([squares, vote]).tolist()",
         OPTIM,
     ),
     Mutant("a_nan_is_applied", "engine/train/optim.py", "if math.isfinite(norm):", "if not math.isinf(norm):", OPTIM),
@@ -5133,6 +5133,94 @@ SPOKEN = (
     ),
 )
 
+# --- faults -----------------------------------------------------------------------------------------------------------
+
+SIGNALS = ("tests/engine/test_signals.py",)
+STOPPED = "tests/launch/test_stopped.py"
+BLAME = ("tests/launch/test_hung.py::test_who_is_to_blame",)
+OWED = ("tests/launch/test_full_disk.py::test_a_checkpoint_that_cannot_be_written_is_owed",)
+
+FAULTS = (
+    Mutant(
+        "a_second_signal_is_ignored",
+        "engine/signals.py",
+        "        os._exit(128 + number)\n",
+        "        return\n",
+        (f"{STOPPED}::test_a_second_signal_ends_at_once",),
+    ),
+    Mutant(
+        "what_torchrun_passes_on_is_a_second_signal",
+        "engine/signals.py",
+        "ECHO = 2.0",
+        "ECHO = 0.0",
+        (f"{STOPPED}::test_a_run_that_is_told_to_end_goes_on_in_the_same_bits[terminate_all_at_step_5]",),
+    ),
+    Mutant(
+        "the_last_save_has_no_time",
+        "engine/signals.py",
+        "seconds + _state.reserve > _state.ends",
+        "seconds > _state.ends",
+        SIGNALS,
+    ),
+    Mutant("hours_since_the_run_began", "engine/signals.py", "max_hours * 3600 - age()", "max_hours * 3600", SIGNALS),
+    Mutant("a_reason_is_a_debt", "engine/signals.py", "votes % BASE > 0", "votes > 0", SIGNALS),
+    Mutant(
+        "a_rank_ends_alone",
+        "engine/train/optim.py",
+        "    signals.count(votes)\n",
+        "    signals.count(signals.vote())\n",
+        (f"{STOPPED}::test_a_run_that_is_told_to_end_goes_on_in_the_same_bits[terminate_rank_1_at_step_5]",),
+    ),
+    Mutant("no_one_may_take_long", "engine/watch.py", "patience * of.leniency", "patience", BLAME),
+    Mutant(
+        "who_works_accuses",
+        "engine/watch.py",
+        "if seen[me].state == WORKS or now - seen[me].moved_at",
+        "if now - seen[me].moved_at",
+        BLAME,
+    ),
+    Mutant(
+        "who_waits_hangs", "engine/watch.py", "now - of.left_at, of.state == WORKS and", "now - of.left_at, ", BLAME
+    ),
+    Mutant(
+        "dcps_exception_ends_the_writer",
+        "engine/train/checkpoint.py",
+        "except BaseException as error:",
+        "except Exception as error:",
+        OWED,
+    ),
+    Mutant(
+        "the_newer_one_is_not_read_back",
+        "engine/train/checkpoint.py",
+        "problem = self._everywhere(lambda: _read_again(final, self.world))",
+        'problem = ""',
+        CHECKPOINT,
+    ),
+    Mutant(
+        "a_manifest_without_weights",
+        "engine/train/checkpoint.py",
+        'if not shards or "state.json" not in files:',
+        'if "state.json" not in files:',
+        CHECKPOINT,
+    ),
+    Mutant(
+        "what_is_not_listed_is_loaded",
+        "engine/train/checkpoint.py",
+        "if unlisted := ",
+        "if unlisted := 0 and ",
+        CHECKPOINT,
+    ),
+    Mutant("begun_without_room", "engine/train/checkpoint.py", ".free) < needed:", ".free) < 0:", CHECKPOINT),
+    Mutant("half_a_row_stays", "engine/log.py", "os.ftruncate(self._file.fileno(), self._size)", "pass", LOG),
+    Mutant(
+        "no_memory_by_another_name",
+        "launch/shortage.py",
+        "return error.errno == errno.ENOMEM",
+        "return False",
+        ("tests/launch/test_shortage.py::test_what_is_no_memory",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -5149,4 +5237,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *INSPECTION,
     *MISTAKES,
     *SPOKEN,
+    *FAULTS,
 )
