@@ -3461,13 +3461,6 @@ ROLLOUT = (
         "        if False:  # draws",
         COLLECT,
     ),
-    Mutant(
-        "a_team_counts_twice",
-        "launch/generate.py",
-        "found += [rollout] if team.leads else []",
-        "found += [rollout]",
-        ("tests/launch/test_generate.py::test_two_ranks_write_the_same_file_in_the_order_of_the_rows",),
-    ),
     Mutant("a_bucket_is_overwritten_in_flight", "rollout/handover.py", "buffers[number % 2]", "buffers[0]", BUCKETS),
     Mutant(
         "the_last_ranks_rows_stay_old",
@@ -5078,8 +5071,8 @@ SPOKEN = (
     Mutant(
         "responses_in_the_order_of_the_ranks",
         "launch/generate.py",
-        "return sorted(everyone, key=lambda rollout: (rollout.example, rollout.sample))",
-        "return everyone",
+        "for name in sorted(journal.rollouts)]",
+        "for name in journal.rollouts]",
         ("tests/launch/test_generate.py::test_two_ranks_write_the_same_file_in_the_order_of_the_rows",),
     ),
     Mutant(
