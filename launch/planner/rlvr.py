@@ -27,9 +27,11 @@ from launch import grpo, ppo
 from launch.planner.fakes import PlannedCache, follow
 from launch.planner.ledger import ACTIVATIONS, GATHERED, OPTIMIZER, SAMPLER, VALUE, Cost
 from launch.planner.stages import Rehearsed, Stage
-from rollout import Experience, Rollout, Sampler, SamplingParams
+from rollout import Experience, Rollout, Sampler, SamplingParams, handover
 from rollout.cache import Pass
 from rollout.choice import choose as choose_tokens
+
+BUCKETS = 64  # of a hand-over that are rehearsed
 
 
 class Rlvr(Stage):
@@ -90,8 +92,8 @@ class Rlvr(Stage):
         config, ledger, costs = self.config, self.ledger, {}
         with ledger.phase("hand-over", GATHERED):
             before = self.cost("hand-over")
-            sampler.load(self.policy)
-            costs["hand-over"] = self.cost("hand-over") - before
+            times = handover.load(sampler.lm, self.policy.lm, self.world, rehearsed=BUCKETS)
+            costs["hand-over"] = (self.cost("hand-over") - before) * max(1.0, times)
         prompt = config.max_seq_length - config.response_length
         slots = min(config.rollout_slots, self.work.units * config.rollout_tensor_parallel)
         with ledger.phase("prefill", ACTIVATIONS):
