@@ -131,11 +131,14 @@ class Moving:
 
 
 @torch.no_grad()
-def load(target: Any, source: Any, world: World) -> None:
+def load(target: Any, source: Any, world: World, rehearsed: int | None = None) -> float:
     """Copies every parameter and buffer of `source` (shards or whole) into `target`'s. Collective.
 
     Frozen weights are copied the first time. Raises ValueError where the two are not the same model, or where the
     target shares its weights with another.
+
+    A planner has but some buckets moved, `rehearsed` at most, evenly spread. Returns how many there are for each that
+    was.
     """
     origin: Origin = target.origin
     if origin.shared and origin.shares_with is not None and origin.shares_with() is not source:
@@ -161,9 +164,10 @@ def load(target: Any, source: Any, world: World) -> None:
                 continue
         is_sharded = world.size > 1 and isinstance(cut, DTensor)
         moving.append(Moving(own[name], read, shape, is_sharded, origin.places.get(name)))
-    _hand_over(moving, world)
+    share = _hand_over(moving, world, rehearsed)
     _copy_buffers(target, buffers)
     origin.loaded = weakref.ref(source)
+    return share
 
 
 def _is_trained(name: str, read: Callable[[], Tensor], layers: dict[str, AdaptedLinear]) -> bool:
@@ -228,13 +232,14 @@ def _per_rank(shape: torch.Size, ranks: int) -> int:
     return -(-shape[0] // ranks) * shape[1:].numel() if shape else 1
 
 
-def _hand_over(moving: list[Moving], world: World) -> None:
+def _hand_over(moving: list[Moving], world: World, rehearsed: int | None) -> float:
     """What every rank holds whole is copied; shards are gathered, a bucket on its way while another is copied out."""
     for one in moving:
         if not one.is_sharded:
             rows, place = local(one.read()), one.place
             one.target.copy_(rows if place is None else rows.narrow(place.dimension, place.first, place.size))
-    plan = buckets([one for one in moving if one.is_sharded], world.size)
+    everything = buckets([one for one in moving if one.is_sharded], world.size)
+    plan = everything[:: -(-len(everything) // rehearsed) if rehearsed and everything else 1]
     sizes = [_numbers(bucket) * bucket[0].moving.target.element_size() for bucket in plan]
     buffers = [torch.empty((world.size + 1) * max(sizes), dtype=torch.uint8, device=world.device) for _ in sizes[:2]]
     flying: tuple[Any, list[Piece], Tensor] | None = None
@@ -252,6 +257,7 @@ def _hand_over(moving: list[Moving], world: World) -> None:
         flying = work, bucket, everyones.view(dtype).view(world.size, -1)
     if flying is not None:
         _land(*flying)
+    return len(everything) / max(1, len(plan))
 
 
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # torch 2.13's name, and before
@@ -287,12 +293,7 @@ def _put(piece: Piece, part_SN: Tensor) -> None:
     target, shape, place = piece.moving.target, piece.moving.shape, piece.moving.place
     per_rank, row, total = _per_rank(shape, len(part_SN)), shape[1:].numel(), shape.numel()
     if place is not None and place.dimension == 0:
-        first, last = place.first * row, (place.first + place.size) * row
-        for rank in range(len(part_SN)):
-            start = rank * per_rank + piece.start
-            a, b = max(first, start), min(last, rank * per_rank + piece.stop, total)
-            if a < b:
-                target.view(-1)[a - first : b - first].copy_(part_SN[rank, a - start : b - start])
+        _put_rows(piece, part_SN, place, row, per_rank, total)
         return
     grain, columns = (1, slice(None)) if place is None else (row, slice(place.first, place.first + place.size))
     # from here on in rows of `grain` numbers, of which `columns` are taken
@@ -305,6 +306,21 @@ def _put(piece: Piece, part_SN: Tensor) -> None:
         own_RC[full * per_rank + start : full * per_rank + min(stop, rest)].copy_(part_SRC[full, : rest - start])
 
 
+def _put_rows(piece: Piece, part_SN: Tensor, place: Place, row: int, per_rank: int, total: int) -> None:
+    """Of a part by rows: at once what comes from ranks whose whole chunk is in it, then from those at its ends."""
+    own, first, last = piece.moving.target.view(-1), place.first * row, (place.first + place.size) * row
+    inner = range(-(-first // per_rank), last // per_rank)
+    if inner:
+        at = inner.start * per_rank - first
+        own_SN = own[at : at + len(inner) * per_rank].view(len(inner), per_rank)
+        own_SN[:, piece.start : piece.stop].copy_(part_SN[inner.start : inner.stop])
+    for rank in {first // per_rank, last // per_rank} - set(inner):
+        start = rank * per_rank + piece.start
+        a, b = max(first, start), min(last, rank * per_rank + piece.stop, total)
+        if a < b:
+            own[a - first : b - first].copy_(part_SN[rank, a - start : b - start])
+
+
 class Ahead:
     """What merging needs whole (an adapter's A, the scales of scales), gathered many tensors at a time in the order in
     which they are asked for.
@@ -312,15 +328,18 @@ class Ahead:
 
     def __init__(self, tensors: Sequence[Any], world: World) -> None:
         self.waiting, self.world = deque(t for t in tensors if isinstance(t, DTensor)), world
-        self.there: dict[int, Tensor] = {}
+        self.there: deque[tuple[int, Tensor]] = deque()
 
     def __call__(self, p: Any) -> Tensor:
         """All rows of p, on every rank. Collective."""
         if not isinstance(p, DTensor):
             return p
-        if id(p) not in self.there:
-            self._fetch()
-        return self.there.pop(id(p))
+        while True:
+            if not self.there:
+                self._fetch()
+            name, found = self.there.popleft()  # what is not asked for (in a rehearsal) is dropped
+            if name == id(p):
+                return found
 
     def _fetch(self) -> None:
         some: list[Any] = []
@@ -340,4 +359,4 @@ class Ahead:
         all_gather(everyones, mine, group=self.world.mesh.get_group())
         for p, part in zip(some, everyones.view(self.world.size, -1).split(sizes, dim=1), strict=True):
             numbers = part.reshape(-1)[: p.shape.numel() * p.element_size()]
-            self.there[id(p)] = numbers.clone().view(p.dtype).view(p.shape)
+            self.there.append((id(p), numbers.clone().view(p.dtype).view(p.shape)))

@@ -27,11 +27,13 @@ from launch import grpo, ppo
 from launch.planner.fakes import PlannedCache, follow
 from launch.planner.ledger import ACTIVATIONS, GATHERED, OPTIMIZER, SAMPLER, VALUE, Cost
 from launch.planner.stages import Rehearsed, Stage
-from rollout import Experience, Rollout, Sampler, SamplingParams, room
+from rollout import Experience, Rollout, Sampler, SamplingParams, handover, room
 from rollout.cache import Decode, Layer, Probe
 from rollout.choice import choose as choose_tokens
 from rollout.sampler import PREFILL_TOKENS, SHARE, SLOTS
 from rollout.schedule import Joined, Response
+
+BUCKETS = 64  # of a hand-over that are rehearsed
 
 
 class Rlvr(Stage):
@@ -95,8 +97,8 @@ class Rlvr(Stage):
         config, ledger, costs = self.config, self.ledger, {}
         with ledger.phase("hand-over", GATHERED):
             before = self.cost("hand-over")
-            sampler.load(self.policy)
-            costs["hand-over"] = self.cost("hand-over") - before
+            times = handover.load(sampler.lm, self.policy.lm, self.world, rehearsed=BUCKETS)
+            costs["hand-over"] = (self.cost("hand-over") - before) * max(1.0, times)
         responses = self._responses()
         prompt, grown = len(responses[0].prompt), len(responses[0].prompt) + config.response_length // 2
         with ledger.phase("pages", ACTIVATIONS):
