@@ -69,6 +69,8 @@ class JsonLines:
         self._warned = bool(problem)
 
     def close(self) -> None:
+        if self._file.closed:
+            return
         if problem := self._settle():
             rows = self._owed.count(b"\n")
             terminal.say(f"warning: {problem}; {rows} row{'s are' if rows > 1 else ' is'} lost for {self.path}")
@@ -112,6 +114,11 @@ class Metrics:
                 self._bar.advance(postfix)
             if self._elsewhere:
                 self._elsewhere.write(step, row)
+
+    def close_file(self) -> None:
+        """Of a run that ends early: the bar is whoever says why."""
+        if self.is_main:
+            self._file.close()
 
     def close(self) -> None:
         if self.is_main:

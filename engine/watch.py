@@ -29,6 +29,7 @@ from typing import Any
 import torch.distributed as dist
 
 from engine import progress, signals, terminal, world
+from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
 
@@ -113,6 +114,7 @@ class Watch:
         self.verdict = ""  # this rank's
         self.said = ""  # the first rank's that had one
         self.claimed = threading.Event()
+        self._store: dist.Store | None = None
         self._rows = 0
         self._talked = now
         self._threads = [
@@ -125,10 +127,21 @@ class Watch:
             thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        """Where ranks end alike, rank 0, whose store it may be, ends last: c10d prints a page for every one that loses
+        it.
+        """
         self.over.set()
         for thread in self._threads:
             thread.join(2.0)  # one that a dead store holds goes with the process
+        alike = kind is None or issubclass(kind, UserError | signals.Stopped)
+        if not alike or self._store is None or self._threads[0].is_alive():
+            return
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"left/{self.rank}", "")
+            keys, end = [f"left/{rank}" for rank in range(self.size)], time.monotonic() + 2.0
+            while self.rank == 0 and not self._store.check(keys) and time.monotonic() < end:
+                time.sleep(0.01)
 
     def _own(self) -> dict[str, Any]:
         self._rows += 1
@@ -144,7 +157,7 @@ class Watch:
 
     def _talk(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store is gone, with the rank that keeps it: collectives say so
-            store = world.another_store(self.patience + 60)
+            store = self._store = world.another_store(self.patience + 60)
             while not self.over.is_set():
                 self._exchange(store)
                 self._talked = time.monotonic()

@@ -153,6 +153,7 @@ class Run:
         world.on_main("metrics", open_files)
         if not world.is_main:
             open_files()
+        self._stack.callback(self.metrics.close_file)
         policy: Any = trained["policy"][0]
         self.throughput = Throughput(world, policy, self.base.dtype, state["num_tokens"])
         profile = self._stack.enter_context(directories.profiler(flags.profile, self.output_dir, world))
