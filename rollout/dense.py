@@ -59,7 +59,10 @@ class Dense:
         kv_heads = keys.shape[1]
         heads_K1 = torch.arange(kv_heads, device=keys.device)[:, None]
         index_AKJ = self.pages_AJ[:, None] * kv_heads + heads_K1
-        k_AKLH, v_AKLH = (pool.flatten(0, 1)[index_AKJ].flatten(2, 3) for pool in (keys, values))
+        k_AKLH, v_AKLH = (
+            pool.flatten(0, 1).index_select(0, index_AKJ.flatten()).view(*index_AKJ.shape[:2], -1, pool.shape[3])
+            for pool in (keys, values)
+        )
         q_AKGH, visible_A11L = q_ANH.unflatten(1, (kv_heads, -1)), self.visible_AL[:, None, None]
         if softcap is None and sinks_N is None:
             out_AKGH = scaled_dot_product_attention(q_AKGH, k_AKLH, v_AKLH, attn_mask=visible_A11L, scale=scale)
