@@ -249,9 +249,9 @@ def _child(rank: int, ranks: int, port: int, root: Path, resumed: int, dtype: to
     module = Module().to(dtype)
     build.shard(module, nn.ModuleList(), here, dtype)
     optimizer = adamw(module, 0.1, kind, here)
-    checkpoints = Checkpoints(
-        root / f"{resumed}-{ranks}", here, {"policy": (module, optimizer)}, keep=2, identity={}, settings={}
-    )
+    output_dir = root / f"{resumed}-{ranks}"
+    output_dir.mkdir(exist_ok=True)
+    checkpoints = Checkpoints(output_dir, here, {"policy": (module, optimizer)}, keep=2, identity={}, settings={})
     state = (
         checkpoints.resume(str(root / f"0-{resumed}" / "checkpoints" / f"step-{SAVED:06d}")) if resumed else {"step": 0}
     )
