@@ -282,10 +282,12 @@ PARTS: dict[str, tuple[Row, ...]] = {
               "it samples from another distribution than the one that is trained"),
         takes("do_sample", "HF", "true", "--temperature 0 is greedy"),
         takes("num_beams", "HF", "1", "responses are sampled"),
-        unused("use_vllm vllm_* gpu_memory_utilization enforce_eager enable_prefix_caching use_transformers_paged"
+        alias("tensor_parallel_size vllm_tensor_parallel_size", "vLLM TRL OI RLHF", "rollout_tensor_parallel"),
+        alias("gpu_memory_utilization vllm_gpu_memory_utilization", "vLLM TRL OI RLHF", "rollout_memory"),
+        alias("max_num_seqs", "vLLM", "rollout_slots"),
+        unused("use_vllm vllm_* enforce_eager enable_prefix_caching use_transformers_paged"
                " ds3_gather_for_generation", "TRL RLHF OI vLLM",
                "responses are sampled by the training processes, --rollout_slots at a time"),
-        takes("tensor_parallel_size", "vLLM", "1", "ranks share the prompts, not the layers"),
         takes("async_mode async_train inflight_updates async_steps", "OI RLHF", NO,
               "sampling and updates take turns: every step is on-policy"),
         takes("tasks", "EVAL", "none", "give --dataset_name: problems with `messages`, `ground_truth` and `dataset`"),
