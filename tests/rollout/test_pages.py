@@ -128,7 +128,7 @@ def filled(pages: Pages, slots: int, groups: int, samples: int, rng: np.random.G
         length = int(rng.integers(0, 60))
         prompt = pages.hold(length) if samples > 1 else None
         for slot in range(group * samples, (group + 1) * samples):
-            if prompt is None:
+            if prompt is None or rng.random() < 0.2:  # among those that share, one that does not
                 pages.begin(slot, length)
             else:
                 pages.join(slot, prompt)
