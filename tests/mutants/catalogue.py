@@ -3350,14 +3350,18 @@ ROLLOUT = (
         GREEDY,
     ),
     Mutant(
-        "one_token_more_than_asked", "rollout/sampler.py", "r.launched == r.limit", "r.launched == r.limit + 1", GREEDY
+        "one_token_more_than_asked",
+        "rollout/sampler.py",
+        "r.launched == r.limit",
+        "r.launched == r.limit + 1",
+        ("tests/launch/test_waits.py::test_a_token_waits_for_nothing_and_is_read_two_later",),
     ),
     Mutant(
         "what_comes_after_an_end_is_kept",
         "rollout/sampler.py",
         "            if response.reason:\n                continue\n",
         "",
-        WRITTEN_OUT,
+        (f"{PAGES_TESTS}::test_a_response_ends_where_it_ends_however_late_that_is_heard",),
     ),
     Mutant(
         "who_has_ended_goes_on",

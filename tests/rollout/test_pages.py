@@ -69,8 +69,10 @@ def test_every_page_has_the_users_that_hold_it(prompts, block, slots, part, ends
     schedule, ended = Schedule(cache, responses), set()
     while schedule.waiting or schedule.active:
         schedule.admit()
+        before = list(schedule.active)
         schedule.grow()
         assert schedule.active, "somebody always goes on"
+        assert schedule.active == before[: len(schedule.active)], "the youngest are set back"
         for window, kind in schedule.kinds.items():
             np.testing.assert_array_equal(holders(schedule, window), kind.users)
             assert kind.free == int((kind.users == 0).sum())
@@ -360,6 +362,18 @@ def test_a_cache_that_does_not_hold_one_response_is_refused(made):
     sampler.load(policy)
     with pytest.raises(UserError, match=r"the cache of the longest response takes .* raise --rollout_memory"):
         sampler.generate(requests_of(0), SamplingParams(), seed=0, step=0)
+
+
+@pytest.mark.parametrize("lag", (0, 2))
+def test_a_response_ends_where_it_ends_however_late_that_is_heard(lag, made):
+    """Token by token: what was computed after the end is not shown, and the end is said once."""
+    sampler = sampler_of(made, "llama", lag=lag, how="tables", slots=1)
+    params = SamplingParams(max_new_tokens=40, stop_ids=tuple(range(0, VOCAB, 8)))
+    for sample in range(6):
+        seen = list(sampler.tokens(Request(np.arange(2, 12), 0, sample), params, seed=0, step=0))
+        assert [len(tokens) for tokens, _ in seen] == list(range(1, len(seen) + 1))
+        assert [reason for _, reason in seen] == [""] * (len(seen) - 1) + ["stop" if len(seen) < 40 else "length"]
+        assert not set(seen[-1][0][:-1]) & set(params.stop_ids)
 
 
 def test_a_stream_ends_where_another_begins(made):
