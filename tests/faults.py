@@ -155,9 +155,10 @@ def terminate_rank_1_in_the_third_rollout() -> None:
     """At its first token; both ranks are slow, and rank 0 has to hear of it. The first load is the evaluation's."""
     import time
 
+    from rollout.decoder import Decoder
     from rollout.sampler import Sampler
 
-    original, advance = Sampler.load, Sampler._advance
+    original, launch = Sampler.load, Decoder.launch
     loads = iter(range(1, 100))
     state = {"load": 0}
 
@@ -170,9 +171,9 @@ def terminate_rank_1_in_the_third_rollout() -> None:
     def slow(*args):
         if state["load"] == 4:
             time.sleep(0.25)
-        return advance(*args)
+        return launch(*args)
 
-    Sampler.load, Sampler._advance = loading, slow
+    Sampler.load, Decoder.launch = loading, slow
 
 
 def tokenise_slowly() -> None:
