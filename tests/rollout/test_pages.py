@@ -346,9 +346,9 @@ def test_a_pool_takes_memory_as_it_is_written():
     """On a CPU, so that a pool of all that could be needed costs what is."""
     before = _resident()
     pool = zeros((8000, 4, 32, 64), torch.bfloat16, CPU)  # 125 MiB: more than malloc ever keeps for itself
-    assert pool.shape == (8000, 4, 32, 64) and pool.dtype == torch.bfloat16 and _resident() - before < 2**20
+    assert pool.shape == (8000, 4, 32, 64) and pool.dtype == torch.bfloat16 and _resident() - before < 8 * 2**20
     pool[:2000] = 1
-    assert 30 * 2**20 < _resident() - before < 40 * 2**20 and not pool[2000:2100].any()
+    assert 30 * 2**20 < _resident() - before < 48 * 2**20 and not pool[2000:2100].any()
 
 
 def _resident() -> int:
