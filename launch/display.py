@@ -76,11 +76,11 @@ def _wrapped(paragraph: str, columns: int) -> list[str]:
     space, used_at_space = -1, 0  # the last place to break: the index of a space, and the columns up to it
     for c in paragraph:
         w = _width(c)
-        if used + w > columns and line:
-            if c == " ":  # it hangs over the edge, unseen
-                lines.append(line)
-                line, used, space = "", 0, -1
-                continue
+        if c == " " and used + w > columns and line:  # it hangs over the edge, unseen
+            lines.append(line)
+            line, used, space = "", 0, -1
+            continue
+        while used + w > columns and line:  # once, but for a line that began with what takes no column
             if space > 0:
                 lines.append(line[:space])
                 line, used, space = line[space + 1 :], used - used_at_space - 1, -1

@@ -9,6 +9,7 @@ import json
 import os
 import pty
 import select
+import signal
 import sys
 import time
 from dataclasses import replace
@@ -283,6 +284,7 @@ def in_terminal(slave: str, argv: list[str], no_color: str) -> None:
     import fcntl
     import termios
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's job in the background ignores
     os.setsid()
     descriptor = os.open(slave, os.O_RDWR)
     fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from launch.display import JOINERS, Ink, padded, shown, side_by_side, width, wrapped
@@ -45,6 +45,7 @@ def test_columns_of_characters():
     assert padded("図", 4) == "図  "
 
 
+@example("\u0301 a図", 2)
 @given(WORDS, st.integers(2, 12))
 def test_lines_fit_and_say_all(text, columns):
     lines = wrapped(text, columns)
