@@ -77,7 +77,8 @@ def generate(config: Config) -> None:
     window = max(len(question.ids) for question in questions) + config.response_length
     sampler, weights = open_sampler(base, world, window=window, flags=config)
     params = SamplingParams.of(config, *base.chat.end_ids)
-    run = run_of(weights, questions, asdict(params) | {"seed": config.seed, "dtype": str(base.dtype)})
+    drawn = {"seed": config.seed, "samples": config.num_samples_per_prompt, "dtype": str(base.dtype)}
+    run = run_of(weights, questions, asdict(params) | drawn)
     journal = world.on_main("journal", lambda: Journal(config.output, run, questions, world))
     journal = journal or Journal(None, run, questions, world)
     sample(sampler, journal, config, params, world)

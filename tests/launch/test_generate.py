@@ -84,6 +84,9 @@ def test_a_run_that_was_killed_goes_on(count, cache, tmp_path):
     assert result.ok and kept.count(b"\n") - 3 <= there < 24, result.output
     assert out.read_text() == (tmp_path / "whole.jsonl").read_text() and not partial.exists()
     partial.write_bytes(kept)
+    result = run(cache, *argv, "--output", out, "--num_samples_per_prompt", 1, count=count)
+    assert result.ok and len(rows(out)) == 12, "none of another number of samples is left in it"
+    partial.write_bytes(kept)
     result = run(cache, *argv, "--output", out, "--seed", 5, count=count)
     assert result.ok and "is of another model, prompts or flags: it starts anew" in result.output
     assert out.read_text() != (tmp_path / "whole.jsonl").read_text() and not partial.exists()
