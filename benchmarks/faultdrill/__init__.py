@@ -1,0 +1,1 @@
+"""Faults planted in real runs, and what comes of them: `python -m benchmarks.faultdrill --help`."""
