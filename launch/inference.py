@@ -70,9 +70,13 @@ def embedded_questions(cache_dir: str, count: int) -> tuple[str, ...]:
     return tuple(asked[:: len(asked) // count][:count])
 
 
-def make_sampler(base: Base, policy: Policy, world: World, flags: RolloutFlags, window: int) -> Sampler:
-    """A sampler of `window` tokens that has no weights yet. Collective. Raises UserError."""
-    return Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **flags.rollout_room)
+def make_sampler(
+    base: Base, policy: Policy, world: World, flags: RolloutFlags, window: int, apart: bool = False
+) -> Sampler:
+    """A sampler of `window` tokens that has no weights yet; `apart` from a policy that is trained meanwhile.
+    Collective. Raises UserError.
+    """
+    return Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, apart=apart, **flags.rollout_room)
 
 
 def open_sampler(base: Base, world: World, *, window: int, flags: RolloutFlags) -> tuple[Sampler, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -15,6 +16,15 @@ from engine.world import World
 from rollout.choice import SamplingParams
 from rollout.sampler import Request, Rollout, Sampler
 from verifiers import Pool, Verdict
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The responses of a step, their verdicts, and what belongs into the step's row of metrics."""
+
+    rollouts: Sequence[Rollout]
+    verdicts: Sequence[Verdict]
+    row: dict[str, float] = field(default_factory=dict)
 
 
 class Collector:
@@ -34,7 +44,7 @@ class Collector:
         step: int,
         seed: int | None = None,
         shown: str = "",
-    ) -> tuple[list[Rollout], list[Verdict]]:
+    ) -> Drawn:
         """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
         Raises Stopped.
 
@@ -78,4 +88,4 @@ class Collector:
             raise signals.Stopped(why)
         everyone = [pair for part in parts for pair in part]
         everyone.sort(key=lambda pair: (place[pair[0].example], pair[0].sample))
-        return [rollout for rollout, _ in everyone], [verdict for _, verdict in everyone]
+        return Drawn([rollout for rollout, _ in everyone], [verdict for _, verdict in everyone])

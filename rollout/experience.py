@@ -21,9 +21,10 @@ from engine.data.mixture import permutation
 from engine.errors import UserError
 from engine.flags import MemoryFlags, RlvrFlags
 from engine.world import World, on_device
+from rollout.collect import Drawn
 from rollout.rewards import score_of
 from rollout.sampler import Rollout
-from verifiers import MAX_ERROR_RATE, Verdict
+from verifiers import MAX_ERROR_RATE
 
 
 @dataclass(frozen=True)
@@ -101,15 +102,12 @@ class Experience:
 
 
 def experience_of(
-    rollouts: list[Rollout],
-    verdicts: list[Verdict],
-    flags: RlvrFlags,
-    text_of: Callable[[np.ndarray], str],
-    score_slot: str = "last",
+    drawn: Drawn, flags: RlvrFlags, text_of: Callable[[np.ndarray], str], score_slot: str = "last"
 ) -> Experience:
     """The responses that have a verdict, with their scores, credited at the last token or `after_eos`. Raises UserError
     if more than 1 % have none.
     """
+    rollouts, verdicts = drawn.rollouts, drawn.verdicts
     errors = [verdict.reason for verdict in verdicts if verdict.status == "error"]
     if len(errors) > MAX_ERROR_RATE * len(verdicts):
         raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")

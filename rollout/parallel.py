@@ -110,10 +110,14 @@ def check(config: Any, size: int, world: World) -> None:
         _styles(lm, size)
 
 
-def build(config: Any, attention_name: str, dtype: torch.dtype, world: World, policy: Policy, team: Team) -> Any:
-    """The sampler's modules, with room for this rank's part. Raises UserError."""
+def build(
+    config: Any, attention_name: str, dtype: torch.dtype, world: World, policy: Policy, team: Team, apart: bool
+) -> Any:
+    """The sampler's modules, with room for this rank's part. `apart`: with nothing of the policy's own. Raises
+    UserError.
+    """
     cut = None if team.size == 1 else lambda lm: _cut(lm, team)
-    own = policy.lm if world.size == 1 else None  # on one rank, what needs no copy is shared
+    own = policy.lm if world.size == 1 and not apart else None  # on one rank, what needs no copy is shared
     return handover.skeleton(config, attention_name, dtype, world.device, own, cut)
 
 

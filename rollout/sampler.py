@@ -40,6 +40,12 @@ BLOCK = 32  # positions of a page
 SLOTS = {"cpu": 64, "cuda": 512}  # responses at a time, where nobody says how many: more are no faster
 HOW = {"cpu": "rows", "cuda": "graphs"}  # to decode: page by page, or in batches that are graphs
 SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when sampling begins
+SHARE_BESIDE = {"cpu": 0.25, "cuda": 0.3}  # the same where training goes on beside it
+
+
+def default_share(kind: str, apart: bool) -> float:
+    """Of the memory that is free, where nobody says how much the cache may take."""
+    return (SHARE_BESIDE if apart else SHARE)[kind]
 
 
 @dataclass(frozen=True)
@@ -91,6 +97,7 @@ class Sampler:
         decode: Callable[[list[int]], str] | None = None,
         backend: str = "auto",
         tensor_parallel: int = 1,
+        apart: bool = False,
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
@@ -98,7 +105,8 @@ class Sampler:
         most (None: SLOTS); `memory` of the cache as a share of what is free when sampling begins (None: SHARE), of
         which no more is taken than the requests can need; `block` positions of a page; `decode` ids to text, for stop
         strings; `backend` of the prompts' attention; `tensor_parallel` neighbouring ranks share one sampler, and draw
-        the same responses together. Raises ValueError, and UserError for a model that cannot be shared.
+        the same responses together; `apart` where the policy is trained while others are drawn, so that no weight is
+        shared with it. Raises ValueError, and UserError for a model that cannot be shared.
         """
         kind = world.device.type
         slots = SLOTS[kind] if slots is None else slots
@@ -108,11 +116,11 @@ class Sampler:
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
         self.team = parallel.Team.of(world, tensor_parallel)
         attention_name = caching.register(attention.packed(backend))
-        self.lm: Any = parallel.build(config, attention_name, dtype, world, policy, self.team)
+        self.lm: Any = parallel.build(config, attention_name, dtype, world, policy, self.team, apart)
         self.transform = policy.transform
         self.world, self.decode = world, decode
         self.slots, self.max_length, self.block = slots, max_length, block
-        self.share = SHARE[kind] if memory is None else memory
+        self.share = default_share(kind, apart) if memory is None else memory
         self.lag, self.how = LAG[kind], HOW[kind]
         self.cache: caching.PagedCache | None = None
         self.layers: dict[int, caching.Layer] = {}  # what each keeps of a token: known after the first forward

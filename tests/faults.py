@@ -539,3 +539,72 @@ def no_memory_on_any_rank_at_step_3() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 1 has 3 GiB in use.")
 
     _at_step(3, full)
+
+
+def draw_ahead_in_turn() -> None:
+    """No thread: the responses of the next step are there before this one is learnt from."""
+    from rollout import ahead
+
+    ahead._Thread.start = lambda self: self.run()
+    ahead._Thread.join = lambda self, timeout=None: None
+
+
+def learn_late() -> None:
+    """What is drawn ahead is there long before it is wanted; on rank 1 later than on rank 0."""
+    import time
+
+    from engine.train import optim
+
+    original, seconds = optim.step, 0.1 if os.environ["RANK"] == "1" else 0.3
+    optim.step = lambda *args, **options: (time.sleep(seconds), original(*args, **options))[1]
+
+
+def terminate_rank_1_while_responses_are_drawn_ahead() -> None:
+    """In the update of step 3, those of step 4 are slow to come."""
+    import time
+
+    from rollout.decoder import Decoder
+
+    launch = Decoder.launch
+
+    def slow(*args):
+        if threading.current_thread().name == "sampling":
+            time.sleep(0.05)
+        return launch(*args)
+
+    Decoder.launch = slow
+    if os.environ["RANK"] == "1":
+        _at_step(3, _signal_me)
+
+
+def fail_in_the_thread_that_draws_ahead() -> None:
+    from engine.errors import UserError
+    from rollout.decoder import Decoder
+
+    launch = Decoder.launch
+
+    def failing(*args):
+        if threading.current_thread().name == "sampling":
+            raise UserError("no page is left")
+        return launch(*args)
+
+    Decoder.launch = failing
+
+
+def record_responses(argv: list[str]) -> None:
+    """What every step learns from, in its order, beside the run's directory."""
+    import json
+
+    from rollout import ahead
+
+    call, out = ahead.Sampling.__call__, argv[argv.index("--output_dir") + 1]
+
+    def recording(self, step):
+        drawn, age = call(self, step)
+        if os.environ["RANK"] == "0":
+            with open(f"{out}.responses", "a", encoding="utf-8") as file:
+                found = [[r.example, r.sample, r.response_ids.tolist(), r.logprobs.tolist()] for r in drawn.rollouts]
+                file.write(json.dumps({"step": step, "age": age, "responses": found}) + "\n")
+        return drawn, age
+
+    ahead.Sampling.__call__ = recording

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import UserError
 from engine.flags.data import MixtureFlags, PromptFlags
-from engine.flags.declare import flag, override, require_not_negative, require_positive
+from engine.flags.declare import SAMPLING, flag, override, require_between, require_not_negative, require_positive
 from engine.flags.model import AdapterFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
@@ -80,6 +80,12 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFl
     num_ppo_epochs: int = flag(None, "passes over an iteration's responses")
     num_mini_batches: int = flag(1, "optimizer steps per pass")
     eval_samples: int = flag(4, "samples per held-out prompt")
+    rollout_ahead: int = flag(
+        0,
+        "1: the next step's responses are sampled while one is learnt from, by weights one update old; pi_old is then"
+        " what the sampler wrote down (0: exactly on-policy)",
+        SAMPLING,
+    )
 
     def check(self) -> None:
         """Raises UserError for what cannot be."""
@@ -88,3 +94,18 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFl
         self.check_sampling()
         self.check_rewards(self.response_length)
         require_positive(self, "num_samples_per_prompt", "num_ppo_epochs", "num_mini_batches", "eval_samples")
+        require_between(self, rollout_ahead=(0, 1))
+        self.check_ahead()
+
+    def check_ahead(self) -> None:
+        """Raises UserError for what does not go with responses that are sampled ahead."""
+        if not self.rollout_ahead:
+            return
+        one = "--rollout_ahead 1"
+        if self.top_k or self.top_p < 1 or self.temperature == 0:
+            raise UserError(
+                f"{one} takes pi_old from the sampler, which has to draw from the policy itself: --top_k 0, --top_p 1"
+                " and a --temperature greater than 0"
+            )
+        if self.rollout_tensor_parallel > 1:
+            raise UserError(f"{one} does not go with --rollout_tensor_parallel: a team's sums would cross training's")

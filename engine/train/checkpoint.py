@@ -35,6 +35,7 @@ from engine.run import is_gone
 from engine.train import optim
 from engine.world import World
 
+BESIDE = "beside.json"  # what a run keeps beside what it trains
 STEP = re.compile(r"step-(\d+)")
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
@@ -72,9 +73,9 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], beside: Any = None) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
-        cannot be written is said once, and owed.
+        cannot be written is said once, and owed. `beside`: what JSON can hold, in a file of its own.
         """
         self.wait()
         if step == self.newest:
@@ -98,7 +99,10 @@ class Checkpoints:
             "world_size": self.world.size,
             **state,
         }
-        self._writer = threading.Thread(target=self._commit, args=(future, partial, state, began), daemon=True)
+        documents = {"state.json": state} | ({} if beside is None else {BESIDE: beside})
+        self._writer = threading.Thread(
+            target=self._commit, args=(future, partial, step, documents, began), daemon=True
+        )
         self._writer.start()
 
     def wait(self) -> str:
@@ -139,11 +143,11 @@ class Checkpoints:
             return explained(error)
         return ""
 
-    def _commit(self, future: Any, partial: Path, state: dict[str, Any], began: float) -> None:
+    def _commit(self, future: Any, partial: Path, step: int, documents: dict[str, Any], began: float) -> None:
         """In the background: this rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every
         rank has read its own again, older checkpoints go.
         """
-        step, final, written = state["step"], self.root / f"step-{state['step']:06d}", {}
+        final, written = self.root / f"step-{step:06d}", {}
 
         def write() -> None:
             future.result()
@@ -153,7 +157,9 @@ class Checkpoints:
         problem = self._everywhere(write, written)
         if not problem:
             files = {name: facts for of in self._written for name, facts in of.items()}
-            problem = self._everywhere(lambda: self._publish(partial, step, state, files) if self._is_main else None)
+            problem = self._everywhere(
+                lambda: self._publish(partial, step, documents, files) if self._is_main else None
+            )
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
@@ -184,9 +190,11 @@ class Checkpoints:
         self._written = [of for _, of in parts]
         return next((problem for problem, _ in parts if problem), "")
 
-    def _publish(self, partial: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files["state.json"] = _sync_and_describe(partial / "state.json")
+    def _publish(self, partial: Path, step: int, documents: dict[str, Any], files: dict[str, Any]) -> None:
+        for name, content in documents.items():
+            indent = 1 if name == "state.json" else None
+            (partial / name).write_text(json.dumps(content, indent=indent), encoding="utf-8")
+            files[name] = _sync_and_describe(partial / name)
         (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
         _sync_and_describe(partial / "COMPLETE")
         _sync_directory(partial)
@@ -272,6 +280,8 @@ class Checkpoints:
                 f"8-bit moments were requantised: block boundaries moved ({rounded} of"
                 f" {sum(1 for _ in self._parameters())} tensors)"
             )
+        if (path / BESIDE).is_file():
+            state["beside"] = json.loads((path / BESIDE).read_text(encoding="utf-8"))
         return state
 
     def _parameters(self) -> Iterator[tuple[str, str, nn.Parameter, torch.optim.Optimizer]]:

@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -42,6 +42,19 @@ from engine.train.throughput import Throughput
 from engine.world import World
 
 IDENTITIES = {"policy": "model", "value": "value model"}  # what a checkpoint's parts are called in its identity
+
+
+class Kept(Protocol):
+    """What a run has besides what it trains and its checkpoints must hold, as JSON has it."""
+
+    def state(self) -> Any:
+        """None: nothing now. Collective."""
+
+    def restore(self, state: Any) -> None:
+        """What `state` gave."""
+
+    def close(self) -> None:
+        """The run ends, by an error perhaps."""
 
 
 class Run:
@@ -69,6 +82,7 @@ class Run:
         self.is_finished = False
         self._done = 0  # steps whose update is whole
         self._checkpoints: Checkpoints | None = None
+        self._kept: Kept | None = None
         self._stack = contextlib.ExitStack()
         self._batches: MicroBatches | None = None
         self._samples: JsonLines | None = None
@@ -107,7 +121,13 @@ class Run:
         self.world.phase("saving a checkpoint")
         progress.note(counted=False)
         facts = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
-        self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts})
+        beside = self._kept.state() if self._kept is not None else None
+        self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts}, beside)
+
+    def keep(self, what: Kept) -> None:
+        """Its state is part of every checkpoint that is saved from now on; the run closes it."""
+        self._kept = what
+        self._stack.callback(what.close)
 
     def _between(self, seconds: float) -> None:
         """Between two steps, of which the last took so long: ends the run if a rank was asked to, else saves what is
@@ -139,6 +159,8 @@ class Run:
         )
         state = checkpoints.resume(flags.resume) or {"step": 0, "num_tokens": 0}
         start, total = state["step"], self.plan.total
+        if self._kept is not None and "beside" in state:
+            self._kept.restore(state["beside"])
         self._resumed_after = self._done = start
         self._checkpoints = checkpoints
         world.say(f"resuming after step {start}" if start else "starting at step 0")
