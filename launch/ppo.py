@@ -184,7 +184,7 @@ def train(config: Config) -> None:
 
             # 6. the new weights reach the sampler at the top of the loop
             sums = totals.reduce((*METRICS, *run.throughput.COUNTED))
-            row = means(sums) | of_responses(experience, drawn, prompts) | times
+            row = means(sums) | of_responses(experience, drawn, prompts) | drawn.row | times
             row |= {"rollout/age": age} | of_sampler(experience, now_R)
             row |= {"learning_rate": lr["policy"], "grad_norm": norms["policy"], "grad_norm/value": norms["value"]}
             row |= {"objective/kl": (kl_R.sum() / len(experience)).item(), "objective/entropy": entropy_R.mean().item()}

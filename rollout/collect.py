@@ -20,7 +20,9 @@ from verifiers import Pool, Verdict
 
 @dataclass(frozen=True)
 class Drawn:
-    """The responses of a step, their verdicts, and what belongs into the step's row of metrics."""
+    """The responses of a step, their verdicts, and what belongs into the step's row of metrics: what the cache of this
+    rank held at most, how often a response was set back.
+    """
 
     rollouts: Sequence[Rollout]
     verdicts: Sequence[Verdict]
@@ -88,4 +90,6 @@ class Collector:
             raise signals.Stopped(why)
         everyone = [pair for part in parts for pair in part]
         everyone.sort(key=lambda pair: (place[pair[0].example], pair[0].sample))
-        return Drawn([rollout for rollout, _ in everyone], [verdict for _, verdict in everyone])
+        used = self.sampler.used
+        row = {"perf/cache_gib": used.bytes / 2**30, "perf/set_back": used.set_back}
+        return Drawn([rollout for rollout, _ in everyone], [verdict for _, verdict in everyone], row)

@@ -43,7 +43,8 @@ def sample_groups(
         if not len(wanted):
             break
     used = kept if redraws and kept else drawn[: len(examples)]
-    return Drawn([r for group in used for r, _ in group], [v for group in used for _, v in group], tally(drawn))
+    row = found.row | tally(drawn)
+    return Drawn([r for group in used for r, _ in group], [v for group in used for _, v in group], row)
 
 
 def differs(group: Group) -> bool:

@@ -80,6 +80,14 @@ class Rollout:
     finish_reason: str  # 'stop' | 'length'
 
 
+@dataclass
+class Used:
+    """What a stream has taken so far."""
+
+    bytes: int = 0  # the most that its pages in use came to
+    set_back: int = 0  # times that a response was
+
+
 class Sampler:
     """Samples responses of the policy on its own copy of the weights, each rank for itself."""
 
@@ -116,13 +124,15 @@ class Sampler:
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
         self.team = parallel.Team.of(world, tensor_parallel)
         attention_name = caching.register(attention.packed(backend))
-        self.lm: Any = parallel.build(config, attention_name, dtype, world, policy, self.team, apart)
+        shared = policy.lm if world.size == 1 and not apart else None
+        self.lm: Any = parallel.build(config, attention_name, dtype, world.device, self.team, shared)
         self.transform = policy.transform
         self.world, self.decode = world, decode
         self.slots, self.max_length, self.block = slots, max_length, block
         self.share = default_share(kind, apart) if memory is None else memory
         self.lag, self.how = LAG[kind], HOW[kind]
         self.cache: caching.PagedCache | None = None
+        self.used = Used()
         self.layers: dict[int, caching.Layer] = {}  # what each keeps of a token: known after the first forward
         self._streams = 0
 
@@ -201,6 +211,7 @@ class Sampler:
             schedule = Schedule(cache, responses)
             decoder = Decoder(self.forward, self.logits, cache, params, self.world.device, self.how)
         launched: deque[Launched] = deque()
+        self.used = Used()
         while schedule.waiting or schedule.active or launched:
             if number != self._streams:
                 raise RuntimeError("another stream of this sampler has begun, and has its pages")
@@ -209,6 +220,7 @@ class Sampler:
                 self.prefill(schedule.admit())
                 if schedule.active and not (launched and schedule.is_short()):  # to set back is to know what there is
                     schedule.grow()
+                    self.used = Used(max(self.used.bytes, cache.held_bytes), schedule.set_back)
                     launched.append(decoder.launch(schedule))
                     self._leave_at_their_limits(schedule)
                 seen = []

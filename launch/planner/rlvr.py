@@ -30,7 +30,7 @@ from launch.planner.stages import Rehearsed, Stage
 from rollout import Experience, Rollout, Sampler, SamplingParams, handover, room
 from rollout.cache import Decode, Layer, Probe
 from rollout.choice import choose as choose_tokens
-from rollout.sampler import PREFILL_TOKENS, SHARE, SLOTS
+from rollout.sampler import PREFILL_TOKENS, SLOTS, default_share
 from rollout.schedule import Joined, Response
 
 BUCKETS = 64  # of a hand-over that are rehearsed
@@ -55,6 +55,7 @@ class Rlvr(Stage):
                 slots=config.rollout_slots or SLOTS[self._kind],
                 backend=self.base.how.backend,
                 tensor_parallel=config.rollout_tensor_parallel,
+                apart=config.rollout_ahead > 0,
             )
         optimizers = {OPTIMIZER: self.optimizer(self.policy, OPTIMIZER)}
         if value_model is not None:
@@ -120,7 +121,8 @@ class Rlvr(Stage):
             torch.stack([x.double() for x in chosen])
             costs["decode"] = self.cost("decode") - before
         ledger.launch = None
-        sampler.release()
+        if not config.rollout_ahead:  # else it goes on beside the update
+            sampler.release()
         return costs
 
     def _responses(self) -> list[Response]:
@@ -134,7 +136,7 @@ class Rlvr(Stage):
         """The pages that these can need, or those that the memory holds beside what is there when sampling begins."""
         config, ledger, block = self.config, self.ledger, sampler.block
         asked = room.wanted(responses, layers, sampler.slots, block)
-        share = SHARE[self._kind] if config.rollout_memory is None else config.rollout_memory
+        share = config.rollout_memory or default_share(self._kind, config.rollout_ahead > 0)
         free = int(share * (ledger.device.memory - ledger.device.reserved - ledger.total))
         try:
             counts = room.counts(free, asked, layers, block)

@@ -11,6 +11,7 @@ from engine.data.prompts import Prompt
 from engine.flags import SamplingFlags
 from rollout import Collector, Rollout
 from rollout.parallel import Team
+from rollout.sampler import Used
 
 END = 9
 PROMPTS = [Prompt(np.array([n]), f"truth {n}", f"verifier {n}") for n in range(5)]
@@ -42,7 +43,7 @@ def collector(rank: int, size: int, others=(), team: Team | None = None) -> Coll
     world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others], phases=phases)
     world.phase = lambda *shown: phases.append(shown)
     sampler = Sampler()
-    sampler.team = team or Team(0, 1, rank, size)
+    sampler.team, sampler.used = team or Team(0, 1, rank, size), Used(2**30, 3)
     return Collector(sampler, Pool(), chat, SamplingFlags(response_length=7), 3, world)
 
 
@@ -54,7 +55,7 @@ def test_what_is_verified_is_the_response_without_its_end():
     expected = [(f"{10 + e} {20 + s}", f"truth {e}", f"verifier {e}") for e in (4, 1, 2) for s in (0, 1)]
     assert [v.row for v in verdicts] == expected and (collect.sampler.seed, collect.sampler.step) == (3, 5)
     collect(PROMPTS, np.array([0]), 1, step=5, seed=77)
-    assert collect.sampler.seed == 77
+    assert collect.sampler.seed == 77 and drawn.row == {"perf/cache_gib": 1.0, "perf/set_back": 3}
 
 
 @pytest.mark.parametrize("rank, expected", [(0, [4, 2]), (1, [1])])
