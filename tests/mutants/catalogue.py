@@ -5231,6 +5231,64 @@ FAULTS = (
     ),
 )
 
+# --- drawn ahead -------------------------------------------------------------------------------------------------------
+
+DRAWN = ("tests/rollout/test_ahead.py",)
+AHEAD_RUNS = "tests/launch/test_ahead.py::"
+OLD = (f"{AHEAD_RUNS}test_the_first_update_of_a_step_begins_at_that_ratio",)
+
+AHEAD = (
+    Mutant("drawn_twice", "rollout/ahead.py", "drawn, age = self.wait(), 1", "drawn, age = None, 1", DRAWN),
+    Mutant(
+        "drawn_again_and_again",
+        "rollout/ahead.py",
+        "        self._drawn = None\n        if self._beside",
+        "        if self._beside",
+        DRAWN,
+    ),
+    Mutant(
+        "one_more_than_there_are",
+        "rollout/ahead.py",
+        "step + 1 < self.run.plan.total",
+        "step < self.run.plan.total",
+        DRAWN,
+    ),
+    Mutant(
+        "logprobs_lose_their_last_bits", "rollout/ahead.py", '"logprobs": np.float32', '"logprobs": np.float16', DRAWN
+    ),
+    Mutant(
+        "old_weights_are_the_new",
+        "rollout/ahead.py",
+        "            self.load()\n            self._thread = ",
+        "            self._thread = ",
+        DRAWN,
+    ),
+    Mutant("nobody_ends_the_thread", "rollout/ahead.py", "signals.drop_what_is_drawn_beside(True)", "pass", DRAWN),
+    Mutant(
+        "what_is_drawn_beside_is_given_up",
+        "engine/signals.py",
+        "    if threading.current_thread() is not threading.main_thread():",
+        "    if False:",
+        DRAWN,
+    ),
+    Mutant("pi_old_is_now_ppo", "launch/ppo.py", "experience.sampled_R if age else now_R", "now_R", OLD),
+    Mutant("pi_old_is_now_grpo", "launch/grpo.py", "experience.sampled_R if age else now_R", "now_R", OLD),
+    Mutant(
+        "weights_are_shared_with_who_trains",
+        "rollout/sampler.py",
+        "world.size == 1 and not apart",
+        "world.size == 1",
+        (f"{AHEAD_RUNS}test_it_is_drawn_by_the_weights_of_one_update_ago",),
+    ),
+    Mutant(
+        "a_checkpoint_forgets_what_is_drawn",
+        "engine/train/stage.py",
+        'self._kept.restore(state["beside"])',
+        "pass",
+        (f"{AHEAD_RUNS}test_a_run_that_is_told_to_end_keeps_what_is_drawn_ahead",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -5240,6 +5298,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENGINE,
     *ROLLOUT,
     *PAGES,
+    *AHEAD,
     *LAUNCH,
     *PLANNER,
     *EVALUATION,
