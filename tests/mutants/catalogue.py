@@ -5231,7 +5231,7 @@ FAULTS = (
     ),
 )
 
-# --- drawn ahead -------------------------------------------------------------------------------------------------------
+# --- drawn ahead ------------------------------------------------------------------------------------------------------
 
 DRAWN = ("tests/rollout/test_ahead.py",)
 AHEAD_RUNS = "tests/launch/test_ahead.py::"
@@ -5265,10 +5265,10 @@ AHEAD = (
     ),
     Mutant("nobody_ends_the_thread", "rollout/ahead.py", "signals.drop_what_is_drawn_beside(True)", "pass", DRAWN),
     Mutant(
-        "what_is_drawn_beside_is_given_up",
+        "what_is_drawn_beside_goes_on",
         "engine/signals.py",
-        "    if threading.current_thread() is not threading.main_thread():",
-        "    if False:",
+        "        if _state.drops_beside:",
+        "        if False:",
         DRAWN,
     ),
     Mutant("pi_old_is_now_ppo", "launch/ppo.py", "experience.sampled_R if age else now_R", "now_R", OLD),
