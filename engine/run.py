@@ -43,6 +43,7 @@ CHANGEABLE = {
     "cache_logprobs_only",
     "rollout_slots",
     "rollout_memory",
+    "rollout_weights",
 }
 
 

@@ -39,10 +39,10 @@ from launch.resolve import (
     checker,
     commands,
     each_seed,
-    make_sampler,
     open_rlvr,
     pinned,
     resolve,
+    sampler_beside,
     show_plan,
     with_tuned_model,
 )
@@ -197,7 +197,7 @@ def train(config: Config) -> None:
         policy = load_policy(base, world, temperature=config.temperature or 1.0)
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = make_sampler(base, policy, world, config, window, apart=config.rollout_ahead > 0)
+        sampler = sampler_beside(base, config, world, window, policy)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         draw = lambda by, step: sample_groups(by, prompts, steps.examples(step), config, step, config.dynamic_sampling)
         sample = Sampling(collect, policy, draw, run, config.rollout_ahead)

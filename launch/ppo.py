@@ -37,10 +37,10 @@ from launch.resolve import (
     checker,
     commands,
     each_seed,
-    make_sampler,
     open_rlvr,
     pinned,
     resolve,
+    sampler_beside,
     show_plan,
     with_tuned_model,
 )
@@ -129,7 +129,7 @@ def train(config: Config) -> None:
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         value_model = load_value_model(base, world, config.value_model_name_or_path, policy)
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = make_sampler(base, policy, world, config, window, apart=config.rollout_ahead > 0)
+        sampler = sampler_beside(base, config, world, window, policy, value_model)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         draw = lambda by, step: by(prompts, steps.examples(step), config.num_samples_per_prompt, step)
         sample = Sampling(collect, policy, draw, run, config.rollout_ahead)

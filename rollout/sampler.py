@@ -43,9 +43,9 @@ SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when sampling be
 SHARE_BESIDE = {"cpu": 0.25, "cuda": 0.3}  # the same where training goes on beside it
 
 
-def default_share(kind: str, apart: bool) -> float:
+def default_share(kind: str, weights: str = "shared") -> float:
     """Of the memory that is free, where nobody says how much the cache may take."""
-    return (SHARE_BESIDE if apart else SHARE)[kind]
+    return (SHARE_BESIDE if weights == "apart" else SHARE)[kind]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Sampler:
         decode: Callable[[list[int]], str] | None = None,
         backend: str = "auto",
         tensor_parallel: int = 1,
-        apart: bool = False,
+        weights: str = "shared",
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
@@ -113,8 +113,9 @@ class Sampler:
         most (None: SLOTS); `memory` of the cache as a share of what is free when sampling begins (None: SHARE), of
         which no more is taken than the requests can need; `block` positions of a page; `decode` ids to text, for stop
         strings; `backend` of the prompts' attention; `tensor_parallel` neighbouring ranks share one sampler, and draw
-        the same responses together; `apart` where the policy is trained while others are drawn, so that no weight is
-        shared with it. Raises ValueError, and UserError for a model that cannot be shared.
+        the same responses together; `weights`: 'shared' with the policy where they need no copy, 'gathered' to give
+        back what is a copy on `release`, 'apart' where the policy is trained meanwhile. Raises ValueError, and
+        UserError for a model that cannot be shared.
         """
         kind = world.device.type
         slots = SLOTS[kind] if slots is None else slots
@@ -124,12 +125,13 @@ class Sampler:
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
         self.team = parallel.Team.of(world, tensor_parallel)
         attention_name = caching.register(attention.packed(backend))
-        shared = policy.lm if world.size == 1 and not apart else None
+        shared = policy.lm if world.size == 1 and weights != "apart" else None
         self.lm: Any = parallel.build(config, attention_name, dtype, world.device, self.team, shared)
         self.transform = policy.transform
         self.world, self.decode = world, decode
         self.slots, self.max_length, self.block = slots, max_length, block
-        self.share = default_share(kind, apart) if memory is None else memory
+        self.share = default_share(kind, weights) if memory is None else memory
+        self.gathers = weights == "gathered"
         self.lag, self.how = LAG[kind], HOW[kind]
         self.cache: caching.PagedCache | None = None
         self.used = Used()
@@ -141,8 +143,10 @@ class Sampler:
         handover.load(self.lm, policy.lm, self.world)
 
     def release(self) -> None:
-        """Frees the cache; the next `generate` makes it again."""
+        """Frees the cache, which the next `generate` makes again, and weights that the next `load` gathers again."""
         self.cache = None
+        if self.gathers:
+            handover.give_back(self.lm)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> list[Rollout]:
         """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream`

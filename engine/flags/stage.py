@@ -86,6 +86,13 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFl
         " what the sampler wrote down (0: exactly on-policy)",
         SAMPLING,
     )
+    rollout_weights: str = flag(
+        "auto",
+        "the sampler's copy of the weights: kept, or gathered for every rollout and given back after it; auto: kept"
+        " where a third of the device's memory is left beside it and all that is trained",
+        SAMPLING,
+        choices=("auto", "keep", "gather"),
+    )
 
     def check(self) -> None:
         """Raises UserError for what cannot be."""
@@ -107,5 +114,7 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFl
                 f"{one} takes pi_old from the sampler, which has to draw from the policy itself: --top_k 0, --top_p 1"
                 " and a --temperature greater than 0"
             )
+        if self.rollout_weights == "gather":
+            raise UserError(f"{one} needs the sampler's weights all the time: --rollout_weights keep")
         if self.rollout_tensor_parallel > 1:
             raise UserError(f"{one} does not go with --rollout_tensor_parallel: a team's sums would cross training's")
