@@ -78,6 +78,7 @@ CHANGES = {
     "one_sampler_on_two_ranks": (2, {"rollout_tensor_parallel": 2}),
     "tiny_micro_batches": (1, {"micro_batch_tokens": 60}),
     "three_slots": (1, {"rollout_slots": 3}),
+    "weights_gathered_for_a_rollout": (2, {"rollout_weights": "gather"}),
     "naive_and_eager": (1, {"head": "naive", "attention": "eager"}),
 }
 
