@@ -185,6 +185,7 @@ def resolve(config: Config, world: World) -> Config:
     if config.verifier_module:
         world.say(f"verifier of your own: {config.verifier_module}")
     require_positive(config, "num_prompts", "max_seq_length", "num_seeds", "num_samples_per_prompt")
+    config.check_rows()
     config.check_prompts()
     config.check_sampling()
     check_few_shot(config)

@@ -95,6 +95,7 @@ def resolve(config: Config, world: World) -> Config:
     """Fills what is left open. Raises UserError."""
     world.agree("configuration", repr(config))
     config.check_rollout()
+    config.check_rows()
     config.check_prompts()
     config.check_decoding()
     if config.prompt is not None and not all(text.strip() for text in config.prompt):

@@ -48,7 +48,7 @@ def load_examples(
     def build() -> list:
         opened = [open_source(name, split, flags.dataset_revision) for name, _ in names]
         workers = flags.dataset_num_proc or available_cores()
-        how: dict[str, Any] = {"per_example": per_example, "on_bad_row": flags.on_bad_row, "workers": workers}
+        how: dict[str, Any] = {"per_example": per_example, "workers": workers, **flags.bad_row_policy}
         return [open_or_build(root, *prepare(source), determinants, **how) for source in opened]
 
     stores = world.once(f"tokens/{split}/{names}", build)
@@ -145,7 +145,7 @@ def prompts_of(
 ) -> list[Prompt]:
     """The prompts of one dataset of at most `longest` tokens; says what was kept, dropped and bad. Raises UserError."""
     source = open_source(name, split, flags.dataset_revision)
-    found, lines = load_prompts(source, read, longest, flags.on_bad_row)
+    found, lines = load_prompts(source, read, longest, **flags.bad_row_policy)
     world.say(*lines)
     return found
 
