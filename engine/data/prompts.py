@@ -23,6 +23,7 @@ import numpy as np
 from engine.data import bad_rows, messages
 from engine.data.chat import ChatTokenizer
 from engine.data.conversations import asked_turns, note_unread, with_system
+from engine.data.cuts import UNCUT
 from engine.data.files import Source
 from engine.data.messages import Conversation, Notes, note_lines
 from engine.data.rows import BadRow
@@ -77,12 +78,15 @@ ReadPrompt = Callable[[dict, Notes], Prompt]  # raises BadRow
 
 @dataclass(frozen=True)
 class PromptReader:
-    """row → Prompt. `check(dataset, ground_truth)` raises ValueError for a row that no verifier could judge."""
+    """row → Prompt. `check(dataset, ground_truth)` raises ValueError for a row that no verifier could judge. Of a
+    prompt of more than `longest` tokens, which will be dropped, not all of them need be there.
+    """
 
     chat: ChatTokenizer
     flags: PromptFlags
     check: Check
     fold_system: bool = False
+    longest: int = UNCUT
 
     def __call__(self, row: dict, notes: Notes) -> Prompt:
         """Raises BadRow."""
@@ -109,7 +113,7 @@ class PromptReader:
     def ids(self, said: Conversation, notes: Notes) -> np.ndarray:
         """The tokens of a conversation up to the turn that is to be written. Raises BadRow."""
         said = messages.folded(said) if self.fold_system else said
-        ids = self.chat.prompt_ids(said.messages, said.tools)
+        ids = self.chat.prompt_ids(said.messages, said.tools, min(self.longest + 1, UNCUT))
         self.chat.note_unshown(said.messages, said.tools, "", notes)
         return ids
 

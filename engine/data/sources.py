@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +156,7 @@ def read_prompts(
     """(training prompts, held-out prompts), of a mixture as `prompts_of` gives those of one dataset. Raises
     UserError.
     """
+    read = replace(read, longest=longest)
 
     def load(name: str, amount: str, split: str) -> list[Prompt]:
         found = prompts_of(name, split, flags, read, world, longest=longest)

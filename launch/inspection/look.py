@@ -17,6 +17,7 @@ import numpy as np
 from engine.data import PromptReader
 from engine.data.bad_rows import file_of, kind_of
 from engine.data.conversations import asked_turns, conversation, form_of
+from engine.data.cuts import UNCUT
 from engine.data.judgements import EITHER_IS_NAMED, PROMPTS, Judgement
 from engine.data.messages import Notes, read
 from engine.data.preferences import conversations, said
@@ -25,7 +26,6 @@ from engine.data.rows import BadRow, text
 from engine.data.tokenise import Encoded, Encoder, Rows
 from launch.inspection.likeness import PLACES, EvaluationSet, sketch_of, words_of
 
-UNCUT = 2**31 - 1  # as a length: longer than any row
 LISTED = 200  # bad rows that are kept by name
 LABELS = 200  # sources within a dataset that are told apart
 Messages = list[dict[str, Any]]

@@ -315,7 +315,10 @@ def test_the_first_bad_row_stops_the_run_where_it_is_told_to(tmp_path, path):
     ("rows", "expected"),
     [
         ([], "the dataset is empty: name one that has rows"),
-        ([{"bad": 1}, {"bad": 2}, {"drop": "x"}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
+        (
+            [{"bad": 1}, {"bad": 2}, {"drop": "x"}],
+            "no usable row, the first bad one is {path}:1: bad: expected better, got 1",
+        ),
         (
             [{"bad": 1}, {"drop": "no counted token within 9 tokens"}, {"drop": "x"}],
             "--max_seq_length 2048 is too small: no row keeps a counted token",
