@@ -32,6 +32,7 @@ CHANGEABLE = {
     "patience",
     "resume",
     "on_bad_row",
+    "max_bad_rows",
     "dry_run",
     "quiet",
     "report_to",

@@ -608,3 +608,46 @@ def record_responses(argv: list[str]) -> None:
         return drawn, age
 
     ahead.Sampling.__call__ = recording
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_as_json_loads_takes_them() -> None:
+    """NaN, keys that stand twice."""
+    import json
+
+    from engine.data import readers
+
+    readers.parse_json = lambda line: json.loads(line)
+
+
+def fields_that_are_missing_are_empty() -> None:
+    """As a table of columns fills them."""
+    from engine.data import readers, rows
+
+    readers.parse_json = lambda line: {"rejected": ""} | rows.parse_json(line)
+
+
+def one_bad_row_goes_uncounted() -> None:
+    from engine.data.bad_rows import BadRows
+
+    add, places = BadRows.add, iter(range(10**6))
+    BadRows.add = lambda self, *row: None if next(places) == 0 else add(self, *row)
+
+
+def lines_as_str_has_them() -> None:
+    """str.splitlines ends a line at U+2028 as well."""
+    from engine.data import readers
+
+    def lines(f):
+        text = f.read().decode("utf-8", "surrogateescape")
+        yield from ((i, line.encode("utf-8", "surrogateescape")) for i, line in enumerate(text.splitlines(), 1))
+
+    readers._lines = lines
+
+
+def no_bound_on_bad_rows() -> None:
+    from engine.data import bad_rows
+
+    bad_rows.refusal = lambda *of: None

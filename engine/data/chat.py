@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from engine.data.cuts import UNCUT, Cutter, check_length, splits_faithfully
 from engine.data.messages import Message, Notes, leaves, texts_of
 from engine.data.rows import BadRow
 from engine.data.skeleton import Span, behind_last_end, mark, plain_skeleton, refuse_unshown, skeleton_around
@@ -67,6 +68,7 @@ class ChatTokenizer:
     declared_ends: tuple[int, ...]
     vocab_size: int
     splits_faithfully: bool
+    cutter: Cutter
     control: re.Pattern
     added: dict[str, int] = field(default_factory=dict)  # by --add_special_tokens: token → its new id
     known: dict[str, int] = field(default_factory=dict)  # of its tokens, those that were there already
@@ -225,12 +227,11 @@ class ChatTokenizer:
         if self.splits_faithfully:
             edges = [0, *(edge for span in spans for edge in span), len(whole)]
             pieces = [(whole[a:b], (a, b) in counted) for a, b in pairwise(edges) if a < b]
-            encoded = self.tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            encoded = self.cutter.ids([piece for piece, _ in pieces], max_length)
             ids = np.array([i for piece in encoded for i in piece], np.int32)
             mask = np.repeat([trained for _, trained in pieces], [len(piece) for piece in encoded])
         else:
+            check_length(whole)
             encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             ids = np.array(encoding["input_ids"], np.int32)
             # A token belongs to the turn in which its last visible character stands: some vocabularies put the space
@@ -258,7 +259,7 @@ class ChatTokenizer:
         token. Raises BadRow.
         """
         eos = self.tokenizer.eos_token_id
-        ids = np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int32)
+        ids = np.array(self.cutter.plain(text, max_length), np.int32)
         if eos is not None and (not len(ids) or ids[-1] != eos):
             ids = np.append(ids, np.int32(eos))
         self._refuse_beyond(ids)
@@ -271,12 +272,14 @@ class ChatTokenizer:
                 " model's tokenizer"
             )
 
-    def prompt_ids(self, messages: list[Message], tools: list | None = None) -> np.ndarray:
-        """The ids of the prompt for the next turn of the assistant. Raises BadRow."""
+    def prompt_ids(self, messages: list[Message], tools: list | None = None, enough: int = UNCUT) -> np.ndarray:
+        """The ids of the prompt for the next turn of the assistant, at least the first `enough` of them. Raises
+        BadRow.
+        """
         self.refuse_control(messages, tools)
         text = self.render(messages, tools, add_generation_prompt=True)
         refuse_unshown(self, messages, tools, text)
-        ids = np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        ids = np.array(self.cutter.ids([text], enough)[0], np.int64)
         self._refuse_beyond(ids)
         return ids
 
@@ -342,7 +345,8 @@ def load_tokenizer(
         habits=habits,
         declared_ends=_declared_ends(directory, vocab_size),
         vocab_size=vocab_size,
-        splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),
+        splits_faithfully=splits_faithfully(tokenizer, habits.ends[0]),
+        cutter=Cutter.of(tokenizer),
         control=control,
         added=added,
         known=known,
@@ -386,15 +390,3 @@ def _declared_ends(directory: Path, vocab_size: int) -> tuple[int, ...]:
     if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
         raise UserError(f"{path}: eos_token_id: expected a token id or a list of them, got {str(ends)[:80]}")
     return tuple(end for end in ends if 0 <= end < vocab_size)
-
-
-def _splits_faithfully(tokenizer: Any, end_of_turn: str) -> bool:
-    """False for vocabularies that put a space before the first word of whatever they are given, or let a control token
-    eat what follows.
-    """
-    pieces = ["a word", "another\n", end_of_turn, "\n and", " more"]
-    ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    whole = tokenizer(end_of_turn + "\n and", add_special_tokens=False)["input_ids"]
-    apart = tokenizer("\n and", add_special_tokens=False)["input_ids"]
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return decoded == "".join(pieces) and whole[-len(apart) :] == apart

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from engine import terminal
+from engine.data import bad_rows
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
 from engine.disk import take_in_turn
 from engine.errors import UserError
 
-VERSION = 4  # of the encoding: raise it when the same rows would give other ids or masks
+VERSION = 5  # of the encoding: raise it when the same rows would give other ids, masks or words for bad rows
 
 
 class Damaged(Exception):
@@ -51,7 +53,7 @@ class TokenStore:
             sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
             same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
             whole_examples = len(self.keys) % self.per_example == 0
-            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "notes")]
+            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "bad_files", "notes")]
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise Damaged(str(error)) from None
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
@@ -156,12 +158,14 @@ def open_or_build(
     *,
     per_example: int = 1,
     on_bad_row: str = "skip",
+    max_bad_rows: float = math.inf,
     workers: int = 1,
 ) -> TokenStore:
     """The store of `source` under `root`, built if it is not there. Raises UserError.
 
     `encode(row)` gives an example's sequences, or a word for why the row is dropped (counted), or raises BadRow
-    (listed; with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result.
+    (listed; with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result:
+    `max_bad_rows` is none of it, and what was built is there for a start with another bound.
     """
     key = hashlib.sha256(
         json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()
@@ -188,6 +192,8 @@ def open_or_build(
     store.header["name"] = source.name  # the same rows may stand under another name by now
     if store.header["bad_rows"] and on_bad_row == "error":
         raise UserError(source.name + store.header["bad_list"][0])
+    if why := bad_rows.refusal(source.name, store.header, max_bad_rows):
+        raise UserError(why)
     return store
 
 
@@ -199,6 +205,4 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
         bad = f", {h['bad_rows']} bad" if h["bad_rows"] else ""
         yield f"{h['name']}: {h['rows']} rows, {len(store)} kept{dropped}{bad}"
         yield from note_lines(Counter({(what, which): count for what, which, count in h["notes"]}))
-        yield from (f"  bad row {h['name']}{line}" for line in h["bad_list"])
-        if h["bad_rows"] > len(h["bad_list"]):
-            yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
+        yield from bad_rows.lines(h["name"], h)

@@ -19,6 +19,7 @@ class StageFlags(AdapterFlags, MixtureFlags, OptimizerFlags, MemoryFlags, RunFla
     def check(self) -> None:
         """Raises UserError for what cannot be, within a group and between groups; nothing is opened."""
         require_positive(self, "max_seq_length", "micro_batch_tokens")
+        self.check_rows()
         self.check_optimizer()
         self.check_run()
         if self.dtype == "float16":

@@ -1365,7 +1365,7 @@ DATA = (
     Mutant(
         "every_vocabulary_is_taken_to_split_faithfully",
         "engine/data/chat.py",
-        "splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),",
+        "splits_faithfully=splits_faithfully(tokenizer, habits.ends[0]),",
         "splits_faithfully=True,",
         ("tests/engine/data/test_chat.py::test_vocabularies_that_add_a_space",),
     ),

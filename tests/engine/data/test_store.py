@@ -289,13 +289,15 @@ def test_rows_are_counted_and_listed(tmp_path, path, monkeypatch):
     assert contents(tokens) == WANT[:2]
     lines = list(summary([tokens]))
     assert lines[0] == f"{path}: 29 rows, 2 kept, 2 dropped (too long), 1 dropped (too short), 24 bad"
-    assert lines[1] == f"  bad row {path}:1: bad: expected better, got 0"
-    assert lines[2] == f"  bad row {path}:4: expected an object, got a list"
-    assert len(lines) == 22
+    kinds = "23 x bad: expected better, got …; 1 x expected an object, got a list"
+    assert lines[1] == f"  24 of 29 rows are bad in {path}: {kinds}"
+    assert lines[2] == f"  bad row {path}:1: bad: expected better, got 0"
+    assert lines[3] == f"  bad row {path}:4: expected an object, got a list"
+    assert len(lines) == 23
     assert lines[-1] == "  and 4 more"
 
     moved = path.rename(tmp_path / "moved.jsonl")
-    assert list(summary([build(tmp_path, moved)]))[1] == f"  bad row {moved}:1: bad: expected better, got 0"
+    assert list(summary([build(tmp_path, moved)]))[2] == f"  bad row {moved}:1: bad: expected better, got 0"
     with pytest.raises(UserError, match=f"^{moved}:1: bad: expected better, got 0$"):
         build(tmp_path, moved, on_bad_row="error")
 
@@ -313,7 +315,10 @@ def test_the_first_bad_row_stops_the_run_where_it_is_told_to(tmp_path, path):
     ("rows", "expected"),
     [
         ([], "the dataset is empty: name one that has rows"),
-        ([{"bad": 1}, {"bad": 2}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
+        (
+            [{"bad": 1}, {"bad": 2}, {"drop": "x"}],
+            "no usable row, the first bad one is {path}:1: bad: expected better, got 1",
+        ),
         (
             [{"bad": 1}, {"drop": "no counted token within 9 tokens"}, {"drop": "x"}],
             "--max_seq_length 2048 is too small: no row keeps a counted token",
