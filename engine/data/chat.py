@@ -102,6 +102,8 @@ class ChatTokenizer:
             return renderer(self.tokenizer, self.template, self.template_with_tools)(shown, tools, **options)
         except Refused as error:
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
+        except Unusable as why:
+            raise BadRow(f"the chat template {why}") from None
 
     def _as_taken(self, i: int, message: Message) -> Message:
         """The message with its thought under the template's key and its calls' arguments in the template's form."""
