@@ -13,7 +13,7 @@ from engine.data.chat import ChatTokenizer, load_tokenizer
 from engine.errors import UserError, require
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags
 from engine.hardware import emulates_bfloat16
-from engine.model import attention, build, weights
+from engine.model import attention, build, limits, weights
 from engine.model.adapters import choose
 from engine.model.adapters.files import check_added
 from engine.model.adapters.lora import Adapters
@@ -79,6 +79,9 @@ def open_model(
     """
     directory, revision = world.once("model", lambda: weights.resolve(flags.model_name_or_path, flags.model_revision))
     lm_config = build.load_config(directory)
+    limits.check_layers(directory, build.layers_of(lm_config), len(weights.files_by_name(directory)))
+    if line := limits.code_of_its_own(directory):
+        world.say(line)
     dtype = compute_dtype(flags.dtype, world.device.type)
     if dtype == torch.bfloat16 and world.device.type == "cpu" and emulates_bfloat16():
         world.say("warning: this processor has no bfloat16 instructions: float32 is about 5 times as fast here")

@@ -28,7 +28,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from engine import signals
+from engine import headers, signals
 from engine.disk import in_words
 from engine.errors import UserError, explained
 from engine.run import is_gone
@@ -319,6 +319,10 @@ def damage(path: Path, world: World) -> str:
                 return f"{name} is missing"
             if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
                 return f"{name} is damaged"
+            if name in shards:
+                headers.read(path / name)
+    except headers.Unsound as why:
+        return f"{name} is damaged ({why})"
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest, COMPLETE, is damaged"
     return ""

@@ -27,7 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from engine import terminal
+from engine import headers, terminal
 from engine.data.batch import MicroBatch, micro_batch, sum_by_sequence
 from engine.data.packing import pack
 from engine.data.store import Examples
@@ -205,12 +205,13 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of every segment whose checksum holds; others are named and renamed out of the way."""
     for path in sorted(directory.glob("rows-*.safetensors")):
         try:
+            _check_header(path)
             with safe_open(path, framework="numpy") as f:
                 arrays = {name: f.get_tensor(name) for name in ("keys", "logprobs", "counts")}
                 stated = (f.metadata() or {}).get("sha256")
             if stated != _checksum(arrays):
                 raise ValueError("its checksum does not match its content")
-        except (SafetensorError, ValueError, OSError, KeyError) as error:
+        except (headers.Unsound, SafetensorError, ValueError, OSError, KeyError) as error:
             terminal.say(
                 f"warning: reference: {path} is damaged ({error}); it is not used and is put aside as"
                 f" {path.name}.damaged"
@@ -218,6 +219,16 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
             path.rename(path.with_name(path.name + ".damaged"))
             continue
         yield arrays
+
+
+def _check_header(path: Path) -> None:
+    """Raises headers.Unsound for what is no segment."""
+    entries = headers.read(path)
+    rows = entries["counts"].shape[:1] if "counts" in entries else ()
+    expected = {"keys": ("U8", (*rows, 16)), "logprobs": ("F32", rows), "counts": ("I32", rows)}
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if found != expected:
+        raise headers.Unsound(f"holds {str(found)[:120]}, not keys, logprobs and counts of as many rows")
 
 
 def _look_up(directory: Path, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
