@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
-from typing import Any
+from typing import Any, ClassVar
 
 from jinja2 import nodes, pass_context
 from jinja2.compiler import CodeGenerator
@@ -31,7 +31,7 @@ from jinja2.visitor import NodeTransformer
 
 MAX_SOURCE = 2**16  # characters of a template: the longest of today's families has a third of it
 MAX_NODES = 10_000  # of its tree
-BASE = 2_000_000  # units, about half a second of the worst
+BASE = 1_000_000  # units, a quarter of a second of the worst; a turn of a conversation takes some hundreds
 PER_VALUE = 4_000  # units more for every value of the conversation: loops over messages in loops over messages
 PER_UNIT = 16  # characters that are read or written for a unit
 MAX_BITS = 2**14  # of a whole number
@@ -173,7 +173,7 @@ class _Metering(NodeTransformer):
         return node
 
 
-def _filter(name: str, of: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
+def _filter(name: str, of: Any, *args: nodes.Expr) -> nodes.Filter:
     return nodes.Filter(of, name, list(args), [], None, None, lineno=of.lineno)
 
 
@@ -203,7 +203,7 @@ class _Generator(CodeGenerator):
 class _Generation(Extension):
     """`{% generation %}` around what is trained, which is seen otherwise here: its body as it is."""
 
-    tags = {"generation"}
+    tags: ClassVar = {"generation"}
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno
@@ -245,7 +245,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         kept = {name: f for name, f in self.filters.items() if name not in LEFT_OUT} | {"tojson": _to_json}
         self.filters = {name: _priced(meter, name, f) for name, f in kept.items()}
         self.filters |= {"iterate over": meter.loop, "spend on": meter.spend, "measure of": meter.sized}
-        self.tests = {name: _priced_test(meter, f) for name, f in self.tests.items()}
+        tests: dict[str, Any] = self.tests
+        self.tests = {name: _priced_test(meter, f) for name, f in tests.items()}
         self.globals.pop("lipsum", None)
         self.globals |= {"dict": _Dictionary(), "raise_exception": _raise}
 
@@ -260,22 +261,14 @@ class _Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**":
             _check_power(left, right)
         elif operator == "%" and isinstance(left, str | bytes):
-            units += self.format_units(left, right)
+            units += _format_units(self.meter, left, right)
         spend(units)
         result = super().call_binop(context, operator, left, right)
         if type(result) is int:
             self.meter.size(result)
         return result
 
-    def format_units(self, text: Any, *values: Any) -> int:
-        """Of a text with places to fill, by `%` or braces: each may take all values, and none is wide."""
-        words = text if isinstance(text, str) else text.decode("latin-1")
-        if len(words) > MAX_FORMAT or WIDE.search(words):
-            raise Spent(f"formats a number of characters of its own choice, or by more than {MAX_FORMAT}")
-        places = words.count("%") + words.count("{")
-        return places * (1 + sum(map(self.meter.size, values)))
-
-    def call(__self, __context: Context, __obj: Any, *args: Any, **options: Any) -> Any:  # noqa: B902, N805
+    def call(__self, __context: Context, __obj: Any, *args: Any, **options: Any) -> Any:
         meter = __self.meter
         meter.spend(10)
         for value in args:
@@ -285,7 +278,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             if name.startswith("_") and __obj is Namespace:
                 raise SecurityError(f"a namespace has no {name}")
         if type(__obj) is FunctionType and __obj.__name__ in ("format", "format_map"):
-            meter.spend(__self.format_units(__obj.__wrapped__.__self__, *args, *options.values()))  # type: ignore[attr-defined]
+            text: Any = vars(__obj)["__wrapped__"].__self__
+            meter.spend(_format_units(meter, text, *args, *options.values()))
         elif (holder := getattr(__obj, "__self__", None)) is not None:
             meter.spend(_method_units(meter, holder, getattr(__obj, "__name__", ""), args, options))
         return super().call(__context, __obj, *args, **options)
@@ -307,11 +301,25 @@ def _check_power(left: Any, right: Any) -> None:
         raise Spent(f"computes a number of more than {MAX_BITS} bits")
 
 
+def _format_units(meter: Meter, text: Any, *values: Any) -> int:
+    """Of a text with places to fill, by `%` or braces: each may take all values, and none is wide."""
+    words = text if isinstance(text, str) else text.decode("latin-1")
+    if len(words) > MAX_FORMAT or WIDE.search(words):
+        raise Spent(f"formats a number of characters of its own choice, or by more than {MAX_FORMAT}")
+    return (words.count("%") + words.count("{")) * (1 + sum(map(meter.size, values)))
+
+
 def _replaced(text: Any, args: tuple) -> int:
     """Units of text.replace(old, new, ...)."""
     if len(args) < 2 or not all(isinstance(x, str | bytes) for x in args[:2]):
         return 0
-    return len(text) // PER_UNIT + text.count(args[0]) * len(args[1]) // PER_UNIT
+    return len(text) // PER_UNIT + _count(text, args[0]) * len(args[1]) // PER_UNIT
+
+
+def _count(text: Any, part: Any) -> int:
+    if isinstance(text, bytes) and isinstance(part, str):
+        part = part.encode()
+    return text.count(part) if type(text) is type(part) or (isinstance(text, str) and isinstance(part, str)) else 0
 
 
 def _method_units(meter: Meter, holder: Any, name: str, args: tuple, options: Mapping[str, Any]) -> int:
@@ -326,10 +334,10 @@ def _method_units(meter: Meter, holder: Any, name: str, args: tuple, options: Ma
     if name in ("center", "ljust", "rjust", "zfill"):
         return (len(holder) + sum(numbers)) // PER_UNIT
     if name == "expandtabs":
-        return len(holder) + holder.count("\t" if isinstance(holder, str) else b"\t") * (sum(numbers) or 8)
+        return len(holder) + _count(holder, "\t") * (sum(numbers) or 8)
     if name in ("split", "rsplit", "splitlines"):
         by = next((x for x in (*args, *options.values()) if isinstance(x, str | bytes)), None)
-        return len(holder) // PER_UNIT + (holder.count(by) if by and type(by) is type(holder) else len(holder) // 4)
+        return len(holder) // PER_UNIT + (_count(holder, by) if by else len(holder) // 4)
     if name == "replace":
         return _replaced(holder, args)
     if name == "join" and args:
@@ -388,7 +396,7 @@ def _priced(meter: Meter, name: str, f: Callable) -> Callable:
         value, rest = args[before], args[before + 1 :]
         meter.spend(8)
         if name == "format" and isinstance(value, str):
-            meter.spend(_format_units(meter, value, rest, options))
+            meter.spend(_format_units(meter, value, *rest, *options.values()))
         elif not shallow or name == "string":
             size = meter.size(value)
             meter.spend(size + sum(map(meter.size, (*rest, *options.values()))))
@@ -403,12 +411,6 @@ def _priced(meter: Meter, name: str, f: Callable) -> Callable:
     return priced
 
 
-def _format_units(meter: Meter, text: str, values: tuple, options: dict) -> int:
-    if len(text) > MAX_FORMAT or WIDE.search(text):
-        raise Spent(f"formats a number of characters of its own choice, or by more than {MAX_FORMAT}")
-    return text.count("%") * (1 + sum(map(meter.size, (*values, *options.values()))))
-
-
 def _priced_test(meter: Meter, f: Callable) -> Callable:
     passed = getattr(f, "jinja_pass_arg", None)
     if passed:
@@ -417,7 +419,7 @@ def _priced_test(meter: Meter, f: Callable) -> Callable:
     @functools.wraps(f)
     def priced(*args: Any) -> Any:
         for value in args:
-            if isinstance(value, str | Mapping | list | tuple) and len(args) > 1 or type(value) is int:
+            if (isinstance(value, str | Mapping | list | tuple) and len(args) > 1) or type(value) is int:
                 meter.sized(value)
         meter.spend(1)
         return f(*args)

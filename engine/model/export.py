@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import GenerationConfig
 
-from engine.disk import writing
+from engine.disk import fresh_directory, writing
 from engine.errors import UserError, explained
 from engine.model.adapters import files, lora
 from engine.model.open import Base
@@ -136,8 +136,7 @@ class _Output:
 
     def __init__(self, partial: Path, world: World) -> None:
         self.partial, self.world, self.problem = partial, world, ""
-        self.write(lambda: shutil.rmtree(partial, ignore_errors=True))
-        self.write(lambda: partial.mkdir(parents=True))
+        self.write(lambda: fresh_directory(partial))
 
     def write(self, work: Callable[[], Any]) -> None:
         if not self.world.is_main or self.problem:

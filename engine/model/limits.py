@@ -68,7 +68,7 @@ def _shown(value: int) -> str:
 
 def code_of_its_own(directory: Path) -> str:
     """A line on code that a directory wants to be run with, which it never is; '' where there is none."""
-    named = {}
+    named: dict[str, Any] = {}
     for file in ("config.json", "tokenizer_config.json", "generation_config.json"):
         if (directory / file).is_file():
             described = read_json(directory / file)
@@ -82,6 +82,4 @@ def code_of_its_own(directory: Path) -> str:
 def check_layers(directory: Path, layers: int, tensors: int) -> None:
     """Raises UserError for more layers than the files have tensors: a module is built for each."""
     if layers > tensors:
-        raise UserError(
-            f"{directory}: config.json describes {layers:,} layers, and the files hold {tensors:,} tensors"
-        )
+        raise UserError(f"{directory}: config.json describes {layers:,} layers, and the files hold {tensors:,} tensors")

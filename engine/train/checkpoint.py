@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from engine import headers, signals
-from engine.disk import in_words
+from engine.disk import fresh_directory, in_words
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
@@ -127,9 +127,8 @@ class Checkpoints:
             self.root.parent.stat()  # a mount that is gone is not made again on another disk
             if is_gone(self.root):
                 return f"{self.root.readlink()} is gone, or another disk: mount it again"
-            self.root.mkdir(exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            self.root.mkdir(exist_ok=True, mode=0o700)
+            fresh_directory(partial, 0o700)
             sizes = [path.stat().st_size for path in last.iterdir()] if self.newest and last.is_dir() else []
             needed = sum(sizes) or sum(t.numel() * t.element_size() for t in tensors.values())
             if (free := shutil.disk_usage(partial).free) < needed:

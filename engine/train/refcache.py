@@ -31,7 +31,7 @@ from engine import headers, terminal
 from engine.data.batch import MicroBatch, micro_batch, sum_by_sequence
 from engine.data.packing import pack
 from engine.data.store import Examples
-from engine.disk import writing
+from engine.disk import write_new, writing
 from engine.errors import UserError, explained
 from engine.model.open import Base
 from engine.model.policy import Policy
@@ -185,6 +185,7 @@ def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.
     path = directory / f"rows-{digest[:16]}.safetensors"
     partial = directory / f".{path.name}.{os.getpid()}"
     try:
+        partial.unlink(missing_ok=True)
         with writing(path):
             save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
         with open(partial, "rb") as f:
@@ -284,7 +285,7 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
 def _write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
+        write_new(partial, content, 0o600)
         partial.rename(path)
     except OSError as error:  # a write to a full disk names no file
         error.filename = error.filename or str(path)

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from engine import headers
-from engine.disk import writing
+from engine.disk import fresh_directory, writing
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
 from engine.model.adapters.lora import Adapters
@@ -283,9 +283,8 @@ def save(
 
 def _whole_or_not(partial: Path, write: Callable[[], None]) -> None:
     """What `write` puts into an empty directory; nothing is left of it where that fails."""
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        fresh_directory(partial)
         with writing(partial):
             write()
     except BaseException:
