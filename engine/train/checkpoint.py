@@ -33,6 +33,7 @@ from engine.disk import fresh_directory, in_words
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
+from engine.train.state import wrong_in_state
 from engine.world import World
 
 STEP = re.compile(r"step-(\d+)")
@@ -320,9 +321,11 @@ def damage(path: Path, world: World) -> str:
                 return f"{name} is damaged"
             if name in shards:
                 headers.read(path / name)
+            if name == "state.json" and (problem := wrong_in_state(path / name)):
+                return f"state.json: {problem}"
     except headers.Unsound as why:
         return f"{name} is damaged ({why})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest, COMPLETE, is damaged"
     return ""
 
