@@ -18,7 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import FunctionType
-from typing import Any, ClassVar
+from typing import Any
 
 from jinja2 import nodes, pass_context
 from jinja2.compiler import CodeGenerator
@@ -203,7 +203,7 @@ class _Generator(CodeGenerator):
 class _Generation(Extension):
     """`{% generation %}` around what is trained, which is seen otherwise here: its body as it is."""
 
-    tags: ClassVar = {"generation"}
+    tags = {"generation"}  # noqa: RUF012 - declared by Jinja
 
     def parse(self, parser: Any) -> nodes.Node:
         line = next(parser.stream).lineno

@@ -61,6 +61,8 @@ def load_config(directory: Path) -> Any:
     except Exception as error:  # a configuration's own checks raise whatever they do: the user reads one line
         why = hint or "no usable config.json"
         raise UserError(f"{directory}: {why} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise UserError(f"{described}: dtype: expected the name of one, got {str(config.dtype)[:40]}")
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
         raise UserError(f"{directory}: {name} is no decoder: an encoder writes no text; give a model {CAUSAL}")
@@ -163,7 +165,7 @@ def _on_meta(family: Any, config: Any, how: How) -> nn.Module:
         implementation = attention.register(how.backend)
         try:
             return family.from_config(copy.deepcopy(config), dtype=how.master, attn_implementation=implementation)
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        except Exception as error:  # a configuration's numbers and names may break anything in a family's own code
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"{config.model_type}: its config.json describes no model that can be built ({why})"

@@ -18,6 +18,7 @@ from engine.model.adapters import choose
 from engine.model.adapters.files import check_added
 from engine.model.adapters.lora import Adapters
 from engine.model.build import How
+from engine.model.generation import generation_config
 from engine.model.layers import transform_layers
 from engine.model.offload import CopyStream
 from engine.model.policy import Policy, ValueModel
@@ -88,6 +89,9 @@ def open_model(
     backend, why = attention.choose_backend(flags.attention, world.device, lm_config, dtype)
     world.agree("attention backend", backend)
     chat = load_tokenizer(directory, lm_config.vocab_size, flags.add_special_tokens or (), flags.chat_template)
+    _, why_not = generation_config(directory, lm_config, chat.end_ids)
+    if why_not:
+        world.say(f"warning: {directory}/generation_config.json is not kept beside what is trained ({why_not})")
     lm_config, rows_there = grow(lm_config, chat.vocab_size)
     world.say(*_describe_tokens(chat, rows_there or lm_config.vocab_size))
     start = _directory_of_adapter(flags.adapter_name_or_path, world)

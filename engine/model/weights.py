@@ -287,6 +287,11 @@ def _by_slices(files: dict[str, Path], own: dict[str, Any]) -> Iterator[tuple[st
 def _through_transformers(
     directory: Path, lm: Any, wanted: list[str], missing: list[str], unexpected: list[str]
 ) -> Iterator[tuple[str, Any]]:
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory}: an adapter_config.json beside the model, which transformers would load in its place:"
+            " take it out, or give the adapter to --adapter_name_or_path"
+        )
     config = type(lm.config).from_pretrained(directory)
     try:
         whole, report = type(lm).from_pretrained(
