@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from engine import signals, terminal
+from engine.disk import write_new
 from engine.elsewhere import Elsewhere, elsewhere
 from engine.errors import explained
+from engine.redact import redact
 from engine.terminal import Progress
 from engine.world import World
 
@@ -57,13 +59,13 @@ class JsonLines:
         self.path, self._owed, self._warned = path, b"", False
         partial = path.with_suffix(".partial")
         kept = _rows_before(path, start) if start else []
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        write_new(partial, "".join(line + "\n" for line in kept))
         partial.rename(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
         self._size = path.stat().st_size  # of whole lines
 
     def write(self, row: dict[str, Any]) -> None:
-        self._owed += (json.dumps(row) + "\n").encode()
+        self._owed += (redact(json.dumps(row)) + "\n").encode()
         if (problem := self._settle()) and not self._warned:
             terminal.say(f"warning: {problem}; training goes on, the rows are written with later ones")
         self._warned = bool(problem)

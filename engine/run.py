@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from engine import config as configuration
-from engine.disk import take_in_turn
+from engine.disk import take_in_turn, write_new
 from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
@@ -108,7 +108,7 @@ def _keep_checkpoints_in(directory: Path, output_dir: Path) -> None:
         if named not in ("", str(output_dir)):
             raise UserError(f"--checkpoint_dir {directory} is that of the run {named}: give another")
         if not named:
-            owner.write_text(str(output_dir), encoding="utf-8")
+            write_new(owner, str(output_dir), 0o600)
         if not link.is_symlink():
             link.symlink_to(directory)
     except OSError as error:
@@ -121,7 +121,7 @@ def is_gone(checkpoints: Path) -> bool:
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -147,7 +147,7 @@ def waiting_for(path: Path, world: World) -> Iterator[None]:
     def take() -> None:
         nonlocal descriptor
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         take_in_turn(descriptor)
 
     world.on_main("waiting_for", take)

@@ -20,7 +20,7 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from engine import progress, signals, terminal
+from engine import progress, redact, signals, terminal
 from engine.errors import TODO, UserError, explained, on_one_line, reader_gone
 
 T = TypeVar("T")
@@ -314,6 +314,8 @@ def main(command: Callable[[], object]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """
+    redact.hide(os.environ)
+    sys.excepthook = terminal.traceback_of
     rank = int(os.environ.get("RANK", 0))
     _configure_terminal()
     status, line = 0, ""

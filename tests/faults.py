@@ -651,3 +651,96 @@ def no_bound_on_bad_rows() -> None:
     from engine.data import bad_rows
 
     bad_rows.refusal = lambda *of: None
+
+
+def deny_the_network() -> None:
+    """Nothing but this machine may be called, and no name looked up: who tries is told, and said in the output."""
+    import sys
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+            host = args[0]
+        elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            address = args[1] if len(args) > 1 else None
+            host = address[0] if isinstance(address, tuple) else ""
+        else:
+            return
+        host = host.decode() if isinstance(host, bytes) else host
+        if host in ("", None, "localhost", "::1") or str(host).startswith("127."):
+            return
+        print(f"NETWORK {event} {args}", flush=True)
+        raise ConnectionError(f"the network is denied: {event} {args}")
+
+    sys.addaudithook(hook)
+
+
+def _planted(name: str) -> None:
+    """A broken variant of what stands between a hostile file and a run."""
+    from jinja2 import Environment
+
+    from engine import headers
+    from engine.data import sandbox
+    from engine.model import limits, weights
+
+    if name == "unbounded":
+        from transformers import PreTrainedTokenizerBase  # noqa: F401 - its rendering is what is planted
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        sandbox.render = lambda source, conversation: _compile_jinja_template(source).render(conversation)
+    elif name == "no sandbox":
+        sandbox.render = lambda source, conversation: (
+            Environment().from_string(source).render(conversation | {"raise_exception": print})
+        )
+    elif name == "pickle":
+        import torch
+
+        original = weights.files_by_name
+
+        def reading(directory):
+            for path in directory.glob("*.bin"):
+                torch.load(path, weights_only=False)
+            return original(directory)
+
+        weights.files_by_name = reading
+    elif name == "anywhere":
+        import json
+
+        def following(index):
+            return json.loads(index.read_text())["weight_map"]
+
+        weights._weight_map = following
+    elif name == "unchecked":
+        from safetensors import safe_open
+
+        def library(path):
+            with safe_open(path, framework="pt") as f:
+                slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
+                return {k: headers.Entry(s.get_dtype(), tuple(s.get_shape()), 0, 0) for k, s in slices.items()}
+
+        headers.read = library
+        limits.check_numbers = lambda *args: None
+
+
+def unbounded_templates() -> None:
+    deny_the_network()
+    _planted("unbounded")
+
+
+def templates_without_a_sandbox() -> None:
+    deny_the_network()
+    _planted("no sandbox")
+
+
+def pickles_are_read() -> None:
+    deny_the_network()
+    _planted("pickle")
+
+
+def indexes_are_followed() -> None:
+    deny_the_network()
+    _planted("anywhere")
+
+
+def headers_as_the_library_takes_them() -> None:
+    deny_the_network()
+    _planted("unchecked")

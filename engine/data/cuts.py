@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from engine.data.rows import BadRow
+from engine.data.tokenizer import tokenised
 
 UNCUT = 2**31 - 1  # as a number of tokens: more than any text has
 LONG = 2**15  # characters; what is shorter is read whole
@@ -71,13 +72,13 @@ class Cutter:
         read whole, and has to be.
         """
         if sum(map(len, texts)) <= LONG:
-            return self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+            return tokenised(self.tokenizer, list(texts), add_special_tokens=False)["input_ids"]
         found: list[list[int]] = []
         missing = enough
         for text in texts:
             found.append([])
             for part in self._parts(text) if missing > 0 else ():
-                ids = self.tokenizer(part, add_special_tokens=False, verbose=False)["input_ids"]
+                ids = tokenised(self.tokenizer, part, add_special_tokens=False)["input_ids"]
                 found[-1] += ids
                 missing -= len(ids)
                 if missing <= 0:
@@ -87,7 +88,7 @@ class Cutter:
     def plain(self, text: str, enough: int) -> list[int]:
         """The ids of one text with the special tokens that the tokenizer puts around it, cut as by `ids`."""
         if len(text) <= LONG:
-            return self.tokenizer(text, verbose=False)["input_ids"]
+            return tokenised(self.tokenizer, text)["input_ids"]
         around, bare = (
             self.tokenizer("a", add_special_tokens=more, verbose=False)["input_ids"] for more in (True, False)
         )
@@ -150,15 +151,3 @@ def _is_plain(token: dict[str, Any]) -> bool:
     reaches = token.get("lstrip") or token.get("rstrip") or token.get("single_word")
     closed = re.fullmatch(r"[<\[].*[>\]]", content, re.DOTALL)
     return not BREAKS.search(content) and bool(closed or not reaches)
-
-
-def splits_faithfully(tokenizer: Any, end_of_turn: str) -> bool:
-    """False for vocabularies that put a space before the first word of whatever they are given, or let a control token
-    eat what follows.
-    """
-    pieces = ["a word", "another\n", end_of_turn, "\n and", " more"]
-    ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    whole = tokenizer(end_of_turn + "\n and", add_special_tokens=False)["input_ids"]
-    apart = tokenizer("\n and", add_special_tokens=False)["input_ids"]
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return decoded == "".join(pieces) and whole[-len(apart) :] == apart

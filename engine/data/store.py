@@ -27,7 +27,7 @@ from engine.data import bad_rows
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
-from engine.disk import take_in_turn
+from engine.disk import fresh_directory, only_mine, take_in_turn
 from engine.errors import UserError
 
 VERSION = 5  # of the encoding: raise it when the same rows would give other ids, masks or words for bad rows
@@ -132,14 +132,13 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
     build it once.
     """
     directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(directory.parent / f".{directory.name}.lock", "w") as lock:
+    with open(directory.parent / f".{directory.name}.lock", "w", opener=only_mine) as lock:
         take_in_turn(lock.fileno())  # the others wait here; a killed builder's lock goes with it
         if is_whole():
             return
         partial = directory.parent / f".{directory.name}.partial"
-        for stale in (partial, directory):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir()
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh_directory(partial, 0o700)
         try:
             build(partial)
             partial.rename(directory)

@@ -28,11 +28,12 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from engine import signals
-from engine.disk import in_words
+from engine import headers, signals
+from engine.disk import fresh_directory, in_words
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
+from engine.train.state import wrong_in_state
 from engine.world import World
 
 BESIDE = "beside.json"  # what a run keeps beside what it trains
@@ -131,9 +132,8 @@ class Checkpoints:
             self.root.parent.stat()  # a mount that is gone is not made again on another disk
             if is_gone(self.root):
                 return f"{self.root.readlink()} is gone, or another disk: mount it again"
-            self.root.mkdir(exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            self.root.mkdir(exist_ok=True, mode=0o700)
+            fresh_directory(partial, 0o700)
             sizes = [path.stat().st_size for path in last.iterdir()] if self.newest and last.is_dir() else []
             needed = sum(sizes) or sum(t.numel() * t.element_size() for t in tensors.values())
             if (free := shutil.disk_usage(partial).free) < needed:
@@ -329,7 +329,13 @@ def damage(path: Path, world: World) -> str:
                 return f"{name} is missing"
             if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError):
+            if name in shards:
+                headers.read(path / name)
+            if name == "state.json" and (problem := wrong_in_state(path / name)):
+                return f"state.json: {problem}"
+    except headers.Unsound as why:
+        return f"{name} is damaged ({why})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest, COMPLETE, is damaged"
     return ""
 

@@ -1358,14 +1358,14 @@ DATA = (
     Mutant(
         "todays_date_is_in_the_tokens",
         "engine/data/chat.py",
-        "    template = FIXED_DATE + tokenizer.get_chat_template()",
-        "    template = tokenizer.get_chat_template()",
+        "(FIXED_DATE + template_of(tokenizer, tools, where) for",
+        "(template_of(tokenizer, tools, where) for",
         ("tests/engine/data/test_chat.py::test_the_date_of_the_day_is_not_in_the_tokens",),
     ),
     Mutant(
         "every_vocabulary_is_taken_to_split_faithfully",
         "engine/data/chat.py",
-        "splits_faithfully=splits_faithfully(tokenizer, habits.ends[0]),",
+        "splits_faithfully=splits_faithfully(tokenizer, habits.ends[0], directory),",
         "splits_faithfully=True,",
         ("tests/engine/data/test_chat.py::test_vocabularies_that_add_a_space",),
     ),
@@ -1407,8 +1407,8 @@ DATA = (
     Mutant(
         "bad_rows_of_the_last_chunk_alone",
         "engine/data/tokenise.py",
-        'header["bad_rows"] += len(chunk.bad)',
-        'header["bad_rows"] = len(chunk.bad)',
+        "            for place, message in chunk.bad:\n                bad_rows.add",
+        "            for place, message in chunk.bad[-1:]:\n                bad_rows.add",
         COUNTED_ROWS,
     ),
     Mutant(
@@ -2234,7 +2234,7 @@ MODEL = (
     ),
     Mutant(
         "exported_without_its_own_ends",
-        "engine/model/export.py",
+        "engine/model/generation.py",
         "list(dict.fromkeys((*end_ids, *ends)))",
         "list(end_ids)",
         ("tests/engine/model/test_pieces.py",),
@@ -4394,8 +4394,8 @@ PLANNER = (
     Mutant(
         "the_plan_keeps_the_cache",
         "launch/planner/rlvr.py",
-        "        sampler.release()\n        return costs",
-        "        return costs",
+        '        if self._weights != "apart":  # else it goes on beside the update\n            sampler.cache = None\n',
+        '        if self._weights != "apart":\n            pass\n',
         MODELS,
     ),
     Mutant(
@@ -5276,7 +5276,7 @@ AHEAD = (
     Mutant(
         "weights_are_shared_with_who_trains",
         "rollout/sampler.py",
-        "world.size == 1 and not apart",
+        'world.size == 1 and weights != "apart"',
         "world.size == 1",
         (f"{AHEAD_RUNS}test_it_is_drawn_by_the_weights_of_one_update_ago",),
     ),
