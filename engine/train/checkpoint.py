@@ -64,6 +64,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._written: list[dict[str, Any]] = []  # by rank, what the writer has just gathered
         self._problem = ""
+        self._lost: RuntimeError | None = None  # what told the writer that another rank is gone
         self._warned = False
         self._is_main = world.is_main
         if self._is_main and self.root.is_dir():
@@ -98,16 +99,18 @@ class Checkpoints:
             "world_size": self.world.size,
             **state,
         }
-        self._writer = threading.Thread(target=self._commit, args=(future, partial, state, began), daemon=True)
+        self._writer = threading.Thread(target=self._behind, args=(future, partial, state, began), daemon=True)
         self._writer.start()
 
     def wait(self) -> str:
         """Returns when no save is under way: what went wrong with the last one, on every rank, which is printed
-        once; or ''.
+        once; or ''. Raises RuntimeError if another rank died meanwhile.
         """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+        if self._lost is not None:
+            raise self._lost
         if self._problem and not self._warned:
             self.world.say(
                 f"warning: checkpoint not written: {self._problem}; training goes on, it is tried again after every"
@@ -139,9 +142,16 @@ class Checkpoints:
             return explained(error)
         return ""
 
+    def _behind(self, *save: Any) -> None:
+        """In the background. A rank that dies ends a save as it ends a step: in the main thread, which says so."""
+        try:
+            self._commit(*save)
+        except RuntimeError as error:
+            self._lost = error
+
     def _commit(self, future: Any, partial: Path, state: dict[str, Any], began: float) -> None:
-        """In the background: this rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every
-        rank has read its own again, older checkpoints go.
+        """This rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every rank has read its
+        own again, older checkpoints go.
         """
         step, final, written = state["step"], self.root / f"step-{state['step']:06d}", {}
 
