@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import signals, terminal
+from engine.disk import keep
 from engine.elsewhere import Elsewhere, elsewhere
 from engine.errors import explained
 from engine.terminal import Progress
@@ -58,6 +59,7 @@ class JsonLines:
         partial = path.with_suffix(".partial")
         kept = _rows_before(path, start) if start else []
         partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        keep(partial)
         partial.rename(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
         self._size = path.stat().st_size  # of whole lines
@@ -67,6 +69,11 @@ class JsonLines:
         if (problem := self._settle()) and not self._warned:
             terminal.say(f"warning: {problem}; training goes on, the rows are written with later ones")
         self._warned = bool(problem)
+
+    def keep(self) -> None:
+        """The lines so far outlive the machine; from any thread. Raises OSError."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file.closed:
@@ -114,6 +121,11 @@ class Metrics:
                 self._bar.advance(postfix)
             if self._elsewhere:
                 self._elsewhere.write(step, row)
+
+    def keep(self) -> None:
+        """The rows so far outlive the machine."""
+        if self.is_main:
+            self._file.keep()
 
     def close_file(self) -> None:
         """Of a run that ends early: the bar is whoever says why."""

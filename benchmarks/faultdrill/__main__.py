@@ -23,6 +23,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes of the drill inherit it
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of semaphores whose processes were killed
 
 import torch
 
@@ -81,7 +82,7 @@ def chosen(suites: list[Suite], names: list[str] | None) -> list[Suite]:
 
 
 def replay(suites: list[Suite], what: str) -> int:
-    name, seed, wanted = (what.split(":", 2) + ["", ""])[:3]
+    name, seed, wanted = ([*what.split(":", 2), "", ""])[:3]
     if not seed.lstrip("-").isdecimal() or not wanted:
         sys.exit(f"error: --replay {what}: expected SUITE:SEED:CASE, as a failure prints it")
     (suite,) = chosen(suites, [name])

@@ -68,12 +68,15 @@ class Events:
                 os.write(self._synced, (json.dumps(row) + "\n").encode())
 
         os.fsync = told
+        from engine.log import JsonLines
         from engine.model import export
         from engine.model.adapters import files
         from engine.train import refcache
 
         for module in (export, files, refcache):
             module.save_file = self._before_and_after(module.save_file)
+        settle = JsonLines._settle
+        JsonLines._settle = lambda lines: (self._tell("write a line"), settle(lines))[1]
 
     def _before_and_after(self, save_file: Callable) -> Callable:
         def saving(tensors: Any, path: Any, *args: Any, **options: Any) -> None:

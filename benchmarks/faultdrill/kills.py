@@ -47,20 +47,20 @@ def words(planned: dict[str, Any]) -> str:
     return f"{who} at {kind} {'.'.join(map(str, numbers))}" + (f" + {planned['delay']:.2f} s" * bool(planned["delay"]))
 
 
-def kill(setup: lab.Setup, number: int, seed: int, control: str, directory: Path) -> str:
+def kill(setup: lab.Setup, number: int, seed: int, directory: Path) -> str:
     """Kills once or twice, then lets it finish."""
     chance, run = random.Random(f"kill {seed} {number}"), directory / "run"
     cache = {"cache": directory / "cache"} if number % 7 == 6 else {}
     struck = []
     for _ in range(2 if number % 3 == 2 else 1):
         planned = plan(setup, chance, number)
-        ended = lab.launch(setup, run, planned | {"control": control}, together=planned["together"], **cache)
+        ended = lab.launch(setup, run, planned, together=planned["together"], **cache)
         struck.append(words(planned))
         if None in ended.codes or (problem := _unlike_a_kill(ended, planned)):
             return f"{'; '.join(struck)}: {problem if None not in ended.codes else 'a rank did not end'}"
         if ended.ok:  # the moment did not come again on the way to the end
             break
-    ended = lab.launch(setup, run, {"when": ["step", -1], "ranks": [], "control": control}, **cache)
+    ended = lab.launch(setup, run, {"when": ["step", -1], "ranks": []}, **cache)
     problem = lab.went_on(setup, run, ended)
     return f"{'; '.join(struck)}: {problem}" if problem else ""
 
@@ -76,20 +76,35 @@ def _unlike_a_kill(ended: lab.Ended, planned: dict[str, Any]) -> str:
     return ""
 
 
-def cases(count: int, seed: int, control: str = "") -> Iterator[Case]:
+def cases(count: int, seed: int) -> Iterator[Case]:
     """Round and round over the configurations."""
     chosen = lab.setups(seed)[: CONFIGURATIONS if count <= 40 else None]
     for number, setup in enumerate(itertools.islice(itertools.cycle(chosen), count)):
-        run = functools.partial(kill, setup, number, seed, control)
+        run = functools.partial(kill, setup, number, seed)
         yield Case(f"{setup.name}.{number}", run)
 
 
+def spoiled(count: int, seed: int, control: str) -> Iterator[Case]:
+    """After some checkpoints, so that there is something to lose."""
+    setup = lab.Setup("sft", "full", 2)
+
+    def run(step: int, directory: Path) -> str:
+        planned = {"when": ["step", step], "ranks": [0, 1], "control": control}
+        lab.launch(setup, directory / "run", planned, together=True)
+        ended = lab.launch(setup, directory / "run", planned | {"ranks": []})
+        return lab.went_on(setup, directory / "run", ended)
+
+    for step in range(10, 10 - count, -1):
+        yield Case(f"{control} {step}", functools.partial(run, step))
+
+
+CONTROLS = ("position lost", "moments lost", "step count lost")
 SUITE = Suite(
     name="kills",
     unit="kills",
     promise="0 wrong bits",
     sizes=(20, 200),
     cases=cases,
-    controls={name: functools.partial(cases, control=name) for name in ("position lost", "moments lost")},
+    controls={name: functools.partial(spoiled, control=name) for name in CONTROLS},
     left_out=["the kill of a whole machine, which is a rank that gives no sign: see the suite hangs"],
 )

@@ -1,7 +1,8 @@
 """Runs of every stage on a tiny model, uninterrupted and with a fault in them, and how their ends are compared.
 
-Ranks are forked from one warm process (tests/ranks.py): a run takes one to four seconds. A configuration's uninterrupted
-run is made once, and its moments (steps, reports, changes to the file system) counted, from which faults are drawn.
+Ranks are forked from one warm process (tests/ranks.py): a run takes one to four seconds. A configuration's
+uninterrupted run is made once, and its moments (steps, reports, changes to the file system) counted, from which faults
+are drawn.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def launch(
     argv = [str(word) for name, value in flags(setup, output_dir, **changes).items() for word in (f"--{name}", value)]
     processes = forked.start(f"launch.{setup.stage}", argv, setup.ranks, log, HOOK if plan is not None else "")
     try:
-        _await(processes, together, began + patience)
+        wait_for(processes, together, patience)
     finally:
         for process in processes:
             if process.exitcode is None:
@@ -165,8 +166,9 @@ def launch(
     return Ended([process.exitcode for process in processes], output, time.monotonic() - began)
 
 
-def _await(processes: Sequence[Any], together: bool, end: float) -> None:
-    left = list(processes)
+def wait_for(processes: Sequence[Any], together: bool, seconds: float) -> None:
+    """Until all have ended, or for so long. `together`: when one is killed, the others are."""
+    left, end = list(processes), time.monotonic() + seconds
     while left and time.monotonic() < end:
         wait([process.sentinel for process in left], timeout=max(0.0, end - time.monotonic()))
         for process in list(left):

@@ -116,12 +116,7 @@ def _around_export(before: Callable[[], object], after: Callable[[], object]) ->
     Run.export = lambda self, *args, **options: (before(), export(self, *args, **options), after())[1]
 
 
-MOMENTS: dict[str, Callable] = {
-    "step": _before_step,
-    "report": _before_report,
-    "save": _in_save,
-    "export": _in_export,
-}
+MOMENTS: dict[str, Callable] = {"step": _before_step, "report": _before_report, "save": _in_save, "export": _in_export}
 
 
 def _count(path: Path) -> None:
@@ -191,13 +186,15 @@ def _position_lost() -> None:
 
 def _moments_lost() -> None:
     """AdamW begins anew after a resumption."""
-    from engine.train import optim
-
-    optim.adopt = lambda *args: 0
+    _after_loading(lambda state: [of.zero_() for name, of in state.items() if name.startswith("exp_avg")])
 
 
 def _step_count_lost() -> None:
     """The optimizer's own step, on which its bias corrections hang."""
+    _after_loading(lambda state: state["step"].zero_())
+
+
+def _after_loading(spoil: Callable[[dict[str, Any]], object]) -> None:
     from engine.train.checkpoint import Checkpoints
 
     load = Checkpoints._load
@@ -205,7 +202,7 @@ def _step_count_lost() -> None:
     def loading(self: Any, path: Path) -> dict[str, Any]:
         state = load(self, path)
         for _, _, p, optimizer in self._parameters():
-            optimizer.state[p]["step"].fill_(0)
+            spoil(optimizer.state[p])
         return state
 
     Checkpoints._load = loading

@@ -25,7 +25,7 @@ from engine import terminal
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
-from engine.disk import take_in_turn
+from engine.disk import keep, take_in_turn
 from engine.errors import UserError
 
 VERSION = 4  # of the encoding: raise it when the same rows would give other ids or masks
@@ -140,6 +140,7 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
         partial.mkdir()
         try:
             build(partial)
+            keep(partial)
             partial.rename(directory)
         except OSError as error:  # a write to a full disk names no file
             error.filename = error.filename or str(directory)

@@ -73,9 +73,10 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
+    def save(self, step: int, state: dict[str, Any], keep: Callable[[], None] = lambda: None) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
-        cannot be written is said once, and owed.
+        cannot be written is said once, and owed. `keep()`, behind too, brings to the disk what was written of these
+        steps elsewhere.
         """
         self.wait()
         if step == self.newest:
@@ -99,7 +100,7 @@ class Checkpoints:
             "world_size": self.world.size,
             **state,
         }
-        self._writer = threading.Thread(target=self._behind, args=(future, partial, state, began), daemon=True)
+        self._writer = threading.Thread(target=self._behind, args=(future, partial, state, keep, began), daemon=True)
         self._writer.start()
 
     def wait(self) -> str:
@@ -149,7 +150,9 @@ class Checkpoints:
         except RuntimeError as error:
             self._lost = error
 
-    def _commit(self, future: Any, partial: Path, state: dict[str, Any], began: float) -> None:
+    def _commit(
+        self, future: Any, partial: Path, state: dict[str, Any], keep: Callable[[], None], began: float
+    ) -> None:
         """This rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every rank has read its
         own again, older checkpoints go.
         """
@@ -157,6 +160,7 @@ class Checkpoints:
 
         def write() -> None:
             future.result()
+            keep()
             for path in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
                 written[path.name] = _sync_and_describe(path)
 
@@ -167,14 +171,14 @@ class Checkpoints:
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
-                shutil.rmtree(final, ignore_errors=True)
+                _remove(final)
         if problem and self._is_main:
             shutil.rmtree(partial, ignore_errors=True)
         if not problem:
             self.newest = step
             if self._is_main:
                 for old in self._named()[: -self.keep] if self.keep > 0 else []:
-                    shutil.rmtree(old, ignore_errors=True)
+                    _remove(old)
             signals.a_save_took(time.monotonic() - began)
         self._ended(problem)
 
@@ -332,6 +336,14 @@ def damage(path: Path, world: World) -> str:
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest, COMPLETE, is damaged"
     return ""
+
+
+def _remove(path: Path) -> None:
+    """What is half removed has no step's name: it goes at the next start. As far as the disk lets it."""
+    gone = path.with_name(f"tmp-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read_again(path: Path, world: World) -> None:

@@ -107,7 +107,14 @@ class Run:
         self.world.phase("saving a checkpoint")
         progress.note(counted=False)
         facts = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
-        self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts})
+        state = {"num_tokens": self.throughput.num_tokens, **facts}
+        self._checkpoints.save(self._done, state, self._keep_rows)
+
+    def _keep_rows(self) -> None:
+        """No step of a checkpoint lacks its row: a machine that dies may lose what no fsync had reached."""
+        self.metrics.keep()
+        if self._samples is not None:
+            self._samples.keep()
 
     def _between(self, seconds: float) -> None:
         """Between two steps, of which the last took so long: ends the run if a rank was asked to, else saves what is
