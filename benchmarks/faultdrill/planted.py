@@ -6,7 +6,9 @@ A plan lies beside the run's directory (`OUTPUT.plan`, JSON):
               change to the file system inside the number-th `save` ([.., .., nth]) or the `export` ([.., nth])
     delay     seconds after that moment
     ranks     which ranks it strikes
-    signal    what strikes them
+    signal    what strikes them; 0: an exception
+    hang      how they hang, instead
+    first_attempt  only before torchrun started them again
     control   a promise that is taken away in every rank, by name
 
 Without `when` the moments are counted instead, into OUTPUT.counts-RANK.
@@ -43,15 +45,23 @@ def arm(argv: list[str]) -> None:
         CONTROLS[plan["control"]]()
     if "when" not in plan:
         _count(counts_of(output_dir, rank))
-    elif rank in plan["ranks"]:
+    elif rank in plan["ranks"] and not _is_later_attempt(plan):
         kind, *numbers = plan["when"]
         MOMENTS[kind](_strike(plan), *numbers)
 
 
+def _is_later_attempt(plan: dict[str, Any]) -> bool:
+    return bool(plan.get("first_attempt")) and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def _strike(plan: dict[str, Any]) -> Callable[[], None]:
+    if "hang" in plan:
+        return HANGS[plan["hang"]]
     number, delay = plan.get("signal", int(signal.SIGKILL)), plan.get("delay", 0.0)
 
     def strike() -> None:
+        if number == 0:
+            raise RuntimeError("planted")
         if delay:
             threading.Timer(delay, os.kill, (os.getpid(), number)).start()
         else:
@@ -59,6 +69,37 @@ def _strike(plan: dict[str, Any]) -> Callable[[], None]:
 
     return strike
 
+
+# --- hangs ----------------------------------------------------------------------------------------------------------
+
+
+def _stopped() -> None:
+    """A second after it told of its step."""
+    time.sleep(1)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def _loops() -> None:
+    number = 0
+    while True:
+        number += 1
+
+
+def _all_wait() -> None:
+    """Each rank in another collective."""
+    import torch
+    import torch.distributed as dist
+
+    other, mine = 1 - int(os.environ["RANK"]), 8 + int(os.environ["RANK"])
+    dist.recv(torch.zeros(1), other, tag=mine)
+
+
+HANGS: dict[str, Callable[[], None]] = {
+    "stopped": _stopped,
+    "loops": _loops,
+    "in one call": lambda: time.sleep(1000),
+    "all wait": _all_wait,
+}
 
 # --- moments ----------------------------------------------------------------------------------------------------------
 
@@ -215,12 +256,24 @@ def _exits_without_a_checkpoint() -> None:
     signals.ask = lambda why: os._exit(0)
 
 
-def _not_everywhere() -> None:
-    """Each rank ends for itself: the votes of the others are not counted."""
-    from engine import signals
+def _no_checkpoint_at_the_end() -> None:
+    """Status and line are right, and nothing is kept."""
+    from engine.train import Run
 
-    count = signals.count
-    signals.count = lambda votes: count(signals.vote())
+    leave = Run._leave
+
+    def leaving(self: Any, why: str) -> str:
+        self._save = lambda: None
+        return leave(self, why)
+
+    Run._leave = leaving
+
+
+def _stale_store() -> None:
+    """Ranks meet at the store as torchrun gives it, with what dead ones left there."""
+    from engine import world
+
+    world._restart = lambda: "0"
 
 
 def _nobody_watches() -> None:
@@ -234,6 +287,7 @@ CONTROLS: dict[str, Callable[[], None]] = {
     "moments lost": _moments_lost,
     "step count lost": _step_count_lost,
     "exits without a checkpoint": _exits_without_a_checkpoint,
-    "not everywhere": _not_everywhere,
+    "no checkpoint at the end": _no_checkpoint_at_the_end,
+    "stale store": _stale_store,
     "nobody watches": _nobody_watches,
 }
