@@ -28,6 +28,7 @@ from benchmarks.faultdrill.suite import Case, Cases, Suite
 from tests.ranks import context
 
 PATIENCE = 60.0
+WRONG = 3
 VARIANTS = ("killed", "torn")
 
 
@@ -58,6 +59,8 @@ def _process(environment: dict[str, str], what: dict[str, Any]) -> None:
     with contextlib.redirect_stdout(said):
         verdict = _work(what, directory, rank, said.getvalue)
     Path(what["verdict"]).write_text(json.dumps(verdict))
+    if what["mode"] == "check" and verdict:
+        os._exit(WRONG)  # whoever waits for this rank is killed
 
 
 def _work(what: dict[str, Any], directory: Path, rank: int, said: Any) -> Any:
@@ -75,12 +78,16 @@ def _work(what: dict[str, Any], directory: Path, rank: int, said: Any) -> Any:
     if what["mode"] == "check":
         try:
             problem = work.check(said)
-            work.world.barrier()
+            if not problem:
+                work.world.barrier()
             return problem
         except Exception as error:  # whatever it is, what was left cannot be used
             return f"{type(error).__name__}: {error}"[:300]
     work.prepare()
-    Path(f"{directory}.before").write_text(json.dumps({str(k): v for k, v in listing(directory).items()}))
+    work.world.barrier()
+    if work.world.is_main:
+        Path(f"{directory}.before").write_text(json.dumps({str(k): v for k, v in listing(directory).items()}))
+    work.world.barrier()
     events.begin()
     work.act()
     events.end()
@@ -186,9 +193,9 @@ def strike(point: Point, control: str, directory: Path) -> str:
         before = {int(k): tuple(v) for k, v in json.loads(Path(f"{root}.before").read_text()).items()}
         tear(root, before, Path(f"{root}.synced"))
     codes, verdicts = _run(point.work, point.ranks, root, mode="check", control=control)
-    if set(codes) != {0}:
-        return f"before '{where}': the check ended with {codes}: {_tail(root)}"
     problem = next((verdict for verdict in verdicts if verdict), "")
+    if set(codes) != {0} and not problem:
+        return f"before '{where}': the check ended with {codes}: {_tail(root)}"
     return f"before '{where.replace(str(root), '')}': {problem}" if problem else ""
 
 

@@ -169,7 +169,7 @@ def launch(
 
 
 def wait_for(processes: Sequence[Any], together: bool, seconds: float) -> None:
-    """Until all have ended, or for so long. `together`: when one is killed, the others are."""
+    """Until all have ended, or for so long. `together`: when one does not end well, the others are killed."""
     left, end = list(processes), time.monotonic() + seconds
     while left and time.monotonic() < end:
         wait([process.sentinel for process in left], timeout=max(0.0, end - time.monotonic()))
@@ -177,7 +177,7 @@ def wait_for(processes: Sequence[Any], together: bool, seconds: float) -> None:
             process.join(0)
             if process.exitcode is not None:
                 left.remove(process)
-                if together and process.exitcode < 0:
+                if together and process.exitcode != 0:
                     for other in left:
                         other.kill()
 
