@@ -4,7 +4,7 @@ BIN := .venv/bin
 export TOKENIZERS_PARALLELISM ?= false
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-real test test-oldest lint sizes drill mutants bench gpu clean
+.PHONY: demo demo-real test test-oldest lint sizes slow-tests drill mutants bench gpu clean
 
 # the whole recipe on an embedded tiny model: minutes on two cores, no network
 demo: .venv/ready
@@ -35,8 +35,13 @@ lint: .venv/ready
 sizes: .venv/ready
 	$(BIN)/python -m tests.sizes
 
-drill: .venv/ready
+# the tests that take minutes: real data, whole epochs, torchrun
+slow-tests: .venv/ready
 	$(BIN)/python -m pytest -m drill
+
+# faults planted in real runs, and what held, as a table; ten minutes on two cores
+drill: .venv/ready
+	$(BIN)/python -m benchmarks.faultdrill
 
 # known mistakes, planted one at a time in a copy of the tree: each must be caught by its tests
 mutants: .venv/ready

@@ -71,6 +71,19 @@ def take_in_turn(descriptor: int) -> None:
             time.sleep(0.1)
 
 
+def keep(path: Path) -> None:
+    """What was written of a file, or of a directory and all below it, outlives the machine: to be called before it gets
+    a name by which it is taken for whole. Raises OSError.
+    """
+    below = [of for of in sorted(path.rglob("*")) if not of.is_symlink()] if path.is_dir() else []
+    for of in (*below, path):
+        descriptor = os.open(of, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def system_error(error: BaseException, path: str = "") -> OSError | None:
     """What the system said, where `error` is that, comes of it, or repeats its number in words, as libraries do."""
     seen: BaseException | None = error

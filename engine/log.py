@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from engine import signals, terminal
-from engine.disk import write_new
+from engine.disk import keep, write_new
 from engine.elsewhere import Elsewhere, elsewhere
 from engine.errors import explained
 from engine.redact import redact
@@ -60,6 +60,7 @@ class JsonLines:
         partial = path.with_suffix(".partial")
         kept = _rows_before(path, start) if start else []
         write_new(partial, "".join(line + "\n" for line in kept))
+        keep(partial)
         partial.rename(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
         self._size = path.stat().st_size  # of whole lines
@@ -69,6 +70,11 @@ class JsonLines:
         if (problem := self._settle()) and not self._warned:
             terminal.say(f"warning: {problem}; training goes on, the rows are written with later ones")
         self._warned = bool(problem)
+
+    def keep(self) -> None:
+        """The lines so far outlive the machine; from any thread. Raises OSError."""
+        if not self._file.closed:
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         if self._file.closed:
@@ -116,6 +122,11 @@ class Metrics:
                 self._bar.advance(postfix)
             if self._elsewhere:
                 self._elsewhere.write(step, row)
+
+    def keep(self) -> None:
+        """The rows so far outlive the machine."""
+        if self.is_main:
+            self._file.keep()
 
     def close_file(self) -> None:
         """Of a run that ends early: the bar is whoever says why."""

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from engine import config as configuration
-from engine.disk import take_in_turn, write_new
+from engine.disk import keep, take_in_turn, write_new
 from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
@@ -78,6 +78,7 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
             return True
         partial = output_dir / ".config.yaml.partial"
         configuration.save(values, partial, facts)
+        keep(partial)
         partial.rename(output_dir / "config.yaml")
         return False
 
@@ -108,7 +109,10 @@ def _keep_checkpoints_in(directory: Path, output_dir: Path) -> None:
         if named not in ("", str(output_dir)):
             raise UserError(f"--checkpoint_dir {directory} is that of the run {named}: give another")
         if not named:
-            write_new(owner, str(output_dir), 0o600)
+            partial = owner.with_name(f"{OWNER}.partial")
+            write_new(partial, str(output_dir), 0o600)
+            keep(partial)
+            partial.rename(owner)
         if not link.is_symlink():
             link.symlink_to(directory)
     except OSError as error:
@@ -163,8 +167,10 @@ def _check_same_configuration(values: dict[str, Any], defaults: dict[str, Any], 
     if not path.is_file():
         return
     try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError):
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if not isinstance(earlier, dict):
+            raise ValueError("no flags")
+    except (yaml.YAMLError, ValueError):
         raise UserError(f"{path} is damaged: delete it or give another --output_dir") from None
     now = settings(values)
     for name in sorted((earlier.keys() | now.keys()) - CHANGEABLE):
@@ -203,9 +209,12 @@ def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
 
 
 def publish(partial: Path, final: Path, inside: dict[str, Path] | None) -> None:
-    """Gives a finished directory its name, with other finished directories in it; what had the name goes."""
+    """Gives a finished directory its name, with other finished directories in it, once all of it is on the disk; what
+    had the name goes.
+    """
     for name, directory in (inside or {}).items():
         directory.rename(partial / name)
+    keep(partial)
     if final.exists():
         shutil.rmtree(final)
     partial.rename(final)

@@ -46,7 +46,7 @@ class Sampling:
         if ahead:
             self._beside = copy.copy(collect)
             self._beside.world = collect.world.beside()
-            run.keep(self)
+            run.remember(self)
 
     def __call__(self, step: int) -> tuple[Drawn, int]:
         """(the responses of a step, how many updates old the weights are that drew them). Collective. Raises Stopped,

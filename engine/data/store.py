@@ -27,7 +27,7 @@ from engine.data import bad_rows
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
-from engine.disk import fresh_directory, only_mine, take_in_turn
+from engine.disk import fresh_directory, keep, only_mine, take_in_turn
 from engine.errors import UserError
 
 VERSION = 5  # of the encoding: raise it when the same rows would give other ids, masks or words for bad rows
@@ -141,6 +141,7 @@ def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[P
         fresh_directory(partial, 0o700)
         try:
             build(partial)
+            keep(partial)
             partial.rename(directory)
         except OSError as error:  # a write to a full disk names no file
             error.filename = error.filename or str(directory)

@@ -66,6 +66,7 @@ class Checkpoints:
         self._writer: threading.Thread | None = None
         self._written: list[dict[str, Any]] = []  # by rank, what the writer has just gathered
         self._problem = ""
+        self._lost: RuntimeError | None = None  # what told the writer that another rank is gone
         self._warned = False
         self._is_main = world.is_main
         if self._is_main and self.root.is_dir():
@@ -74,9 +75,12 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: dict[str, Any], beside: Any = None) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], beside: Any = None, keep: Callable[[], None] = lambda: None
+    ) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
-        cannot be written is said once, and owed. `beside`: what JSON can hold, in a file of its own.
+        cannot be written is said once, and owed. `beside`: what JSON can hold, in a file of its own. `keep()`, behind
+        too, brings to the disk what was written of these steps elsewhere.
         """
         self.wait()
         if step == self.newest:
@@ -101,18 +105,19 @@ class Checkpoints:
             **state,
         }
         documents = {"state.json": state} | ({} if beside is None else {BESIDE: beside})
-        self._writer = threading.Thread(
-            target=self._commit, args=(future, partial, step, documents, began), daemon=True
-        )
+        save = future, partial, step, documents, keep, began
+        self._writer = threading.Thread(target=self._behind, args=save, daemon=True)
         self._writer.start()
 
     def wait(self) -> str:
         """Returns when no save is under way: what went wrong with the last one, on every rank, which is printed
-        once; or ''.
+        once; or ''. Raises RuntimeError if another rank died meanwhile.
         """
         if self._writer is not None:
             self._writer.join()
             self._writer = None
+        if self._lost is not None:
+            raise self._lost
         if self._problem and not self._warned:
             self.world.say(
                 f"warning: checkpoint not written: {self._problem}; training goes on, it is tried again after every"
@@ -143,14 +148,24 @@ class Checkpoints:
             return explained(error)
         return ""
 
-    def _commit(self, future: Any, partial: Path, step: int, documents: dict[str, Any], began: float) -> None:
-        """In the background: this rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every
-        rank has read its own again, older checkpoints go.
+    def _behind(self, *save: Any) -> None:
+        """In the background. A rank that dies ends a save as it ends a step: in the main thread, which says so."""
+        try:
+            self._commit(*save)
+        except RuntimeError as error:
+            self._lost = error
+
+    def _commit(
+        self, future: Any, partial: Path, step: int, documents: dict[str, Any], keep: Callable[[], None], began: float
+    ) -> None:
+        """This rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every rank has read its
+        own again, older checkpoints go.
         """
         final, written = self.root / f"step-{step:06d}", {}
 
         def write() -> None:
             future.result()
+            keep()
             for path in sorted(partial.glob(f"shard-{self.world.rank + 1:05d}-*")):
                 written[path.name] = _sync_and_describe(path)
 
@@ -163,14 +178,14 @@ class Checkpoints:
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
-                shutil.rmtree(final, ignore_errors=True)
+                _remove(final)
         if problem and self._is_main:
             shutil.rmtree(partial, ignore_errors=True)
         if not problem:
             self.newest = step
             if self._is_main:
                 for old in self._named()[: -self.keep] if self.keep > 0 else []:
-                    shutil.rmtree(old, ignore_errors=True)
+                    _remove(old)
             signals.a_save_took(time.monotonic() - began)
         self._ended(problem)
 
@@ -338,6 +353,14 @@ def damage(path: Path, world: World) -> str:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest, COMPLETE, is damaged"
     return ""
+
+
+def _remove(path: Path) -> None:
+    """What is half removed has no step's name: it goes at the next start. As far as the disk lets it."""
+    gone = path.with_name(f"tmp-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read_again(path: Path, world: World) -> None:

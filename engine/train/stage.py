@@ -121,10 +121,17 @@ class Run:
         self.world.phase("saving a checkpoint")
         progress.note(counted=False)
         facts = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
+        state = {"num_tokens": self.throughput.num_tokens, **facts}
         beside = self._kept.state() if self._kept is not None else None
-        self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts}, beside)
+        self._checkpoints.save(self._done, state, beside, self._keep_rows)
 
-    def keep(self, what: Kept) -> None:
+    def _keep_rows(self) -> None:
+        """No step of a checkpoint lacks its row: a machine that dies may lose what no fsync had reached."""
+        self.metrics.keep()
+        if self._samples is not None:
+            self._samples.keep()
+
+    def remember(self, what: Kept) -> None:
         """Its state is part of every checkpoint that is saved from now on; the run closes it."""
         self._kept = what
         self._stack.callback(what.close)

@@ -203,7 +203,7 @@ def test_no_argument_at_all(tmp_path):
 
 
 def test_real_preferences(shared_data, tmp_path, embedded_dir):
-    """The real GSM8K pairs unchanged, 2 ranks, a few steps (the 30M model and 100 steps are `make drill`)."""
+    """The real GSM8K pairs unchanged, 2 ranks, a few steps (the 30M model and 100 steps are `make slow-tests`)."""
     real_preferences(
         shared_data,
         tmp_path,

@@ -211,7 +211,7 @@ def test_no_penalty_means_no_reference(runs):
 
 
 def test_real_prompts(shared_data, tmp_path, embedded_dir):
-    """GSM8K prompts through rollout, verifier and one update, 2 ranks (a 30M model is `make drill`)."""
+    """GSM8K prompts through rollout, verifier and one update, 2 ranks (a 30M model is `make slow-tests`)."""
     real_prompts(
         shared_data,
         tmp_path,

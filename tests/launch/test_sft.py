@@ -173,7 +173,7 @@ def test_other_reductions_do_not_depend_on_the_layout(reduce, tmp_path, embedded
 
 
 def test_real_conversations_and_a_mixture(shared_data, tmp_path, embedded_dir):
-    """Real GSM8K beside the embedded conversations, 2 ranks, a few steps (an epoch is `make drill`)."""
+    """Real GSM8K beside the embedded conversations, 2 ranks, a few steps (an epoch is `make slow-tests`)."""
     flags = {
         "model_name_or_path": save_family(
             "llama", tmp_path / "model", embedded_dir.model, max_position_embeddings=1024

@@ -28,7 +28,7 @@ def sampling(draw, ahead: int = 1, total: int = 9) -> Sampling:
     sampler = SimpleNamespace(loads=0, releases=0)
     sampler.load = lambda policy: setattr(sampler, "loads", sampler.loads + 1)
     sampler.release = lambda: setattr(sampler, "releases", sampler.releases + 1)
-    run = SimpleNamespace(keep=lambda what: None, plan=SimpleNamespace(total=total))
+    run = SimpleNamespace(remember=lambda what: None, plan=SimpleNamespace(total=total))
     return Sampling(SimpleNamespace(world=world, sampler=sampler), None, draw, run, ahead)
 
 
