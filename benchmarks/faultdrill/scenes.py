@@ -8,7 +8,6 @@ import json
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,10 +18,26 @@ from tests.families import save_family
 from tests.launch.test_equivalence import Runs
 from tests.ranks import Result
 
-DATA = {"sft": "train_conversations.jsonl", "dpo": "train_pairs.jsonl", "ppo": "problems.jsonl", "grpo": "problems.jsonl"}
+DATA = {
+    "sft": "train_conversations.jsonl",
+    "dpo": "train_pairs.jsonl",
+    "ppo": "problems.jsonl",
+    "grpo": "problems.jsonl",
+}
 OF_ALL = {"batch_size": 4, "max_steps": 4, "learning_rate": 2e-3, "micro_batch_tokens": 200, "quiet": "true"}
-ROLLOUTS = {"num_samples_per_prompt": 2, "response_length": 8, "num_ppo_epochs": 1, "eval_samples": 1}
-OF_STAGE = {"sft": {"sample_tokens": 0}, "dpo": {}, "ppo": ROLLOUTS | {"kl_coef": 0.05}, "grpo": ROLLOUTS | {"kl_coef": 0.01}}
+ROLLOUTS = {
+    "num_samples_per_prompt": 2,
+    "num_mini_batches": 1,
+    "response_length": 8,
+    "num_ppo_epochs": 1,
+    "eval_samples": 1,
+}
+OF_STAGE = {
+    "sft": {"sample_tokens": 0},
+    "dpo": {},
+    "ppo": ROLLOUTS | {"kl_coef": 0.05},
+    "grpo": ROLLOUTS | {"kl_coef": 0.01},
+}
 JUDGE = """
 def verify(response, ground_truth):
     return (1 / (1 + len(response)), f"{len(response)} characters")
@@ -110,7 +125,9 @@ class End:
     @staticmethod
     def of(output_dir: Path) -> End:
         digest = hashlib.sha256()
-        for path in sorted((output_dir / "final").rglob("*.safetensors")):
+        for path in sorted((output_dir / "final").rglob("*model.safetensors")):
+            if path.name.startswith("copy"):
+                continue
             digest.update(str(path.relative_to(output_dir)).encode() + path.read_bytes())
         timed = ("perf/", "time/")
         lines = (output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -145,6 +162,9 @@ def not_finite(directory: Path) -> list[str]:
     return found
 
 
-def once(make: Callable[..., Scene]) -> Callable[..., Scene]:
-    """A scene is made once for a process."""
-    return functools.cache(make)
+def numbers(checkpoint: Path) -> dict[str, bytes]:
+    """Of a checkpoint's shards, tensor by tensor; their headers are written in any order."""
+    from safetensors.numpy import load_file
+
+    files = sorted(checkpoint.glob("shard-*"))
+    return {f"{path.name}/{name}": x.tobytes() for path in files for name, x in load_file(path).items()}

@@ -33,9 +33,11 @@ from engine.disk import in_words
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
+from engine.train.finite import not_finite
 from engine.world import World
 
 STEP = re.compile(r"step-(\d+)")
+OF_ALL = ("model", "value model", "dataset")  # named in every checkpoint; what came later is not in those before
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
@@ -80,6 +82,7 @@ class Checkpoints:
         if step == self.newest:
             return
         began, tensors, partial = time.monotonic(), self._tensors(), self.root / f"tmp-{step:06d}"
+        self.require_finite(step, "a checkpoint", tensors)
         problem = self._make_room(partial, tensors) if self.world.is_main else ""
         if problem := self.world.gather(problem)[0]:
             self._ended(problem)
@@ -100,6 +103,22 @@ class Checkpoints:
         }
         self._writer = threading.Thread(target=self._commit, args=(future, partial, state, began), daemon=True)
         self._writer.start()
+
+    def masters(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name."""
+        return {name: t for name, t in self._tensors().items() if name.split(".")[1] == "master"}
+
+    def require_finite(self, step: int, what: str, tensors: dict[str, Tensor]) -> None:
+        """Raises UserError where numbers of these are none, so that nothing is written that cannot be gone on from.
+        Collective.
+        """
+        broken = [f"{name} on rank {rank}" for rank, name in enumerate(self.world.gather(not_finite(tensors))) if name]
+        if broken:
+            newest = f"the last checkpoint is of step {self.newest}" if self.newest else "there is no checkpoint yet"
+            raise UserError(
+                f"step {step}: {', '.join(broken[:3])} holds numbers that are not finite; {what} of them is not"
+                f" written, {newest}"
+            )
 
     def wait(self) -> str:
         """Returns when no save is under way: what went wrong with the last one, on every rank, which is printed
@@ -238,7 +257,7 @@ class Checkpoints:
             if state["settings"].get(name) != value:
                 raise UserError(f"{path} is of a run with --{name} {state['settings'].get(name)}, now it is {value}")
         for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
+            if state["identity"].get(name, None if name in OF_ALL else value) != value:
                 raise UserError(
                     f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started"
                     " with"
@@ -319,6 +338,9 @@ def damage(path: Path, world: World) -> str:
                 return f"{name} is missing"
             if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
                 return f"{name} is damaged"
+        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+        if (named := STEP.fullmatch(path.name)) and int(named[1]) != step:
+            return f"it is a copy of step {step} under another name"
     except (OSError, ValueError, KeyError, TypeError):
         return "its manifest, COMPLETE, is damaged"
     return ""

@@ -234,7 +234,7 @@ def test_damage_is_named_and_made_good(name, damage, tmp_path, path, capfd):
         assert f"{directory}: damaged (" in out
         assert contents(tokens) == WANT
     else:
-        with pytest.raises(UserError, match=f"{directory}: damaged at example"):
+        with pytest.raises(UserError, match=f"{directory}: damaged in its ids or mask"):
             contents(tokens)
     assert encode.calls or damage == "zeros"
 
