@@ -266,3 +266,47 @@ PLANTS: dict[str, Callable[..., None]] = {
     "verdict": _verdict,
     "advantages": _advantages,
 }
+
+
+# --- disks and neighbours ---------------------------------------------------------------------------------------------
+
+
+def no_large_files(argv: list[str]) -> None:
+    """--plant KIB:STEP, from before that step's update on."""
+    import resource
+
+    kib, step = (int(n) for n in word(argv, "plant").split(":"))
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    limit = lambda optimizer: resource.setrlimit(resource.RLIMIT_FSIZE, (kib * 1024, hard))
+    _around_step("sft", step, limit, lambda optimizer: None)
+
+
+def final_is_written_in_place() -> None:
+    """File by file, under its own name."""
+    import shutil
+    import time
+
+    from engine.model import export
+
+    def in_place(partial, final, inside):
+        for path in sorted(p for p in partial.rglob("*") if p.is_file()):
+            target = final / path.relative_to(partial)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, target)
+            time.sleep(0.02)
+        shutil.rmtree(partial)
+
+    export.publish = in_place
+
+
+def directories_have_no_lock() -> None:
+    from engine import run
+    from tests import faults
+
+    def unlocked(path):
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        os.write(descriptor, str(os.getpid()).encode())
+        return descriptor
+
+    run._lock = unlocked
+    faults.slow_steps()
