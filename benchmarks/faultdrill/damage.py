@@ -143,11 +143,23 @@ def damage(place: Path, path: Path, kind: str, draw: random.Random, mine: list[P
         shard = path.parent / SHARD
         listed = {name: facts for name, facts in json.loads(content).items() if name != SHARD}
         path.write_text(json.dumps(draw.choice([listed, {}])), encoding="utf-8")
-        damage(place, shard, "flip-last", draw, [])
-    elif kind == "flip-last":  # of a number, not of a header
-        path.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+        damage(place, shard, "numbers", draw, [])
+    elif kind == "numbers":  # a bit of each of the first tensor's, its header as it was
+        changed = bytearray(content)
+        start, end = _first_tensor(content)
+        for at in range(start + 2, end, 4):
+            changed[at] ^= 8
+        path.write_bytes(changed)
     elif kind == "step":  # the whole checkpoint under the name of a later one
         shutil.copytree(path.parent, path.parent.with_name("step-000009"))
+
+
+def _first_tensor(content: bytes) -> tuple[int, int]:
+    """Where the first fp32 numbers of a safetensors file begin and end."""
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    begin, end = min(t["data_offsets"] for n, t in header.items() if n != "__metadata__" and t["dtype"] == "F32")
+    return 8 + length + begin, 8 + length + end
 
 
 def run(name: str, hook: str, directory: Path) -> str:
@@ -214,7 +226,9 @@ def cases(count: int, seed: int) -> Iterator[Case]:
     for number in range(count):
         turn, position = divmod(number, len(targets))
         of, target = targets[permutation(len(targets), seed, "damage", turn)[position]]
-        kinds = [*KINDS, *(("unlisted", "step") if target == "manifest" else ())]
+        more = ("unlisted", "step") if target == "manifest" else ()
+        more = ("numbers",) if SCENES[of][target].endswith(".safetensors") else more
+        kinds = [*KINDS, *more]
         first = int(permutation(len(kinds), seed, of, target)[0])
         yield case(f"{of}/{target}/{kinds[(first + turn) % len(kinds)]}/{seed}.{turn}")
 
@@ -231,12 +245,12 @@ SUITE = Suite(
     sizes=(40, 200),
     cases=cases,
     controls={
-        "shards are not verified": planted("shards_are_not_verified", "dpo-1/shard/flip-last/0"),
+        "shards are not verified": planted("shards_are_not_verified", "dpo-1/shard/numbers/0"),
         "what a manifest does not list is taken for sound": planted(
             "manifests_may_list_nothing", "dpo-1/manifest/unlisted/0"
         ),
         "segments of the reference cache are not checked": planted(
-            "segments_are_not_checked", "dpo-1/reference/flip-last/0"
+            "segments_are_not_checked", "dpo-1/reference/numbers/0"
         ),
         "examples of the token store are not checked": planted("examples_are_not_checked", "dpo-1/store-ids/zeros/0"),
     },
