@@ -310,3 +310,54 @@ def directories_have_no_lock() -> None:
 
     run._lock = unlocked
     faults.slow_steps()
+
+
+# --- other numbers of ranks -------------------------------------------------------------------------------------------
+
+
+def record_examples(argv: list[str]) -> None:
+    """Which examples each step takes on this rank, in a file beside the run's directory."""
+    import json
+    from pathlib import Path
+
+    from engine import progress
+    from engine.train import Run
+
+    file = Path(f"{argv[argv.index('--output_dir') + 1]}.examples.{os.environ['RANK']}")
+    original = Run.micro_batches
+
+    def recording(self, root, *args, **options):
+        for batch in original(self, root, *args, **options):
+            row = {"step": progress._now.step, "root": type(root).__name__, "examples": batch.examples}
+            with file.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            yield batch
+
+    Run.micro_batches = recording
+
+
+def positions_are_of_a_rank(argv: list[str]) -> None:
+    """A state that counts what one rank took: with other ranks it is another place."""
+    from engine.train.checkpoint import Checkpoints
+
+    record_examples(argv)
+    original = Checkpoints.resume
+
+    def resuming(self, which):
+        state = original(self, which)
+        return state and state | {"step": state["step"] * state["world_size"] // self.world.size}
+
+    Checkpoints.resume = resuming
+
+
+def moments_begin_anew_on_other_ranks(argv: list[str]) -> None:
+    from engine.train import optim
+
+    record_examples(argv)
+
+    def forgetting(optimizer, p, read, ranks):
+        for moment in read.values():
+            moment.zero_()
+        return False
+
+    optim.adopt = forgetting
