@@ -56,6 +56,7 @@ SCENES: dict[str, dict[str, str]] = {
     "grpo-lora-1": RUN | {"final-adapter": ADAPTER["final-adapter"]},
 }
 KINDS = ("truncate", "flip", "empty", "delete", "swap", "copy", "zeros")
+PARTS = ("model", "adapter", "value")  # of which a checkpoint knows the numbers
 # what a resumed run would have begun with: that it began with something else is said
 BEGINS_WITH = ("shard", "second-shard", "state", "manifest")
 
@@ -209,7 +210,9 @@ def _judged(made: Scene, result, path: Path, target: str, kind: str) -> str:
 
 def _names(lines: list[str], path: Path) -> bool:
     """Whether a line has the file's name, or that of the directory that it is a part of."""
-    return any(name in line for line in lines for name in (path.name, path.parent.name))
+    names = [path.name, path.parent.name]
+    names += ["of another model", "of another value model"] if path.parent.name in PARTS else []
+    return any(name in line for line in lines for name in names)
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------
