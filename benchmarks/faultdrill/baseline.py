@@ -93,10 +93,9 @@ def train(directory: str, resume: str) -> None:
     model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, attn_implementation="eager"))
     ids = torch.randint(0, 64, (64, 12), generator=torch.Generator().manual_seed(1))
     rows = [{"input_ids": row, "labels": row} for row in ids]
-    arguments = TrainingArguments(
-        output_dir=directory, max_steps=8, save_steps=3, per_device_train_batch_size=4, learning_rate=1e-2,
-        use_cpu=True, report_to=[], disable_tqdm=True, logging_steps=100, seed=0,
-    )  # fmt: skip
+    steps = {"max_steps": 8, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 0}
+    quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 100}
+    arguments = TrainingArguments(output_dir=directory, **steps, **quiet)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows)
     trainer.train(resume_from_checkpoint=True if resume else None)
     model.save_pretrained(f"{directory}/final")

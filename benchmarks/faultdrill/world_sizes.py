@@ -37,7 +37,10 @@ from tests.launch.test_equivalence import rows, weights_of
 
 ROUNDING, DEEP, OF_THE_WAY = 2.0**-24, 64, 1e-3
 STEPS = 4
-PAIRS = ("sft/1-2", "dpo/2-3", "dpo-lora/3-1", "sft/2-1", "ppo/2-1", "dpo/1-3", "grpo/1-2", "sft-lora/2-3", "sft/3-2")
+FIRST = ("sft/1-2", "dpo/2-3", "dpo-lora/3-1", "sft/2-1", "ppo/2-1", "dpo/1-3", "grpo/1-2", "sft-lora/2-3", "sft/3-2")
+OTHERS = ("1-2", "1-3", "2-1", "2-3", "3-1", "3-2")
+STAGES = ("sft", "dpo", "ppo", "grpo", "dpo-lora", "sft-lora")
+PAIRS = list(dict.fromkeys([*FIRST, *(f"{of}/{ranks}" for ranks in OTHERS for of in STAGES)]))
 A_RUN_IN = 11  # cases
 
 
@@ -170,8 +173,9 @@ def cases(count: int, seed: int) -> Iterator[Case]:
         if place < A_RUN_IN - 1:
             yield case(f"position/{seed}.{number}")
         else:
-            cut = 1 + int(permutation(STEPS - 1, seed, "cut", turn)[0])
-            yield case(f"run/{PAIRS[turn % len(PAIRS)]}/{cut}")
+            again, pair = divmod(turn, len(PAIRS))
+            cut = 1 + int(permutation(STEPS - 1, seed, "cut", pair)[again % (STEPS - 1)])
+            yield case(f"run/{PAIRS[pair]}/{cut}")
 
 
 def planted(hook: str, *names: str) -> Callable[[int, int], Iterator[Case]]:
