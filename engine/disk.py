@@ -60,6 +60,23 @@ def fresh_directory(path: Path, mode: int = 0o777) -> None:
     path.mkdir(parents=True, mode=mode)
 
 
+def remove(path: Path) -> None:
+    """What is half removed has no step's name: it goes at the next start. As far as the disk lets it."""
+    gone = path.with_name(f"tmp-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """The names in it outlive the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def take_in_turn(descriptor: int) -> None:
     """An open file's lock, once whoever has it lets go. Raises Stopped if this process is asked to end meanwhile."""
     while True:

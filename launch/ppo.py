@@ -161,6 +161,7 @@ def train(config: Config) -> None:
             rewards_R = losses.token_rewards(experience.on_slots(kl_R), experience.scores_S, counts_S, config.kl_coef)
             advantages_R, returns_R = losses.gae(rewards_R, values_R, counts_S, config.gamma, config.lam)
             advantages_R = losses.whiten(advantages_R[experience.is_token_R])
+            run.stop_unless_all_finite(step, {"returns": returns_R, "advantages": advantages_R}, examples)
             times["time/evaluate"] = clock.lap()
 
             # 5. several passes of clipped updates
@@ -172,12 +173,12 @@ def train(config: Config) -> None:
                     for batch in run.micro_batches(policy, experience.tokens, minibatch, totals):
                         old = experience.tokens.of(batch, old_R, advantages_R)
                         policy_loss(policy, batch, old, n_tokens, config.cliprange, totals).backward()
-                for batch in run.micro_batches(value_model, experience.slots, minibatch):
+                for batch in run.micro_batches(value_model, experience.slots, minibatch, totals, counted=False):
                     old = experience.slots.of(batch, values_R, returns_R)
                     loss = value_loss(value_model, batch, old, n_slots, config.cliprange_value, totals)
                     (config.vf_coef * loss).backward()
                 norms = {of: optim.step(o, world, lr[of], config.max_grad_norm) for of, (_, o) in trained.items()}
-                run.stop_unless_finite(step, norms, "prompts", examples)
+                run.stop_unless_finite(step, norms, "prompts", examples, experience.prompts_S)
                 if step == number == 0:
                     check_ratio(totals.reduce(METRICS), base.dtype, world)
             times["time/update"] = clock.lap()

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine import signals
+from engine import progress, signals
 from engine.data.chat import ChatTokenizer
 from engine.data.prompts import Prompt
+from engine.errors import UserError
 from engine.flags import SamplingFlags
 from engine.world import World
 from rollout.choice import SamplingParams
@@ -48,7 +50,7 @@ class Collector:
         shown: str = "",
     ) -> Drawn:
         """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
-        Raises Stopped.
+        Raises Stopped, and UserError for a verdict that is no number.
 
         `seed` is in place of the run's; `shown` stands before the phases on the bar. Every n-th group of samples is
         this rank's, or its team's, of whom one verifies; verification draws finished responses from the sampler while
@@ -88,6 +90,11 @@ class Collector:
         parts = self.world.gather(mine)
         for why in (part for part in parts if isinstance(part, str)):
             raise signals.Stopped(why)
+        for rank, part in enumerate(parts):
+            if bad := [rollout.example for rollout, verdict in part if not math.isfinite(verdict.score)]:
+                raise UserError(
+                    f"{progress.words()}: rank {rank} has a verdict that is no number, of a response to prompt {bad[0]}"
+                )
         everyone = [pair for part in parts for pair in part]
         everyone.sort(key=lambda pair: (place[pair[0].example], pair[0].sample))
         used = self.sampler.used

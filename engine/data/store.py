@@ -54,8 +54,11 @@ class TokenStore:
             same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
             whole_examples = len(self.keys) % self.per_example == 0
             _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "bad_files", "notes")]
+            stated = self.header.get("digest")  # an earlier version wrote none
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise Damaged(str(error)) from None
+        if stated is not None and stated != _digest(directory, self.header):
+            raise Damaged("its keys, counts, offsets or header are not what was written")
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
         if not rising or not whole_examples or len(sizes) > 1 or len(same) > 1:
             raise Damaged("its arrays do not fit together")
@@ -71,7 +74,7 @@ class TokenStore:
         if [(sequence_key(ids, mask), mask[1:].sum()) for ids, mask in found] != [
             (key.tobytes(), count) for key, count in expected
         ]:
-            raise UserError(f"{self.directory}: damaged at example {example}: delete it, it will be made again")
+            raise UserError(f"{self.directory}: damaged in its ids or mask: delete it, it will be made again")
         return found
 
     def example_keys(self, example: int) -> np.ndarray:
@@ -127,6 +130,16 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
+def _digest(directory: Path, header: dict[str, Any]) -> str:
+    """Of all but what is compared with its keys as it is read."""
+    rest = {name: value for name, value in header.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in ("offsets", "keys", "counts"):
+        with open(directory / name, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
 def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
     """`directory` with what `build(temporary directory)` puts there, unless `is_whole()`; runs that start together
     build it once.
@@ -176,16 +189,18 @@ def open_or_build(
         if not directory.exists():
             return False
         try:
-            return TokenStore(directory).header["key"] == key
+            if TokenStore(directory).header["key"] == key:
+                return True
+            raise Damaged("it holds other data than its name says")
         except Damaged as damage:
             terminal.say(f"warning: {directory}: damaged ({damage}), tokenising again")
             return False
 
     def build(partial: Path) -> None:
-        header = tokenise(partial, source, encode, on_bad_row, workers)
-        (partial / "header.json").write_text(
-            json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8"
-        )
+        header = tokenise(partial, source, encode, on_bad_row, workers) | {"key": key, "per_example": per_example}
+        header = json.loads(json.dumps(header))  # as it will be read
+        described = header | {"digest": _digest(partial, header)}
+        (partial / "header.json").write_text(json.dumps(described), encoding="utf-8")
 
     build_once(directory, is_whole, build)
     store = TokenStore(directory)

@@ -18,7 +18,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,17 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from engine import headers, signals
-from engine.disk import fresh_directory, in_words
+from engine.disk import fresh_directory, in_words, remove, sync_directory
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
+from engine.train.finite import not_finite
 from engine.train.state import wrong_in_state
 from engine.world import World
 
 BESIDE = "beside.json"  # what a run keeps beside what it trains
 STEP = re.compile(r"step-(\d+)")
+OF_ALL = ("model", "value model", "dataset")  # named in every checkpoint; what came later is not in those before
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
@@ -86,6 +88,7 @@ class Checkpoints:
         if step == self.newest:
             return
         began, tensors, partial = time.monotonic(), self._tensors(), self.root / f"tmp-{step:06d}"
+        self.require_finite(step, "a checkpoint", tensors)
         problem = self._make_room(partial, tensors) if self.world.is_main else ""
         if problem := self.world.gather(problem)[0]:
             self._ended(problem)
@@ -108,6 +111,22 @@ class Checkpoints:
         save = future, partial, step, documents, keep, began
         self._writer = threading.Thread(target=self._behind, args=save, daemon=True)
         self._writer.start()
+
+    def masters(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name."""
+        return {name: t for name, t in self._tensors().items() if name.split(".")[1] == "master"}
+
+    def require_finite(self, step: int, what: str, tensors: dict[str, Tensor]) -> None:
+        """Raises UserError where numbers of these are none, so that nothing is written that cannot be gone on from.
+        Collective.
+        """
+        broken = [f"{name} on rank {rank}" for rank, name in enumerate(self.world.gather(not_finite(tensors))) if name]
+        if broken:
+            newest = f"the last checkpoint is of step {self.newest}" if self.newest else "there is no checkpoint yet"
+            raise UserError(
+                f"step {step}: {', '.join(broken[:3])} holds numbers that are not finite; {what} of them is not"
+                f" written, {newest}"
+            )
 
     def wait(self) -> str:
         """Returns when no save is under way: what went wrong with the last one, on every rank, which is printed
@@ -178,14 +197,14 @@ class Checkpoints:
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
-                _remove(final)
+                remove(final)
         if problem and self._is_main:
             shutil.rmtree(partial, ignore_errors=True)
         if not problem:
             self.newest = step
             if self._is_main:
                 for old in self._named()[: -self.keep] if self.keep > 0 else []:
-                    _remove(old)
+                    remove(old)
             signals.a_save_took(time.monotonic() - began)
         self._ended(problem)
 
@@ -212,12 +231,12 @@ class Checkpoints:
             files[name] = _sync_and_describe(partial / name)
         (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
         _sync_and_describe(partial / "COMPLETE")
-        _sync_directory(partial)
+        sync_directory(partial)
         final = self.root / f"step-{step:06d}"
         if final.exists():  # the same step of an earlier, damaged attempt
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_directory(self.root)
+        sync_directory(self.root)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -261,7 +280,7 @@ class Checkpoints:
             if state["settings"].get(name) != value:
                 raise UserError(f"{path} is of a run with --{name} {state['settings'].get(name)}, now it is {value}")
         for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
+            if state["identity"].get(name, None if name in OF_ALL else value) != value:
                 raise UserError(
                     f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started"
                     " with"
@@ -348,19 +367,14 @@ def damage(path: Path, world: World) -> str:
                 headers.read(path / name)
             if name == "state.json" and (problem := wrong_in_state(path / name)):
                 return f"state.json: {problem}"
+        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+        if (named := STEP.fullmatch(path.name)) and int(named[1]) != step:
+            return f"it is a copy of step {step} under another name"
     except headers.Unsound as why:
         return f"{name} is damaged ({why})"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest, COMPLETE, is damaged"
     return ""
-
-
-def _remove(path: Path) -> None:
-    """What is half removed has no step's name: it goes at the next start. As far as the disk lets it."""
-    gone = path.with_name(f"tmp-{path.name}")
-    with contextlib.suppress(OSError):
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read_again(path: Path, world: World) -> None:
@@ -374,25 +388,6 @@ def _read_again(path: Path, world: World) -> None:
         raise OSError(f"read again, {problem}")
 
 
-def load_masters(path: Path, parts: Mapping[str, nn.Module]) -> None:
-    """What was trained of these parts (policy, value), from a sound checkpoint that any number of ranks wrote; what
-    their optimizers know is left there. Collective. Raises UserError.
-    """
-    trained = {
-        f"{part}.master.{name}": p.detach()
-        for part, module in parts.items()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
-    reader = HuggingFaceStorageReader(str(path))
-    stored: Any = reader.read_metadata().state_dict_metadata
-    there = {name for name in stored if name.split(".")[0] in parts and name.split(".")[1] == "master"}
-    wrong = [n for n in there ^ trained.keys()] or [n for n, t in trained.items() if stored[n].size != t.shape]
-    if wrong:
-        raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
-    dcp.load(trained, storage_reader=reader)
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -402,11 +397,3 @@ def _sync_and_describe(path: Path) -> dict[str, Any]:
     with open(path, "rb") as f:
         os.fsync(f.fileno())
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

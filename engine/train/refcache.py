@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -187,7 +188,8 @@ def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.
     try:
         partial.unlink(missing_ok=True)
         with writing(path):
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
+            about = {"sha256": digest, "model": directory.name}
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata=about)
         with open(partial, "rb") as f:
             os.fsync(f.fileno())
         partial.rename(path)
@@ -209,9 +211,11 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
             _check_header(path)
             with safe_open(path, framework="numpy") as f:
                 arrays = {name: f.get_tensor(name) for name in ("keys", "logprobs", "counts")}
-                stated = (f.metadata() or {}).get("sha256")
-            if stated != _checksum(arrays):
+                about = f.metadata() or {}
+            if about.get("sha256") != _checksum(arrays):
                 raise ValueError("its checksum does not match its content")
+            if about.get("model", directory.name) != directory.name:  # an earlier version wrote no model
+                raise ValueError("its numbers are another model's")
         except (headers.Unsound, SafetensorError, ValueError, OSError, KeyError) as error:
             terminal.say(
                 f"warning: reference: {path} is damaged ({error}); it is not used and is put aside as"
@@ -270,9 +274,9 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
     for header in directory.parent.glob("*/header.json"):
         try:
             other = json.loads(header.read_text(encoding="utf-8"))["identity"]
-        except (ValueError, KeyError, OSError):
+            others.append(sorted(k for k in identity.keys() | other.keys() if identity.get(k) != other.get(k)))
+        except (ValueError, KeyError, OSError, TypeError, AttributeError):  # damaged: it only explains
             continue
-        others.append(sorted(k for k in identity.keys() | other.keys() if identity.get(k) != other.get(k)))
     closest = min(others, key=len, default=None)
     why = (
         "no model was cached here yet"
@@ -294,14 +298,18 @@ def _write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def config_digest(config: Any) -> str:
+    """Of what, besides its weights, determines what a model computes."""
+    loose = ("transformers_version", "_name_or_path", "use_cache", "dtype")
+    described = {key: value for key, value in config.to_dict().items() if key not in loose}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
 def model_identity(weights: str, base: Base) -> dict[str, str]:
     """What, besides tokens and mask, determines a log-prob; `weights` is the policy's identity."""
-    loose = ("transformers_version", "_name_or_path", "use_cache", "dtype")
-    described = {key: value for key, value in base.config.to_dict().items() if key not in loose}
-    config_hash = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return {
         "weights": weights,
-        "config": config_hash,
+        "config": config_digest(base.config),
         "dtype": str(base.dtype).removeprefix("torch."),
         "attention": base.how.backend,
         "compiled": str(base.memory.compile),

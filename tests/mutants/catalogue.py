@@ -2494,7 +2494,7 @@ TRAIN = (
     Mutant(
         "another_model_is_resumed",
         "engine/train/checkpoint.py",
-        'if state["identity"].get(name) != value:',
+        'if state["identity"].get(name, None if name in OF_ALL else value) != value:',
         'if name not in state["identity"]:',
         CHECKPOINT,
     ),
@@ -2583,7 +2583,7 @@ TRAIN = (
     Mutant(
         "another_config_is_the_same_model",
         "engine/train/refcache.py",
-        '        "config": config_hash,\n',
+        '        "config": config_digest(base.config),\n',
         "",
         STALE_MODEL,
     ),
@@ -2604,8 +2604,8 @@ TRAIN = (
     Mutant(
         "a_damaged_segment_is_used",
         "engine/train/refcache.py",
-        "if stated != _checksum(arrays):",
-        "if stated is None:",
+        'if about.get("sha256") != _checksum(arrays):',
+        'if about.get("sha256") is None:',
         (f"{CACHE}::test_a_damaged_file_is_named_and_not_used",),
     ),
     Mutant(
