@@ -2523,7 +2523,7 @@ TRAIN = (
     Mutant(
         "a_flipped_bit_is_loaded",
         "engine/train/checkpoint.py",
-        ' or _sha256(path / name) != files[name]["sha256"]',
+        ' or sha256(path / name) != files[name]["sha256"]',
         "",
         CHECKPOINT,
     ),
