@@ -240,7 +240,9 @@ def difference(found: Remains, expected: Remains) -> str:
     for kind in ("rows", "samples"):
         ours, theirs = getattr(found, kind), getattr(expected, kind)
         if ours != theirs:
-            where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+            where = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
             return f"{kind} of the trajectory differ from number {where + 1} on ({len(ours)} of {len(theirs)})"
     return ""
 
