@@ -4,8 +4,8 @@
 
 Every run is the embedded default of its command through the real `train`, from the same fine-tuned tiny model, with 16
 prompts of 8 responses an iteration. Printed per algorithm: accuracy before, after a third, two thirds and all of the
-iterations as the mean of the seeds (lowest to highest), tokens sampled by then, and the CPU seconds of a run, those of
-the verifiers' processes left out.
+iterations as the mean of the seeds (lowest to highest), tokens sampled by then, the seconds of a run on the clock, and
+its CPU seconds, those of the verifiers' processes left out. `_ahead` are runs with --rollout_ahead 1.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from launch.seeds import each_seed
 
 ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ppo": (ppo, {}),
+    "ppo_ahead": (ppo, {"rollout_ahead": 1}),
     "grpo": (grpo, {}),
+    "grpo_ahead": (grpo, {"rollout_ahead": 1}),
     "rloo": (grpo, {"advantage": "rloo"}),
     "dr_grpo": (grpo, {"advantage": "dr_grpo", "aggregate": "dr_grpo"}),
     "reinforce_pp": (grpo, {"advantage": "reinforce_pp"}),
@@ -31,17 +33,18 @@ ALGORITHMS: dict[str, tuple[Any, dict[str, Any]]] = {
 SAMPLED = {"batch_size": 16, "num_samples_per_prompt": 8}
 
 
-def run(name: str, seed: int, iterations: int, root: Path) -> tuple[list[dict[str, Any]], float]:
-    """(rows of metrics.jsonl, CPU seconds)."""
+def run(name: str, seed: int, iterations: int, root: Path) -> tuple[list[dict[str, Any]], float, float]:
+    """(rows of metrics.jsonl, seconds, CPU seconds)."""
     stage, flags = ALGORITHMS[name]
-    out, before = root / f"{name}-{seed}", time.process_time()
+    out, began, before = root / f"{name}-{seed}", time.perf_counter(), time.process_time()
     config = stage.Config(
         **SAMPLED, **flags, output_dir=str(out), seed=seed, max_steps=iterations, eval_steps=max(1, iterations // 3)
     )
     with terminal.subdued():
         each_seed(stage.train, config)
     with (out / "metrics.jsonl").open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file], time.process_time() - before
+        rows = [json.loads(line) for line in file]
+    return rows, time.perf_counter() - began, time.process_time() - before
 
 
 def points(rows: list[dict[str, Any]]) -> list[tuple[float, float]]:
@@ -64,15 +67,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         for name in arguments.only:
             runs = [run(name, seed, arguments.iterations, Path(root)) for seed in arguments.seeds]
-            columns = list(zip(*[points(rows) for rows, _ in runs], strict=True))
+            columns = list(zip(*[points(rows) for rows, _, _ in runs], strict=True))
             shown = []
             for column in columns:
                 accuracies = [accuracy for _, accuracy in column]
                 tokens = sum(k for k, _ in column) / len(column)
                 mean = sum(accuracies) / len(accuracies)
                 shown.append(f"{mean:.1%} ({min(accuracies):.1%} to {max(accuracies):.1%}) at {tokens:.0f}k")
-            seconds = sum(s for _, s in runs) / len(runs)
-            print(f"{name:13} " + " | ".join(shown) + f" | {seconds:.0f} CPU s", flush=True)
+            seconds, busy = (sum(run[i] for run in runs) / len(runs) for i in (1, 2))
+            print(f"{name:13} " + " | ".join(shown) + f" | {seconds:.0f} s, {busy:.0f} CPU s", flush=True)
 
 
 if __name__ == "__main__":

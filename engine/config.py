@@ -22,9 +22,11 @@ from typing import Any, TypeVar
 
 import yaml
 
+from engine.disk import write_new
 from engine.errors import UserError, nearest, on_one_line
 from engine.flags import HEADINGS, foreign, table
 from engine.flags import words as words_of_others
+from engine.redact import check_flags, redact
 
 Config = TypeVar("Config")
 MAX_YAML_BYTES = 2**20
@@ -101,6 +103,7 @@ def parse(
             if values.get(other) is not None:
                 raise UserError(f"--{name} and --{other} are two ways to say one thing: give one of them")
             values[other] = None  # its default does not say it either
+    check_flags(values)
     _say([line for names, line in recipe.lines if not names or not names <= command.values.keys()])
     _say([line for _, line in command.lines])
     return config_class(**values)
@@ -232,7 +235,7 @@ def _say(lines: list[str]) -> None:
         from engine.world import is_first  # which takes torch, and launch.verify does without
 
         if is_first():
-            print("\n".join(map(on_one_line, lines)), flush=True)
+            print("\n".join(redact(on_one_line(line)) for line in lines), flush=True)
 
 
 def _parser(config_class: type, flags: dict[str, Flag]) -> argparse.ArgumentParser:
@@ -295,7 +298,8 @@ def save(values: dict[str, Any], path: Path, extra: dict[str, Any]) -> None:
     """Writes the resolved flags that were read (None: not read, left out) with `extra` facts in comments."""
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
     comments = "".join(f"# {key}: {' '.join(str(value).split())}\n" for key, value in extra.items())
-    path.write_text(comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    text = redact(comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_new(path, text)
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,43 @@ def disguised_in(directory: Path) -> str:
         if what := disguised(path):
             return f"{path.name} is {what}"
     return ""
+
+
+def only_mine(path: str, flags: int) -> int:
+    """For `open(..., opener=)`: a file of this user's alone, and no link."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o600)
+
+
+def write_new(path: Path, content: str | bytes, mode: int = 0o666) -> None:
+    """A new file in the place of what has its name: a link that stands there is removed, never followed."""
+    path.unlink(missing_ok=True)
+    with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode), "wb") as f:
+        f.write(content.encode() if isinstance(content, str) else content)
+
+
+def fresh_directory(path: Path, mode: int = 0o777) -> None:
+    """An empty directory in the place of what has its name."""
+    if path.is_symlink():
+        path.unlink()
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True, mode=mode)
+
+
+def remove(path: Path) -> None:
+    """What is half removed has no step's name: it goes at the next start. As far as the disk lets it."""
+    gone = path.with_name(f"tmp-{path.name}")
+    with contextlib.suppress(OSError):
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def sync_directory(path: Path) -> None:
+    """The names in it outlive the machine."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def take_in_turn(descriptor: int) -> None:

@@ -6,6 +6,7 @@ A metric of a step is a sum over the step's examples divided by a count, both ov
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from engine import signals, terminal
-from engine.disk import keep
+from engine.disk import keep, write_new
 from engine.elsewhere import Elsewhere, elsewhere
 from engine.errors import explained
+from engine.redact import redact
 from engine.terminal import Progress
 from engine.world import World
 
@@ -54,18 +56,33 @@ class JsonLines:
     off. A line that cannot be written is owed, said once, and written with the next.
     """
 
-    def __init__(self, path: Path, start: int) -> None:
+    def __init__(self, path: Path, start: int, known: str | None = None) -> None:
+        """`known`: the `digest` of the lines up to `start`, where a checkpoint has it; others are named."""
         self.path, self._owed, self._warned = path, b"", False
         partial = path.with_suffix(".partial")
-        kept = _rows_before(path, start) if start else []
-        partial.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        rows = _rows_before(path, start) if start else []
+        kept = b"".join(line + b"\n" for line in rows)
+        self._hash = hashlib.sha256(kept)
+        if known is not None and known != self.digest:
+            terminal.say(
+                f"warning: {path} was damaged, or changed: of its rows up to step {start}, {len(rows)} can be"
+                " read and stay, and are not those that were written"
+            )
+        write_new(partial, kept)
         keep(partial)
         partial.rename(path)
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 - closed in `close`
         self._size = path.stat().st_size  # of whole lines
 
+    @property
+    def digest(self) -> str:
+        """Of all lines, of those that are owed too."""
+        return self._hash.hexdigest()
+
     def write(self, row: dict[str, Any]) -> None:
-        self._owed += (json.dumps(row) + "\n").encode()
+        line = (redact(json.dumps(row)) + "\n").encode()
+        self._hash.update(line)
+        self._owed += line
         if (problem := self._settle()) and not self._warned:
             terminal.say(f"warning: {problem}; training goes on, the rows are written with later ones")
         self._warned = bool(problem)
@@ -103,11 +120,20 @@ class Metrics:
     """metrics.jsonl and the bar, on rank 0; on resume the file is cut back to the resumed step."""
 
     def __init__(
-        self, output_dir: Path, world: World, *, start: int, total: int, report_to: str = "none", unit: str = "step"
+        self,
+        output_dir: Path,
+        world: World,
+        *,
+        start: int,
+        total: int,
+        report_to: str = "none",
+        unit: str = "step",
+        known: str | None = None,
     ) -> None:
+        """`known` is what a checkpoint has of `digest`."""
         self.is_main = world.is_main
         if world.is_main:
-            self._file = JsonLines(output_dir / "metrics.jsonl", start)
+            self._file = JsonLines(output_dir / "metrics.jsonl", start, known)
             self._bar = Progress(unit, total, start)
             self._elsewhere: Elsewhere | None = elsewhere(report_to, output_dir, start)
 
@@ -127,6 +153,11 @@ class Metrics:
         if self.is_main:
             self._file.keep()
 
+    @property
+    def digest(self) -> str:
+        """Of the rows so far; '' on ranks that write none."""
+        return self._file.digest if self.is_main else ""
+
     def close_file(self) -> None:
         """Of a run that ends early: the bar is whoever says why."""
         if self.is_main:
@@ -140,13 +171,11 @@ class Metrics:
                 self._elsewhere.close()
 
 
-def _rows_before(path: Path, start: int) -> list[str]:
-    """The lines of steps up to `start`; a torn last line is dropped."""
+def _rows_before(path: Path, start: int) -> list[bytes]:
+    """The lines of steps up to `start`; one that is torn or damaged is dropped."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-        except (ValueError, KeyError):
-            break
     return kept

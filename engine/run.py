@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,11 +16,12 @@ import torch
 import yaml
 
 from engine import config as configuration
-from engine.disk import keep, take_in_turn
+from engine.disk import keep, take_in_turn, write_new
 from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
 
+FINAL = ".final"  # in output_dir: what final/ holds
 OWNER = ".run"  # in --checkpoint_dir: the run that it belongs to
 # what may change between a run and its resumption: none of it touches the trajectory
 CHANGEABLE = {
@@ -32,6 +35,7 @@ CHANGEABLE = {
     "patience",
     "resume",
     "on_bad_row",
+    "max_bad_rows",
     "dry_run",
     "quiet",
     "report_to",
@@ -43,6 +47,7 @@ CHANGEABLE = {
     "cache_logprobs_only",
     "rollout_slots",
     "rollout_memory",
+    "rollout_weights",
 }
 
 
@@ -73,6 +78,7 @@ def open_run(flags: RunFlags, values: dict[str, Any], world: World, facts: dict[
         defaults = {name: flag.default for name, flag in configuration.flags_of(type(flags)).items()}
         _check_same_configuration(values, defaults, output_dir / "config.yaml")
         if any((output_dir / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
+            _check_final(output_dir)
             return True
         partial = output_dir / ".config.yaml.partial"
         configuration.save(values, partial, facts)
@@ -108,7 +114,7 @@ def _keep_checkpoints_in(directory: Path, output_dir: Path) -> None:
             raise UserError(f"--checkpoint_dir {directory} is that of the run {named}: give another")
         if not named:
             partial = owner.with_name(f"{OWNER}.partial")
-            partial.write_text(str(output_dir), encoding="utf-8")
+            write_new(partial, str(output_dir), 0o600)
             keep(partial)
             partial.rename(owner)
         if not link.is_symlink():
@@ -123,7 +129,7 @@ def is_gone(checkpoints: Path) -> bool:
 
 
 def _lock(path: Path) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
@@ -149,7 +155,7 @@ def waiting_for(path: Path, world: World) -> Iterator[None]:
     def take() -> None:
         nonlocal descriptor
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         take_in_turn(descriptor)
 
     world.on_main("waiting_for", take)
@@ -165,9 +171,9 @@ def _check_same_configuration(values: dict[str, Any], defaults: dict[str, Any], 
     if not path.is_file():
         return
     try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(earlier, dict):
-            raise ValueError("no flags")
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if not isinstance(earlier, dict) or not all(isinstance(name, str) for name in earlier):
+            raise ValueError
     except (yaml.YAMLError, ValueError):
         raise UserError(f"{path} is damaged: delete it or give another --output_dir") from None
     now = settings(values)
@@ -204,6 +210,44 @@ def profiler(enabled: bool, output_dir: Path, world: World) -> Iterator[Any]:
     ready = lambda profile: profile.export_chrome_trace(str(path))
     with torch.profiler.profile(activities=activities, schedule=schedule, on_trace_ready=ready) as profile:
         yield profile
+
+
+def remember_final(output_dir: Path) -> None:
+    """What final/ holds, so that one that was damaged since is not taken for a finished run."""
+    final, partial = output_dir / "final", output_dir / f"{FINAL}.partial"
+    paths = [
+        p for p in final.rglob("*") if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
+    ]
+    facts = {str(path.relative_to(final)): [path.stat().st_size, _sha256(path)] for path in sorted(paths)}
+    partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    partial.rename(output_dir / FINAL)
+
+
+def forget_final(output_dir: Path) -> None:
+    """Another final/ is about to be written."""
+    output_dir.stat()  # a mount that is gone is not made again elsewhere
+    (output_dir / FINAL).unlink(missing_ok=True)
+
+
+def _check_final(output_dir: Path) -> None:
+    """Raises UserError if final/ is not what the run wrote."""
+    final, path = output_dir / "final", output_dir / FINAL
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        for name, (size, digest) in facts.items():
+            file = final / name
+            if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+                raise UserError(
+                    f"{file} is missing or damaged: delete {final}, and the same command writes it again from the last"
+                    " checkpoint"
+                )
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{path}, which says what {final} holds, is damaged: delete it") from None
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def publish(partial: Path, final: Path, inside: dict[str, Path] | None) -> None:

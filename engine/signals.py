@@ -40,6 +40,10 @@ class GivenUp(Exception):
     """A rollout of this rank ends before it is whole; who gathers it raises Stopped on every rank."""
 
 
+class Dropped(Exception):
+    """What is drawn beside the main thread ends here: the run does."""
+
+
 class _Asked:
     """One process is asked once."""
 
@@ -50,6 +54,7 @@ class _Asked:
     ends_by = ""
     reserve = 0.0  # seconds that the longest save took
     may_give_up = False  # whether what is sampled now can be thrown away
+    drops_beside = False  # whether what another thread samples is thrown away
     longest = 0.0  # seconds of a step
     owes = False  # a checkpoint that could not be written, on this rank
     votes: float | None = None  # of all ranks, in the last sums of this step
@@ -138,11 +143,21 @@ def rollouts_may_end(yes: bool) -> None:
     _state.may_give_up = yes
 
 
+def drop_what_is_drawn_beside(yes: bool) -> None:
+    """Whether nobody waits any more for what another thread than the main one samples."""
+    _state.drops_beside = yes
+
+
 def between_tokens(alone: bool = True) -> None:
     """A token of every response that is under way. Raises GivenUp where a rollout may end and the process was asked to,
-    unless others draw it together with this rank (not `alone`).
+    unless others draw it together with this rank (not `alone`), or a checkpoint waits for it, as for what a thread
+    draws beside the main one, which ends by Dropped.
     """
     progress.note()
+    if threading.current_thread() is not threading.main_thread():
+        if _state.drops_beside:
+            raise Dropped
+        return
     if alone and _state.why and _state.may_give_up:
         raise GivenUp
 

@@ -14,13 +14,16 @@ import shutil
 import sys
 import textwrap
 import time
+import traceback
 from collections import deque
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
 from engine import progress
+from engine.redact import redact
 
 COLUMN = 18  # where values begin
 WIDEST = 120  # lines that are longer are hard to read
@@ -95,7 +98,7 @@ def say(*lines: str, last: bool = False) -> None:
     for line in lines:
         inner = _state.within == 2 or (_state.within and line.startswith(tuple(f"{word}: " for word in COMMANDS)))
         if line.startswith(WARNINGS) or not (inner or (_state.quiet and (_state.within or not last))):
-            tqdm.write(shown(line, sys.stdout))
+            tqdm.write(redact(shown(line, sys.stdout)))
     sys.stdout.flush()
 
 
@@ -120,7 +123,14 @@ def error(line: str) -> None:
     """The last word of a command that failed, on standard error, and its only one: whatever moved goes first."""
     if _state.current is not None:
         _state.current.close(failed=True)
+    line = redact(line)
     tqdm.write(paint(line, "error") if is_terminal(sys.stderr) else line, file=sys.stderr)
+    sys.stderr.flush()
+
+
+def traceback_of(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As Python prints an error that nobody expected, without secrets; for `sys.excepthook`."""
+    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
     sys.stderr.flush()
 
 

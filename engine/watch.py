@@ -29,8 +29,10 @@ from typing import Any
 import torch.distributed as dist
 
 from engine import progress, signals, terminal, world
+from engine.disk import only_mine
 from engine.errors import UserError
 from engine.flags import RunFlags
+from engine.redact import redact
 from engine.world import World
 
 HUNG = 86  # exit status of a rank that has waited too long for another
@@ -219,8 +221,9 @@ def _dump(path: Path, why: str) -> bool:
     """The stacks of all threads of this rank; whether they could be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with open(path, "w", encoding="utf-8") as f:
-            f.write(f"{why}\nhere: {progress.words()}\n\n")
+        path.unlink(missing_ok=True)
+        with open(path, "x", encoding="utf-8", opener=only_mine) as f:
+            f.write(redact(f"{why}\nhere: {progress.words()}\n\n"))
             f.flush()
             faulthandler.dump_traceback(f, all_threads=True)
     except OSError:

@@ -10,7 +10,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ from huggingface_hub.utils import disable_progress_bars
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from engine import progress, signals, terminal
+from engine import progress, redact, signals, terminal
 from engine.errors import TODO, UserError, explained, on_one_line, reader_gone
 
 T = TypeVar("T")
@@ -43,6 +43,8 @@ class World:
     mesh: DeviceMesh
     store: dist.Store
     memory: int  # bytes that this rank may fill: its GPU's, or its share of the host's
+    group: Any = None  # for what hosts tell each other; None: the default
+    shows: bool = True  # whether phases are this one's to show
 
     @property
     def is_main(self) -> bool:
@@ -64,8 +66,15 @@ class World:
         if self.size == 1:
             return [x]
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, x)
+        dist.all_gather_object(gathered, x, group=self.group)
         return gathered
+
+    def beside(self) -> World:
+        """The same ranks for a thread beside the main one: it gathers in a group of its own, so that neither waits for
+        the other, and shows nothing. Collective.
+        """
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if self.size > 1 else None
+        return replace(self, group=group, shows=False)
 
     def broadcast(self, x: Tensor) -> Tensor:
         """Rank 0's host tensor on every rank, in place."""
@@ -99,6 +108,8 @@ class World:
         """Shows on rank 0 what goes on: on the bar of the run, or where there is none as a bar of its own. `done` may
         count as if every rank were as far as this one.
         """
+        if not self.shows:
+            return
         progress.note(what, counted=True if total else None)
         if self.is_main:
             terminal.phase(what, min(done, total) if total else done, total)
@@ -303,6 +314,8 @@ def main(command: Callable[[], object]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """
+    redact.hide(os.environ)
+    sys.excepthook = terminal.traceback_of
     rank = int(os.environ.get("RANK", 0))
     _configure_terminal()
     status, line = 0, ""

@@ -92,7 +92,8 @@ def inspect(argv: list[str]) -> None:
             say([f"page        {config.page}: {len(of_page)} examples, {len(bad)} bad rows"])
         if config.drop_overlap:
             say(drop(config.drop_overlap, datasets))
-        say([report.advice(findings, words(found), config.drop_overlap, found.config.on_bad_row)])
+        of_bad_rows = found.config.on_bad_row, found.config.max_bad_rows
+        say([report.advice(findings, words(found), config.drop_overlap, *of_bad_rows)])
 
 
 # --- what is asked ----------------------------------------------------------------------------------------------------
@@ -129,6 +130,7 @@ def command(argv: list[str]) -> tuple[str, str, Any]:
 
 def check(config: Any) -> None:
     """Raises UserError for flags that cannot be followed, before anything is read."""
+    config.check_rows()
     if config.examples < 0:
         raise UserError(f"--examples must not be negative, got {config.examples}")
     if config.drop_overlap and not (config.against or config.eval_dataset_name):

@@ -146,7 +146,7 @@ def train(config: Config) -> None:
             grad_norm = optim.step(optimizer, world, lr=lr, max_norm=config.max_grad_norm)
 
             row = {name: sums[name] / len(examples) for name in METRICS} | {"learning_rate": lr, "grad_norm": grad_norm}
-            run.stop_unless_finite(step, {"loss": row["loss"], "grad_norm": grad_norm}, "pairs", examples)
+            run.stop_unless_finite(step, row, "pairs", examples)
             if step == 0 and references[0]:
                 tokens = pairs.counts(examples).mean()
                 check_identity(row, tokens, len(examples), objective, base.dtype, world, reference=config.reference)

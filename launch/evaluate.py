@@ -138,7 +138,7 @@ def read_questions(config: Config, base: Base, world: World) -> tuple[few_shot.F
         )
         world.say(*lines)
     with checker(config.verifier_mode, config.verifier_module) as check:
-        reader = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
+        reader = PromptReader(base.chat, config, check, config.system_role == "fold", longest=room)
         read = few_shot.QuestionReader(reader, examples, config.source_column)
         prompts = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
     world.say(*examples.lines())
@@ -185,6 +185,7 @@ def resolve(config: Config, world: World) -> Config:
     if config.verifier_module:
         world.say(f"verifier of your own: {config.verifier_module}")
     require_positive(config, "num_prompts", "max_seq_length", "num_seeds", "num_samples_per_prompt")
+    config.check_rows()
     config.check_prompts()
     config.check_sampling()
     check_few_shot(config)

@@ -21,7 +21,7 @@ from engine.flags import AdapterFlags, MemoryFlags, ModelFlags, flag
 from engine.model import Base, Policy, ValueModel, load_untrained, load_value_model, open_model
 from engine.model import export as exporting
 from engine.run import flags_in
-from engine.train import card, checkpoint
+from engine.train import card, checkpoint, masters
 from engine.world import World, main, start
 from launch import commands
 from launch.runs import as_flags, find, read_state, run_of, step_of
@@ -157,7 +157,7 @@ def trained(config: Config, path: Path, state: dict[str, Any], world: World) -> 
     if config.value_model:
         value_model = load_value_model(base, world, values.get("value_model_name_or_path"), policy)
     parts = {"policy": policy} if value_model is None else {"policy": policy, "value": value_model}
-    checkpoint.load_masters(path, parts)
+    masters.load_masters(path, parts)
     return base, policy, value_model
 
 

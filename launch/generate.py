@@ -69,9 +69,10 @@ def generate(config: Config) -> None:
     world.say(*cautions(base, is_embedded))
     words = PromptFlags(system_prompt=config.system_prompt, prompt_template=config.prompt_template)
     read = QuestionReader(base.chat, words, fold_system=config.system_role == "fold")
-    if config.prompt is not None:
+    if config.prompt is not None:  # whose length is said where it is too much
         questions = questions_of(config.prompt, read, room)
     else:
+        read = replace(read, longest=room)
         found = prompts_of(config.dataset_name, config.dataset_split, config, read, world, longest=room)
         questions = [question for question in found if isinstance(question, Question)]
     window = max(len(question.ids) for question in questions) + config.response_length
@@ -95,6 +96,7 @@ def resolve(config: Config, world: World) -> Config:
     """Fills what is left open. Raises UserError."""
     world.agree("configuration", repr(config))
     config.check_rollout()
+    config.check_rows()
     config.check_prompts()
     config.check_decoding()
     if config.prompt is not None and not all(text.strip() for text in config.prompt):

@@ -39,16 +39,17 @@ from launch.resolve import (
     checker,
     commands,
     each_seed,
-    make_sampler,
     open_rlvr,
     pinned,
     resolve,
+    sampler_beside,
     show_plan,
     with_tuned_model,
 )
 from rollout import (
     Collector,
     Experience,
+    Sampling,
     check_form,
     check_ratio,
     check_sampler,
@@ -57,6 +58,7 @@ from rollout import (
     held_out_accuracy,
     minibatches,
     of_responses,
+    of_sampler,
     of_sampling,
     sample_groups,
 )
@@ -138,6 +140,8 @@ class Config(RlvrFlags):
             raise UserError("--dual_clip is not read by --surrogate cispo")
         if self.dual_clip is not None and self.dual_clip <= 1:
             raise UserError(f"--dual_clip must be greater than 1, got {self.dual_clip:g}")
+        if self.rollout_ahead and self.tis_cap is not None:
+            raise UserError("--tis_cap is not read with --rollout_ahead 1: pi_old is then the sampler's own")
         responses = (self.batch_size or 0) * (self.num_samples_per_prompt or 0)  # 0: not filled in yet
         if responses % self.num_mini_batches:
             raise UserError(
@@ -187,40 +191,39 @@ def train(config: Config) -> None:
         return
 
     run = Run(config, base, steps, world, values=as_dict(config), data=fingerprint_of(prompts), unit="iteration")
-    with run, Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool:
+    with Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool, run:
         if run.is_finished:
             return
         policy = load_policy(base, world, temperature=config.temperature or 1.0)
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = make_sampler(base, policy, world, config, window)
+        sampler = sampler_beside(base, config, world, window, policy)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
+        draw = lambda by, step: sample_groups(by, prompts, steps.examples(step), config, step, config.dynamic_sampling)
+        sample = Sampling(collect, policy, draw, run, config.rollout_ahead)
         optimizer = optim.adamw(policy, config, world)
 
         for step in run.steps(policy=(policy, optimizer)):
             if step == 0:
-                held_out_accuracy(collect, policy, held_out, config, run, 0)
+                held_out_accuracy(sample, held_out, config, 0)
             clock = Clock()
 
-            # 1. sample a group of responses to each prompt, and 2. verify each as soon as it ends
-            sampler.load(policy)
-            examples = steps.examples(step)
-            rollouts, verdicts, groups = sample_groups(
-                collect, prompts, examples, config, step, config.dynamic_sampling
-            )
-            experience = experience_of(rollouts, verdicts, config, base.chat.response_text)
-            sampler.release()  # its cache makes room for activations
+            # 1. sample a group of responses to each prompt (`age` updates ago), and 2. verify each as soon as it ends
+            drawn, age = sample(step)
+            experience = experience_of(drawn, config, base.chat.response_text)
             times = {"time/rollout": clock.lap()}
 
             # 3. evaluate them: pi_old and pi_ref, before any update
-            old_R, entropy_R = evaluate(policy.logprobs_and_entropy, experience.tokens, config, world)
+            now_R, entropy_R = evaluate(policy.logprobs_and_entropy, experience.tokens, config, world)
+            old_R = experience.sampled_R if age else now_R
             ref_R = evaluate(ref.logprobs, experience.tokens, config, world) if ref else old_R
             release(policy, ref)
             if step == 0:
                 check_sampler(experience, old_R, config, base.dtype, world)
 
             # 4. advantages: what a response is above the others to its prompt
-            advantages_R = advantages_of(experience, old_R, ref_R, config)
+            advantages_R, examples = advantages_of(experience, old_R, ref_R, config), steps.examples(step)
+            run.stop_unless_all_finite(step, {"scores": experience.scores_S, "advantages": advantages_R}, examples)
             times["time/evaluate"] = clock.lap()
 
             # 5. clipped updates, on the responses that are learnt from
@@ -238,20 +241,21 @@ def train(config: Config) -> None:
                 for batch in run.micro_batches(policy, experience.tokens, moving, totals):
                     group_loss(policy, batch, experience.tokens.of(batch, *columns), config, totals).backward()
                 norm = optim.step(optimizer, world, lr, config.max_grad_norm)
-                run.stop_unless_finite(step, {"grad_norm": norm}, "prompts", examples)
+                run.stop_unless_finite(step, {"grad_norm": norm}, "prompts", examples, experience.prompts_S)
                 if step == number == 0:
                     check_ratio(totals.reduce(METRICS), base.dtype, world)
             times["time/update"] = clock.lap()
 
             # 6. the new weights reach the sampler at the top of the loop
             sums = totals.reduce((*METRICS, *run.throughput.COUNTED))
-            row = means(sums) | of_responses(experience, rollouts, verdicts, prompts) | groups | times
-            row |= of_old(experience, old_R, ref_R if ref else None, config)
+            row = means(sums) | of_responses(experience, drawn, prompts) | drawn.row | times
+            row |= {"rollout/age": age} | of_sampler(experience, now_R, config.tis_cap)
+            row |= {"objective/kl": ((old_R - ref_R).sum() / len(experience)).item()} if ref else {}
             row |= {"learning_rate": lr, "grad_norm": norm, "objective/entropy": entropy_R.mean().item()}
             row["rollout/masked"] = len(experience) - len(learnt)
             run.write(step, row, sums, f"score {row['objective/scores']:.3f}, signal {row['groups/signal']:.0%}")
             if run.evaluates(step + 1):
-                held_out_accuracy(collect, policy, held_out, config, run, step + 1)
+                held_out_accuracy(sample, held_out, config, step + 1)
         run.export(policy, after("grpo", config, world, config.response_length))
 
 
@@ -325,17 +329,6 @@ def means(sums: dict[str, float]) -> dict[str, float]:
     per = {name: "tokens" if name in OF_A_TOKEN else "updates" for name in METRICS[:-2]}
     row = {name: sums[name] / max(1, sums[of]) for name, of in per.items()}
     return {"loss": row["loss/policy"]} | row
-
-
-def of_old(experience: Experience, old_R: torch.Tensor, ref_R: torch.Tensor | None, config: Config) -> dict[str, float]:
-    """What was known before the first update: how far the policy is from its reference, and from its sampler."""
-    ratio_R = (old_R - experience.sampled_R).exp()
-    row = {"sampler/ratio": ratio_R.mean().item(), "sampler/ratio_max": ratio_R.max().item()}
-    if config.tis_cap is not None:
-        row["sampler/truncated"] = (ratio_R > config.tis_cap).double().mean().item()
-    if ref_R is not None:
-        row["objective/kl"] = ((old_R - ref_R).sum() / len(experience)).item()
-    return row
 
 
 # --- before the algorithm begins --------------------------------------------------------------------------------------

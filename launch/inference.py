@@ -7,15 +7,19 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+import torch
 
 from engine.data import ChatTokenizer, embedded
 from engine.data.chat import CLOSED_THOUGHT, MARK_OF_THOUGHT
 from engine.errors import UserError
-from engine.flags import InferenceFlags, RolloutFlags
+from engine.flags import InferenceFlags, RlvrFlags, RolloutFlags
 from engine.model import Base, Policy, load_untrained
+from engine.model.policy import Root
+from engine.train.stage import as_size
 from engine.world import World
-from rollout import Sampler, parallel
+from rollout import Sampler, parallel, room
 
 Config = TypeVar("Config", bound=InferenceFlags)
 LIBRARYS = {"temperature": 1.0, "top_p": 1.0, "top_k": 50, "min_p": 0, "repetition_penalty": 1.0}  # own settings
@@ -70,9 +74,26 @@ def embedded_questions(cache_dir: str, count: int) -> tuple[str, ...]:
     return tuple(asked[:: len(asked) // count][:count])
 
 
-def make_sampler(base: Base, policy: Policy, world: World, flags: RolloutFlags, window: int) -> Sampler:
-    """A sampler of `window` tokens that has no weights yet. Collective. Raises UserError."""
-    return Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, **flags.rollout_room)
+def make_sampler(
+    base: Base, policy: Policy, world: World, flags: RolloutFlags, window: int, weights: str = "shared"
+) -> Sampler:
+    """A sampler of `window` tokens that has no weights yet; `weights`: as for Sampler. Collective. Raises UserError."""
+    room_of = flags.rollout_room
+    return Sampler(base.config, policy, world, dtype=base.dtype, max_length=window, weights=weights, **room_of)
+
+
+def sampler_beside(base: Base, config: RlvrFlags, world: World, window: int, *trained: Root) -> Sampler:
+    """The sampler of a policy, the first of what is `trained`: says so where its weights are not kept. Collective.
+    Raises UserError.
+    """
+    policy: Any = trained[0]
+    copy = room.copy_of(policy.lm, base.dtype) // config.rollout_tensor_parallel
+    on_gpu = world.device.type == "cuda"
+    beside = room.to_come(trained, config.optimizer) + (torch.cuda.memory_allocated(world.device) if on_gpu else 0)
+    weights = room.weights(config, copy, beside, world.memory if on_gpu else None)
+    if weights == "gathered":
+        world.say(f"the sampler's weights, {as_size(copy)}, are gathered for every rollout and given back after it")
+    return make_sampler(base, policy, world, config, window, weights)
 
 
 def open_sampler(base: Base, world: World, *, window: int, flags: RolloutFlags) -> tuple[Sampler, str]:

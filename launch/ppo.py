@@ -11,7 +11,8 @@ clipped policy and value updates on them. With d_t = log pi(y_t) - log pi_ref(y_
 N counts the response tokens of the mini-batch over all ranks. pi_ref is a frozen copy of the initial policy (with
 adapters, the model under them, or the adapter that training starts from), V a model of its own. A step is an iteration:
 --batch_size prompts times --num_samples_per_prompt responses, then all updates. Left out of the original on purpose:
-sampling one step stale, whitening per rank, means of micro-batch means.
+whitening per rank, means of micro-batch means. Sampling one step stale is a choice, --rollout_ahead 1: pi_old is then
+the policy of one iteration ago, by the log-probs that the sampler wrote down.
 
 With no argument it fine-tunes the embedded tiny model on sums of which half are wrong, and reinforces the right ones.
 
@@ -36,15 +37,16 @@ from launch.resolve import (
     checker,
     commands,
     each_seed,
-    make_sampler,
     open_rlvr,
     pinned,
     resolve,
+    sampler_beside,
     show_plan,
     with_tuned_model,
 )
 from rollout import (
     Collector,
+    Sampling,
     check_form,
     check_ratio,
     check_sampler,
@@ -53,6 +55,7 @@ from rollout import (
     held_out_accuracy,
     minibatches,
     of_responses,
+    of_sampler,
     of_sampling,
 )
 from verifiers import MODES, Pool
@@ -119,33 +122,33 @@ def train(config: Config) -> None:
         return
 
     run = Run(config, base, steps, world, values=as_dict(config), data=fingerprint_of(prompts), unit="iteration")
-    with run, Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool:
+    with Pool(world.cores, config.verifier_mode, module=config.verifier_module) as pool, run:
         if run.is_finished:
             return
         policy = load_policy(base, world, models=2, temperature=config.temperature or 1.0)
         ref = reference.frozen(config.reference, base, world, policy) if config.kl_coef else None
         value_model = load_value_model(base, world, config.value_model_name_or_path, policy)
         window = max(len(prompt.ids) for prompt in prompts + held_out) + config.response_length
-        sampler = make_sampler(base, policy, world, config, window)
+        sampler = sampler_beside(base, config, world, window, policy, value_model)
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
+        draw = lambda by, step: by(prompts, steps.examples(step), config.num_samples_per_prompt, step)
+        sample = Sampling(collect, policy, draw, run, config.rollout_ahead)
         roots = {"policy": policy, "value": value_model}
         trained = {of: (root, optim.adamw(root, config, world)) for of, root in roots.items()}
 
         for step in run.steps(**trained):
             if step == 0:
-                held_out_accuracy(collect, policy, held_out, config, run, 0)
+                held_out_accuracy(sample, held_out, config, 0)
             clock = Clock()
 
-            # 1. sample responses from the policy, and 2. verify each as soon as it ends
-            sampler.load(policy)
-            examples = steps.examples(step)
-            rollouts, verdicts = collect(prompts, examples, config.num_samples_per_prompt, step)
-            experience = experience_of(rollouts, verdicts, config, base.chat.response_text, config.score_slot)
-            sampler.release()  # its cache makes room for activations
+            # 1. sample responses from the policy (`age` updates ago), and 2. verify each as soon as it ends
+            drawn, age = sample(step)
+            experience = experience_of(drawn, config, base.chat.response_text, config.score_slot)
             times = {"time/rollout": clock.lap()}
 
             # 3. evaluate them: pi_old, pi_ref and V, before any update
-            old_R, entropy_R = evaluate(policy.logprobs_and_entropy, experience.tokens, config, world)
+            now_R, entropy_R = evaluate(policy.logprobs_and_entropy, experience.tokens, config, world)
+            old_R = experience.sampled_R if age else now_R
             ref_R = evaluate(ref.logprobs, experience.tokens, config, world) if ref else old_R
             values_R = evaluate(value_model, experience.slots, config, world)
             release(policy, ref, value_model)
@@ -153,11 +156,12 @@ def train(config: Config) -> None:
                 check_sampler(experience, old_R, config, base.dtype, world)
 
             # 4. rewards, advantages, returns
-            counts_S = experience.slot_counts_S
+            counts_S, examples = experience.slot_counts_S, steps.examples(step)
             kl_R = losses.kl(old_R, ref_R, config.kl_estimator)
             rewards_R = losses.token_rewards(experience.on_slots(kl_R), experience.scores_S, counts_S, config.kl_coef)
             advantages_R, returns_R = losses.gae(rewards_R, values_R, counts_S, config.gamma, config.lam)
             advantages_R = losses.whiten(advantages_R[experience.is_token_R])
+            run.stop_unless_all_finite(step, {"returns": returns_R, "advantages": advantages_R}, examples)
             times["time/evaluate"] = clock.lap()
 
             # 5. several passes of clipped updates
@@ -169,25 +173,26 @@ def train(config: Config) -> None:
                     for batch in run.micro_batches(policy, experience.tokens, minibatch, totals):
                         old = experience.tokens.of(batch, old_R, advantages_R)
                         policy_loss(policy, batch, old, n_tokens, config.cliprange, totals).backward()
-                for batch in run.micro_batches(value_model, experience.slots, minibatch):
+                for batch in run.micro_batches(value_model, experience.slots, minibatch, totals, counted=False):
                     old = experience.slots.of(batch, values_R, returns_R)
                     loss = value_loss(value_model, batch, old, n_slots, config.cliprange_value, totals)
                     (config.vf_coef * loss).backward()
                 norms = {of: optim.step(o, world, lr[of], config.max_grad_norm) for of, (_, o) in trained.items()}
-                run.stop_unless_finite(step, norms, "prompts", examples)
+                run.stop_unless_finite(step, norms, "prompts", examples, experience.prompts_S)
                 if step == number == 0:
                     check_ratio(totals.reduce(METRICS), base.dtype, world)
             times["time/update"] = clock.lap()
 
             # 6. the new weights reach the sampler at the top of the loop
             sums = totals.reduce((*METRICS, *run.throughput.COUNTED))
-            row = means(sums) | of_responses(experience, rollouts, verdicts, prompts) | times
+            row = means(sums) | of_responses(experience, drawn, prompts) | drawn.row | times
+            row |= {"rollout/age": age} | of_sampler(experience, now_R)
             row |= {"learning_rate": lr["policy"], "grad_norm": norms["policy"], "grad_norm/value": norms["value"]}
             row |= {"objective/kl": (kl_R.sum() / len(experience)).item(), "objective/entropy": entropy_R.mean().item()}
             row["val/explained_variance"] = losses.explained_variance(values_R, returns_R).item()
             run.write(step, row, sums, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}")
             if run.evaluates(step + 1):
-                held_out_accuracy(collect, policy, held_out, config, run, step + 1)
+                held_out_accuracy(sample, held_out, config, step + 1)
         run.export(policy, after("ppo", config, world, config.response_length), value=value_model)
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import parse
+from engine.disk import write_new
 from engine.errors import UserError, in_one_line, on_one_line
 from engine.flags import flag
+from engine.redact import redact
 from launch import commands
 from launch.reports.results import read_evaluations, read_results
 from launch.reports.runs import read_runs
@@ -91,7 +93,7 @@ def write(path: Path, page: str) -> None:
     """The whole page or the one before: never half a page. Raises UserError."""
     partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_text(page, encoding="utf-8")
+        write_new(partial, redact(page))
         partial.replace(path)
     except OSError as problem:
         raise UserError(f"--output {path}: {problem.strerror}") from None

@@ -16,13 +16,13 @@ from engine.model import Base, layers, open_model
 from engine.world import World
 from launch import commands
 from launch.after import after
-from launch.inference import make_sampler
+from launch.inference import sampler_beside
 from launch.judges import checker, pinned
 from launch.planner.dry_run import show_plan
 from launch.seeds import each_seed
 from rollout import parallel
 
-__all__ = ["after", "checker", "commands", "each_seed", "make_sampler", "open_rlvr", "pinned", "resolve", "show_plan"]
+__all__ = ["after", "checker", "commands", "each_seed", "open_rlvr", "pinned", "resolve", "sampler_beside", "show_plan"]
 __all__ += ["with_tuned_model"]
 Config = TypeVar("Config", bound=StageFlags)
 FAR_OFF = 300  # times the usual learning rate, of which a factor of 100 is within what papers use

@@ -63,6 +63,10 @@ class PagedCache:
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.kinds: dict[Window, Pages] = {}
+        self._page = {  # bytes of one in all layers
+            window: sum(layer.bytes_of(block) for layer in layers.values() if layer.window == window)
+            for window in counts
+        }
         self.reset()
 
     def reset(self) -> None:
@@ -92,8 +96,7 @@ class PagedCache:
     @property
     def held_bytes(self) -> int:
         """Of the pages that somebody uses."""
-        used = {window: len(pages.users) - 1 - pages.free for window, pages in self.kinds.items()}
-        return sum(used[layer.window] * layer.bytes_of(self.block) for layer in self.layers.values())
+        return sum((len(kind.users) - 1 - kind.free) * self._page[window] for window, kind in self.kinds.items())
 
 
 def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:

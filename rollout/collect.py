@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
-from engine import signals
+from engine import progress, signals
 from engine.data.chat import ChatTokenizer
 from engine.data.prompts import Prompt
+from engine.errors import UserError
 from engine.flags import SamplingFlags
 from engine.world import World
 from rollout.choice import SamplingParams
 from rollout.sampler import Request, Rollout, Sampler
 from verifiers import Pool, Verdict
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """The responses of a step, their verdicts, and what belongs into the step's row of metrics: what the cache of this
+    rank held at most, how often a response was set back.
+    """
+
+    rollouts: Sequence[Rollout]
+    verdicts: Sequence[Verdict]
+    row: dict[str, float] = field(default_factory=dict)
 
 
 class Collector:
@@ -34,9 +48,9 @@ class Collector:
         step: int,
         seed: int | None = None,
         shown: str = "",
-    ) -> tuple[list[Rollout], list[Verdict]]:
+    ) -> Drawn:
         """`samples` responses to each chosen prompt and their verdicts, on every rank in one order. Collective.
-        Raises Stopped.
+        Raises Stopped, and UserError for a verdict that is no number.
 
         `seed` is in place of the run's; `shown` stands before the phases on the bar. Every n-th group of samples is
         this rank's, or its team's, of whom one verifies; verification draws finished responses from the sampler while
@@ -76,6 +90,13 @@ class Collector:
         parts = self.world.gather(mine)
         for why in (part for part in parts if isinstance(part, str)):
             raise signals.Stopped(why)
+        for rank, part in enumerate(parts):
+            if bad := [rollout.example for rollout, verdict in part if not math.isfinite(verdict.score)]:
+                raise UserError(
+                    f"{progress.words()}: rank {rank} has a verdict that is no number, of a response to prompt {bad[0]}"
+                )
         everyone = [pair for part in parts for pair in part]
         everyone.sort(key=lambda pair: (place[pair[0].example], pair[0].sample))
-        return [rollout for rollout, _ in everyone], [verdict for _, verdict in everyone]
+        used = self.sampler.used
+        row = {"perf/cache_gib": used.bytes / 2**30, "perf/set_back": used.set_back}
+        return Drawn([rollout for rollout, _ in everyone], [verdict for _, verdict in everyone], row)

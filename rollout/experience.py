@@ -9,21 +9,23 @@ R rows of all responses, end to end.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from engine import progress
 from engine.data.batch import MicroBatch, step_batches
 from engine.data.mixture import permutation
 from engine.errors import UserError
 from engine.flags import MemoryFlags, RlvrFlags
 from engine.world import World, on_device
+from rollout.collect import Drawn
 from rollout.rewards import score_of
 from rollout.sampler import Rollout
-from verifiers import MAX_ERROR_RATE, Verdict
+from verifiers import MAX_ERROR_RATE
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Sequences:
 
     ids: list[np.ndarray]  # prompt, response (and a placeholder where the end of the response is a state of its own)
     counted: np.ndarray  # of each, at its end
+    prompts: Sequence[int] = ()  # of each
 
     @property
     def tokens(self) -> np.ndarray:
@@ -64,13 +67,16 @@ class Experience:
         )
         whole = [np.concatenate([r.prompt_ids, r.response_ids]) for r in rollouts]
         self.rollouts = rollouts
-        self.tokens = Sequences(whole, lengths)
+        prompts = [r.example for r in rollouts]
+        self.tokens = Sequences(whole, lengths, prompts)
         self.slots = Sequences(
-            [np.append(ids, 0) if more else ids for ids, more in zip(whole, extra, strict=True)], lengths + extra
+            [np.append(ids, 0) if more else ids for ids, more in zip(whole, extra, strict=True)],
+            lengths + extra,
+            prompts,
         )
         self.scores_S = torch.tensor(scores, dtype=torch.float64)
         self.token_counts_S, self.slot_counts_S = torch.tensor(lengths), torch.tensor(lengths + extra)
-        self.prompts_S = torch.tensor([r.example for r in rollouts])
+        self.prompts_S = torch.tensor(prompts)
         slots = [np.arange(n + more) < n for n, more in zip(lengths, extra, strict=True)]
         self.is_token_R = torch.as_tensor(np.concatenate(slots))  # over slots
 
@@ -101,15 +107,12 @@ class Experience:
 
 
 def experience_of(
-    rollouts: list[Rollout],
-    verdicts: list[Verdict],
-    flags: RlvrFlags,
-    text_of: Callable[[np.ndarray], str],
-    score_slot: str = "last",
+    drawn: Drawn, flags: RlvrFlags, text_of: Callable[[np.ndarray], str], score_slot: str = "last"
 ) -> Experience:
     """The responses that have a verdict, with their scores, credited at the last token or `after_eos`. Raises UserError
     if more than 1 % have none.
     """
+    rollouts, verdicts = drawn.rollouts, drawn.verdicts
     errors = [verdict.reason for verdict in verdicts if verdict.status == "error"]
     if len(errors) > MAX_ERROR_RATE * len(verdicts):
         raise UserError(f"{len(errors)} of {len(verdicts)} responses could not be verified, the first: {errors[0]}")
@@ -132,7 +135,7 @@ def minibatches(responses: np.ndarray, flags: RlvrFlags, step: int) -> list[np.n
 @torch.no_grad()
 def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, flags: MemoryFlags, world: World) -> Tensor:
     """`forward(batch)`, (..., R), over all responses, shared among the ranks, in float64 on every rank's host.
-    Collective.
+    Collective. Raises UserError, on every rank, for numbers that are not finite.
     """
     order: list[int] = []
     outs: list[Tensor] = []
@@ -145,5 +148,13 @@ def evaluate(forward: Callable[[MicroBatch], Tensor], sequences: Sequences, flag
     ends = np.cumsum(sequences.counted[order])[:-1]
     parts = np.split(torch.cat(outs, -1).cpu().numpy(), ends, axis=-1) if outs else []  # one wait for the device
     mine = list(zip(order, parts, strict=True))
-    found = dict(pair for part in world.gather(mine) for pair in part)
+    everyone = world.gather(mine)
+    for rank, (response, numbers) in ((rank, pair) for rank, part in enumerate(everyone) for pair in part):
+        if not np.isfinite(numbers).all():
+            prompt = sequences.prompts[response] if len(sequences.prompts) else "?"
+            raise UserError(
+                f"{progress.words()}: rank {rank} has {numbers.sum()} for response {response}, to prompt {prompt}: the"
+                " model or its dtype is broken"
+            )
+    found = dict(pair for part in everyone for pair in part)
     return torch.as_tensor(np.concatenate([found[e] for e in range(len(sequences.ids))], axis=-1))

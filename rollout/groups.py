@@ -12,7 +12,7 @@ import numpy as np
 from engine.data.mixture import permutation
 from engine.data.prompts import Prompt
 from engine.flags import RlvrFlags
-from rollout.collect import Collector
+from rollout.collect import Collector, Drawn
 from rollout.sampler import Rollout
 from verifiers import Verdict
 
@@ -21,8 +21,8 @@ Group = list[tuple[Rollout, Verdict]]
 
 def sample_groups(
     collect: Collector, prompts: Sequence[Prompt], examples: np.ndarray, flags: RlvrFlags, step: int, redraws: int
-) -> tuple[list[Rollout], list[Verdict], dict[str, float]]:
-    """(the responses to learn from, group by group, their verdicts, what the groups were like). Collective.
+) -> Drawn:
+    """The responses to learn from, group by group, with what the groups were like. Collective.
 
     With `redraws` (DAPO's dynamic sampling, arXiv 2503.14476, section 3.2), groups whose verdicts are all the same make
     place for those of other prompts, in an order that is a function of (seed, step), for as many rounds. What is still
@@ -34,7 +34,8 @@ def sample_groups(
     drawn: list[Group] = []
     kept: list[Group] = []
     for number in range(1 + redraws):
-        pairs = list(zip(*collect(prompts, wanted, samples, step, shown="again: " if number else ""), strict=True))
+        found = collect(prompts, wanted, samples, step, shown="again: " if number else "")
+        pairs = list(zip(found.rollouts, found.verdicts, strict=True))
         groups = [pairs[i : i + samples] for i in range(0, len(pairs), samples)]
         drawn, kept = drawn + groups, kept + [group for group in groups if differs(group)]
         missing = len(examples) - len(kept)
@@ -42,7 +43,8 @@ def sample_groups(
         if not len(wanted):
             break
     used = kept if redraws and kept else drawn[: len(examples)]
-    return [r for group in used for r, _ in group], [v for group in used for _, v in group], tally(drawn)
+    row = found.row | tally(drawn)
+    return Drawn([r for group in used for r, _ in group], [v for group in used for _, v in group], row)
 
 
 def differs(group: Group) -> bool:

@@ -8,8 +8,10 @@ BUCKET bytes that many parameters share, or a part of a large one; two are in fl
 while one is copied to its parameters' places. Beside them lie, under adapters, one merged shard of a matrix and at most
 a bucket of what merging needs whole.
 
-Addresses never change (CUDA graphs and views survive an update). What has not moved does not travel: frozen weights go
-over once, and on one rank a tensor that the policy holds in the compute dtype is the sampler's too, never copied.
+Addresses never change while a copy is kept (CUDA graphs and views survive an update); one that does not fit beside
+training is given back after every rollout, and gathered for the next. What has not moved does not travel: frozen
+weights go over once, and on one rank a tensor that the policy holds in the compute dtype is the sampler's too, never
+copied.
 """
 
 from __future__ import annotations
@@ -148,6 +150,7 @@ def load(target: Any, source: Any, world: World, rehearsed: int | None = None) -
     theirs = {name: found for name, found in lora.dense(source).items() if name not in buffers}
     if own.keys() != theirs.keys():
         raise ValueError(f"not the same model: {sorted(own.keys() ^ theirs.keys())[:4]}")
+    _find_room(own)
     layers = lora.adapted(source)
     again = origin.loaded is not None and origin.loaded() is source
     names = [name for name in own if not again or _is_trained(name, theirs[name][1], layers)]
@@ -168,6 +171,21 @@ def load(target: Any, source: Any, world: World, rehearsed: int | None = None) -
     _copy_buffers(target, buffers)
     origin.loaded = weakref.ref(source)
     return share
+
+
+def give_back(target: Any) -> None:
+    """Frees what is a copy; the next `load` finds room for it again, at other addresses, and copies all of it."""
+    for name, p in target.named_parameters():
+        if name not in target.origin.shared:
+            p.untyped_storage().resize_(0)
+    target.origin.loaded = None
+
+
+def _find_room(own: dict[str, nn.Parameter]) -> None:
+    """For what was given back."""
+    for p in own.values():
+        if p.untyped_storage().nbytes() == 0:
+            p.untyped_storage().resize_(p.numel() * p.element_size())
 
 
 def _is_trained(name: str, read: Callable[[], Tensor], layers: dict[str, AdaptedLinear]) -> bool:

@@ -93,7 +93,8 @@ class Graphs(Ladder):
                 super().run(size)
         torch.cuda.current_stream(self.device).wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # another thread may train meanwhile (ahead.py): what it asks of the device is no part of this
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             results_3A = super().run(size)
         self.state.copy_(kept[0])
         for window, table in self.tables.items():

@@ -28,7 +28,6 @@ from torch.nn.functional import linear, pad
 from transformers import AutoModelForCausalLM
 
 from engine.errors import UserError
-from engine.model.policy import Policy
 from engine.world import World
 from rollout import handover
 from rollout.handover import Place
@@ -110,11 +109,14 @@ def check(config: Any, size: int, world: World) -> None:
         _styles(lm, size)
 
 
-def build(config: Any, attention_name: str, dtype: torch.dtype, world: World, policy: Policy, team: Team) -> Any:
-    """The sampler's modules, with room for this rank's part. Raises UserError."""
+def build(
+    config: Any, attention_name: str, dtype: torch.dtype, device: torch.device, team: Team, shared: Any = None
+) -> Any:
+    """The sampler's modules, with room for this rank's part; what needs no copy of the model `shared` is its own.
+    Raises UserError.
+    """
     cut = None if team.size == 1 else lambda lm: _cut(lm, team)
-    own = policy.lm if world.size == 1 else None  # on one rank, what needs no copy is shared
-    return handover.skeleton(config, attention_name, dtype, world.device, own, cut)
+    return handover.skeleton(config, attention_name, dtype, device, shared, cut)
 
 
 # --- the cut ----------------------------------------------------------------------------------------------------------

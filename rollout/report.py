@@ -6,25 +6,23 @@ N prompts · K samples of each.
 from __future__ import annotations
 
 import numpy as np
+from torch import Tensor
 
 from engine.data.prompts import Prompt
 from engine.errors import UserError
 from engine.flags import RlvrFlags
-from engine.model import Policy
 from engine.terminal import Row
-from engine.train import Run, interval, screen
-from rollout.collect import Collector
+from engine.train import interval, screen
+from rollout.ahead import Sampling
+from rollout.collect import Drawn
 from rollout.experience import Experience
-from rollout.sampler import Rollout
-from verifiers import Verdict
 
 EVALUATION = 1_000_003  # added to the seed: held-out responses are other draws than the training's
 
 
-def of_responses(
-    experience: Experience, rollouts: list[Rollout], verdicts: list[Verdict], prompts: list[Prompt]
-) -> dict[str, float]:
+def of_responses(experience: Experience, drawn: Drawn, prompts: list[Prompt]) -> dict[str, float]:
     """What an iteration's responses were like: means over those that were sampled, scores over those with a verdict."""
+    rollouts, verdicts = drawn.rollouts, drawn.verdicts
     verified: dict[str, list[float]] = {}
     for rollout, verdict in zip(rollouts, verdicts, strict=True):
         if verdict.status == "ok":
@@ -37,17 +35,26 @@ def of_responses(
     }
 
 
-def held_out_accuracy(
-    collect: Collector, policy: Policy, held_out: list[Prompt], flags: RlvrFlags, run: Run, done: int
-) -> None:
+def of_sampler(experience: Experience, now_R: Tensor, cap: float | None = None) -> dict[str, float]:
+    """How far the policy is, before it is updated, from what the responses were drawn from: its ratio over tokens, 1 up
+    to rounding where that was the policy itself; and how much of it a `cap` cuts.
+    """
+    ratio_R = (now_R - experience.sampled_R).exp()
+    row = {"sampler/ratio": ratio_R.mean().item(), "sampler/ratio_max": ratio_R.max().item()}
+    return row if cap is None else row | {"sampler/truncated": (ratio_R > cap).double().mean().item()}
+
+
+def held_out_accuracy(sample: Sampling, held_out: list[Prompt], flags: RlvrFlags, done: int) -> None:
     """Verified accuracy on the held-out prompts with a 95 % interval (engine/train/interval.py), and a few responses
     with their verdicts.
     """
     if not held_out:
         return
-    collect.sampler.load(policy)
+    collect, run = sample.collect, sample.run
+    sample.load()
     everyone, samples = np.arange(len(held_out)), flags.eval_samples
-    rollouts, verdicts = collect(held_out, everyone, samples, done, seed=flags.seed + EVALUATION, shown="held out: ")
+    drawn = collect(held_out, everyone, samples, done, seed=flags.seed + EVALUATION, shown="held out: ")
+    rollouts, verdicts = drawn.rollouts, drawn.verdicts
     scores_NK = np.array([v.score if v.status == "ok" else np.nan for v in verdicts]).reshape(-1, samples)
     scores_NK /= np.array([[prompt.best_score] for prompt in held_out])
     accuracy, low, high = interval.accuracy(scores_NK)

@@ -5,14 +5,44 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from engine.errors import UserError
+from engine.flags import RlvrFlags
+from engine.model.adapters import lora
+from engine.model.policy import Root
+from engine.model.shards import local
 from engine.train.stage import as_size
 from engine.world import World, host_memory
 from rollout.cache import Layer, Window
 from rollout.schedule import Response
+
+LEFT = 1 / 3  # of a device's memory, for activations, beside weights that are kept
+
+
+def copy_of(lm: Any, dtype: torch.dtype) -> int:
+    """Bytes of a whole model's weights in this type."""
+    return sum(shape.numel() for shape, _ in lora.dense(lm).values()) * dtype.itemsize
+
+
+def to_come(trained: Sequence[Root], optimizer: str) -> int:
+    """Bytes of this rank's gradients and moments, which are not there before the first step."""
+    moments = lambda size: 2 if optimizer == "adamw_8bit" else 2 * size
+    shards = [local(p) for root in trained for p in root.parameters() if p.requires_grad]
+    return sum(p.numel() * (p.element_size() + moments(p.element_size())) for p in shards)
+
+
+def weights(flags: RlvrFlags, copy: int, beside: int, memory: int | None) -> str:
+    """How a sampler has its weights, of `copy` bytes, in a run that holds so much `beside` (Sampler: `weights`).
+    `memory`: a GPU's; None of a host.
+    """
+    if flags.rollout_ahead:
+        return "apart"
+    short = memory is not None and beside + copy > (1 - LEFT) * memory
+    gathers = short if flags.rollout_weights == "auto" else flags.rollout_weights == "gather"
+    return "gathered" if gathers else "shared"
 
 
 def free_memory(world: World) -> int:

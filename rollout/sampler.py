@@ -40,6 +40,12 @@ BLOCK = 32  # positions of a page
 SLOTS = {"cpu": 64, "cuda": 512}  # responses at a time, where nobody says how many: more are no faster
 HOW = {"cpu": "rows", "cuda": "graphs"}  # to decode: page by page, or in batches that are graphs
 SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when sampling begins
+SHARE_BESIDE = {"cpu": 0.25, "cuda": 0.3}  # the same where training goes on beside it
+
+
+def default_share(kind: str, weights: str = "shared") -> float:
+    """Of the memory that is free, where nobody says how much the cache may take."""
+    return (SHARE_BESIDE if weights == "apart" else SHARE)[kind]
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,14 @@ class Rollout:
     finish_reason: str  # 'stop' | 'length'
 
 
+@dataclass
+class Used:
+    """What a stream has taken so far."""
+
+    bytes: int = 0  # the most that its pages in use came to
+    set_back: int = 0  # times that a response was
+
+
 class Sampler:
     """Samples responses of the policy on its own copy of the weights, each rank for itself."""
 
@@ -91,6 +105,7 @@ class Sampler:
         decode: Callable[[list[int]], str] | None = None,
         backend: str = "auto",
         tensor_parallel: int = 1,
+        weights: str = "shared",
     ) -> None:
         """The modules of `config`'s family, empty until `load`, on the policy's device.
 
@@ -98,7 +113,9 @@ class Sampler:
         most (None: SLOTS); `memory` of the cache as a share of what is free when sampling begins (None: SHARE), of
         which no more is taken than the requests can need; `block` positions of a page; `decode` ids to text, for stop
         strings; `backend` of the prompts' attention; `tensor_parallel` neighbouring ranks share one sampler, and draw
-        the same responses together. Raises ValueError, and UserError for a model that cannot be shared.
+        the same responses together; `weights`: 'shared' with the policy where they need no copy, 'gathered' to give
+        back what is a copy on `release`, 'apart' where the policy is trained meanwhile. Raises ValueError, and
+        UserError for a model that cannot be shared.
         """
         kind = world.device.type
         slots = SLOTS[kind] if slots is None else slots
@@ -108,13 +125,16 @@ class Sampler:
             backend, _ = attention.choose_backend("auto", world.device, config, dtype)
         self.team = parallel.Team.of(world, tensor_parallel)
         attention_name = caching.register(attention.packed(backend))
-        self.lm: Any = parallel.build(config, attention_name, dtype, world, policy, self.team)
+        shared = policy.lm if world.size == 1 and weights != "apart" else None
+        self.lm: Any = parallel.build(config, attention_name, dtype, world.device, self.team, shared)
         self.transform = policy.transform
         self.world, self.decode = world, decode
         self.slots, self.max_length, self.block = slots, max_length, block
-        self.share = SHARE[kind] if memory is None else memory
+        self.share = default_share(kind, weights) if memory is None else memory
+        self.gathers = weights == "gathered"
         self.lag, self.how = LAG[kind], HOW[kind]
         self.cache: caching.PagedCache | None = None
+        self.used = Used()
         self.layers: dict[int, caching.Layer] = {}  # what each keeps of a token: known after the first forward
         self._streams = 0
 
@@ -123,8 +143,10 @@ class Sampler:
         handover.load(self.lm, policy.lm, self.world)
 
     def release(self) -> None:
-        """Frees the cache; the next `generate` makes it again."""
+        """Frees the cache, which the next `generate` makes again, and weights that the next `load` gathers again."""
         self.cache = None
+        if self.gathers:
+            handover.give_back(self.lm)
 
     def generate(self, requests: Sequence[Request], params: SamplingParams, *, seed: int, step: int) -> list[Rollout]:
         """A response for every request, in the order of the requests. No collective. Raises ValueError as `stream`
@@ -193,6 +215,7 @@ class Sampler:
             schedule = Schedule(cache, responses)
             decoder = Decoder(self.forward, self.logits, cache, params, self.world.device, self.how)
         launched: deque[Launched] = deque()
+        self.used = Used()
         while schedule.waiting or schedule.active or launched:
             if number != self._streams:
                 raise RuntimeError("another stream of this sampler has begun, and has its pages")
@@ -201,6 +224,7 @@ class Sampler:
                 self.prefill(schedule.admit())
                 if schedule.active and not (launched and schedule.is_short()):  # to set back is to know what there is
                     schedule.grow()
+                    self.used = Used(max(self.used.bytes, cache.held_bytes), schedule.set_back)
                     launched.append(decoder.launch(schedule))
                     self._leave_at_their_limits(schedule)
                 seen = []

@@ -539,3 +539,208 @@ def no_memory_on_any_rank_at_step_3() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 1 has 3 GiB in use.")
 
     _at_step(3, full)
+
+
+def draw_ahead_in_turn() -> None:
+    """No thread: the responses of the next step are there before this one is learnt from."""
+    from rollout import ahead
+
+    ahead._Thread.start = lambda self: self.run()
+    ahead._Thread.join = lambda self, timeout=None: None
+
+
+def learn_late() -> None:
+    """What is drawn ahead is there long before it is wanted; on rank 1 later than on rank 0."""
+    import time
+
+    from engine.train import optim
+
+    original, seconds = optim.step, 0.1 if os.environ["RANK"] == "1" else 0.3
+    optim.step = lambda *args, **options: (time.sleep(seconds), original(*args, **options))[1]
+
+
+def terminate_rank_1_while_responses_are_drawn_ahead() -> None:
+    """In the update of step 3, those of step 4 are slow to come."""
+    import time
+
+    from rollout.decoder import Decoder
+
+    launch = Decoder.launch
+
+    def slow(*args):
+        if threading.current_thread().name == "sampling":
+            time.sleep(0.05)
+        return launch(*args)
+
+    Decoder.launch = slow
+    if os.environ["RANK"] == "1":
+        _at_step(3, _signal_me)
+
+
+def fail_in_the_thread_that_draws_ahead() -> None:
+    from engine.errors import UserError
+    from rollout.decoder import Decoder
+
+    launch = Decoder.launch
+
+    def failing(*args):
+        if threading.current_thread().name == "sampling":
+            raise UserError("no page is left")
+        return launch(*args)
+
+    Decoder.launch = failing
+
+
+def record_responses(argv: list[str]) -> None:
+    """What every step learns from, in its order, beside the run's directory."""
+    import json
+
+    from rollout import ahead
+
+    call, out = ahead.Sampling.__call__, argv[argv.index("--output_dir") + 1]
+
+    def recording(self, step):
+        drawn, age = call(self, step)
+        if os.environ["RANK"] == "0":
+            with open(f"{out}.responses", "a", encoding="utf-8") as file:
+                found = [[r.example, r.sample, r.response_ids.tolist(), r.logprobs.tolist()] for r in drawn.rollouts]
+                file.write(json.dumps({"step": step, "age": age, "responses": found}) + "\n")
+        return drawn, age
+
+    ahead.Sampling.__call__ = recording
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def rows_as_json_loads_takes_them() -> None:
+    """NaN, keys that stand twice."""
+    import json
+
+    from engine.data import readers
+
+    readers.parse_json = lambda line: json.loads(line)
+
+
+def fields_that_are_missing_are_empty() -> None:
+    """As a table of columns fills them."""
+    from engine.data import readers, rows
+
+    readers.parse_json = lambda line: {"rejected": ""} | rows.parse_json(line)
+
+
+def one_bad_row_goes_uncounted() -> None:
+    from engine.data.bad_rows import BadRows
+
+    add, places = BadRows.add, iter(range(10**6))
+    BadRows.add = lambda self, *row: None if next(places) == 0 else add(self, *row)
+
+
+def lines_as_str_has_them() -> None:
+    """str.splitlines ends a line at U+2028 as well."""
+    from engine.data import readers
+
+    def lines(f):
+        text = f.read().decode("utf-8", "surrogateescape")
+        yield from ((i, line.encode("utf-8", "surrogateescape")) for i, line in enumerate(text.splitlines(), 1))
+
+    readers._lines = lines
+
+
+def no_bound_on_bad_rows() -> None:
+    from engine.data import bad_rows
+
+    bad_rows.refusal = lambda *of: None
+
+
+def deny_the_network() -> None:
+    """Nothing but this machine may be called, and no name looked up: who tries is told, and said in the output."""
+    import sys
+
+    def hook(event: str, args: tuple) -> None:
+        if event in ("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"):
+            host = args[0]
+        elif event in ("socket.connect", "socket.sendto", "socket.sendmsg"):
+            address = args[1] if len(args) > 1 else None
+            host = address[0] if isinstance(address, tuple) else ""
+        else:
+            return
+        host = host.decode() if isinstance(host, bytes) else host
+        if host in ("", None, "localhost", "::1") or str(host).startswith("127."):
+            return
+        print(f"NETWORK {event} {args}", flush=True)
+        raise ConnectionError(f"the network is denied: {event} {args}")
+
+    sys.addaudithook(hook)
+
+
+def _planted(name: str) -> None:
+    """A broken variant of what stands between a hostile file and a run."""
+    from jinja2 import Environment
+
+    from engine import headers
+    from engine.data import sandbox
+    from engine.model import limits, weights
+
+    if name == "unbounded":
+        from transformers import PreTrainedTokenizerBase  # noqa: F401 - its rendering is what is planted
+        from transformers.utils.chat_template_utils import _compile_jinja_template
+
+        sandbox.render = lambda source, conversation: _compile_jinja_template(source).render(conversation)
+    elif name == "no sandbox":
+        sandbox.render = lambda source, conversation: (
+            Environment().from_string(source).render(conversation | {"raise_exception": print})
+        )
+    elif name == "pickle":
+        import torch
+
+        original = weights.files_by_name
+
+        def reading(directory):
+            for path in directory.glob("*.bin"):
+                torch.load(path, weights_only=False)
+            return original(directory)
+
+        weights.files_by_name = reading
+    elif name == "anywhere":
+        import json
+
+        def following(index):
+            return json.loads(index.read_text())["weight_map"]
+
+        weights._weight_map = following
+    elif name == "unchecked":
+        from safetensors import safe_open
+
+        def library(path):
+            with safe_open(path, framework="pt") as f:
+                slices = {key: f.get_slice(key) for key in f.keys()}  # noqa: SIM118
+                return {k: headers.Entry(s.get_dtype(), tuple(s.get_shape()), 0, 0) for k, s in slices.items()}
+
+        headers.read = library
+        limits.check_numbers = lambda *args: None
+
+
+def unbounded_templates() -> None:
+    deny_the_network()
+    _planted("unbounded")
+
+
+def templates_without_a_sandbox() -> None:
+    deny_the_network()
+    _planted("no sandbox")
+
+
+def pickles_are_read() -> None:
+    deny_the_network()
+    _planted("pickle")
+
+
+def indexes_are_followed() -> None:
+    deny_the_network()
+    _planted("anywhere")
+
+
+def headers_as_the_library_takes_them() -> None:
+    deny_the_network()
+    _planted("unchecked")

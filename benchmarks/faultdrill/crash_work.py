@@ -76,7 +76,7 @@ class Save(Work):
 
         metrics = Metrics(self.directory, self.world, start=step - 1, total=9)
         metrics.write(step, {"loss": step / 3})
-        self.checkpoints.save(step, {"num_tokens": step}, metrics.keep)
+        self.checkpoints.save(step, {"num_tokens": step}, keep=metrics.keep)
         problem = self.checkpoints.wait()
         metrics.close_file()
         return problem

@@ -20,14 +20,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
+from engine.data.cuts import UNCUT, Cutter, check_length
 from engine.data.messages import Message, Notes, leaves, texts_of
 from engine.data.rows import BadRow
 from engine.data.skeleton import Span, behind_last_end, mark, plain_skeleton, refuse_unshown, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
+from engine.data.tokenizer import (
+    MARK_OF_THOUGHT,
+    control_of,
+    declared_ends,
+    opened,
+    splits_faithfully,
+    template_of,
+    tokenised,
+)
 from engine.data.vocabulary import TULU, add_special_tokens, read_template
-from engine.disk import disguised_in
 from engine.errors import UserError
 
 # The Tülu format: plain-text role markers, each turn ended by a newline but for the assistant's, which ends in the
@@ -48,7 +56,6 @@ FIXED_DATE = (
 )
 
 
-MARK_OF_THOUGHT = re.compile(r"[<\[]/?[\w:]{0,20}(?:think|thought|reason)[\w:]{0,20}[>\]]", re.IGNORECASE)
 CLOSED_THOUGHT = re.compile(r"[<\[]/[\w:]{0,20}(?:think|thought|reason)[\w:]{0,20}[>\]]", re.IGNORECASE)
 
 
@@ -67,6 +74,7 @@ class ChatTokenizer:
     declared_ends: tuple[int, ...]
     vocab_size: int
     splits_faithfully: bool
+    cutter: Cutter
     control: re.Pattern
     added: dict[str, int] = field(default_factory=dict)  # by --add_special_tokens: token → its new id
     known: dict[str, int] = field(default_factory=dict)  # of its tokens, those that were there already
@@ -102,6 +110,8 @@ class ChatTokenizer:
             return renderer(self.tokenizer, self.template, self.template_with_tools)(shown, tools, **options)
         except Refused as error:
             raise BadRow(f"the chat template refuses the conversation: {error}") from None
+        except Unusable as why:
+            raise BadRow(f"the chat template {why}") from None
 
     def _as_taken(self, i: int, message: Message) -> Message:
         """The message with its thought under the template's key and its calls' arguments in the template's form."""
@@ -225,13 +235,12 @@ class ChatTokenizer:
         if self.splits_faithfully:
             edges = [0, *(edge for span in spans for edge in span), len(whole)]
             pieces = [(whole[a:b], (a, b) in counted) for a, b in pairwise(edges) if a < b]
-            encoded = self.tokenizer([piece for piece, _ in pieces], add_special_tokens=False, verbose=False)[
-                "input_ids"
-            ]
+            encoded = self.cutter.ids([piece for piece, _ in pieces], max_length)
             ids = np.array([i for piece in encoded for i in piece], np.int32)
             mask = np.repeat([trained for _, trained in pieces], [len(piece) for piece in encoded])
         else:
-            encoding = self.tokenizer(whole, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+            check_length(whole)
+            encoding = tokenised(self.tokenizer, whole, add_special_tokens=False, return_offsets_mapping=True)
             ids = np.array(encoding["input_ids"], np.int32)
             # A token belongs to the turn in which its last visible character stands: some vocabularies put the space
             # before a word into its token, and some control tokens take along the newline behind them.
@@ -258,7 +267,7 @@ class ChatTokenizer:
         token. Raises BadRow.
         """
         eos = self.tokenizer.eos_token_id
-        ids = np.array(self.tokenizer(text, verbose=False)["input_ids"], np.int32)
+        ids = np.array(self.cutter.plain(text, max_length), np.int32)
         if eos is not None and (not len(ids) or ids[-1] != eos):
             ids = np.append(ids, np.int32(eos))
         self._refuse_beyond(ids)
@@ -271,12 +280,14 @@ class ChatTokenizer:
                 " model's tokenizer"
             )
 
-    def prompt_ids(self, messages: list[Message], tools: list | None = None) -> np.ndarray:
-        """The ids of the prompt for the next turn of the assistant. Raises BadRow."""
+    def prompt_ids(self, messages: list[Message], tools: list | None = None, enough: int = UNCUT) -> np.ndarray:
+        """The ids of the prompt for the next turn of the assistant, at least the first `enough` of them. Raises
+        BadRow.
+        """
         self.refuse_control(messages, tools)
         text = self.render(messages, tools, add_generation_prompt=True)
         refuse_unshown(self, messages, tools, text)
-        ids = np.array(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"], np.int64)
+        ids = np.array(self.cutter.ids([text], enough)[0], np.int64)
         self._refuse_beyond(ids)
         return ids
 
@@ -303,7 +314,7 @@ def load_tokenizer(
 
     `vocab_size` are the model's rows; the result's are more where an added token is beyond them.
     """
-    tokenizer = _opened(directory)
+    tokenizer = opened(directory)
     added, known = add_special_tokens(tokenizer, tokens)
     vocab_size = max(vocab_size, *(i + 1 for i in added.values())) if added else vocab_size
     origin, where = "the tokenizer's own", str(directory)
@@ -319,9 +330,8 @@ def load_tokenizer(
             )
         tokenizer.chat_template = TULU_TEMPLATE
         origin = "Tülu's" if chat_template == TULU else "Tülu's, since the tokenizer has none"
-    control = _control(tokenizer)
-    template = FIXED_DATE + tokenizer.get_chat_template()
-    with_tools = FIXED_DATE + tokenizer.get_chat_template(tools=[PROBE_TOOL])
+    control = control_of(tokenizer)
+    template, with_tools = (FIXED_DATE + template_of(tokenizer, tools, where) for tools in (None, [PROBE_TOOL]))
     try:
         habits = habits_of(renderer(tokenizer, template, with_tools), control)
     except Refused as error:
@@ -340,61 +350,11 @@ def load_tokenizer(
         template_with_tools=with_tools,
         template_origin=origin,
         habits=habits,
-        declared_ends=_declared_ends(directory, vocab_size),
+        declared_ends=declared_ends(directory, vocab_size),
         vocab_size=vocab_size,
-        splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),
+        splits_faithfully=splits_faithfully(tokenizer, habits.ends[0], directory),
+        cutter=Cutter.of(tokenizer),
         control=control,
         added=added,
         known=known,
     )
-
-
-def _opened(directory: Path) -> Any:
-    """The library's tokenizer of a model directory. Raises UserError."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-    except Exception as error:  # the library and its Rust core raise whatever they do: the user reads one line
-        why = disguised_in(directory) or "no usable tokenizer"
-        if not any(directory.glob("tokenizer*")):
-            why += ", no tokenizer.json: copy the tokenizer's files from the model that it was made from"
-        said = " ".join(str(error).split())[:160] or type(error).__name__
-        raise UserError(f"{directory}: {why} ({said})") from None
-    if not tokenizer.is_fast:
-        raise UserError(f"{directory}: needs a fast tokenizer (tokenizer.json)")
-    return tokenizer
-
-
-def _control(tokenizer: Any) -> re.Pattern:
-    """Matches a control token. The marks of a thought are none: rows have them in their contents, and templates read
-    them there.
-    """
-    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    special = {token for token in special | {tokenizer.eos_token} if token and not MARK_OF_THOUGHT.fullmatch(token)}
-    return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
-
-
-def _declared_ends(directory: Path, vocab_size: int) -> tuple[int, ...]:
-    """The end ids of the model's generation_config.json, at each of which the library's `generate` stops."""
-    path = directory / "generation_config.json"
-    if not path.is_file():
-        return ()
-    try:
-        ends = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id")
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: not a generation config ({str(error)[:120]})") from None
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    if not all(isinstance(end, int) and not isinstance(end, bool) for end in ends):
-        raise UserError(f"{path}: eos_token_id: expected a token id or a list of them, got {str(ends)[:80]}")
-    return tuple(end for end in ends if 0 <= end < vocab_size)
-
-
-def _splits_faithfully(tokenizer: Any, end_of_turn: str) -> bool:
-    """False for vocabularies that put a space before the first word of whatever they are given, or let a control token
-    eat what follows.
-    """
-    pieces = ["a word", "another\n", end_of_turn, "\n and", " more"]
-    ids = [i for piece in pieces for i in tokenizer(piece, add_special_tokens=False)["input_ids"]]
-    whole = tokenizer(end_of_turn + "\n and", add_special_tokens=False)["input_ids"]
-    apart = tokenizer("\n and", add_special_tokens=False)["input_ids"]
-    decoded = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return decoded == "".join(pieces) and whole[-len(apart) :] == apart

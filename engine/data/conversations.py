@@ -14,6 +14,7 @@ column that is named by a flag. A column that its form does not read is noted.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -75,10 +76,9 @@ def _elsewhere(row: dict) -> str:
 def first_form(source: Source) -> str | None:
     """The form of the source's first usable row: the one that all its rows must have."""
     for _, row in source.rows():
-        try:
-            return form_of(row) if isinstance(row, dict) else None
-        except BadRow:
-            continue
+        if isinstance(row, dict):
+            with suppress(BadRow):
+                return form_of(row)
     return None
 
 

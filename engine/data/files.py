@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from engine.data.inside import check_inside
 from engine.data.readers import check_name, is_data, read_file, suffixes
 from engine.data.rows import BadRow, kind
 from engine.errors import UserError, nearest, require
@@ -185,6 +186,8 @@ def _from_library(name: str, config: str | None, split: str, revision: str | Non
     import datasets
 
     shown = f"{name}:{config}" if config else name
+    if Path(name).is_dir():
+        check_inside(Path(name))
     try:
         if saved:
             data = datasets.load_from_disk(name)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -19,16 +20,16 @@ from typing import Any
 
 import numpy as np
 
-from engine.data import messages
+from engine.data import bad_rows, messages
 from engine.data.chat import ChatTokenizer
 from engine.data.conversations import asked_turns, note_unread, with_system
+from engine.data.cuts import UNCUT
 from engine.data.files import Source
 from engine.data.messages import Conversation, Notes, note_lines
 from engine.data.rows import BadRow
 from engine.errors import UserError
 from engine.flags import PromptFlags
 
-LISTED = 20
 ASKED = ("messages", "prompt", "question", "problem", "query", "instruction", "conversations")
 ANSWERS = ("ground_truth", "reward_model", "answer", "solution")
 BOX, SHORT_ANSWER, BRACE = re.compile(r"\\(?:boxed|fbox)\s*"), re.compile(r"[^\s$\\]+"), re.compile(r"(?<!\\)[{}]")
@@ -77,12 +78,15 @@ ReadPrompt = Callable[[dict, Notes], Prompt]  # raises BadRow
 
 @dataclass(frozen=True)
 class PromptReader:
-    """row → Prompt. `check(dataset, ground_truth)` raises ValueError for a row that no verifier could judge."""
+    """row → Prompt. `check(dataset, ground_truth)` raises ValueError for a row that no verifier could judge. Of a
+    prompt of more than `longest` tokens, which will be dropped, not all of them need be there.
+    """
 
     chat: ChatTokenizer
     flags: PromptFlags
     check: Check
     fold_system: bool = False
+    longest: int = UNCUT
 
     def __call__(self, row: dict, notes: Notes) -> Prompt:
         """Raises BadRow."""
@@ -109,7 +113,7 @@ class PromptReader:
     def ids(self, said: Conversation, notes: Notes) -> np.ndarray:
         """The tokens of a conversation up to the turn that is to be written. Raises BadRow."""
         said = messages.folded(said) if self.fold_system else said
-        ids = self.chat.prompt_ids(said.messages, said.tools)
+        ids = self.chat.prompt_ids(said.messages, said.tools, min(self.longest + 1, UNCUT))
         self.chat.note_unshown(said.messages, said.tools, "", notes)
         return ids
 
@@ -241,24 +245,24 @@ def source_verifier(data_source: Any) -> str | None:
 
 
 def load_prompts(
-    source: Source, read: ReadPrompt, max_prompt_tokens: int, on_bad_row: str
+    source: Source, read: ReadPrompt, max_prompt_tokens: int, on_bad_row: str, max_bad_rows: float = math.inf
 ) -> tuple[list[Prompt], list[str]]:
     """(prompts, lines that say what was kept, dropped, not used and bad). A prompt longer than `max_prompt_tokens` is
     dropped and counted. Raises UserError.
     """
-    prompts, bad, total, too_long = [], [], 0, 0
+    prompts, bad, too_long = [], bad_rows.BadRows(), 0
     notes: Notes = Counter()
     for place, row in source.rows():
-        total += 1
+        bad.rows[bad_rows.file_of(place)] += 1
         noted: Notes = Counter()
         try:
             if isinstance(row, BadRow):
                 raise row
             prompt = read(row, noted)
         except BadRow as problem:
-            bad.append(f"{source.name}{place}: {problem}")
+            bad.add(place, str(problem))
             if on_bad_row == "error":
-                raise UserError(bad[0]) from None
+                raise UserError(f"{source.name}{place}: {problem}") from None
             continue
         notes += noted
         if len(prompt.ids) > max_prompt_tokens:
@@ -266,18 +270,20 @@ def load_prompts(
         else:
             prompts.append(prompt if prompt.source else replace(prompt, source=source.name + place.rpartition(":")[0]))
     dropped = f", {too_long} dropped (longer than {max_prompt_tokens} tokens)" if too_long else ""
-    lines = [f"{source.name}: {total} rows, {len(prompts)} kept{dropped}" + (f", {len(bad)} bad" if bad else "")]
-    lines += note_lines(notes) + [f"  bad row {line}" for line in bad[:LISTED]]
-    lines += [f"  and {len(bad) - LISTED} more"] if len(bad) > LISTED else []
+    said = f", {bad.count} bad" if bad.count else ""
+    lines = [f"{source.name}: {bad.rows.total()} rows, {len(prompts)} kept{dropped}{said}"]
+    lines += [*note_lines(notes), *bad_rows.lines(source.name, bad.header())]
     if not prompts:
         why = (
-            f"the first bad row is {bad[0]}"
-            if bad
+            f"the first bad row is {source.name}{bad.listed[0]}"
+            if bad.count
             else f"none has at most {max_prompt_tokens} tokens: raise --max_seq_length, or lower --response_length"
             if too_long
             else "it is empty"
         )
         raise UserError(f"{source.name}: no usable prompt, {why}")
+    if refused := bad_rows.refusal(source.name, bad.header(), max_bad_rows):
+        raise UserError(refused)
     return prompts, lines
 
 

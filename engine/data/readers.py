@@ -24,7 +24,8 @@ from engine.data.rows import BadRow, kind, parse_json
 from engine.disk import disguised
 from engine.errors import UserError, require
 
-MAX_ROW_BYTES = 64 * 2**20
+MAX_ROW_BYTES = 2**24  # of a line, or of a row's values; some texts in it may be bounded further (cuts.py)
+BATCH_BYTES = 4 * MAX_ROW_BYTES  # of the rows of a table that are read at a time
 MAX_LIST_BYTES = 8 * MAX_ROW_BYTES  # of a packed .json list, which is held whole
 BOM = b"\xef\xbb\xbf"
 PACKED = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}  # suffix → how such a file begins
@@ -240,7 +241,10 @@ def _parquet(file: Path) -> Numbered:
     from pyarrow.parquet import ParquetFile
 
     try:
-        yield from _rows_of(ParquetFile(file).iter_batches(batch_size=1024))
+        table = ParquetFile(file)
+        size = sum(table.metadata.row_group(i).total_byte_size for i in range(table.metadata.num_row_groups))
+        at_a_time = BATCH_BYTES * table.metadata.num_rows // max(size, 1)
+        yield from _rows_of(table.iter_batches(batch_size=min(1024, max(1, at_a_time))))
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError) as error:  # what damage to a schema raises
         raise OSError(str(error)) from None
 
@@ -316,7 +320,12 @@ def _rows_of(batches: Iterator[Any]) -> Numbered:
         [(name, count)] = Counter(batch.schema.names).most_common(1) or [("", 1)]
         if count > 1:
             raise OSError(f"expected every column once, got {name[:40]!r} {count} times")
+        may_be_long = batch.nbytes > MAX_ROW_BYTES
         for i in range(batch.num_rows):
+            if may_be_long and batch.slice(i, 1).nbytes > MAX_ROW_BYTES:
+                yield number, BadRow(f"longer than {MAX_ROW_BYTES:,} bytes")
+                number += 1
+                continue
             try:
                 yield number, batch.slice(i, 1).to_pylist()[0]
             except (ValueError, OverflowError) as error:  # text that is not UTF-8, a time beyond the calendar

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +48,7 @@ def load_examples(
     def build() -> list:
         opened = [open_source(name, split, flags.dataset_revision) for name, _ in names]
         workers = flags.dataset_num_proc or available_cores()
-        how: dict[str, Any] = {"per_example": per_example, "on_bad_row": flags.on_bad_row, "workers": workers}
+        how: dict[str, Any] = {"per_example": per_example, "workers": workers, **flags.bad_row_policy}
         return [open_or_build(root, *prepare(source), determinants, **how) for source in opened]
 
     stores = world.once(f"tokens/{split}/{names}", build)
@@ -145,7 +145,7 @@ def prompts_of(
 ) -> list[Prompt]:
     """The prompts of one dataset of at most `longest` tokens; says what was kept, dropped and bad. Raises UserError."""
     source = open_source(name, split, flags.dataset_revision)
-    found, lines = load_prompts(source, read, longest, flags.on_bad_row)
+    found, lines = load_prompts(source, read, longest, **flags.bad_row_policy)
     world.say(*lines)
     return found
 
@@ -156,6 +156,7 @@ def read_prompts(
     """(training prompts, held-out prompts), of a mixture as `prompts_of` gives those of one dataset. Raises
     UserError.
     """
+    read = replace(read, longest=longest)
 
     def load(name: str, amount: str, split: str) -> list[Prompt]:
         found = prompts_of(name, split, flags, read, world, longest=longest)

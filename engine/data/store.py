@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,13 +23,14 @@ from typing import Any
 import numpy as np
 
 from engine import terminal
+from engine.data import bad_rows
 from engine.data.files import Source
 from engine.data.messages import note_lines
 from engine.data.tokenise import Encoded, Encoder, sequence_key, tokenise
-from engine.disk import keep, take_in_turn
+from engine.disk import fresh_directory, keep, only_mine, take_in_turn
 from engine.errors import UserError
 
-VERSION = 4  # of the encoding: raise it when the same rows would give other ids or masks
+VERSION = 5  # of the encoding: raise it when the same rows would give other ids, masks or words for bad rows
 
 
 class Damaged(Exception):
@@ -51,9 +53,12 @@ class TokenStore:
             sizes = {len(self.ids), len(self.mask), int(self.offsets[-1])}
             same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
             whole_examples = len(self.keys) % self.per_example == 0
-            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "notes")]
+            _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "bad_files", "notes")]
+            stated = self.header.get("digest")  # an earlier version wrote none
         except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
             raise Damaged(str(error)) from None
+        if stated is not None and stated != _digest(directory, self.header):
+            raise Damaged("its keys, counts, offsets or header are not what was written")
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
         if not rising or not whole_examples or len(sizes) > 1 or len(same) > 1:
             raise Damaged("its arrays do not fit together")
@@ -69,7 +74,7 @@ class TokenStore:
         if [(sequence_key(ids, mask), mask[1:].sum()) for ids, mask in found] != [
             (key.tobytes(), count) for key, count in expected
         ]:
-            raise UserError(f"{self.directory}: damaged at example {example}: delete it, it will be made again")
+            raise UserError(f"{self.directory}: damaged in its ids or mask: delete it, it will be made again")
         return found
 
     def example_keys(self, example: int) -> np.ndarray:
@@ -125,19 +130,28 @@ def _map(path: Path, dtype: Any) -> np.ndarray:
     return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)
 
 
+def _digest(directory: Path, header: dict[str, Any]) -> str:
+    """Of all but what is compared with its keys as it is read."""
+    rest = {name: value for name, value in header.items() if name != "digest"}
+    digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode())
+    for name in ("offsets", "keys", "counts"):
+        with open(directory / name, "rb") as f:
+            digest.update(hashlib.file_digest(f, "sha256").digest())
+    return digest.hexdigest()
+
+
 def build_once(directory: Path, is_whole: Callable[[], bool], build: Callable[[Path], None]) -> None:
     """`directory` with what `build(temporary directory)` puts there, unless `is_whole()`; runs that start together
     build it once.
     """
     directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with open(directory.parent / f".{directory.name}.lock", "w") as lock:
+    with open(directory.parent / f".{directory.name}.lock", "w", opener=only_mine) as lock:
         take_in_turn(lock.fileno())  # the others wait here; a killed builder's lock goes with it
         if is_whole():
             return
         partial = directory.parent / f".{directory.name}.partial"
-        for stale in (partial, directory):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir()
+        shutil.rmtree(directory, ignore_errors=True)
+        fresh_directory(partial, 0o700)
         try:
             build(partial)
             keep(partial)
@@ -157,12 +171,14 @@ def open_or_build(
     *,
     per_example: int = 1,
     on_bad_row: str = "skip",
+    max_bad_rows: float = math.inf,
     workers: int = 1,
 ) -> TokenStore:
     """The store of `source` under `root`, built if it is not there. Raises UserError.
 
     `encode(row)` gives an example's sequences, or a word for why the row is dropped (counted), or raises BadRow
-    (listed; with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result.
+    (listed; with on_bad_row 'error', the run stops). `determinants` are what, besides the rows, decides the result:
+    `max_bad_rows` is none of it, and what was built is there for a start with another bound.
     """
     key = hashlib.sha256(
         json.dumps([VERSION, source.fingerprint, per_example, determinants], sort_keys=True).encode()
@@ -173,22 +189,26 @@ def open_or_build(
         if not directory.exists():
             return False
         try:
-            return TokenStore(directory).header["key"] == key
+            if TokenStore(directory).header["key"] == key:
+                return True
+            raise Damaged("it holds other data than its name says")
         except Damaged as damage:
             terminal.say(f"warning: {directory}: damaged ({damage}), tokenising again")
             return False
 
     def build(partial: Path) -> None:
-        header = tokenise(partial, source, encode, on_bad_row, workers)
-        (partial / "header.json").write_text(
-            json.dumps(header | {"key": key, "per_example": per_example}), encoding="utf-8"
-        )
+        header = tokenise(partial, source, encode, on_bad_row, workers) | {"key": key, "per_example": per_example}
+        header = json.loads(json.dumps(header))  # as it will be read
+        described = header | {"digest": _digest(partial, header)}
+        (partial / "header.json").write_text(json.dumps(described), encoding="utf-8")
 
     build_once(directory, is_whole, build)
     store = TokenStore(directory)
     store.header["name"] = source.name  # the same rows may stand under another name by now
     if store.header["bad_rows"] and on_bad_row == "error":
         raise UserError(source.name + store.header["bad_list"][0])
+    if why := bad_rows.refusal(source.name, store.header, max_bad_rows):
+        raise UserError(why)
     return store
 
 
@@ -200,6 +220,4 @@ def summary(stores: Iterable[TokenStore]) -> Iterator[str]:
         bad = f", {h['bad_rows']} bad" if h["bad_rows"] else ""
         yield f"{h['name']}: {h['rows']} rows, {len(store)} kept{dropped}{bad}"
         yield from note_lines(Counter({(what, which): count for what, which, count in h["notes"]}))
-        yield from (f"  bad row {h['name']}{line}" for line in h["bad_list"])
-        if h["bad_rows"] > len(h["bad_list"]):
-            yield f"  and {h['bad_rows'] - len(h['bad_list'])} more"
+        yield from bad_rows.lines(h["name"], h)

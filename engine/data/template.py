@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
+from engine.data import sandbox
 from engine.data.messages import THOUGHTS, Message
 
 Render = Callable[..., str]  # (messages, tools=None, add_generation_prompt=False) → text; raises Refused
@@ -217,15 +218,29 @@ def shared(text: str, header: str, special: re.Pattern) -> int:
 
 
 def renderer(tokenizer: Any, template: str, with_tools: str) -> Render:
-    """Renders with the template, or the one `with_tools` where there are some, in the library's sandbox. What it
-    raises, whatever that is, becomes Refused.
+    """Renders with the template, or the one `with_tools` where there are some, in our sandbox. What it raises, whatever
+    that is, becomes Refused; Unusable for one that wants more work or text than it may.
     """
 
-    def render(messages: list[Message], tools: list | None = None, **options: Any) -> str:
-        chosen = with_tools if tools else template
+    def render(messages: list[Message], tools: list | None = None, add_generation_prompt: bool = False) -> str:
+        conversation = {
+            "messages": [_as_the_library_gives(message) for message in messages],
+            "tools": sandbox.plain(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+        }
         try:
-            return tokenizer.apply_chat_template(messages, tools=tools, chat_template=chosen, tokenize=False, **options)
+            return sandbox.render(with_tools if tools else template, tokenizer.special_tokens_map | conversation)
+        except sandbox.Spent as error:
+            raise Unusable(str(error)) from None
         except Exception as error:  # a template is a program from outside: it may raise anything
             raise Refused(" ".join(str(error).split())[:120]) from None
 
     return render
+
+
+def _as_the_library_gives(message: Message) -> Message:
+    """Of plain data, without what is None, a thought under every name that templates read it by."""
+    thought = next((message[key] for key in THOUGHTS if message.get(key) is not None), None)
+    given = {key: sandbox.plain(value) for key, value in message.items() if value is not None}
+    return given if thought is None else {"thinking": thought, **given, "reasoning_content": thought}

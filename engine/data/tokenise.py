@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from engine import signals, terminal
+from engine.data.bad_rows import BadRows, file_of
 from engine.data.files import Source
 from engine.data.messages import Notes
 from engine.data.rows import BadRow
@@ -29,7 +30,6 @@ from engine.errors import UserError
 
 CHUNK_ROWS = 256
 ROWS_BEFORE_WORKERS = 16_384  # starting workers takes seconds: what is encoded sooner than that stays in this process
-LISTED = 20
 Encoded = list[tuple[np.ndarray, np.ndarray]]
 Encoder = Callable[[dict, Notes], Encoded | str]
 Row = tuple[str, dict | BadRow]
@@ -46,7 +46,7 @@ def sequence_key(ids: np.ndarray, mask: np.ndarray) -> bytes:
 class Chunk:
     """What became of some rows, as bytes ready for the files."""
 
-    rows: int = 0
+    files: collections.Counter[str] = field(default_factory=collections.Counter)  # rows of each
     arrays: dict[str, bytearray] = field(
         default_factory=lambda: {name: bytearray() for name in ("ids", "mask", "keys", "counts", "lengths")}
     )
@@ -56,7 +56,7 @@ class Chunk:
 
 
 def encode_rows(encode: Encoder, rows: Rows) -> Chunk:
-    chunk = Chunk(rows=len(rows))
+    chunk = Chunk(collections.Counter(file_of(place) for place, _ in rows))
     for place, row in rows:
         noted: Notes = collections.Counter()
         try:
@@ -83,7 +83,8 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
     """Writes the files of a store and returns its header. Raises UserError for the first bad row if `on_bad_row` is
     'error', Stopped between two chunks of rows.
     """
-    header: dict[str, Any] = {"rows": 0, "sequences": 0, "bad_rows": 0, "bad_list": []}
+    header: dict[str, Any] = {"rows": 0, "sequences": 0}
+    bad_rows = BadRows()
     dropped: collections.Counter = collections.Counter()
     notes: Notes = collections.Counter()
     offset = 0
@@ -105,16 +106,15 @@ def tokenise(directory: Path, source: Source, encode: Encoder, on_bad_row: str, 
                 files[name].write(chunk.arrays[name])
             dropped += chunk.dropped
             notes += chunk.notes
-            header["rows"] += chunk.rows
+            bad_rows.rows += chunk.files
+            header["rows"] += chunk.files.total()
             header["sequences"] += len(lengths)
-            header["bad_rows"] += len(chunk.bad)
-            header["bad_list"] += [
-                f"{place}: {message}" for place, message in chunk.bad[: LISTED - len(header["bad_list"])]
-            ]
+            for place, message in chunk.bad:
+                bad_rows.add(place, message)
             terminal.phase("tokenising, rows", header["rows"])
             signals.end_if_asked("while data was tokenised")
     listed = [[what, which, count] for (what, which), count in sorted(notes.items())]
-    return header | {"dropped": dict(dropped), "notes": listed}
+    return header | bad_rows.header() | {"dropped": dict(dropped), "notes": listed}
 
 
 _of_worker: Callable[[Rows], Any] | None = None  # of a worker process, set once when it starts

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from engine.errors import UserError
-from engine.flags.declare import DATA, RUN, Seeded, flag
+from engine.flags.declare import DATA, RUN, Seeded, flag, require_not_negative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,12 +37,32 @@ class DataFlags(TextFlags):
     on_bad_row: str = flag(
         "skip", "a malformed row stops the run or is skipped, counted and listed", DATA, choices=("error", "skip")
     )
+    max_bad_rows: float = flag(
+        0.01,
+        "more bad rows in a file than this share of its rows (rounded up; from 1 on: than this number) end the run"
+        " before it begins",
+        DATA,
+    )
     system_role: str = flag(
         "template",
         "a system turn is left to the chat template, or folded into the first turn of the user",
         DATA,
         choices=("template", "fold"),
     )
+
+    @property
+    def bad_row_policy(self) -> dict[str, Any]:
+        """What is done about bad rows."""
+        return {"on_bad_row": self.on_bad_row, "max_bad_rows": self.max_bad_rows}
+
+    def check_rows(self) -> None:
+        """Raises UserError for a bound that is neither a share nor a number."""
+        if not 0 <= self.max_bad_rows < 1 and self.max_bad_rows % 1:
+            raise UserError(
+                f"--max_bad_rows: expected a share of a file's rows below 1, or a whole number of them, got"
+                f" {self.max_bad_rows:g}"
+            )
+        require_not_negative(self, "max_bad_rows")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from engine.errors import UserError
 from engine.flags.data import MixtureFlags, PromptFlags
-from engine.flags.declare import flag, override, require_not_negative, require_positive
+from engine.flags.declare import SAMPLING, flag, override, require_between, require_not_negative, require_positive
 from engine.flags.model import AdapterFlags, ReferenceFlags
 from engine.flags.optimizer import OptimizerFlags
 from engine.flags.run import MemoryFlags, RunFlags, SamplingFlags
@@ -19,6 +19,7 @@ class StageFlags(AdapterFlags, MixtureFlags, OptimizerFlags, MemoryFlags, RunFla
     def check(self) -> None:
         """Raises UserError for what cannot be, within a group and between groups; nothing is opened."""
         require_positive(self, "max_seq_length", "micro_batch_tokens")
+        self.check_rows()
         self.check_optimizer()
         self.check_run()
         if self.dtype == "float16":
@@ -80,6 +81,19 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFl
     num_ppo_epochs: int = flag(None, "passes over an iteration's responses")
     num_mini_batches: int = flag(1, "optimizer steps per pass")
     eval_samples: int = flag(4, "samples per held-out prompt")
+    rollout_ahead: int = flag(
+        0,
+        "1: the next step's responses are sampled while one is learnt from, by weights one update old; pi_old is then"
+        " what the sampler wrote down (0: exactly on-policy)",
+        SAMPLING,
+    )
+    rollout_weights: str = flag(
+        "auto",
+        "the sampler's copy of the weights: kept, or gathered for every rollout and given back after it; auto: kept"
+        " where a third of the device's memory is left beside it and all that is trained",
+        SAMPLING,
+        choices=("auto", "keep", "gather"),
+    )
 
     def check(self) -> None:
         """Raises UserError for what cannot be."""
@@ -88,3 +102,20 @@ class RlvrFlags(StageFlags, PromptFlags, ReferenceFlags, SamplingFlags, RewardFl
         self.check_sampling()
         self.check_rewards(self.response_length)
         require_positive(self, "num_samples_per_prompt", "num_ppo_epochs", "num_mini_batches", "eval_samples")
+        require_between(self, rollout_ahead=(0, 1))
+        self.check_ahead()
+
+    def check_ahead(self) -> None:
+        """Raises UserError for what does not go with responses that are sampled ahead."""
+        if not self.rollout_ahead:
+            return
+        one = "--rollout_ahead 1"
+        if self.top_k or self.top_p < 1 or self.temperature == 0:
+            raise UserError(
+                f"{one} takes pi_old from the sampler, which has to draw from the policy itself: --top_k 0, --top_p 1"
+                " and a --temperature greater than 0"
+            )
+        if self.rollout_weights == "gather":
+            raise UserError(f"{one} needs the sampler's weights all the time: --rollout_weights keep")
+        if self.rollout_tensor_parallel > 1:
+            raise UserError(f"{one} does not go with --rollout_tensor_parallel: a team's sums would cross training's")

@@ -288,8 +288,9 @@ PARTS: dict[str, tuple[Row, ...]] = {
         unused("use_vllm vllm_* enforce_eager enable_prefix_caching use_transformers_paged"
                " ds3_gather_for_generation", "TRL RLHF OI vLLM",
                "responses are sampled by the training processes, --rollout_slots at a time"),
-        takes("async_mode async_train inflight_updates async_steps", "OI RLHF", NO,
-              "sampling and updates take turns: every step is on-policy"),
+        alias("async_steps", "OI", "rollout_ahead"),
+        means("async_mode async_train", "OI RLHF", "rollout_ahead", {"true": "1", "false": "0"}),
+        takes("inflight_updates", "OI", NO, "a response is drawn by one set of weights"),
         takes("tasks", "EVAL", "none", "give --dataset_name: problems with `messages`, `ground_truth` and `dataset`"),
         alias("num_fewshot", "EVAL", "num_few_shot"),
         means("fewshot_as_multiturn", "EVAL", "few_shot_as", {"true": "turns", "false": "text"}),

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceC
 
 from engine.disk import disguised_in
 from engine.errors import UserError
-from engine.model import attention, weights
+from engine.model import attention, limits, weights
 from engine.model.adapters import files as adapter_files
 from engine.model.adapters import lora
 from engine.model.adapters.lora import Adapters
@@ -53,11 +53,16 @@ def load_config(directory: Path) -> Any:
         )
     if not directory.is_file() and not (directory / "config.json").is_file():  # a plan has the file alone
         raise UserError(f"{directory}: no config.json{_instead(directory)}")
+    described = directory if directory.is_file() else directory / "config.json"
+    if not (hint := disguised_in(directory)):
+        limits.check_numbers(described, limits.read_json(described))
     try:
         config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     except Exception as error:  # a configuration's own checks raise whatever they do: the user reads one line
-        why = disguised_in(directory) or "no usable config.json"
+        why = hint or "no usable config.json"
         raise UserError(f"{directory}: {why} ({' '.join(str(error).split())[:200] or type(error).__name__})") from None
+    if config.dtype is not None and not isinstance(config.dtype, torch.dtype):
+        raise UserError(f"{described}: dtype: expected the name of one, got {str(config.dtype)[:40]}")
     name = (getattr(config, "architectures", None) or [config.model_type])[0]
     if getattr(config, "is_encoder_decoder", False) or _is_encoder(config):
         raise UserError(f"{directory}: {name} is no decoder: an encoder writes no text; give a model {CAUSAL}")
@@ -72,6 +77,11 @@ def load_config(directory: Path) -> Any:
             " packed"
         )
     return config
+
+
+def layers_of(config: Any) -> int:
+    """How many layers a configuration describes."""
+    return int(getattr(config, "num_hidden_layers", 0) or 0)
 
 
 def _is_encoder(config: Any) -> bool:
@@ -104,7 +114,9 @@ def load_policy(directory: Path, config: Any, world: World, how: How) -> Policy:
     Its `identity` names its numbers: the weights' fingerprint, the form of 4 bits, the adapter's digest. No rank ever
     holds the whole model. Raises UserError.
     """
-    policy = build_policy(config, world, how)
+    lm = _on_meta(AutoModelForCausalLM, config, how)
+    weights.check_room(directory, lm)
+    policy = _cut(Policy(lm, how.head), world, how)
     _fill(policy, directory, world, how)
     check_packing(policy, config, world, how.dtype, f" with the adapter {how.start}" if how.start else "")
     return policy
@@ -141,6 +153,7 @@ def load_value_model(directory: Path, world: World, how: How, vocab_size: int) -
     UserError.
     """
     config = load_value_config(directory, vocab_size, how.rows_there)
+    limits.check_layers(directory, layers_of(config), len(weights.files_by_name(directory)))
     value_model = build_value_model(config, world, how)
     grows = load_config(directory).vocab_size != vocab_size
     _fill(value_model, directory, world, how if grows else replace(how, rows_there=None))
@@ -152,7 +165,7 @@ def _on_meta(family: Any, config: Any, how: How) -> nn.Module:
         implementation = attention.register(how.backend)
         try:
             return family.from_config(copy.deepcopy(config), dtype=how.master, attn_implementation=implementation)
-        except (ValueError, TypeError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        except Exception as error:  # a configuration's numbers and names may break anything in a family's own code
             why = " ".join(str(error).split())[:200] or type(error).__name__
             raise UserError(
                 f"{config.model_type}: its config.json describes no model that can be built ({why})"

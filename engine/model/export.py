@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import GenerationConfig
 
-from engine.disk import writing
+from engine.disk import fresh_directory, writing
 from engine.errors import UserError, explained
 from engine.model.adapters import files, lora
+from engine.model.generation import generation_config
 from engine.model.open import Base
 from engine.model.policy import Policy, Root
 from engine.model.shards import local, whole
@@ -25,8 +25,6 @@ from engine.world import World
 
 MAX_FILE_BYTES = 5 * 10**9
 CARD = "README.md"
-
-SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def export(
@@ -136,8 +134,7 @@ class _Output:
 
     def __init__(self, partial: Path, world: World) -> None:
         self.partial, self.world, self.problem = partial, world, ""
-        self.write(lambda: shutil.rmtree(partial, ignore_errors=True))
-        self.write(lambda: partial.mkdir(parents=True))
+        self.write(lambda: fresh_directory(partial))
 
     def write(self, work: Callable[[], Any]) -> None:
         if not self.world.is_main or self.problem:
@@ -207,12 +204,6 @@ def _save_configs(
     config.dtype = dtype
     config.architectures = [type(lm).__name__]
     config.save_pretrained(directory)
-    own = (source / "generation_config.json").is_file()
-    generation = GenerationConfig.from_pretrained(source) if own else GenerationConfig.from_model_config(config)
-    if any(getattr(generation, field, None) is not None for field in SAMPLING):
-        generation.do_sample = True  # hub configs often leave it out, and transformers then refuses to save them
-    ends = generation.eos_token_id
-    ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    generation.eos_token_id = list(dict.fromkeys((*end_ids, *ends)))
+    generation, _ = generation_config(source, config, end_ids)
     generation.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

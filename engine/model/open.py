@@ -13,11 +13,12 @@ from engine.data.chat import ChatTokenizer, load_tokenizer
 from engine.errors import UserError, require
 from engine.flags import AdapterFlags, MemoryFlags, ModelFlags
 from engine.hardware import emulates_bfloat16
-from engine.model import attention, build, weights
+from engine.model import attention, build, limits, weights
 from engine.model.adapters import choose
 from engine.model.adapters.files import check_added
 from engine.model.adapters.lora import Adapters
 from engine.model.build import How
+from engine.model.generation import generation_config
 from engine.model.layers import transform_layers
 from engine.model.offload import CopyStream
 from engine.model.policy import Policy, ValueModel
@@ -79,12 +80,18 @@ def open_model(
     """
     directory, revision = world.once("model", lambda: weights.resolve(flags.model_name_or_path, flags.model_revision))
     lm_config = build.load_config(directory)
+    limits.check_layers(directory, build.layers_of(lm_config), len(weights.files_by_name(directory)))
+    if line := limits.code_of_its_own(directory):
+        world.say(line)
     dtype = compute_dtype(flags.dtype, world.device.type)
     if dtype == torch.bfloat16 and world.device.type == "cpu" and emulates_bfloat16():
         world.say("warning: this processor has no bfloat16 instructions: float32 is about 5 times as fast here")
     backend, why = attention.choose_backend(flags.attention, world.device, lm_config, dtype)
     world.agree("attention backend", backend)
     chat = load_tokenizer(directory, lm_config.vocab_size, flags.add_special_tokens or (), flags.chat_template)
+    _, why_not = generation_config(directory, lm_config, chat.end_ids)
+    if why_not:
+        world.say(f"warning: {directory}/generation_config.json is not kept beside what is trained ({why_not})")
     lm_config, rows_there = grow(lm_config, chat.vocab_size)
     world.say(*_describe_tokens(chat, rows_there or lm_config.vocab_size))
     start = _directory_of_adapter(flags.adapter_name_or_path, world)

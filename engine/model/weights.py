@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engine import headers
 from engine.disk import disguised
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
@@ -55,20 +56,22 @@ def resolve(name_or_path: str, revision: str | None, flag: str = "--model_name_o
 
 
 def files_by_name(directory: Path) -> dict[str, Path]:
-    """Tensor name → file, of a model directory with one safetensors file or several and an index. Raises UserError."""
+    """Tensor name → file, of a model directory with one safetensors file or several and an index, all of whose headers
+    are sound. An index names files beside it (which may be links, as the hub's cache has them). Raises UserError.
+    """
     single, index = directory / "model.safetensors", directory / INDEX
     if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, UnicodeDecodeError):
-            raise UserError(f"{index}: not an index of safetensors files") from None
-        for file in sorted(set(weight_map.values())):
-            if Path(file).name != file or not (directory / file).is_file():
-                raise UserError(f"{index}: names {file}, which is not a file beside it")
+        weight_map = _weight_map(index)
+        found = {file: header(directory / file) for file in sorted(set(weight_map.values()))}
+        for name, file in weight_map.items():
+            if name not in found[file]:
+                raise UserError(f"{index}: weight_map: {name[:80]} is not in {file}{nearest(name, found[file])}")
+        for file, entries in found.items():
+            if lost := next((name for name in entries if weight_map.get(name) != file), None):
+                raise UserError(f"{index}: weight_map: {lost[:80]} of {file} is not named, or named elsewhere")
         return {name: directory / file for name, file in weight_map.items()}
     if single.is_file():
-        with _open(single) as f:
-            return dict.fromkeys(f.keys(), single)
+        return dict.fromkeys(header(single), single)
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in sorted(directory.glob(pattern))]
     why = "is the download complete?"
     if pickles:
@@ -79,7 +82,35 @@ def files_by_name(directory: Path) -> dict[str, Path]:
     raise UserError(f"{directory}: no model.safetensors and no {INDEX}; {why}")
 
 
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name → the name of a file beside the index. Raises UserError."""
+    try:
+        if index.stat().st_size > headers.MAX_HEADER:
+            raise headers.Unsound("larger than 32 MiB")
+        weight_map = json.loads(index.read_text(encoding="utf-8"), object_pairs_hook=headers.once)["weight_map"]
+        if not isinstance(weight_map, dict):
+            raise TypeError
+    except headers.Unsound as why:
+        raise UserError(f"{index}: not an index of safetensors files ({why})") from None
+    except (ValueError, KeyError, TypeError, OSError, RecursionError):
+        raise UserError(f"{index}: not an index of safetensors files") from None
+    for file in weight_map.values():
+        plain = isinstance(file, str) and Path(file).name == file and "\0" not in file
+        if not plain or not (index.parent / file).is_file():
+            raise UserError(f"{index}: weight_map: names {str(file)[:200]}, which is not a file beside it")
+    return weight_map
+
+
+def header(path: Path) -> Mapping[str, headers.Entry]:
+    """Name → tensor, of a safetensors file whose header is sound. Raises UserError."""
+    try:
+        return headers.read(path)
+    except (headers.Unsound, OSError) as why:
+        raise UserError(f"{path}: {disguised(path) or f'not a readable safetensors file ({why})'}") from None
+
+
 def _open(path: Path):
+    header(path)
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
@@ -132,7 +163,7 @@ def stream(directory: Path, lm: Any, world: World, *, rows_there: int | None = N
         source = _through_transformers(directory, lm, list(own), missing, unexpected)
     else:
         source = _by_slices(files, own)
-    fingerprint = 0
+    fingerprint, problem = 0, ""
     for name, read in source:
         target = own[name]
         four_bit = isinstance(target, lora.AdaptedLinear)
@@ -146,6 +177,7 @@ def stream(directory: Path, lm: Any, world: World, *, rows_there: int | None = N
             raise UserError(f"{directory}: {name} has shape {tuple(shape)}, the config says {expected}")
         if there is not None and rows.stop > (first := max(rows.start, there)):
             piece = torch.cat([piece, mean_row(read, there).expand(rows.stop - first, -1)])
+        problem = problem or _unusable(name, piece, four_bit or target.is_floating_point())
         if four_bit:
             target.fill(piece)
         else:
@@ -153,10 +185,47 @@ def stream(directory: Path, lm: Any, world: World, *, rows_there: int | None = N
                 local(p).copy_(piece)
         piece = piece.to(world.device)
         fingerprint = (fingerprint + _mix(name, piece, rows.start * (piece[0].numel() if piece.numel() else 0))) % 2**64
+    if problem := next(filter(None, world.gather(problem)), ""):
+        raise UserError(f"{directory}: {problem}")
     parts = torch.tensor(
         [fingerprint - 2**64 if fingerprint >= 2**63 else fingerprint], dtype=torch.int64, device=world.device
     )
     return int(world.sum(parts).item()) % 2**64
+
+
+def _unusable(name: str, piece: Tensor, floating: bool) -> str:
+    """Why a tensor's numbers cannot be those of weights, or ''."""
+    if piece.is_floating_point() != floating:
+        kind = "a floating dtype" if floating else "whole numbers"
+        return f"{name} holds {str(piece.dtype).removeprefix('torch.')}, expected {kind}"
+    if not floating or piece.dtype.itemsize == 1:  # torch knows no isfinite of a float of one byte
+        return ""
+    lost = 0 if piece.isfinite().all() else int((~piece.isfinite()).sum())
+    return f"{name} holds {lost:,} numbers that are not finite" if lost else ""
+
+
+def check_room(directory: Path, lm: Any) -> None:
+    """Raises UserError where a model, built without memory, has many more numbers than its files: a configuration that
+    asks for what is not there is told before anything is allocated.
+    """
+    files = files_by_name(directory)
+    found = [(name, header(path)[name]) for name, path in files.items()]
+    if any(entry.dtype in ("U8", "I8", "F4", "I32") and len(entry.shape) > 1 for _, entry in found):
+        return  # packed: what it holds is another matter, and is told when it is read
+    there = sum(entry.elements for _, entry in found)
+    sizes = {name: p.numel() for name, p in lm.named_parameters()}
+    vocabulary = sum(sizes.get(f"{name}.weight", 0) for name in vocabulary_modules(lm))
+    wanted = sum(sizes.values())
+    if wanted > there + 2 * vocabulary and wanted > 1.5 * there:
+        largest = max((name for name in sizes), key=lambda name: sizes[name])
+        raise UserError(
+            f"{directory}: config.json describes {wanted:,} numbers, the files hold {there:,}: the largest tensor is"
+            f" {largest} with {sizes[largest]:,}"
+        )
+    if vocabulary > 4 * there:
+        raise UserError(
+            f"{directory}: config.json: vocab_size x hidden_size is {vocabulary:,} numbers, the files hold {there:,}"
+        )
 
 
 def _targets(lm: Any) -> tuple[dict[str, Any], dict[str, list[Any]], set[str]]:
@@ -218,6 +287,11 @@ def _by_slices(files: dict[str, Path], own: dict[str, Any]) -> Iterator[tuple[st
 def _through_transformers(
     directory: Path, lm: Any, wanted: list[str], missing: list[str], unexpected: list[str]
 ) -> Iterator[tuple[str, Any]]:
+    if (directory / "adapter_config.json").is_file():
+        raise UserError(
+            f"{directory}: an adapter_config.json beside the model, which transformers would load in its place:"
+            " take it out, or give the adapter to --adapter_name_or_path"
+        )
     config = type(lm.config).from_pretrained(directory)
     try:
         whole, report = type(lm).from_pretrained(

@@ -16,6 +16,7 @@ import torch
 import transformers
 import yaml
 
+from engine.redact import redact
 from engine.run import settings
 
 STAGES = {"reduce_loss": "sft", "loss_type": "dpo", "vf_coef": "ppo", "advantage": "grpo"}  # by a flag of no other
@@ -117,7 +118,7 @@ def text(facts: Facts) -> str:
         "## Made with",
         *_versions(facts),
     ]
-    return "\n\n".join(filter(None, parts)) + "\n"
+    return redact("\n\n".join(filter(None, parts)) + "\n")
 
 
 def _front_matter(facts: Facts) -> str:

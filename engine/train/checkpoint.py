@@ -18,7 +18,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +28,18 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
-from engine import signals
-from engine.disk import in_words
+from engine import headers, signals
+from engine.disk import fresh_directory, in_words, remove, sync_directory
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
+from engine.train.finite import not_finite
+from engine.train.state import wrong_in_state
 from engine.world import World
 
+BESIDE = "beside.json"  # what a run keeps beside what it trains
 STEP = re.compile(r"step-(\d+)")
+OF_ALL = ("model", "value model", "dataset")  # named in every checkpoint; what came later is not in those before
 Trained = dict[str, tuple[nn.Module, torch.optim.Optimizer]]
 
 
@@ -73,15 +77,18 @@ class Checkpoints:
 
     # --- writing ------------------------------------------------------------------------------------------------------
 
-    def save(self, step: int, state: dict[str, Any], keep: Callable[[], None] = lambda: None) -> None:
+    def save(
+        self, step: int, state: dict[str, Any], beside: Any = None, keep: Callable[[], None] = lambda: None
+    ) -> None:
         """Copies the tensors and returns; the files are written behind. Waits first for a save still under way. What
-        cannot be written is said once, and owed. `keep()`, behind too, brings to the disk what was written of these
-        steps elsewhere.
+        cannot be written is said once, and owed. `beside`: what JSON can hold, in a file of its own. `keep()`, behind
+        too, brings to the disk what was written of these steps elsewhere.
         """
         self.wait()
         if step == self.newest:
             return
         began, tensors, partial = time.monotonic(), self._tensors(), self.root / f"tmp-{step:06d}"
+        self.require_finite(step, "a checkpoint", tensors)
         problem = self._make_room(partial, tensors) if self.world.is_main else ""
         if problem := self.world.gather(problem)[0]:
             self._ended(problem)
@@ -100,8 +107,26 @@ class Checkpoints:
             "world_size": self.world.size,
             **state,
         }
-        self._writer = threading.Thread(target=self._behind, args=(future, partial, state, keep, began), daemon=True)
+        documents = {"state.json": state} | ({} if beside is None else {BESIDE: beside})
+        save = future, partial, step, documents, keep, began
+        self._writer = threading.Thread(target=self._behind, args=save, daemon=True)
         self._writer.start()
+
+    def masters(self) -> dict[str, Tensor]:
+        """The weights that are trained, by name."""
+        return {name: t for name, t in self._tensors().items() if name.split(".")[1] == "master"}
+
+    def require_finite(self, step: int, what: str, tensors: dict[str, Tensor]) -> None:
+        """Raises UserError where numbers of these are none, so that nothing is written that cannot be gone on from.
+        Collective.
+        """
+        broken = [f"{name} on rank {rank}" for rank, name in enumerate(self.world.gather(not_finite(tensors))) if name]
+        if broken:
+            newest = f"the last checkpoint is of step {self.newest}" if self.newest else "there is no checkpoint yet"
+            raise UserError(
+                f"step {step}: {', '.join(broken[:3])} holds numbers that are not finite; {what} of them is not"
+                f" written, {newest}"
+            )
 
     def wait(self) -> str:
         """Returns when no save is under way: what went wrong with the last one, on every rank, which is printed
@@ -131,9 +156,8 @@ class Checkpoints:
             self.root.parent.stat()  # a mount that is gone is not made again on another disk
             if is_gone(self.root):
                 return f"{self.root.readlink()} is gone, or another disk: mount it again"
-            self.root.mkdir(exist_ok=True)
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir()
+            self.root.mkdir(exist_ok=True, mode=0o700)
+            fresh_directory(partial, 0o700)
             sizes = [path.stat().st_size for path in last.iterdir()] if self.newest and last.is_dir() else []
             needed = sum(sizes) or sum(t.numel() * t.element_size() for t in tensors.values())
             if (free := shutil.disk_usage(partial).free) < needed:
@@ -151,12 +175,12 @@ class Checkpoints:
             self._lost = error
 
     def _commit(
-        self, future: Any, partial: Path, state: dict[str, Any], keep: Callable[[], None], began: float
+        self, future: Any, partial: Path, step: int, documents: dict[str, Any], keep: Callable[[], None], began: float
     ) -> None:
         """This rank's files to disk and hashed; once every rank's are, rank 0 publishes; once every rank has read its
         own again, older checkpoints go.
         """
-        step, final, written = state["step"], self.root / f"step-{state['step']:06d}", {}
+        final, written = self.root / f"step-{step:06d}", {}
 
         def write() -> None:
             future.result()
@@ -167,18 +191,20 @@ class Checkpoints:
         problem = self._everywhere(write, written)
         if not problem:
             files = {name: facts for of in self._written for name, facts in of.items()}
-            problem = self._everywhere(lambda: self._publish(partial, step, state, files) if self._is_main else None)
+            problem = self._everywhere(
+                lambda: self._publish(partial, step, documents, files) if self._is_main else None
+            )
         if not problem:
             problem = self._everywhere(lambda: _read_again(final, self.world))
             if problem and self._is_main:
-                _remove(final)
+                remove(final)
         if problem and self._is_main:
             shutil.rmtree(partial, ignore_errors=True)
         if not problem:
             self.newest = step
             if self._is_main:
                 for old in self._named()[: -self.keep] if self.keep > 0 else []:
-                    _remove(old)
+                    remove(old)
             signals.a_save_took(time.monotonic() - began)
         self._ended(problem)
 
@@ -198,17 +224,19 @@ class Checkpoints:
         self._written = [of for _, of in parts]
         return next((problem for problem, _ in parts if problem), "")
 
-    def _publish(self, partial: Path, step: int, state: dict[str, Any], files: dict[str, Any]) -> None:
-        (partial / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-        files["state.json"] = _sync_and_describe(partial / "state.json")
+    def _publish(self, partial: Path, step: int, documents: dict[str, Any], files: dict[str, Any]) -> None:
+        for name, content in documents.items():
+            indent = 1 if name == "state.json" else None
+            (partial / name).write_text(json.dumps(content, indent=indent), encoding="utf-8")
+            files[name] = _sync_and_describe(partial / name)
         (partial / "COMPLETE").write_text(json.dumps(files, indent=1), encoding="utf-8")
         _sync_and_describe(partial / "COMPLETE")
-        _sync_directory(partial)
+        sync_directory(partial)
         final = self.root / f"step-{step:06d}"
         if final.exists():  # the same step of an earlier, damaged attempt
             shutil.rmtree(final)
         partial.rename(final)
-        _sync_directory(self.root)
+        sync_directory(self.root)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -252,7 +280,7 @@ class Checkpoints:
             if state["settings"].get(name) != value:
                 raise UserError(f"{path} is of a run with --{name} {state['settings'].get(name)}, now it is {value}")
         for name, value in self.identity.items():
-            if state["identity"].get(name) != value:
+            if state["identity"].get(name, None if name in OF_ALL else value) != value:
                 raise UserError(
                     f"{path} is of another {name}: give another --output_dir, or the {name} that this one was started"
                     " with"
@@ -286,6 +314,8 @@ class Checkpoints:
                 f"8-bit moments were requantised: block boundaries moved ({rounded} of"
                 f" {sum(1 for _ in self._parameters())} tensors)"
             )
+        if (path / BESIDE).is_file():
+            state["beside"] = json.loads((path / BESIDE).read_text(encoding="utf-8"))
         return state
 
     def _parameters(self) -> Iterator[tuple[str, str, nn.Parameter, torch.optim.Optimizer]]:
@@ -333,17 +363,18 @@ def damage(path: Path, world: World) -> str:
                 return f"{name} is missing"
             if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
                 return f"{name} is damaged"
-    except (OSError, ValueError, KeyError, TypeError):
+            if name in shards:
+                headers.read(path / name)
+            if name == "state.json" and (problem := wrong_in_state(path / name)):
+                return f"state.json: {problem}"
+        step = json.loads((path / "state.json").read_text(encoding="utf-8"))["step"]
+        if (named := STEP.fullmatch(path.name)) and int(named[1]) != step:
+            return f"it is a copy of step {step} under another name"
+    except headers.Unsound as why:
+        return f"{name} is damaged ({why})"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return "its manifest, COMPLETE, is damaged"
     return ""
-
-
-def _remove(path: Path) -> None:
-    """What is half removed has no step's name: it goes at the next start. As far as the disk lets it."""
-    gone = path.with_name(f"tmp-{path.name}")
-    with contextlib.suppress(OSError):
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
 
 
 def _read_again(path: Path, world: World) -> None:
@@ -357,25 +388,6 @@ def _read_again(path: Path, world: World) -> None:
         raise OSError(f"read again, {problem}")
 
 
-def load_masters(path: Path, parts: Mapping[str, nn.Module]) -> None:
-    """What was trained of these parts (policy, value), from a sound checkpoint that any number of ranks wrote; what
-    their optimizers know is left there. Collective. Raises UserError.
-    """
-    trained = {
-        f"{part}.master.{name}": p.detach()
-        for part, module in parts.items()
-        for name, p in module.named_parameters()
-        if p.requires_grad
-    }
-    reader = HuggingFaceStorageReader(str(path))
-    stored: Any = reader.read_metadata().state_dict_metadata
-    there = {name for name in stored if name.split(".")[0] in parts and name.split(".")[1] == "master"}
-    wrong = [n for n in there ^ trained.keys()] or [n for n, t in trained.items() if stored[n].size != t.shape]
-    if wrong:
-        raise UserError(f"{path}: tensors do not fit the model, the first is {sorted(wrong)[0]}")
-    dcp.load(trained, storage_reader=reader)
-
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
@@ -385,11 +397,3 @@ def _sync_and_describe(path: Path) -> dict[str, Any]:
     with open(path, "rb") as f:
         os.fsync(f.fileno())
     return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

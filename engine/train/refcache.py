@@ -20,6 +20,7 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +28,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 from torch import Tensor
 
-from engine import terminal
+from engine import headers, terminal
 from engine.data.batch import MicroBatch, micro_batch, sum_by_sequence
 from engine.data.packing import pack
 from engine.data.store import Examples
-from engine.disk import writing
+from engine.disk import write_new, writing
 from engine.errors import UserError, explained
 from engine.model.open import Base
 from engine.model.policy import Policy
@@ -185,8 +186,10 @@ def _append(directory: Path, keys: np.ndarray, logprobs: np.ndarray, counts: np.
     path = directory / f"rows-{digest[:16]}.safetensors"
     partial = directory / f".{path.name}.{os.getpid()}"
     try:
+        partial.unlink(missing_ok=True)
         with writing(path):
-            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata={"sha256": digest})
+            about = {"sha256": digest, "model": directory.name}
+            save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, partial, metadata=about)
         with open(partial, "rb") as f:
             os.fsync(f.fileno())
         partial.rename(path)
@@ -205,12 +208,15 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
     """The arrays of every segment whose checksum holds; others are named and renamed out of the way."""
     for path in sorted(directory.glob("rows-*.safetensors")):
         try:
+            _check_header(path)
             with safe_open(path, framework="numpy") as f:
                 arrays = {name: f.get_tensor(name) for name in ("keys", "logprobs", "counts")}
-                stated = (f.metadata() or {}).get("sha256")
-            if stated != _checksum(arrays):
+                about = f.metadata() or {}
+            if about.get("sha256") != _checksum(arrays):
                 raise ValueError("its checksum does not match its content")
-        except (SafetensorError, ValueError, OSError, KeyError) as error:
+            if about.get("model", directory.name) != directory.name:  # an earlier version wrote no model
+                raise ValueError("its numbers are another model's")
+        except (headers.Unsound, SafetensorError, ValueError, OSError, KeyError) as error:
             terminal.say(
                 f"warning: reference: {path} is damaged ({error}); it is not used and is put aside as"
                 f" {path.name}.damaged"
@@ -218,6 +224,16 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
             path.rename(path.with_name(path.name + ".damaged"))
             continue
         yield arrays
+
+
+def _check_header(path: Path) -> None:
+    """Raises headers.Unsound for what is no segment."""
+    entries = headers.read(path)
+    rows = entries["counts"].shape[:1] if "counts" in entries else ()
+    expected = {"keys": ("U8", (*rows, 16)), "logprobs": ("F32", rows), "counts": ("I32", rows)}
+    found = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
+    if found != expected:
+        raise headers.Unsound(f"holds {str(found)[:120]}, not keys, logprobs and counts of as many rows")
 
 
 def _look_up(directory: Path, keys: np.ndarray, counts: np.ndarray) -> np.ndarray:
@@ -258,9 +274,9 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
     for header in directory.parent.glob("*/header.json"):
         try:
             other = json.loads(header.read_text(encoding="utf-8"))["identity"]
-        except (ValueError, KeyError, OSError):
+            others.append(sorted(k for k in identity.keys() | other.keys() if identity.get(k) != other.get(k)))
+        except (ValueError, KeyError, OSError, TypeError, AttributeError):  # damaged: it only explains
             continue
-        others.append(sorted(k for k in identity.keys() | other.keys() if identity.get(k) != other.get(k)))
     closest = min(others, key=len, default=None)
     why = (
         "no model was cached here yet"
@@ -273,7 +289,7 @@ def _verdict(directory: Path, identity: dict[str, str], found: np.ndarray, fresh
 def _write_atomically(path: Path, content: bytes) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_bytes(content)
+        write_new(partial, content, 0o600)
         partial.rename(path)
     except OSError as error:  # a write to a full disk names no file
         error.filename = error.filename or str(path)
@@ -282,14 +298,18 @@ def _write_atomically(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def config_digest(config: Any) -> str:
+    """Of what, besides its weights, determines what a model computes."""
+    loose = ("transformers_version", "_name_or_path", "use_cache", "dtype")
+    described = {key: value for key, value in config.to_dict().items() if key not in loose}
+    return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
 def model_identity(weights: str, base: Base) -> dict[str, str]:
     """What, besides tokens and mask, determines a log-prob; `weights` is the policy's identity."""
-    loose = ("transformers_version", "_name_or_path", "use_cache", "dtype")
-    described = {key: value for key, value in base.config.to_dict().items() if key not in loose}
-    config_hash = hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()[:32]
     return {
         "weights": weights,
-        "config": config_hash,
+        "config": config_digest(base.config),
         "dtype": str(base.dtype).removeprefix("torch."),
         "attention": base.how.backend,
         "compiled": str(base.memory.compile),

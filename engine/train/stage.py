@@ -19,7 +19,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,12 +36,26 @@ from engine.model.open import Base
 from engine.model.policy import Policy, Root
 from engine.signals import Stopped
 from engine.terminal import as_time
-from engine.train import card
+from engine.train import card, finite
 from engine.train.checkpoint import Checkpoints
+from engine.train.refcache import config_digest
 from engine.train.throughput import Throughput
 from engine.world import World
 
 IDENTITIES = {"policy": "model", "value": "value model"}  # what a checkpoint's parts are called in its identity
+
+
+class Kept(Protocol):
+    """What a run has besides what it trains and its checkpoints must hold, as JSON has it."""
+
+    def state(self) -> Any:
+        """None: nothing now. Collective."""
+
+    def restore(self, state: Any) -> None:
+        """What `state` gave."""
+
+    def close(self) -> None:
+        """The run ends, by an error perhaps."""
 
 
 class Run:
@@ -69,6 +83,9 @@ class Run:
         self.is_finished = False
         self._done = 0  # steps whose update is whole
         self._checkpoints: Checkpoints | None = None
+        self._kept: Kept | None = None
+        self._trained: dict[str, tuple[Root, torch.optim.Optimizer]] = {}
+        self._trail = finite.Trail()
         self._stack = contextlib.ExitStack()
         self._batches: MicroBatches | None = None
         self._samples: JsonLines | None = None
@@ -106,15 +123,21 @@ class Run:
         assert self._checkpoints is not None, "steps() has made them"
         self.world.phase("saving a checkpoint")
         progress.note(counted=False)
-        facts = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
-        state = {"num_tokens": self.throughput.num_tokens, **facts}
-        self._checkpoints.save(self._done, state, self._keep_rows)
+        facts: dict[str, Any] = {"total_steps": self.plan.total, "examples": self.plan.n}  # for a card
+        facts["rows"] = {"metrics": self.metrics.digest} | ({"samples": self._samples.digest} if self._samples else {})
+        beside = self._kept.state() if self._kept is not None else None
+        self._checkpoints.save(self._done, {"num_tokens": self.throughput.num_tokens, **facts}, beside, self._keep_rows)
 
     def _keep_rows(self) -> None:
         """No step of a checkpoint lacks its row: a machine that dies may lose what no fsync had reached."""
         self.metrics.keep()
         if self._samples is not None:
             self._samples.keep()
+
+    def remember(self, what: Kept) -> None:
+        """Its state is part of every checkpoint that is saved from now on; the run closes it."""
+        self._kept = what
+        self._stack.callback(what.close)
 
     def _between(self, seconds: float) -> None:
         """Between two steps, of which the last took so long: ends the run if a rank was asked to, else saves what is
@@ -140,22 +163,35 @@ class Run:
         """
         flags, world = self.flags, self.world
         identity = {IDENTITIES[name]: root.identity for name, (root, _) in trained.items()} | {"dataset": self.data}
+        for name, (root, _) in trained.items():
+            config = self.base.config if name == "policy" else root.lm.config
+            identity[f"{IDENTITIES[name]}'s config.json"] = config_digest(config)
         settings = directories.settings(self.values)
         checkpoints = Checkpoints(
             self.output_dir, world, dict(trained), keep=flags.save_total_limit, identity=identity, settings=settings
         )
         state = checkpoints.resume(flags.resume) or {"step": 0, "num_tokens": 0}
         start, total = state["step"], self.plan.total
+        if self._kept is not None and "beside" in state:
+            self._kept.restore(state["beside"])
         self._resumed_after = self._done = start
-        self._checkpoints = checkpoints
+        self._checkpoints, self._trained = checkpoints, dict(trained)
+        rows = state.get("rows", {}) if checkpoints.newest else {}  # of another run's checkpoint they are elsewhere
         world.say(f"resuming after step {start}" if start else "starting at step 0")
 
         def open_files() -> None:
             self.metrics = Metrics(
-                self.output_dir, world, start=start, total=total, report_to=flags.report_to, unit=self.unit
+                self.output_dir,
+                world,
+                start=start,
+                total=total,
+                report_to=flags.report_to,
+                unit=self.unit,
+                known=rows.get("metrics"),
             )
-            if world.is_main and (self.output_dir / "samples.jsonl").is_file():  # of what is done again, nothing stays
-                self._samples = JsonLines(self.output_dir / "samples.jsonl", start)
+            samples = self.output_dir / "samples.jsonl"
+            if world.is_main and (samples.is_file() or "samples" in rows):  # of what is done again, nothing stays
+                self._samples = JsonLines(samples, start, rows.get("samples"))
 
         world.on_main("metrics", open_files)
         if not world.is_main:
@@ -190,20 +226,23 @@ class Run:
         chosen: np.ndarray,
         totals: Totals | None = None,
         then: np.ndarray | None = None,
+        counted: bool = True,
     ) -> Iterator[MicroBatch]:
         """This rank's micro-batches of the examples `chosen`, each to be followed by a backward pass of `root`.
 
-        Sets when weights are gathered and gradients reduced; counts tokens and FLOPs into `totals`. `then` is what is
-        taken next, which is prepared meanwhile. Every rank gets the same number.
+        Sets when weights are gathered and gradients reduced; counts tokens and FLOPs into `totals`, unless they are
+        `counted` elsewhere. `then` is what is taken next, which is prepared meanwhile. Every rank gets the same number.
         """
         if self._batches is None or self._batches.examples is not examples:
             self._batches = MicroBatches(examples, self.base.memory.micro_batch_tokens, self.world)
         for batch, last in self._batches(chosen, then=then):
             root.sync_gradients(last)
-            if totals is not None:
+            if totals is not None and counted:
                 self.throughput.count(batch, totals)
             progress.note()
             yield batch
+            if totals is not None:
+                self._trail.note(totals, batch.examples, totals.sums)
 
     def evaluation_batches(self, examples: Batchable) -> Iterator[MicroBatch]:
         """This rank's micro-batches of all these examples, without backward passes."""
@@ -213,15 +252,33 @@ class Run:
             yield batch
             seen += len(batch.examples)
 
-    def stop_unless_finite(self, step: int, numbers: dict[str, float], unit: str, examples: np.ndarray) -> None:
-        """Raises UserError on a loss or gradient norm that is not finite; the optimizers have applied none that
-        is not.
+    def stop_unless_finite(
+        self, step: int, numbers: dict[str, float], unit: str, examples: np.ndarray, prompts: torch.Tensor | None = None
+    ) -> None:
+        """Raises UserError on a loss, a gradient norm or another sum over all ranks that is not finite, with the rank
+        and the examples that it came of, where they can be told; the optimizers have applied no gradient that is not.
+
+        `prompts` are those of the responses that micro-batches were made of.
         """
-        if all(math.isfinite(number) for number in numbers.values()):
+        found = {name: number for name, number in numbers.items() if not math.isfinite(number)}
+        if not found:
             return
-        found = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {number}" for name, number in numbers.items())
-        on = f"{unit} {examples.tolist()[:8]} ..."
-        raise UserError(f"step {step + 1}: {found}, on {on}; gradients that are not finite were not applied")
+        trained = {name: p for root, _ in self._trained.values() for name, p in root.named_parameters()}
+        met = self._trail.first()
+        met = met if prompts is None else sorted({int(prompts[response]) for response in met})
+        on = finite.whose(self.world.gather((finite.not_finite(trained), met)), unit, examples.tolist())
+        words = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {number}" for name, number in found.items())
+        raise UserError(f"step {step + 1}: {words}, {on}; gradients that are not finite were not applied")
+
+    def stop_unless_all_finite(self, step: int, columns: dict[str, torch.Tensor], examples: np.ndarray) -> None:
+        """The same of numbers that every rank has for itself, in the order in which they come of each other.
+        Collective.
+        """
+        mine = next((name for name, x_R in columns.items() if not finite.all_finite(x_R)), "")
+        bad = [f"{name} on rank {rank}" for rank, name in enumerate(self.world.gather(mine)) if name]
+        if bad:
+            on = f"prompts {finite.shown(examples.tolist())}"
+            raise UserError(f"step {step + 1}: {', '.join(bad[:4])} are not finite, on {on}; nothing was applied")
 
     def write(self, step: int, row: dict[str, Any], sums: dict[str, float], shown: str) -> None:
         """The row of a step that was taken, with its speed of `sums`; `shown` stands on the bar."""
@@ -266,7 +323,9 @@ class Run:
         """
         self.world.phase("writing final/")
         progress.note(counted=False)
-        self.world.on_main("output_dir", self.output_dir.stat)  # a mount that is gone is not made again elsewhere
+        if self._checkpoints is not None:
+            self._checkpoints.require_finite(self._done, "final/", self._checkpoints.masters())
+        self.world.on_main("output_dir", lambda: directories.forget_final(self.output_dir))
         done, flags, adapter_only = {}, self.flags, self.values["export_adapter"]
         for name, root in inside.items():
             done[name] = self.output_dir / f".{name}"
@@ -282,6 +341,7 @@ class Run:
             inside=done,
             card=self._card(policy, adapter_only),
         )
+        self.world.on_main("final", lambda: directories.remember_final(self.output_dir))
         self.metrics.close()
         also = "".join(f", its {name}/ as a sequence classifier" for name in inside)
         self.world.say(f"done: {how}{also}{self._summary(final)}", last=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +15,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from engine.data import PromptReader
+from engine.data.bad_rows import file_of, kind_of
 from engine.data.conversations import asked_turns, conversation, form_of
+from engine.data.cuts import UNCUT
 from engine.data.judgements import EITHER_IS_NAMED, PROMPTS, Judgement
 from engine.data.messages import Notes, read
 from engine.data.preferences import conversations, said
@@ -25,7 +26,6 @@ from engine.data.rows import BadRow, text
 from engine.data.tokenise import Encoded, Encoder, Rows
 from launch.inspection.likeness import PLACES, EvaluationSet, sketch_of, words_of
 
-UNCUT = 2**31 - 1  # as a length: longer than any row
 LISTED = 200  # bad rows that are kept by name
 LABELS = 200  # sources within a dataset that are told apart
 Messages = list[dict[str, Any]]
@@ -211,11 +211,6 @@ COLUMNS: dict[str, tuple[Any, bool]] = {  # name → (dtype, a number for each s
 }
 
 
-def kind_of(why: str) -> str:
-    """A reason without the numbers and words that differ from row to row."""
-    return re.sub(r"'[^']*'|\[\d+\]|\d+", lambda m: "[]" if m[0].startswith("[") else "…", why)[:120]
-
-
 @dataclass
 class Found:
     """What some rows hold: `columns` by example, and counts."""
@@ -227,6 +222,8 @@ class Found:
     rows: int = 0
     bad: list[tuple[int, str, str]] = field(default_factory=list)  # (row, place, why)
     num_bad: int = 0
+    files: Counter = field(default_factory=Counter)  # rows of each
+    bad_files: Counter = field(default_factory=Counter)  # bad rows of each
     dropped: Counter = field(default_factory=Counter)
     notes: Notes = field(default_factory=Counter)
     forms: Counter = field(default_factory=Counter)
@@ -237,6 +234,7 @@ class Found:
 
     def add_bad(self, row: int, place: str, why: str) -> None:
         self.num_bad += 1
+        self.bad_files[file_of(place)] += 1
         self.reasons[kind_of(why)] += 1
         if len(self.bad) < LISTED:
             self.bad.append((row, place, why))
@@ -266,6 +264,7 @@ class Lens:
     def __call__(self, rows: Rows) -> Found:
         found = Found(self.read.per_example, rows=len(rows))
         for number, (place, row) in enumerate(rows):
+            found.files[file_of(place)] += 1
             noted: Notes = Counter()
             try:
                 if isinstance(row, BadRow):

@@ -26,7 +26,16 @@ THE_DATA = "what is shown"
 READ = (  # the stages' flags that decide what is shown; the others are the training's
     *("model_name_or_path", "model_revision", "add_special_tokens", "chat_template", "dataset_name", "mixer_list"),
     *("dataset_revision", "dataset_split", "eval_dataset_name", "eval_split", "max_seq_length", "on_bad_row"),
-    *("system_role", "cache_dir", "dataset_num_proc", "seed", "text_column", "only_label", "history_thoughts"),
+    *(
+        "max_bad_rows",
+        "system_role",
+        "cache_dir",
+        "dataset_num_proc",
+        "seed",
+        "text_column",
+        "only_label",
+        "history_thoughts",
+    ),
     *("preference_column", "preference_numbers", "chosen_by_score", "count_turns", "verifier", "prompt_template"),
     *("system_prompt", "verifier_mode", "verifier_module", "response_length"),
 )

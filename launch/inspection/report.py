@@ -7,10 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from engine.data.bad_rows import kind_of, too_many
 from engine.errors import on_one_line
 from launch.inspection import tally
 from launch.inspection.likeness import ALIKE, COVERED, GRAM, SHINGLE
-from launch.inspection.look import kind_of
 from launch.inspection.opened import KINDS
 from launch.inspection.tally import Dataset, Duplicates, Overlap, Ref, Table
 
@@ -278,24 +278,35 @@ def _overlap(overlap: Overlap, found: Findings, named: Named) -> list[str]:
 # --- what to do next --------------------------------------------------------------------------------------------------
 
 
-def advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: str) -> str:
+def advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: str, max_bad_rows: float) -> str:
     """One line: the worst that was found and what to do about it, or the command that trains. `flags` are the words
     that name model and data.
     """
-    return f"{'next':{WIDTH}} {_advice(found, flags, drop, on_bad_row)}"
+    return f"{'next':{WIDTH}} {_of_bad_rows(found, on_bad_row, max_bad_rows) or _advice(found, flags, drop)}"
 
 
-def _advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row: str) -> str:
+def _of_bad_rows(found: Findings, on_bad_row: str, max_bad_rows: float) -> str:
+    """What to do about rows that a training refuses, or ''."""
     bad, rows = (sum(of) for of in zip(*((d.found.num_bad, d.found.rows) for d in found.datasets), strict=True))
-    _, lost = found.lost
     if not rows:
         return "the dataset is empty: name one that has rows"
     if not len(found.table.taken):
         return f"no row can be trained: mend the first bad row, or name another stage ({', '.join(KINDS)})"
     if bad and on_bad_row == "error":
         return "--on_bad_row error stops a training at the first bad row: mend it, or skip bad rows"
-    if bad > rows / 10:
-        return f"{_share(bad, rows)} of the rows are bad: see whether this is the right stage, then mend them"
+    for dataset in found.datasets:
+        for file, of in dataset.found.bad_files.items():
+            if too_many(of, dataset.found.files[file], max_bad_rows):
+                share = _share(of, dataset.found.files[file])
+                return (
+                    f"{dataset.shown}{file}: {share} of the rows are bad, which a training refuses: see whether this is"
+                    f" the right stage, then mend them, or go on without them by --max_bad_rows {of}"
+                )
+    return ""
+
+
+def _advice(found: Findings, flags: Iterable[str], drop: str | None) -> str:
+    _, lost = found.lost
     if not drop and any(overlap.share > TULU_LIMIT for overlap in found.overlaps):
         return (
             f"more than {100 * TULU_LIMIT:.0f} % of an evaluation are contaminated, where Tülu 3 leaves a dataset out:"
@@ -308,6 +319,6 @@ def _advice(found: Findings, flags: Iterable[str], drop: str | None, on_bad_row:
     if found.kind != "problems" and lost > MUCH_LOST:
         p99 = int(np.percentile(found.tokens, 99, method="higher"))
         return f"the cut loses {100 * lost:.2g} % of the trained tokens; --max_seq_length {p99} would cut 1 %"
-    if found.exact.rows > rows / 100:
+    if found.exact.rows > sum(dataset.found.rows for dataset in found.datasets) / 100:
         return f"leave out the {found.exact.rows:,} duplicates, unless they are meant to weigh twice"
     return f"python -m launch.{found.stage} {' '.join(flags)} --dry_run"

@@ -60,7 +60,7 @@ def _add(whole: Found, chunk: Found) -> None:
     whole.sketches += chunk.sketches
     whole.bad += [(row + whole.rows, place, why) for row, place, why in chunk.bad[: LISTED - len(whole.bad)]]
     whole.num_bad += chunk.num_bad
-    for name in ("dropped", "notes", "forms", "verifiers"):
+    for name in ("files", "bad_files", "dropped", "notes", "forms", "verifiers"):
         vars(whole)[name].update(vars(chunk)[name])
     for why, count in chunk.reasons.items():
         whole.reasons[why if why in whole.reasons or len(whole.reasons) < REASONS else "of another kind"] += count

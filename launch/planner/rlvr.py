@@ -30,7 +30,7 @@ from launch.planner.stages import Rehearsed, Stage
 from rollout import Experience, Rollout, Sampler, SamplingParams, handover, room
 from rollout.cache import Decode, Layer, Probe
 from rollout.choice import choose as choose_tokens
-from rollout.sampler import PREFILL_TOKENS, SHARE, SLOTS
+from rollout.sampler import PREFILL_TOKENS, SLOTS, default_share
 from rollout.schedule import Joined, Response
 
 BUCKETS = 64  # of a hand-over that are rehearsed
@@ -45,6 +45,10 @@ class Rlvr(Stage):
         self.policy.temperature = config.temperature or 1.0
         frozen = self.frozen() if config.kl_coef else None
         value_model = None if self.value_config is None else self._value_model()
+        roots = [root for root in (self.policy, value_model) if root is not None]
+        copy = room.copy_of(self.policy.lm, self.base.dtype) // config.rollout_tensor_parallel
+        beside = ledger.total + room.to_come(roots, config.optimizer)
+        self._weights = room.weights(config, copy, beside, None if self._kind == "cpu" else ledger.device.memory)
         with ledger.phase("loading", SAMPLER):
             sampler = Sampler(
                 self.base.config,
@@ -55,6 +59,7 @@ class Rlvr(Stage):
                 slots=config.rollout_slots or SLOTS[self._kind],
                 backend=self.base.how.backend,
                 tensor_parallel=config.rollout_tensor_parallel,
+                weights=self._weights,
             )
         optimizers = {OPTIMIZER: self.optimizer(self.policy, OPTIMIZER)}
         if value_model is not None:
@@ -67,7 +72,7 @@ class Rlvr(Stage):
         flops = float(totals.sums["perf/flops"]) / min(2, self.work.micro_batches)
         own = max(1, self._at_once // config.rollout_tensor_parallel)  # of the responses that its team samples at once
         result = self.result(costs, sum(self.work.full), flops, rollout=rollout, slots=own, pool=self._pool)
-        trained = sum(root.num_trained for root in (self.policy, value_model) if root is not None)
+        trained = sum(root.num_trained for root in roots)
         return dataclasses.replace(result, trained=trained)
 
     def _value_model(self) -> ValueModel:
@@ -120,7 +125,12 @@ class Rlvr(Stage):
             torch.stack([x.double() for x in chosen])
             costs["decode"] = self.cost("decode") - before
         ledger.launch = None
-        sampler.release()
+        if self._weights != "apart":  # else it goes on beside the update
+            sampler.cache = None
+        if self._weights == "gathered":
+            for name, p in sampler.lm.named_parameters():
+                if name not in sampler.lm.origin.shared:
+                    ledger.resize(p.untyped_storage(), 0)
         return costs
 
     def _responses(self) -> list[Response]:
@@ -134,7 +144,7 @@ class Rlvr(Stage):
         """The pages that these can need, or those that the memory holds beside what is there when sampling begins."""
         config, ledger, block = self.config, self.ledger, sampler.block
         asked = room.wanted(responses, layers, sampler.slots, block)
-        share = SHARE[self._kind] if config.rollout_memory is None else config.rollout_memory
+        share = config.rollout_memory or default_share(self._kind, self._weights)
         free = int(share * (ledger.device.memory - ledger.device.reserved - ledger.total))
         try:
             counts = room.counts(free, asked, layers, block)

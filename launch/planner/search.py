@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.errors import UserError
 from launch.planner.plans import Plan, make
+from launch.planner.stages import RLVR
 
 MOST_GPUS = 1024
 Flags = dict[str, Any]
@@ -33,6 +34,8 @@ def changes(plan: Plan) -> list[list[dict[str, Any]]]:
     speed += [{"gradient_checkpointing": level} for level in levels[levels.index(config.gradient_checkpointing) + 1 :]]
     if not config.activation_offload and plan.device.name != "cpu":
         speed.append({"gradient_checkpointing": "full", "activation_offload": True})
+    if plan.stage in RLVR and config.rollout_weights != "gather" and not config.rollout_ahead:
+        speed.append({"rollout_weights": "gather"})
     if config.optimizer == "adamw":
         precision.append({"optimizer": "adamw_8bit"})
     if config.master_dtype == "float32":

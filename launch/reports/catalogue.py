@@ -96,6 +96,9 @@ KNOWN = {
     "rollout/masked": Metric(
         "Not learnt from", "responses", "Without an end, by --mask_truncated. Healthy: few.", POLICY
     ),
+    "rollout/age": Metric(
+        "Age of the sampler's weights", "updates", "0, or 1 with --rollout_ahead from the second step on.", POLICY
+    ),
     "sampler/ratio": Metric(
         "Ratio to the sampler", "π / sampler", "Mean over tokens, before any update. Healthy: 1 up to rounding.", POLICY
     ),
@@ -121,6 +124,10 @@ KNOWN = {
         "Throughput", "tokens/s per rank", "Healthy: level. Single dips are evaluations and checkpoints.", MACHINE
     ),
     "perf/mfu": _share("MFU", "the device's FLOP/s", "Model FLOPs that were done. Healthy: level.", MACHINE),
+    "perf/cache_gib": Metric("Cache in use", "GiB", "Of the first rank's sampler, at most.", MACHINE),
+    "perf/set_back": Metric(
+        "Set back", "times", "Responses that waited for pages, on the first rank. Healthy: few.", MACHINE
+    ),
     "perf/peak_memory_gib": Metric(
         "Peak memory", "GiB", "Of rank 0, so far. Healthy: flat after the first steps.", MACHINE
     ),

@@ -58,3 +58,35 @@ def test_a_row_that_cannot_be_written_is_owed(tmp_path, capsys):
         assert capsys.readouterr().out.splitlines()[-1].endswith(f"; 1 row is lost for {path}")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    "damage, kept",
+    [
+        (lambda rows: rows[:1] + rows[2:], [1, 3]),
+        (lambda rows: [rows[0], rows[1].replace(b"2.5", b"2.4"), rows[2]], [1, 2, 3]),
+        (lambda rows: [rows[0], b"\xff\x00\n", rows[2]], [1, 3]),
+        (lambda rows: [rows[0], b"[2]\n", b'{"step": "2"}\n', b"7\n", rows[2]], [1, 3]),
+        (lambda rows: [], []),
+    ],
+)
+def test_rows_that_are_not_what_was_written_are_named(damage, kept, tmp_path, capsys):
+    """Where a checkpoint has their digest; what can be read stays, and they are those to the next."""
+    path = tmp_path / "metrics.jsonl"
+    file = log.JsonLines(path, 0)
+    for step in (1, 2, 3):
+        file.write({"step": step, "loss": step + 0.5})
+    known = file.digest
+    file.write({"step": 4})
+    file.close()
+    assert log.JsonLines(path, 3, known).digest == known and not capsys.readouterr().out
+    path.write_bytes(b"".join(damage(path.read_bytes().splitlines(keepends=True))))
+    again = log.JsonLines(path, 3, known)
+    assert [json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines()] == kept
+    (said,) = capsys.readouterr().out.splitlines()
+    assert said.startswith(
+        f"warning: {path} was damaged, or changed: of its rows up to step 3, {len(kept)} can be read"
+    )
+    assert log.JsonLines(path, 3, again.digest).digest == again.digest and not capsys.readouterr().out
+    log.JsonLines(path, 3)
+    assert not capsys.readouterr().out  # an earlier version's checkpoint has none

@@ -37,3 +37,41 @@ def test_which_configuration_goes_on(earlier, now, differs, tmp_path):
         return
     with pytest.raises(UserError, match=differs):
         run._check_same_configuration(now, DEFAULTS, tmp_path / "config.yaml")
+
+
+@pytest.mark.parametrize("damaged", ["ada", "- 1", "1: 2\nlearning_rate: 3", "x: 2026-13-45", "{", "\0", "x: !!int a"])
+def test_a_damaged_configuration_is_one_line(damaged, tmp_path):
+    (tmp_path / "config.yaml").write_text(damaged)
+    with pytest.raises(UserError, match=r"config.yaml is damaged: delete it or give another"):
+        run._check_same_configuration({"learning_rate": 1e-3}, DEFAULTS, tmp_path / "config.yaml")
+
+
+def test_a_final_that_was_damaged_is_no_finished_run(tmp_path):
+    """Weights and configurations, at any depth, by every byte; what else is there is its reader's. None is noted by an
+    earlier version, or once another is about to be written.
+    """
+    final = tmp_path / "final"
+    files = {
+        name: name.encode() for name in ("model.safetensors", "config.json", "value/model.safetensors", "README.md")
+    }
+    for name, content in files.items():
+        (final / name).parent.mkdir(parents=True, exist_ok=True)
+        (final / name).write_bytes(content)
+    run._check_final(tmp_path)
+    run.remember_final(tmp_path)
+    run._check_final(tmp_path)
+    for name, content in files.items():
+        for damaged in (content[:-1] + b"x", content[:-1], b"", None):
+            (final / name).unlink() if damaged is None else (final / name).write_bytes(damaged)
+            if name == "README.md":
+                run._check_final(tmp_path)
+                continue
+            with pytest.raises(UserError, match=f"{final / name} is missing or damaged: delete {final}, and the same"):
+                run._check_final(tmp_path)
+        (final / name).write_bytes(content)
+    for damaged in ("[]", "3", '{"config.json": 3}', "nul", '{"config.json": [1]}'):
+        (tmp_path / run.FINAL).write_text(damaged)
+        with pytest.raises(UserError, match=r"which says what .* holds, is damaged"):
+            run._check_final(tmp_path)
+    run.forget_final(tmp_path)
+    run._check_final(tmp_path)

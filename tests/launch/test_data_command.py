@@ -94,7 +94,7 @@ def test_the_table_is_what_a_training_takes(stage, amount, embedded_dir, tmp_pat
     name = jsonl(tmp_path / "rows.jsonl", rows_of(stage))
     named = ["--mixer_list", name, amount] if amount else ["--dataset_name", name]
     words = [*named, "--model_name_or_path", str(embedded_dir.model), "--max_seq_length", "64"]
-    words += ["--cache_dir", str(tmp_path / "cache"), "--seed", "5"]
+    words += ["--cache_dir", str(tmp_path / "cache"), "--seed", "5", "--max_bad_rows", "2"]
     world = start()
     with opened(stage, parse(data.CONFIGS[stage], words), world) as found:
         datasets = data.look(found)

@@ -16,7 +16,7 @@ import torch
 from engine.config import parse
 from engine.data import Prompt
 from launch import grpo
-from rollout import Experience, Rollout, groups, rewards
+from rollout import Drawn, Experience, Rollout, groups, rewards
 from tests.launch import iteration
 from tests.launch.test_equivalence import Runs, digest, rows, trajectory, weights_of
 from verifiers import Verdict
@@ -192,7 +192,7 @@ def collect(scores: dict[int, list[float]]):
             for e in chosen
             for k in range(samples)
         ]
-        return [rollout for rollout, _ in pairs], [verdict for _, verdict in pairs]
+        return Drawn([rollout for rollout, _ in pairs], [verdict for _, verdict in pairs])
 
     return sample, asked
 
@@ -201,8 +201,8 @@ def drawn_groups(scores: dict[int, list[float]], wanted: list[int], redraws: int
     sample, asked = collect(scores)
     flags = SimpleNamespace(num_samples_per_prompt=2, seed=1)
     prompts = [Prompt(np.array([1]), "1", "gsm8k")] * len(scores)
-    rollouts, _, tally = groups.sample_groups(sample, prompts, np.array(wanted), flags, 3, redraws)
-    return [r.example for r in rollouts[::2]], tally, asked
+    drawn = groups.sample_groups(sample, prompts, np.array(wanted), flags, 3, redraws)
+    return [r.example for r in drawn.rollouts[::2]], drawn.row, asked
 
 
 EASY, HARD, MIXED = [1.0, 1.0], [0.0, 0.0], [1.0, 0.0]

@@ -174,3 +174,14 @@ def test_what_a_recipes_head_quotes_is_said(name, monkeypatch, capsys):
         for text in ("\n".join(quoted), "\n".join(said))
     )
     assert words == other_words and values == pytest.approx(others, rel=0.02, abs=0.1)
+
+
+def test_a_gathered_sampler_is_not_there_in_the_update(tiny):
+    """Kept, its weights are part of every phase; gathered, of those of a rollout."""
+    flags = {"batch_size": 8, "max_seq_length": 256, "response_length": 128, "rollout_slots": 4}
+    kept, gathered = (planned("ppo", tiny, rollout_weights=how, **flags) for how in ("keep", "gather"))
+    of = lambda p, phase: p.seen.peaks[phase].kinds.get("sampler's weights", 0)
+    assert of(kept, "update") == of(kept, "decode") == of(gathered, "decode") > 100 * of(gathered, "update")
+    assert planned("ppo", tiny, **flags).seen.peaks == kept.seen.peaks  # auto, and there is room
+    ahead = planned("ppo", tiny, rollout_ahead=1, **flags)
+    assert of(ahead, "update") == of(kept, "update") and ahead.seen.peaks["update"].kinds["KV cache"] > 0

@@ -78,6 +78,7 @@ CHANGES = {
     "one_sampler_on_two_ranks": (2, {"rollout_tensor_parallel": 2}),
     "tiny_micro_batches": (1, {"micro_batch_tokens": 60}),
     "three_slots": (1, {"rollout_slots": 3}),
+    "weights_gathered_for_a_rollout": (2, {"rollout_weights": "gather"}),
     "naive_and_eager": (1, {"head": "naive", "attention": "eager"}),
 }
 
@@ -124,19 +125,19 @@ def test_a_response_without_a_verdict_is_masked_and_more_than_one_percent_stop_t
 
     from engine.errors import UserError
     from launch.ppo import Config
-    from rollout import Rollout, experience_of
+    from rollout import Drawn, Rollout, experience_of
     from verifiers import Verdict
 
     ids = np.array([5, 6])
     rollouts = [Rollout(i, 0, ids, ids, np.zeros(2, np.float32), np.zeros(2, np.float32), "stop") for i in range(200)]
     ok, error = Verdict(1.0, "right", "ok"), Verdict(0.0, "the worker process was killed", "error")
     config = Config(response_length=8, verification_reward=10.0)
-    batch = experience_of(rollouts, [error, error, *[ok] * 198], config, str)
+    batch = experience_of(Drawn(rollouts, [error, error, *[ok] * 198]), config, str)
     assert len(batch) == 198 and batch.scores_S.tolist() == [10.0] * 198 and batch.rollouts[0].example == 2
     with pytest.raises(
         UserError, match="3 of 200 responses could not be verified, the first: the worker process was killed"
     ):
-        experience_of(rollouts, [error] * 3 + [ok] * 197, config, str)
+        experience_of(Drawn(rollouts, [error] * 3 + [ok] * 197), config, str)
 
 
 def test_rows_of_two_verifiers_count_as_one_each_in_the_accuracy(runs, tuned, tmp_path):

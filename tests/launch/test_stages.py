@@ -13,7 +13,7 @@ from engine import log, world
 from engine.data import Prompt
 from engine.errors import UserError
 from launch import dpo, ppo, resolve, sft
-from rollout import Experience, Rollout, experience_of, held_out_accuracy, minibatches, of_responses
+from rollout import Drawn, Experience, Rollout, experience_of, held_out_accuracy, minibatches, of_responses
 from tests import oracles
 from verifiers import Verdict
 
@@ -118,7 +118,7 @@ def rollouts(*reasons: str) -> list[Rollout]:
 def test_a_response_without_an_end_gets_the_penalty_in_place_of_its_score(penalty, expected):
     config = ppo.Config(response_length=8, verification_reward=10.0, missing_eos_penalty=penalty)
     verdicts = [Verdict(1.0, ""), Verdict(1.0, ""), Verdict(0.0, "")]
-    found = experience_of(rollouts("stop", "length", "stop"), verdicts, config, str)
+    found = experience_of(Drawn(rollouts("stop", "length", "stop"), verdicts), config, str)
     assert found.scores_S.tolist() == expected
 
 
@@ -160,7 +160,7 @@ def test_a_row_of_metrics_is_of_tokens_slots_and_verdicts():
     judged = Experience([responses[i] for i in (0, 1, 3)], [1.0, 0.0, 1.0], slot_after_end=False, response_length=8)
     prompts = [SimpleNamespace(verifier="gsm8k"), SimpleNamespace(verifier="math")]
     sums = dict.fromkeys(ppo.METRICS, 0.0) | {"loss/policy": 6.0, "loss/value": 12.0, "tokens": 3.0, "slots": 4.0}
-    row = ppo.means(sums) | of_responses(judged, responses, verdicts, prompts)
+    row = ppo.means(sums) | of_responses(judged, Drawn(responses, verdicts), prompts)
     assert (row["loss/policy"], row["loss"], row["loss/value"]) == (2.0, 2.0, 3.0)
     assert (row["verified/gsm8k"], row["verified/math"], row["rollout/errors"]) == (0.5, 1.0, 1)
     assert (row["rollout/stop_rate"], row["rollout/length"]) == (0.75, 2.0)
@@ -168,10 +168,7 @@ def test_a_row_of_metrics_is_of_tokens_slots_and_verdicts():
 
 def held_out(verdicts: list[Verdict], samples: int) -> dict:
     written = {}
-    collect = lambda prompts, chosen, samples, step, seed, shown: (rollouts(*["stop"] * len(verdicts)), verdicts)
-    collect = type(
-        "Collect", (), {"__call__": staticmethod(collect), "sampler": SimpleNamespace(load=lambda policy: None)}
-    )()
+    collect = lambda prompts, chosen, samples, step, seed, shown: Drawn(rollouts(*["stop"] * len(verdicts)), verdicts)
     tokenizer = SimpleNamespace(decode=lambda ids: "")
     run = SimpleNamespace(
         base=SimpleNamespace(chat=SimpleNamespace(tokenizer=tokenizer)),
@@ -179,7 +176,8 @@ def held_out(verdicts: list[Verdict], samples: int) -> dict:
         write_samples=lambda done, rows: None,
     )
     prompts = [Prompt(np.array([1]), "1", "gsm8k")] * (len(verdicts) // samples)
-    held_out_accuracy(collect, None, prompts, ppo.Config(eval_samples=samples), run, 0)
+    sample = SimpleNamespace(collect=collect, run=run, load=lambda: None)
+    held_out_accuracy(sample, prompts, ppo.Config(eval_samples=samples), 0)
     return written
 
 

@@ -36,7 +36,7 @@ HOST = {  # on rollouts, scores and values, which an iteration holds on the host
     "losses/ppo.py:token_rewards",
     "rollout/report.py:of_responses",
     "launch/grpo.py:has_gradient",
-    "launch/grpo.py:of_old",
+    "rollout/report.py:of_sampler",
     "launch/grpo.py:train",
     "losses/group.py:_centred",
     "losses/group.py:_centred (overrides.py:handle_torch_function)",

@@ -1358,14 +1358,14 @@ DATA = (
     Mutant(
         "todays_date_is_in_the_tokens",
         "engine/data/chat.py",
-        "    template = FIXED_DATE + tokenizer.get_chat_template()",
-        "    template = tokenizer.get_chat_template()",
+        "(FIXED_DATE + template_of(tokenizer, tools, where) for",
+        "(template_of(tokenizer, tools, where) for",
         ("tests/engine/data/test_chat.py::test_the_date_of_the_day_is_not_in_the_tokens",),
     ),
     Mutant(
         "every_vocabulary_is_taken_to_split_faithfully",
         "engine/data/chat.py",
-        "splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),",
+        "splits_faithfully=splits_faithfully(tokenizer, habits.ends[0], directory),",
         "splits_faithfully=True,",
         ("tests/engine/data/test_chat.py::test_vocabularies_that_add_a_space",),
     ),
@@ -1407,8 +1407,8 @@ DATA = (
     Mutant(
         "bad_rows_of_the_last_chunk_alone",
         "engine/data/tokenise.py",
-        'header["bad_rows"] += len(chunk.bad)',
-        'header["bad_rows"] = len(chunk.bad)',
+        "            for place, message in chunk.bad:\n                bad_rows.add",
+        "            for place, message in chunk.bad[-1:]:\n                bad_rows.add",
         COUNTED_ROWS,
     ),
     Mutant(
@@ -2234,7 +2234,7 @@ MODEL = (
     ),
     Mutant(
         "exported_without_its_own_ends",
-        "engine/model/export.py",
+        "engine/model/generation.py",
         "list(dict.fromkeys((*end_ids, *ends)))",
         "list(end_ids)",
         ("tests/engine/model/test_pieces.py",),
@@ -2494,7 +2494,7 @@ TRAIN = (
     Mutant(
         "another_model_is_resumed",
         "engine/train/checkpoint.py",
-        'if state["identity"].get(name) != value:',
+        'if state["identity"].get(name, None if name in OF_ALL else value) != value:',
         'if name not in state["identity"]:',
         CHECKPOINT,
     ),
@@ -2583,7 +2583,7 @@ TRAIN = (
     Mutant(
         "another_config_is_the_same_model",
         "engine/train/refcache.py",
-        '        "config": config_hash,\n',
+        '        "config": config_digest(base.config),\n',
         "",
         STALE_MODEL,
     ),
@@ -2604,8 +2604,8 @@ TRAIN = (
     Mutant(
         "a_damaged_segment_is_used",
         "engine/train/refcache.py",
-        "if stated != _checksum(arrays):",
-        "if stated is None:",
+        'if about.get("sha256") != _checksum(arrays):',
+        'if about.get("sha256") is None:',
         (f"{CACHE}::test_a_damaged_file_is_named_and_not_used",),
     ),
     Mutant(
@@ -4394,8 +4394,8 @@ PLANNER = (
     Mutant(
         "the_plan_keeps_the_cache",
         "launch/planner/rlvr.py",
-        "        sampler.release()\n        return costs",
-        "        return costs",
+        '        if self._weights != "apart":  # else it goes on beside the update\n            sampler.cache = None\n',
+        '        if self._weights != "apart":\n            pass\n',
         MODELS,
     ),
     Mutant(
@@ -5148,7 +5148,7 @@ SPOKEN = (
 SIGNALS = ("tests/engine/test_signals.py",)
 STOPPED = "tests/launch/test_stopped.py"
 BLAME = ("tests/launch/test_hung.py::test_who_is_to_blame",)
-DURABLE = "tests/test_faultdrill.py::test_what_has_its_name_outlives_the_machine"
+DURABLE = "tests/test_drill.py::test_what_has_its_name_outlives_the_machine"
 KILLED = "tests/launch/test_equivalence.py::test_a_killed_run_ends_in_the_same_bits"
 OWED = ("tests/launch/test_full_disk.py::test_a_checkpoint_that_cannot_be_written_is_owed",)
 
@@ -5289,6 +5289,64 @@ FAULTS = (
     ),
 )
 
+# --- drawn ahead ------------------------------------------------------------------------------------------------------
+
+DRAWN = ("tests/rollout/test_ahead.py",)
+AHEAD_RUNS = "tests/launch/test_ahead.py::"
+OLD = (f"{AHEAD_RUNS}test_the_first_update_of_a_step_begins_at_that_ratio",)
+
+AHEAD = (
+    Mutant("drawn_twice", "rollout/ahead.py", "drawn, age = self.wait(), 1", "drawn, age = None, 1", DRAWN),
+    Mutant(
+        "drawn_again_and_again",
+        "rollout/ahead.py",
+        "        self._drawn = None\n        if self._beside",
+        "        if self._beside",
+        DRAWN,
+    ),
+    Mutant(
+        "one_more_than_there_are",
+        "rollout/ahead.py",
+        "step + 1 < self.run.plan.total",
+        "step < self.run.plan.total",
+        DRAWN,
+    ),
+    Mutant(
+        "logprobs_lose_their_last_bits", "rollout/ahead.py", '"logprobs": np.float32', '"logprobs": np.float16', DRAWN
+    ),
+    Mutant(
+        "old_weights_are_the_new",
+        "rollout/ahead.py",
+        "            self.load()\n            self._thread = ",
+        "            self._thread = ",
+        DRAWN,
+    ),
+    Mutant("nobody_ends_the_thread", "rollout/ahead.py", "signals.drop_what_is_drawn_beside(True)", "pass", DRAWN),
+    Mutant(
+        "what_is_drawn_beside_goes_on",
+        "engine/signals.py",
+        "        if _state.drops_beside:",
+        "        if False:",
+        DRAWN,
+    ),
+    Mutant("pi_old_is_now_ppo", "launch/ppo.py", "experience.sampled_R if age else now_R", "now_R", OLD),
+    Mutant("pi_old_is_now_grpo", "launch/grpo.py", "experience.sampled_R if age else now_R", "now_R", OLD),
+    Mutant(
+        "weights_are_shared_with_who_trains",
+        "rollout/sampler.py",
+        'world.size == 1 and weights != "apart"',
+        "world.size == 1",
+        (f"{AHEAD_RUNS}test_it_is_drawn_by_the_weights_of_one_update_ago",),
+    ),
+    Mutant(
+        "a_checkpoint_forgets_what_is_drawn",
+        "engine/train/stage.py",
+        'self._kept.restore(state["beside"])',
+        "pass",
+        (f"{AHEAD_RUNS}test_a_run_that_is_told_to_end_keeps_what_is_drawn_ahead",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -5298,6 +5356,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *ENGINE,
     *ROLLOUT,
     *PAGES,
+    *AHEAD,
     *LAUNCH,
     *PLANNER,
     *EVALUATION,

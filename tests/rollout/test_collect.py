@@ -11,6 +11,7 @@ from engine.data.prompts import Prompt
 from engine.flags import SamplingFlags
 from rollout import Collector, Rollout
 from rollout.parallel import Team
+from rollout.sampler import Used
 
 END = 9
 PROMPTS = [Prompt(np.array([n]), f"truth {n}", f"verifier {n}") for n in range(5)]
@@ -42,25 +43,26 @@ def collector(rank: int, size: int, others=(), team: Team | None = None) -> Coll
     world = SimpleNamespace(rank=rank, size=size, gather=lambda mine: [mine, *others], phases=phases)
     world.phase = lambda *shown: phases.append(shown)
     sampler = Sampler()
-    sampler.team = team or Team(0, 1, rank, size)
+    sampler.team, sampler.used = team or Team(0, 1, rank, size), Used(2**30, 3)
     return Collector(sampler, Pool(), chat, SamplingFlags(response_length=7), 3, world)
 
 
 def test_what_is_verified_is_the_response_without_its_end():
     collect = collector(0, 1)
-    rollouts, verdicts = collect(PROMPTS, np.array([4, 1, 2]), 2, step=5)
+    drawn = collect(PROMPTS, np.array([4, 1, 2]), 2, step=5)
+    rollouts, verdicts = drawn.rollouts, drawn.verdicts
     assert [(r.example, r.sample) for r in rollouts] == [(e, s) for e in (4, 1, 2) for s in (0, 1)]
     expected = [(f"{10 + e} {20 + s}", f"truth {e}", f"verifier {e}") for e in (4, 1, 2) for s in (0, 1)]
     assert [v.row for v in verdicts] == expected and (collect.sampler.seed, collect.sampler.step) == (3, 5)
     collect(PROMPTS, np.array([0]), 1, step=5, seed=77)
-    assert collect.sampler.seed == 77
+    assert collect.sampler.seed == 77 and drawn.row == {"perf/cache_gib": 1.0, "perf/set_back": 3}
 
 
 @pytest.mark.parametrize("rank, expected", [(0, [4, 2]), (1, [1])])
 def test_every_rank_samples_its_share(rank, expected):
     collect = collector(rank, 2)
     collect.world.gather = lambda mine: [mine]
-    rollouts, _ = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
+    rollouts = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0).rollouts
     assert collect.sampler.asked == [(e, s) for e in expected for s in (0, 1)]
     assert [r.example for r in rollouts] == [e for e in expected for _ in (0, 1)]
 
@@ -69,7 +71,8 @@ def test_every_rank_samples_its_share(rank, expected):
 def test_one_rank_of_a_team_verifies_what_all_of_it_sample(rank):
     collect = collector(2 + rank, 4, team=Team(rank, 2, 1, 2))
     collect.world.gather = lambda mine: [mine]
-    rollouts, verdicts = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
+    drawn = collect(PROMPTS, np.array([4, 1, 2]), 2, step=0)
+    rollouts, verdicts = drawn.rollouts, drawn.verdicts
     assert collect.sampler.asked == [(1, 0), (1, 1)] and collect.sampler.drawn == 2
     assert len(rollouts) == len(verdicts) == (0 if rank else 2)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from engine import world
 from engine.data.batch import micro_batch
 from engine.model.adapters.lora import Adapters
-from rollout import Request, Sampler, SamplingParams, handover
+from rollout import Request, Sampler, SamplingParams, handover, room
 from rollout.handover import Moving, Place
 from tests import ranks
 from tests.families import load, save_family
@@ -191,3 +192,44 @@ def test_under_adapters_only_merged_layers_are_copied(here, tmp_path, embedded_d
         sampler.load(policy)
         changed = {name for name, p in own.items() if not torch.equal(p, first[name])}
         assert changed == {f"{name}.weight" for name in MODULES}
+
+
+# --- weights that are there for a rollout alone -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_what_is_given_back_is_there_again_after_the_next_load(dtype, adapted, here, tmp_path, embedded_dir):
+    """What is the policy's own stays; a copy takes nothing meanwhile, frozen weights too, and comes back whole."""
+    directory = save_family("qwen3", tmp_path / "m", embedded_dir[0])
+    adapters = Adapters(4, 8.0, False, MODULES, 1) if adapted else None
+    policy = load(directory, here, adapters=adapters)
+    sampler = Sampler(policy.lm.config, policy, here, dtype=dtype, max_length=32, slots=2, weights="gathered")
+    requests = [Request(np.arange(5, 15), i, max_new_tokens=8) for i in range(2)]
+    drawn = []
+    for _ in range(2):
+        sampler.load(policy)
+        drawn.append([r.response_ids.tolist() for r in sampler.generate(requests, SamplingParams(), seed=1, step=2)])
+        sampler.release()
+        left = {name for name, p in sampler.lm.named_parameters() if p.untyped_storage().nbytes()}
+        assert left == {name for name, _ in sampler.lm.named_parameters() if name in sampler.lm.origin.shared}
+    assert drawn[0] == drawn[1] and bool(left) == (dtype == torch.float32)
+
+
+def test_weights_are_kept_where_a_third_of_the_memory_is_left():
+    flags = lambda how, ahead=0: SimpleNamespace(rollout_weights=how, rollout_ahead=ahead)
+    chosen = lambda how, beside, memory=90: room.weights(flags(how), 20, beside, memory)
+    assert (chosen("auto", 40), chosen("auto", 41), chosen("auto", 10**9, None)) == ("shared", "gathered", "shared")
+    assert (chosen("keep", 80), chosen("gather", 0), chosen("gather", 0, None)) == ("shared", "gathered", "gathered")
+    assert room.weights(flags("auto", ahead=1), 20, 80, 90) == "apart"
+
+
+def test_what_training_will_hold(here, tmp_path, embedded_dir):
+    """A gradient and two moments of every number that is trained, in fp32 or in eight bits."""
+    policy = load(save_family("llama", tmp_path / "m", embedded_dir[0]), here)
+    n = sum(p.numel() for p in policy.parameters())
+    assert room.to_come([policy], "adamw") == 12 * n and room.to_come([policy, policy], "adamw_8bit") == 12 * n
+    assert room.copy_of(policy.lm, torch.bfloat16) == 2 * n
+    for p in list(policy.parameters())[1:]:
+        p.requires_grad_(False)
+    assert room.to_come([policy], "adamw") == 12 * next(policy.parameters()).numel()

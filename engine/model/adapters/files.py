@@ -21,7 +21,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from engine.disk import writing
+from engine import headers
+from engine.disk import fresh_directory, writing
 from engine.errors import UserError, nearest
 from engine.model.adapters import lora
 from engine.model.adapters.lora import Adapters
@@ -30,6 +31,7 @@ from engine.model.shards import whole
 from engine.run import publish
 from engine.world import World
 
+MAX_CONFIG = 2**23  # bytes
 CONFIG, TENSORS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 # keys of base.json: of the frozen weights, '' or nf4 or nf4-double; --add_special_tokens with their ids
 FORM, ADDED = "form", "added_tokens"
@@ -68,13 +70,17 @@ WHOLE = re.compile(r"base_model\.model\.(?P<name>.+)\.weight")
 def read_config(directory: Path) -> dict[str, Any]:
     """Raises UserError for anything but plain LoRA."""
     try:
-        described = json.loads((directory / CONFIG).read_text(encoding="utf-8"))
+        if (directory / CONFIG).stat().st_size > MAX_CONFIG:
+            raise ValueError
+        described = json.loads((directory / CONFIG).read_text(encoding="utf-8"), object_pairs_hook=headers.once)
         kind, rank, alpha, rslora = (
             described["peft_type"],
             described["r"],
             described["lora_alpha"],
             described.get("use_rslora", False),
         )
+    except headers.Unsound as why:
+        raise UserError(f"{directory / CONFIG}: {why}") from None
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         there = (
             " (the adapter of a merged run is in its adapter/)" if (directory / "adapter" / CONFIG).is_file() else ""
@@ -107,12 +113,14 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def _open(directory: Path) -> Any:
     try:
+        headers.read(directory / TENSORS)
         return safe_open(directory / TENSORS, framework="pt")
-    except (SafetensorError, OSError):
+    except (headers.Unsound, SafetensorError, OSError) as error:
         pickled = (
             "; a pickle file would run code and is never read" if (directory / "adapter_model.bin").is_file() else ""
         )
-        raise UserError(f"{directory}: no readable {TENSORS}{pickled}") from None
+        why = f" ({error})" if isinstance(error, headers.Unsound) else ""
+        raise UserError(f"{directory}: no readable {TENSORS}{pickled}{why}") from None
 
 
 def modules_of(
@@ -275,9 +283,8 @@ def save(
 
 def _whole_or_not(partial: Path, write: Callable[[], None]) -> None:
     """What `write` puts into an empty directory; nothing is left of it where that fails."""
-    shutil.rmtree(partial, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        fresh_directory(partial)
         with writing(partial):
             write()
     except BaseException:

@@ -63,10 +63,12 @@ def test_rows_that_cannot_be_asked_or_judged_are_bad(chat):
         row(USER, control),
     ]
     kept, lines = load(chat, row(), *bad, check=check)
-    assert len(kept) == 1 and lines[0] == "x: 7 rows, 1 kept, 6 bad" and len(lines) == 7
+    assert len(kept) == 1 and lines[0] == "x: 7 rows, 1 kept, 6 bad" and len(lines) == 8
     assert all(
         word in line
-        for word, line in zip(("only the", "ground", "data", "two", "<|end|>", "message 1"), lines[1:], strict=True)
+        for word, line in zip(
+            ("6 of 7", "only the", "ground", "data", "two", "<|end|>", "message 1"), lines[1:], strict=True
+        )
     )
     with pytest.raises(UserError, match="x:2: "):
         load(chat, row(), *bad, on_bad_row="error")

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import signal
 import time
 from collections import Counter
@@ -234,7 +235,7 @@ def test_damage_is_named_and_made_good(name, damage, tmp_path, path, capfd):
         assert f"{directory}: damaged (" in out
         assert contents(tokens) == WANT
     else:
-        with pytest.raises(UserError, match=f"{directory}: damaged at example"):
+        with pytest.raises(UserError, match=f"{directory}: damaged in its ids or mask"):
             contents(tokens)
     assert encode.calls or damage == "zeros"
 
@@ -279,6 +280,50 @@ def test_every_flipped_bit_is_noticed(name, tmp_path, path):
 # --- bad and dropped rows ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["offsets", "keys", "counts", "header.json"])
+def test_all_but_ids_and_masks_are_checked_as_a_store_is_opened(name, tmp_path, path, capfd):
+    """Of every file every byte counts, and of the header every field; a store without a digest is an earlier
+    version's.
+    """
+    whole = contents(build(tmp_path, path))
+    (directory,) = (d for d in (tmp_path / "store").iterdir() if d.is_dir())
+    file, content = directory / name, (directory / name).read_bytes()
+    for at in range(0, len(content), 7):
+        file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        encode = Encoder()
+        assert contents(build(tmp_path, path, encode)) == whole
+        read = _read(content, at) if name == "header.json" else None
+        same = read == json.loads(content) or (isinstance(read, dict) and "digest" not in read)
+        assert encode.calls or same, (name, at)
+        assert encode.calls == 0 or f"{directory}: damaged (" in capfd.readouterr().out
+        file.write_bytes(content)
+    header = json.loads((directory / "header.json").read_text())
+    del header["digest"]
+    (directory / "header.json").write_text(json.dumps(header))
+    encode = Encoder()
+    assert contents(build(tmp_path, path, encode)) == whole and not encode.calls
+
+
+def _read(content: bytes, at: int) -> object:
+    try:
+        return json.loads(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    except ValueError:
+        return None
+
+
+def test_a_store_of_other_rows_under_this_name_is_named(tmp_path, path, capfd):
+    """As a copy of a cache may leave it: its own header and arrays agree, and they are another's."""
+    whole = contents(build(tmp_path, path))
+    (mine,) = (d for d in (tmp_path / "store").iterdir() if d.is_dir())
+    build(tmp_path, write(tmp_path / "other.jsonl", ROWS[:1]))
+    (other,) = (d for d in (tmp_path / "store").iterdir() if d.is_dir() and d != mine)
+    shutil.rmtree(mine)
+    other.rename(mine)
+    capfd.readouterr()
+    assert contents(build(tmp_path, path)) == whole
+    assert f"{mine}: damaged (it holds other data than its name says)" in capfd.readouterr().out
+
+
 def test_rows_are_counted_and_listed(tmp_path, path, monkeypatch):
     bad = [{"bad": i} for i in range(23)]
     write(
@@ -289,13 +334,15 @@ def test_rows_are_counted_and_listed(tmp_path, path, monkeypatch):
     assert contents(tokens) == WANT[:2]
     lines = list(summary([tokens]))
     assert lines[0] == f"{path}: 29 rows, 2 kept, 2 dropped (too long), 1 dropped (too short), 24 bad"
-    assert lines[1] == f"  bad row {path}:1: bad: expected better, got 0"
-    assert lines[2] == f"  bad row {path}:4: expected an object, got a list"
-    assert len(lines) == 22
+    kinds = "23 x bad: expected better, got …; 1 x expected an object, got a list"
+    assert lines[1] == f"  24 of 29 rows are bad in {path}: {kinds}"
+    assert lines[2] == f"  bad row {path}:1: bad: expected better, got 0"
+    assert lines[3] == f"  bad row {path}:4: expected an object, got a list"
+    assert len(lines) == 23
     assert lines[-1] == "  and 4 more"
 
     moved = path.rename(tmp_path / "moved.jsonl")
-    assert list(summary([build(tmp_path, moved)]))[1] == f"  bad row {moved}:1: bad: expected better, got 0"
+    assert list(summary([build(tmp_path, moved)]))[2] == f"  bad row {moved}:1: bad: expected better, got 0"
     with pytest.raises(UserError, match=f"^{moved}:1: bad: expected better, got 0$"):
         build(tmp_path, moved, on_bad_row="error")
 
@@ -313,7 +360,10 @@ def test_the_first_bad_row_stops_the_run_where_it_is_told_to(tmp_path, path):
     ("rows", "expected"),
     [
         ([], "the dataset is empty: name one that has rows"),
-        ([{"bad": 1}, {"bad": 2}], "no usable row, the first bad one is {path}:1: bad: expected better, got 1"),
+        (
+            [{"bad": 1}, {"bad": 2}, {"drop": "x"}],
+            "no usable row, the first bad one is {path}:1: bad: expected better, got 1",
+        ),
         (
             [{"bad": 1}, {"drop": "no counted token within 9 tokens"}, {"drop": "x"}],
             "--max_seq_length 2048 is too small: no row keeps a counted token",

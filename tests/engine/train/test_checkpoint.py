@@ -196,3 +196,31 @@ def test_the_older_one_stays_until_the_newer_was_read_back(here, tmp_path, capsy
     monkeypatch.setattr(Checkpoints, "_publish", publish)
     trained.save(3)
     assert names(tmp_path) == ["step-000003"]
+
+
+def test_a_checkpoint_under_another_steps_name_is_passed_over(here, tmp_path, capsys):
+    """What is a copy elsewhere keeps its name, or has one that is no step's."""
+    Trained(tmp_path, here).train(1).save(1, 2)
+    root = tmp_path / "checkpoints"
+    shutil.copytree(root / "step-000001", root / "step-000009")
+    shutil.copytree(root / "step-000002", tmp_path / "kept")
+    capsys.readouterr()
+    assert Trained(tmp_path, here).checkpoints.resume("auto")["step"] == 2
+    assert "step-000009 is not used: it is a copy of step 1 under another name" in capsys.readouterr().out
+    assert Trained(tmp_path, here).checkpoints.resume(str(tmp_path / "kept"))["step"] == 2
+
+
+def test_what_an_earlier_version_did_not_note_of_a_model_is_no_difference(here, tmp_path):
+    """Its weights it did."""
+    Trained(tmp_path, here).train(1).save(1)
+    now = Trained(tmp_path, here)
+    now.checkpoints.identity |= {"model's config.json": "0"}
+    assert now.checkpoints.resume("auto")["step"] == 1
+    now.save(2)
+    now.checkpoints.identity |= {"model's config.json": "1"}
+    with pytest.raises(UserError, match=r"another model's config\.json"):
+        now.checkpoints.resume("auto")
+    lacking = Trained(tmp_path, here)
+    lacking.checkpoints.identity = {"value model": "b"}
+    with pytest.raises(UserError, match="another value model"):
+        lacking.checkpoints.resume("auto")

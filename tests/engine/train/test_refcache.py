@@ -200,6 +200,33 @@ def test_a_damaged_file_is_named_and_not_used(what, setting, here, capsys):
     assert reference(setting, here).computed == 0
 
 
+def test_a_segment_of_another_model_is_named_and_not_used(setting, here, capsys):
+    """Of the same rows: its checksum and its keys are right, its numbers are not. One that says nothing, as an earlier
+    version wrote it, is used.
+    """
+    first = reference(setting, here)
+    (segment,) = (setting[2] / "reference").rglob("rows-*.safetensors")
+    arrays = load_file(segment)
+    arrays["logprobs"] = arrays["logprobs"] - 1
+    about = {"sha256": refcache._checksum(arrays)}
+    save_file(arrays, segment, metadata=about | {"model": "another"})
+    capsys.readouterr()
+    again = reference(setting, here)
+    assert again.computed == 2 * ROWS and np.array_equal(first.sums, again.sums)
+    assert f"{segment} is damaged (its numbers are another model's)" in capsys.readouterr().out
+    for path in (setting[2] / "reference").rglob("rows-*.safetensors"):
+        path.unlink()
+    save_file(arrays, segment, metadata=about)
+    assert reference(setting, here).computed == 0
+
+
+def test_a_damaged_header_of_another_model_explains_nothing(setting, here):
+    for number, content in enumerate(("[]", '{"identity": 3}', "", "nul")):
+        (other := setting[2] / "reference" / f"other-{number}").mkdir(parents=True)
+        (other / "header.json").write_text(content)
+    assert reference(setting, here).computed == 2 * ROWS
+
+
 @pytest.mark.parametrize("poison", [np.nan, -np.inf])
 def test_a_number_that_is_not_finite_is_computed_again(poison, setting, here):
     first = reference(setting, here)
