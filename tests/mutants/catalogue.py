@@ -5226,7 +5226,7 @@ FAULTS = (
     Mutant("half_a_row_stays", "engine/log.py", "os.ftruncate(self._file.fileno(), self._size)", "pass", LOG),
     Mutant(
         "half_a_checkpoint_keeps_its_name",
-        "engine/train/checkpoint.py",
+        "engine/disk.py",
         "        path.rename(gone)\n        shutil.rmtree(gone, ignore_errors=True)\n",
         "        shutil.rmtree(path, ignore_errors=True)\n",
         CHECKPOINT,
@@ -5269,8 +5269,8 @@ FAULTS = (
     Mutant(
         "what_is_no_mapping_is_a_configuration",
         "engine/run.py",
-        "if not isinstance(earlier, dict):",
-        "if earlier is None:",
+        "if not isinstance(earlier, dict) or not",
+        "if earlier is not None and not",
         ("tests/engine/test_run.py",),
     ),
     Mutant(
