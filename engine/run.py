@@ -170,7 +170,7 @@ def _check_same_configuration(values: dict[str, Any], defaults: dict[str, Any], 
     if not path.is_file():
         return
     try:
-        earlier = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        earlier = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(earlier, dict) or not all(isinstance(name, str) for name in earlier):
             raise ValueError
     except (yaml.YAMLError, ValueError):

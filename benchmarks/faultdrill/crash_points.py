@@ -3,8 +3,8 @@
 Saving and rotating a checkpoint, exporting, writing an adapter, appending to a reference cache, building a token store,
 rows of metrics, a run's directory: each on tiny inputs by the engine's own classes, killed before its n-th opening for
 writing, rename, removal or fsync, for every n. In the variant `torn` the machine is taken to have died as well: every
-file loses half of what no fsync had reached. Afterwards exactly the old state or the new one is read, the same work can
-be done again, and nothing is left behind.
+file loses three quarters of what no fsync had reached. Afterwards exactly the old state or the new one is read, the
+same work can be done again, and nothing is left behind.
 """
 
 from __future__ import annotations

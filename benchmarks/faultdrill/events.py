@@ -2,7 +2,7 @@
 
 Python's audit events tell of opening for writing, renaming, removing and making; os.fsync and the writers that are not
 Python (safetensors' save_file) are wrapped. What was fsynced is told to a file, so that a death of the machine can be
-played afterwards (`tear`): of everything that no fsync had reached, half is lost.
+played afterwards (`tear`): of everything that no fsync had reached, three quarters are lost.
 """
 
 from __future__ import annotations
@@ -99,7 +99,9 @@ def listing(directory: Path) -> dict[int, tuple[int, int]]:
 
 
 def tear(directory: Path, before: dict[int, tuple[int, int]], synced: Path) -> int:
-    """Cuts every file that changed since `before` back to what an fsync had reached and half of the rest; how many."""
+    """Cuts every file that changed since `before` back to what an fsync had reached and a quarter of the rest; how
+    many.
+    """
     reached = {}
     for line in synced.read_text().splitlines() if synced.is_file() else []:
         inode, size, changed = json.loads(line)
@@ -114,6 +116,6 @@ def tear(directory: Path, before: dict[int, tuple[int, int]], synced: Path) -> i
             continue
         kept = reached.get(facts.st_ino, (0, 0))[0]
         kept = kept if kept < facts.st_size else 0  # written anew under the same length: none of it is sure
-        os.truncate(path, kept + (facts.st_size - kept) // 2)
+        os.truncate(path, kept + (facts.st_size - kept) // 4)
         torn += 1
     return torn

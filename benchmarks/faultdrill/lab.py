@@ -240,7 +240,9 @@ def difference(found: Remains, expected: Remains) -> str:
     for kind in ("rows", "samples"):
         ours, theirs = getattr(found, kind), getattr(expected, kind)
         if ours != theirs:
-            where = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), len(ours))
+            where = next(
+                (i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs))
+            )
             return f"{kind} of the trajectory differ from number {where + 1} on ({len(ours)} of {len(theirs)})"
     return ""
 
@@ -260,8 +262,7 @@ class Whole:
     """An uninterrupted run: what it left, and how many moments of each kind every rank had."""
 
     remains: Remains
-    counts: list[dict[str, float]]
-    seconds: float
+    counts: list[dict[str, Any]]
 
 
 @functools.cache
@@ -269,15 +270,26 @@ def uninterrupted(setup: Setup) -> Whole:
     """Made once. Raises RuntimeError where it does not end well."""
     run = root() / "whole" / setup.name
     run.parent.mkdir(exist_ok=True)
+    shutil.rmtree(run, ignore_errors=True)  # of an attempt that took too long
     ended = launch(setup, run, {})
     if not ended.ok:
         raise RuntimeError(f"{setup.name} does not run at all: {ended.tail()}")
     counts = [json.loads(counts_of(run, rank).read_text()) for rank in range(setup.ranks)]
-    return Whole(remains(run), counts, ended.seconds)
+    return Whole(remains(run), counts)
 
 
-def went_on(setup: Setup, run: Path, ended: Ended) -> str:
-    """'' where the finished run is the uninterrupted one's equal in everything."""
+def newest(run: Path) -> int | None:
+    """The step of the newest checkpoint that has its name (0: none); None of a run that is finished."""
+    if any((run / "final" / name).is_file() for name in ("config.json", "adapter_config.json")):
+        return None
+    return max((int(p.name.removeprefix("step-")) for p in (run / "checkpoints").glob("step-*")), default=0)
+
+
+def went_on(setup: Setup, run: Path, ended: Ended, after: int | None) -> str:
+    """'' where the finished run is the uninterrupted one's equal in everything, and went on `after` that step."""
+    begins = "is finished, final/ is written" if after is None else f"resuming after step {after}\n"
+    if (begins if after != 0 else "starting at step 0") not in ended.output:
+        return f"it does not go on after step {after}, of which there is a checkpoint: {ended.tail()}"
     if not ended.ok:
         return f"the same command does not go on: {ended.tail()}"
     if "warning: checkpoint" in ended.output:

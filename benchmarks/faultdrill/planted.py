@@ -162,28 +162,31 @@ MOMENTS: dict[str, Callable] = {"step": _before_step, "report": _before_report, 
 
 def _count(path: Path) -> None:
     """How many moments of each kind an uninterrupted run has."""
-    found: dict[str, int] = {"step": 0, "report": 0, "saves": 0, "save": 0, "export": 0}
+    found: dict[str, Any] = {"step": 0, "report": 0, "saves": [], "export": 0}
     events, began = Events(lambda n: None), time.monotonic()
 
     def of(kind: str) -> Callable[[], None]:
         return lambda: found.__setitem__(kind, found[kind] + 1)
 
-    def before(kind: str) -> None:
-        found["saves"] += kind == "save"
+    def before() -> None:
         events.count = 0
         events.begin()
 
-    def after(kind: str) -> None:
+    def saved() -> None:
         events.end()
-        found[kind] = events.count
+        found["saves"].append(events.count)
+
+    def exported() -> None:
+        events.end()
+        found["export"] = events.count
 
     def write() -> None:
         path.write_text(json.dumps(found | {"seconds": time.monotonic() - began}))
 
     for kind in ("step", "report"):
         _each(kind, of(kind))
-    _around_saves(lambda: before("save"), lambda: after("save"))
-    _around_export(lambda: before("export"), lambda: after("export"))
+    _around_saves(before, saved)
+    _around_export(before, exported)
     atexit.register(write)
     _at_the_end_of_a_child(write)
 

@@ -28,10 +28,11 @@ SHORT = (("sft", "full", 2), ("grpo", "lora", 2), ("dpo", "full", 2), ("ppo", "f
 def plan(setup: lab.Setup, chance: random.Random, number: int) -> dict[str, Any]:
     kind, counts = KINDS[number % len(KINDS)], lab.uninterrupted(setup).counts[0]
     ranks = chance.choice([[rank] for rank in range(setup.ranks)] + [list(range(setup.ranks))])
-    drawn = chance.randint(1, int(counts["step" if kind == "time" else kind]))
-    when = ["save", chance.randint(1, int(counts["saves"])), drawn] if kind == "save" else [kind, drawn]
-    if kind == "time":
-        when = ["step", drawn]
+    if kind == "save":
+        which = chance.randrange(len(counts["saves"]))
+        when: list[Any] = ["save", which + 1, chance.randint(1, counts["saves"][which])]
+    else:
+        when = ["step" if kind == "time" else kind, chance.randint(1, counts["step" if kind == "time" else kind])]
     delay = chance.random() * 0.3 if kind == "time" else 0.0
     number = int(chance.choice([signal.SIGTERM, signal.SIGUSR1]))
     return {"when": when, "delay": delay, "ranks": ranks, "signal": number}
@@ -39,21 +40,19 @@ def plan(setup: lab.Setup, chance: random.Random, number: int) -> dict[str, Any]
 
 def stop(setup: lab.Setup, planned: dict[str, Any], control: str, directory: Path) -> str:
     """Is told, ends, goes on."""
-    run, words = (
-        directory / "run",
-        f"{signal.Signals(planned['signal']).name} at {planned['when']} to {planned['ranks']}",
-    )
+    run, name = directory / "run", signal.Signals(planned["signal"]).name
+    words = f"{name} at {planned['when']} to {planned['ranks']}"
     ended = lab.launch(setup, run, planned | {"control": control})
     finished = (run / "final").is_dir()
     if set(ended.codes) != ({0} if finished else {STOPPED}):
         return f"{words}: {ended.tail()}"
     if "Traceback" in ended.output or len(re.findall("^stopped: ", ended.output, re.M)) != (not finished):
         return f"{words}: not one line: {ended.output[-300:]}"
-    said = re.search(r"after step (\d+) of", ended.output)
+    said, after = re.search(r"after step (\d+) of", ended.output), lab.newest(run)
+    if said and not finished and int(said[1]) != after:
+        return f"{words}: said to be kept after step {said[1]}, and the newest checkpoint is of {after}"
     again = lab.launch(setup, run, {"when": ["step", -1], "ranks": [], "control": control})
-    if said and not finished and f"resuming after step {said[1]}\n" not in again.output:
-        return f"{words}: said to be kept after step {said[1]}, and it is not what is resumed"
-    problem = lab.went_on(setup, run, again)
+    problem = lab.went_on(setup, run, again, after)
     return f"{words}: {problem}" if problem else ""
 
 

@@ -30,7 +30,9 @@ def test_which_configuration_goes_on(earlier, now, differs, tmp_path):
         run._check_same_configuration(now, DEFAULTS, tmp_path / "config.yaml")
 
 
-@pytest.mark.parametrize("damaged", ["ada", "- 1", "1: 2\nlearning_rate: 3", "x: 2026-13-45", "{", "\0", "x: !!int a"])
+@pytest.mark.parametrize(
+    "damaged", ["", "ada", "- 1", "1: 2\nlearning_rate: 3", "x: 2026-13-45", "{", "\0", "x: !!int a"]
+)
 def test_a_damaged_configuration_is_one_line(damaged, tmp_path):
     (tmp_path / "config.yaml").write_text(damaged)
     with pytest.raises(UserError, match=r"config.yaml is damaged: delete it or give another"):

@@ -5148,6 +5148,8 @@ SPOKEN = (
 SIGNALS = ("tests/engine/test_signals.py",)
 STOPPED = "tests/launch/test_stopped.py"
 BLAME = ("tests/launch/test_hung.py::test_who_is_to_blame",)
+DURABLE = "tests/test_drill.py::test_what_has_its_name_outlives_the_machine"
+KILLED = "tests/launch/test_equivalence.py::test_a_killed_run_ends_in_the_same_bits"
 OWED = ("tests/launch/test_full_disk.py::test_a_checkpoint_that_cannot_be_written_is_owed",)
 
 FAULTS = (
@@ -5222,6 +5224,62 @@ FAULTS = (
     ),
     Mutant("begun_without_room", "engine/train/checkpoint.py", ".free) < needed:", ".free) < 0:", CHECKPOINT),
     Mutant("half_a_row_stays", "engine/log.py", "os.ftruncate(self._file.fileno(), self._size)", "pass", LOG),
+    Mutant(
+        "half_a_checkpoint_keeps_its_name",
+        "engine/disk.py",
+        "        path.rename(gone)\n        shutil.rmtree(gone, ignore_errors=True)\n",
+        "        shutil.rmtree(path, ignore_errors=True)\n",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "a_dead_rank_ends_the_writer_alone",
+        "engine/train/checkpoint.py",
+        "            self._lost = error\n",
+        "            raise\n",
+        (f"{KILLED}[dpo-kill_rank_1_while_writing_step_4]",),
+    ),
+    Mutant(
+        "rows_are_renamed_before_they_are_kept",
+        "engine/log.py",
+        "        keep(partial)\n",
+        "",
+        (f"{DURABLE}[metrics]",),
+    ),
+    Mutant(
+        "a_model_is_named_before_it_is_kept",
+        "engine/run.py",
+        "    keep(partial)\n    if final",
+        "    if final",
+        (f"{DURABLE}[export]",),
+    ),
+    Mutant(
+        "an_owner_is_named_before_it_is_kept",
+        "engine/run.py",
+        "            keep(partial)\n            partial.rename(owner)",
+        "            partial.rename(owner)",
+        (f"{DURABLE}[new directory]",),
+    ),
+    Mutant(
+        "a_store_is_named_before_it_is_kept",
+        "engine/data/store.py",
+        "            keep(partial)\n",
+        "",
+        (f"{DURABLE}[store]",),
+    ),
+    Mutant(
+        "what_is_no_mapping_is_a_configuration",
+        "engine/run.py",
+        "if not isinstance(earlier, dict) or not",
+        "if earlier is not None and not",
+        ("tests/engine/test_run.py",),
+    ),
+    Mutant(
+        "a_directory_is_kept_without_its_files",
+        "engine/disk.py",
+        "for of in (*below, path):",
+        "for of in (path,):",
+        (f"{DURABLE}[export]",),
+    ),
     Mutant(
         "no_memory_by_another_name",
         "launch/shortage.py",

@@ -79,6 +79,25 @@ def test_the_newest_are_kept_by_number(here, tmp_path):
     assert Trained(tmp_path, here, keep=2).checkpoints.resume("auto")["step"] == 1_000_000
 
 
+def test_an_older_one_that_is_half_removed_goes_at_the_next_start(here, tmp_path, monkeypatch):
+    """The process ends between two files of it: what is left has no step's name."""
+    trained = Trained(tmp_path, here, keep=1).train(1).save(1)
+    removed = shutil.rmtree
+
+    def half(path, **options):
+        if "step-000001" in path.name:
+            (path / "COMPLETE").unlink()
+        else:
+            removed(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", half)
+    trained.save(2)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-000002", "tmp-step-000001"]
+    assert Trained(tmp_path, here, keep=1).checkpoints.resume("auto")["step"] == 2
+    assert names(tmp_path) == ["step-000002"]
+
+
 def test_the_newest_sound_one_is_taken(here, tmp_path, capsys):
     """A flipped bit, a missing manifest: named or passed over; what is newer than the one taken is put aside."""
     Trained(tmp_path, here).train(1).save(1, 2, 3)
