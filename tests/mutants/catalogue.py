@@ -1358,14 +1358,14 @@ DATA = (
     Mutant(
         "todays_date_is_in_the_tokens",
         "engine/data/chat.py",
-        "    template = FIXED_DATE + tokenizer.get_chat_template()",
-        "    template = tokenizer.get_chat_template()",
+        "(FIXED_DATE + template_of(tokenizer, tools, where) for",
+        "(template_of(tokenizer, tools, where) for",
         ("tests/engine/data/test_chat.py::test_the_date_of_the_day_is_not_in_the_tokens",),
     ),
     Mutant(
         "every_vocabulary_is_taken_to_split_faithfully",
         "engine/data/chat.py",
-        "splits_faithfully=_splits_faithfully(tokenizer, habits.ends[0]),",
+        "splits_faithfully=splits_faithfully(tokenizer, habits.ends[0], directory),",
         "splits_faithfully=True,",
         ("tests/engine/data/test_chat.py::test_vocabularies_that_add_a_space",),
     ),
@@ -2234,7 +2234,7 @@ MODEL = (
     ),
     Mutant(
         "exported_without_its_own_ends",
-        "engine/model/export.py",
+        "engine/model/generation.py",
         "list(dict.fromkeys((*end_ids, *ends)))",
         "list(end_ids)",
         ("tests/engine/model/test_pieces.py",),
