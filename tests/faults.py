@@ -582,3 +582,15 @@ def no_bound_on_bad_rows() -> None:
     from engine.data import bad_rows
 
     bad_rows.refusal = lambda *of: None
+
+
+def lines_of_any_length() -> None:
+    from engine.data import readers
+
+    readers.MAX_ROW_BYTES = 2**40
+
+
+def texts_of_any_length() -> None:
+    from engine.data import cuts
+
+    cuts.MAX_WHOLE = 2**40
