@@ -764,3 +764,15 @@ def stage_in_memory_that_is_kept() -> None:
 def stage_in_memory_that_is_kept_and_kill() -> None:
     stage_in_memory_that_is_kept()
     kill_between_steps_7_and_8()
+
+
+def lines_of_any_length() -> None:
+    from engine.data import readers
+
+    readers.MAX_ROW_BYTES = 2**40
+
+
+def texts_of_any_length() -> None:
+    from engine.data import cuts
+
+    cuts.MAX_WHOLE = 2**40
