@@ -76,6 +76,8 @@ def _judged(made: Scene, result, where: str, rank: int, told: Path) -> str:
         return f"not a word of rank {rank}: {line}"
     if where in ("weights", "moments"):
         return ""
+    if where == "loss" and made.stage in ("ppo", "grpo"):  # planted in a response, of which the prompt is named
+        return "" if re.search(r"prompts \[\d+", line) else f"no prompt: {line}"
     examples = json.loads(told.read_text()) if told.is_file() else []
     there = {int(n) for n in re.findall(r"\d+", line)}
     return "" if set(examples[:8]) <= there and re.search("pair|prompt|conversation", line) else f"{examples}? {line}"

@@ -42,6 +42,11 @@ from engine.train.refcache import config_digest
 from engine.train.throughput import Throughput
 from engine.world import World
 
+NORMS = {
+    "grad_norm": "gradient norm",
+    "policy": "the policy's gradient norm",
+    "value": "the value model's gradient norm",
+}
 IDENTITIES = {"policy": "model", "value": "value model"}  # what a checkpoint's parts are called in its identity
 
 
@@ -267,7 +272,7 @@ class Run:
         met = self._trail.first()
         met = met if prompts is None else sorted({int(prompts[response]) for response in met})
         on = finite.whose(self.world.gather((finite.not_finite(trained), met)), unit, examples.tolist())
-        words = ", ".join(f"{name.replace('grad_norm', 'gradient norm')} {number}" for name, number in found.items())
+        words = ", ".join(f"{NORMS.get(name, name)} {number}" for name, number in found.items())
         raise UserError(f"step {step + 1}: {words}, {on}; gradients that are not finite were not applied")
 
     def stop_unless_all_finite(self, step: int, columns: dict[str, torch.Tensor], examples: np.ndarray) -> None:

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.data.prompts import Prompt
+from engine.errors import UserError
 from engine.flags import SamplingFlags
 from rollout import Collector, Rollout
 from rollout.parallel import Team
@@ -32,9 +33,11 @@ class Sampler:
 
 
 class Pool:
+    score = 1.0
+
     def imap(self, rows):
         for row in rows:
-            yield SimpleNamespace(row=row)
+            yield SimpleNamespace(row=row, score=self.score)
 
 
 def collector(rank: int, size: int, others=(), team: Team | None = None) -> Collector:
@@ -84,3 +87,13 @@ def test_what_goes_on_is_shown_while_it_does():
     phases = collect.world.phases
     assert phases[:3] == [("held out: sampling", n, 6) for n in (0, 2, 4)]
     assert phases[3:] == [("held out: verifying", 4, 6)]  # the first verdict came while the second was sampled
+
+
+@pytest.mark.parametrize("score", [float("nan"), float("inf")])
+def test_a_verdict_that_is_no_number_ends_the_run(score):
+    """On every rank, whichever judged: with the rank and the prompt."""
+    theirs = [(SimpleNamespace(example=2, sample=0), SimpleNamespace(score=score))]
+    collect = collector(0, 2)
+    collect.world.gather = lambda mine: [mine, theirs]
+    with pytest.raises(UserError, match="rank 1 has a verdict that is no number, of a response to prompt 2"):
+        collect(PROMPTS, np.array([4, 1, 2]), 1, step=0)

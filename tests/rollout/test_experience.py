@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine import world
+from engine.errors import UserError
 from engine.flags import MemoryFlags
 from rollout import Experience, Rollout, evaluate
 
@@ -56,3 +57,12 @@ def test_evaluated_numbers_stand_where_their_responses_do(budget):
     found = evaluate(forward, experience(False).tokens, MemoryFlags(micro_batch_tokens=budget), world.start())
     expected = [float(token) for r in ROLLOUTS for token in r.response_ids]
     assert found.dtype == torch.float64 and found.tolist() == [expected, [-x for x in expected]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("budget", [5, 100])
+def test_one_number_that_is_none_names_its_response(value, budget):
+    """The token 204 is of the third response alone."""
+    forward = lambda batch: torch.where(batch.targets_R == 204, value, -1.0)
+    with pytest.raises(UserError, match=r"rank 0 has (nan|-inf) for response 2, to prompt 2"):
+        evaluate(forward, experience(False).tokens, MemoryFlags(micro_batch_tokens=budget), world.start())
