@@ -1452,7 +1452,8 @@ DATA = (
     Mutant(
         "prompts_are_under_no_bound",
         "engine/data/prompts.py",
-        "    if refused := bad_rows.refusal(source.name, bad.header(), max_bad_rows):\n        raise UserError(refused)\n",
+        "    if refused := bad_rows.refusal(source.name, bad.header(), max_bad_rows):\n"
+        "        raise UserError(refused)\n",
         "",
         BAD_ROWS,
     ),

@@ -352,7 +352,7 @@ def test_a_conversation_of_very_many_messages(monkeypatch):
     chat = make("tulu")
     assert chat.encode([USER, BOT] * 2, 100, False)[1].any() and len(chat.prompt_ids([USER, BOT, USER]))
     for read in (lambda: chat.encode([USER, BOT] * 3, 100, False), lambda: chat.prompt_ids([USER, BOT] * 2 + [USER])):
-        with pytest.raises(BadRow, match="^messages: expected at most 4, got [56]$"):
+        with pytest.raises(BadRow, match=r"^messages: expected at most 4, got [56]$"):
             read()
 
 
