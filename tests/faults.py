@@ -776,3 +776,9 @@ def texts_of_any_length() -> None:
     from engine.data import cuts
 
     cuts.MAX_WHOLE = 2**40
+
+
+def unknown_flags_are_passed_over() -> None:
+    from engine import config
+
+    config._Given._refuse = lambda *_: None

@@ -117,7 +117,7 @@ NOT_TEXT = r"FIELD\.content: expected text, got "
 ROLES = r"FIELD\.role: expected one of system, user, assistant, tool, got "
 KINDS = {
     "cut off": Kind(lambda schema: _line(good(schema, 7))[:-9], "bad", "expected JSON "),
-    "no JSON": Kind(lambda _: b"<!doctype html>", "bad", r"expected JSON \(Expecting value"),
+    "no JSON": Kind(lambda _: b"messages: none", "bad", r"expected JSON \(Expecting value"),
     "a list": Kind(lambda schema: _line([good(schema, 7)]), "bad", "expected an object, got a list"),
     "a key twice": Kind(_raw('"role": "user"', '"role": "user", "role": "x"'), "bad", "role: expected once in an obj"),
     "half a character": Kind(

@@ -22,17 +22,9 @@ from typing import Any
 import numpy as np
 
 from engine.data.cuts import UNCUT, Cutter, check_length
-from engine.data.messages import Message, Notes, leaves, texts_of
+from engine.data.messages import MAX_MESSAGES, Message, Notes, leaves, texts_of
 from engine.data.rows import BadRow
-from engine.data.skeleton import (
-    MAX_MESSAGES,
-    Span,
-    behind_last_end,
-    mark,
-    plain_skeleton,
-    refuse_unshown,
-    skeleton_around,
-)
+from engine.data.skeleton import Span, behind_last_end, mark, plain_skeleton, refuse_unshown, skeleton_around
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
 from engine.data.tokenizer import (
     MARK_OF_THOUGHT,
@@ -291,9 +283,7 @@ class ChatTokenizer:
             )
 
     def prompt_ids(self, messages: list[Message], tools: list | None = None, enough: int = UNCUT) -> np.ndarray:
-        """The ids of the prompt for the next turn of the assistant, at least the first `enough` of them. Raises
-        BadRow.
-        """
+        """The ids of the prompt for the assistant's next turn, at least the first `enough` of them. Raises BadRow."""
         self.refuse_control(messages, tools)
         text = self.render(messages, tools, add_generation_prompt=True)
         refuse_unshown(self, messages, tools, text)

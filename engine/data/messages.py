@@ -15,6 +15,7 @@ from engine.data.rows import BadRow, checked_text, kind, parse_json
 from engine.errors import nearest
 
 MAX_DEPTH = 64  # of tools and arguments
+MAX_MESSAGES = 1024  # of a conversation; a turn is found by rendering all before it: some seconds for so many
 ROLES = ("system", "user", "assistant", "tool")
 ALSO_ROLES = {"developer": "system", "function": "tool"}  # OpenAI's newer and older names
 WEIGHTS = ("weight", "train", "training", "trainable", "loss_mask")  # OpenAI, axolotl, axolotl, verl, verl

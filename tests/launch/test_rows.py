@@ -298,3 +298,31 @@ def test_two_iterations_on_problems_of_others(form, model, tmp_path, request):
     metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in metrics if "loss" in row] == [1, 2]
     assert all("verified/gsm8k" in row for row in metrics if "loss" in row), result.output
+
+
+# --- more bad rows than a run goes on with ----------------------------------------------------------------------------
+
+
+def test_more_bad_rows_than_the_bound(embedded_dir, tmp_path):
+    """On two ranks: refused in one line before a weight is loaded; with another bound the run begins, from what is
+    tokenised by then, and the bound is nothing that a run is known by.
+    """
+    rows: list[Any] = [{"prompt": f"Who is {i}?", "chosen": "It is one.", "rejected": "Nobody."} for i in range(12)]
+    rows[5:5], rows[9:9] = [{"prompt": "Why?", "chosen": None, "rejected": "x"}], [[7]]
+    data = lines(tmp_path / "x.jsonl", rows)
+    words = ["--dataset_name", data, "--model_name_or_path", embedded_dir.model, "--max_steps", 1, "--batch_size", 4]
+    words += ["--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "run", "--quiet"]
+    refused = ranks.launch(words, ranks=2)
+    assert refused.codes == [2, 2] and "Traceback" not in refused.output, refused.output
+    assert (
+        f"error: {data}: 2 of 14 rows are bad, and --max_bad_rows 0.01 lets 1 pass: 1 x chosen: expected text or a list"
+        " of messages, got null; 1 x expected an object, got a list; the first is"
+    ) in refused.output
+    assert "go on without them by --max_bad_rows 2" in refused.output and not (tmp_path / "run" / "final").exists()
+    [store] = [d for d in (tmp_path / "cache" / "tokens").iterdir() if d.is_dir()]
+    built = (store / "header.json").stat().st_mtime_ns
+    trained = ranks.launch([*words, "--max_bad_rows", 2], ranks=2)
+    assert trained.ok and (tmp_path / "run" / "final").exists(), trained.output
+    again = ranks.launch([*words, "--max_bad_rows", 0.5], ranks=2)
+    assert again.ok, again.output
+    assert (store / "header.json").stat().st_mtime_ns == built

@@ -1141,6 +1141,8 @@ PROMPTS = ("tests/engine/data/test_prompts.py",)
 ROWS = ("tests/engine/data/test_rows.py",)
 FILES = ("tests/engine/data/test_files.py",)
 READERS = ("tests/engine/data/test_readers.py",)
+BAD_ROWS, CUTS = ("tests/engine/data/test_bad_rows.py",), ("tests/engine/data/test_cuts.py",)
+LISTS = ("tests/engine/data/test_lists.py",)
 COUNTED_ROWS = ("tests/engine/test_counts.py::test_rows_dropped_anywhere_are_counted_by_reason",)
 STALE_ROWS = "tests/engine/train/test_refcache.py"
 
@@ -1407,9 +1409,116 @@ DATA = (
     Mutant(
         "bad_rows_of_the_last_chunk_alone",
         "engine/data/tokenise.py",
-        "            for place, message in chunk.bad:\n                bad_rows.add",
-        "            for place, message in chunk.bad[-1:]:\n                bad_rows.add",
+        "            for place, message in chunk.bad:\n                bad_rows.add(place, message)\n",
+        "            bad_rows.kinds = {}\n            for place, message in chunk.bad:\n"
+        "                bad_rows.add(place, message)\n",
         COUNTED_ROWS,
+    ),
+    Mutant(
+        "a_share_of_bad_rows_is_rounded_down",
+        "engine/data/bad_rows.py",
+        "math.ceil(rows * Fraction(str(bound)))",
+        "math.floor(rows * Fraction(str(bound)))",
+        BAD_ROWS,
+    ),
+    Mutant(
+        "a_share_of_bad_rows_is_a_float_s",
+        "engine/data/bad_rows.py",
+        "math.ceil(rows * Fraction(str(bound)))",
+        "math.ceil(rows * bound)",
+        BAD_ROWS,
+    ),
+    Mutant(
+        "a_file_of_bad_rows_alone_passes",
+        "engine/data/bad_rows.py",
+        "return bad == rows > 0 or bad > allowed(rows, bound)",
+        "return bad > allowed(rows, bound)",
+        BAD_ROWS,
+    ),
+    Mutant(
+        "bad_rows_of_all_files_are_one_file_s",
+        "engine/data/bad_rows.py",
+        'return place.rpartition(":")[0]',
+        'return ""',
+        BAD_ROWS,
+    ),
+    Mutant(
+        "a_store_that_is_there_is_under_no_bound",
+        "engine/data/store.py",
+        "    if why := bad_rows.refusal(source.name, store.header, max_bad_rows):\n        raise UserError(why)\n",
+        "",
+        BAD_ROWS,
+    ),
+    Mutant(
+        "prompts_are_under_no_bound",
+        "engine/data/prompts.py",
+        "    if refused := bad_rows.refusal(source.name, bad.header(), max_bad_rows):\n"
+        "        raise UserError(refused)\n",
+        "",
+        BAD_ROWS,
+    ),
+    Mutant(
+        "the_first_row_decides_the_form_also_where_it_is_bad",
+        "engine/data/conversations.py",
+        "        if isinstance(row, dict):\n            with suppress(BadRow):\n                return form_of(row)\n",
+        "        with suppress(BadRow):\n            return form_of(row) if isinstance(row, dict) else None\n",
+        BAD_ROWS,
+    ),
+    Mutant(
+        "the_bound_on_bad_rows_is_bound_to_the_run",
+        "engine/run.py",
+        '    "max_bad_rows",\n',
+        "",
+        ("tests/launch/test_rows.py::test_more_bad_rows_than_the_bound",),
+    ),
+    Mutant(
+        "a_text_is_cut_behind_anything",
+        "engine/data/cuts.py",
+        'BREAKS = re.compile(r"(?<=[A-Za-z\\u4e00-\\u9fa5])(?=',
+        'BREAKS = re.compile(r"(?<=[^x])(?=',
+        CUTS,
+    ),
+    Mutant(
+        "a_tokenizer_that_is_not_known_is_cut",
+        "engine/data/cuts.py",
+        "return None not in cutting and True in cutting",
+        "return True in cutting",
+        CUTS,
+    ),
+    Mutant(
+        "one_part_too_few",
+        "engine/data/cuts.py",
+        "                if missing <= 0:\n                    break\n",
+        "                break\n",
+        CUTS,
+    ),
+    Mutant(
+        "a_text_in_one_piece_has_any_length",
+        "engine/data/cuts.py",
+        "    if len(text) > MAX_WHOLE:\n",
+        "    if False:\n",
+        CUTS,
+    ),
+    Mutant(
+        "a_number_ends_where_a_read_ends",
+        "engine/data/lists.py",
+        "if NUMBER.match(window.text, end).end() == len(window.text) and window.more():",
+        "if False:",
+        LISTS,
+    ),
+    Mutant(
+        "a_list_may_go_on_behind_its_end",
+        "engine/data/lists.py",
+        '    if window.next():\n        raise Broken(f"expected JSON (Extra',
+        '    if False:\n        raise Broken(f"expected JSON (Extra',
+        LISTS,
+    ),
+    Mutant(
+        "the_problem_of_a_row_stays_with_the_next",
+        "engine/data/lists.py",
+        "        strict.problems.clear()\n",
+        "",
+        LISTS,
     ),
     Mutant(
         "a_store_of_other_flags_is_found",

@@ -140,6 +140,7 @@ def test_a_share_is_rounded_up_and_a_number_is_itself(rows, bound):
 
 
 def test_a_file_without_a_usable_row_is_refused_whatever_the_bound():
+    assert allowed(100, 0.07) == 7 and allowed(300, 0.01) == 3  # in floats 100 * 0.07 is more than 7
     assert too_many(1, 1, 1e9) and too_many(5, 5, 0.999) and not too_many(1, 2, 0.01) and not too_many(0, 0, 0)
 
 

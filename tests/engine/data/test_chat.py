@@ -346,6 +346,16 @@ def test_control_tokens_in_contents(style, control):
             chat.encode(messages, 100, False)
 
 
+def test_a_conversation_of_very_many_messages(monkeypatch):
+    """Its turns are found in a time that grows with the square of their number."""
+    monkeypatch.setattr("engine.data.chat.MAX_MESSAGES", 4)
+    chat = make("tulu")
+    assert chat.encode([USER, BOT] * 2, 100, False)[1].any() and len(chat.prompt_ids([USER, BOT, USER]))
+    for read in (lambda: chat.encode([USER, BOT] * 3, 100, False), lambda: chat.prompt_ids([USER, BOT] * 2 + [USER])):
+        with pytest.raises(BadRow, match=r"^messages: expected at most 4, got [56]$"):
+            read()
+
+
 def test_a_role_that_the_template_refuses():
     for style in NO_SYSTEM:
         with pytest.raises(BadRow, match=r"the chat template refuses the conversation: .*(no such role|only user)"):
