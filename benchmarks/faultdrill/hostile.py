@@ -524,7 +524,7 @@ def _base() -> tuple[tempfile.TemporaryDirectory, Path]:
     return holder, embedded(Path(holder.name)).model
 
 
-def _run(which: Attack, work: Path, hook: str, limit: float = LIMIT) -> str:
+def run(which: Attack, work: Path, hook: str = "deny_the_network", limit: float = LIMIT) -> str:
     """'' where the attack was answered as it has to be."""
     shutil.copytree(_base()[1], work / "model")
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -559,7 +559,7 @@ def cases_of(attacks: list[Attack], hook: str, limit: float = LIMIT) -> Cases:
         order = list(attacks)
         random.Random(seed).shuffle(order)
         for which in order[:count]:
-            yield Case(which.name, functools.partial(_run, which, hook=hook, limit=limit))
+            yield Case(which.name, functools.partial(run, which, hook=hook, limit=limit))
 
     return cases
 
