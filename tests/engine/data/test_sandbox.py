@@ -87,16 +87,32 @@ def test_where_it_stops_is_the_same_every_time():
         assert units(MORE[what], CONVERSATION) == units(MORE[what], CONVERSATION) < 0
 
 
-@pytest.mark.parametrize("operation", ["'x' * 10 ** 8", "10 ** 8 * [1]", "10 ** 6 * 'x'", "'%9d' * 10 ** 8"])
-def test_what_doubles_is_paid_before_it_is_made(operation):
-    """By its size, also where the text is never written."""
-    left = sandbox.BASE
-    try:
-        sandbox.render(f"{{% set x = {operation} %}}", CONVERSATION)
-    except Spent:
-        return
-    template, budget = sandbox.compiled(f"{{% set x = {operation} %}}")
-    assert budget.left < left + 4 * sandbox.PER_VALUE + 9 - 10**6 // meter.PER_UNIT
+@pytest.mark.parametrize("product", ["'x' * 10 ** 6", "10 ** 6 * 'x'", "[1] * 10 ** 5"])
+def test_a_product_is_paid_by_its_size(product):
+    """Also where it is never written."""
+    assert spent(f"{{% set x = {product} %}}") > 10**6 // meter.PER_UNIT
+
+
+def spent(source: str) -> int:
+    sandbox.render(source, CONVERSATION)
+    values, characters = sandbox.extent(CONVERSATION)
+    return sandbox.BASE + sandbox.PER_VALUE * values + characters - sandbox.compiled(source)[1].left
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{% for i in range(TIMES) %}BODY{% endfor %}",
+        "{% for i in range(TIMES) if i >= 0 %}BODY{% endfor %}",
+        "{% for i in range(TIMES) | map('int') %}BODY{% endfor %}",
+        "{% macro f() %}BODY{% endmacro %}{% for i in range(TIMES) %}{{ f() }}{% endfor %}",
+    ],
+)
+def test_what_loops_and_macros_cost(body):
+    """As many times as they are gone through, and more for a longer body: at least a unit for each of its parts."""
+    source = body.replace("TIMES", "1000")
+    short, long = (spent(source.replace("BODY", "{% set x = 1 %}" * parts)) for parts in (1, 51))
+    assert spent(body.replace("TIMES", "1").replace("BODY", "{% set x = 1 %}")) + 2_000 < short < long - 50_000
 
 
 def test_a_tree_within_itself_is_paid_at_every_visit():
