@@ -27,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faultdrill.suite import Case, Cases, Suite
+from engine.data.chat import TULU_TEMPLATE
 from engine.data.embedded import embedded
 from tests import ranks
 
@@ -586,9 +587,11 @@ def _load_as_peers_do(model: str, log: str) -> None:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = tokenizer.chat_template or TULU_TEMPLATE
         text = tokenizer.apply_chat_template(ROWS[0]["messages"], tokenize=False)
         AutoModelForCausalLM.from_pretrained(model)(tokenizer(text, return_tensors="pt")["input_ids"])
-    except Exception:
+    except Exception as error:
+        print(repr(error)[:1000], flush=True)
         os._exit(2)  # refused, in whatever words
     os._exit(0)
 
