@@ -17,7 +17,6 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -128,9 +127,9 @@ def error(line: str) -> None:
     sys.stderr.flush()
 
 
-def traceback_of(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """As Python prints an error that nobody expected, without secrets; for `sys.excepthook`."""
-    sys.stderr.write(redact("".join(traceback.format_exception(kind, error, trace))))
+def traceback_of(error: BaseException) -> None:
+    """As Python prints an error that nobody expected, without secrets."""
+    sys.stderr.write(redact("".join(traceback.format_exception(error))))
     sys.stderr.flush()
 
 

@@ -315,7 +315,14 @@ def main(command: Callable[[], object]) -> None:
     Ctrl-C.
     """
     redact.hide(os.environ)
-    sys.excepthook = terminal.traceback_of
+    try:
+        _run(command)
+    except Exception as error:  # that nobody expected: as Python prints it, without secrets
+        terminal.traceback_of(error)
+        sys.exit(1)
+
+
+def _run(command: Callable[[], object]) -> None:
     rank = int(os.environ.get("RANK", 0))
     _configure_terminal()
     status, line = 0, ""

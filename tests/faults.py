@@ -782,3 +782,57 @@ def unknown_flags_are_passed_over() -> None:
     from engine import config
 
     config._Given._refuse = lambda *_: None
+
+
+SECRETS = {  # by where they are planted
+    "HF_TOKEN": "hfvalue-canary-one",
+    "WANDB_API_KEY": "wandb-canary-two",
+    "MY_DATABASE_PASSWORD": "canary three of words",
+    "address": "canary-four",
+    "bearer": "canary.five.of.a.header",
+    "netrc": "canary-six",
+}
+
+
+def _with_secrets() -> None:
+    import tempfile
+
+    deny_the_network()
+    os.environ.update({name: SECRETS[name] for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_DATABASE_PASSWORD")})
+    home = tempfile.mkdtemp()
+    with open(f"{home}/.netrc", "w") as f:
+        f.write(f"machine host login user password {SECRETS['netrc']}\n")
+    os.environ["NETRC"] = f"{home}/.netrc"
+
+
+def _unauthorised() -> str:
+    told = " ".join(SECRETS[name] for name in ("HF_TOKEN", "WANDB_API_KEY", "MY_DATABASE_PASSWORD"))
+    return f"401 for https://user:{SECRETS['address']}@host/x with Authorization: Bearer {SECRETS['bearer']} ({told})"
+
+
+def secrets_in_the_environment() -> None:
+    """And in a warning of the run."""
+    from engine import terminal
+    from engine.train import optim
+
+    _with_secrets()
+    original = optim.adamw
+    optim.adamw = lambda *args, **options: (terminal.say(f"warning: {_unauthorised()}"), original(*args, **options))[1]
+
+
+def an_error_with_secrets_at_step_2() -> None:
+    def fail() -> None:
+        raise ValueError(_unauthorised())
+
+    _with_secrets()
+    _at_step(2, fail)
+
+
+def a_users_error_with_secrets_at_step_2() -> None:
+    from engine.errors import UserError
+
+    def fail() -> None:
+        raise UserError(_unauthorised())
+
+    _with_secrets()
+    _at_step(2, fail)

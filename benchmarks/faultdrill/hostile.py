@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import pickle
 import random
 import re
@@ -18,7 +19,7 @@ import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faultdrill.suite import Case, Cases, Suite
+from engine.data.chat import TULU_TEMPLATE
 from engine.data.embedded import embedded
 from tests import ranks
 
@@ -524,7 +526,7 @@ def _base() -> tuple[tempfile.TemporaryDirectory, Path]:
     return holder, embedded(Path(holder.name)).model
 
 
-def _run(which: Attack, work: Path, hook: str, limit: float = LIMIT) -> str:
+def run(which: Attack, work: Path, hook: str = "deny_the_network", limit: float = LIMIT) -> str:
     """'' where the attack was answered as it has to be."""
     shutil.copytree(_base()[1], work / "model")
     (work / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -559,13 +561,66 @@ def cases_of(attacks: list[Attack], hook: str, limit: float = LIMIT) -> Cases:
         order = list(attacks)
         random.Random(seed).shuffle(order)
         for which in order[:count]:
-            yield Case(which.name, functools.partial(_run, which, hook=hook, limit=limit))
+            yield Case(which.name, functools.partial(run, which, hook=hook, limit=limit))
 
     return cases
 
 
-def _named(*words: str) -> list[Attack]:
-    return [which for which in ATTACKS if any(word in which.name for word in words)]
+def _named(*names: str) -> list[Attack]:
+    """To be tried by a step, since a plan, which a broken variant would come to, takes half a minute."""
+    return [replace(which, loads=True) for which in ATTACKS if which.name in names]
+
+
+# --- the same against transformers ------------------------------------------------------------------------------------
+
+OF_A_MODEL = [
+    which for which in ATTACKS if not re.search("adapter|checkpoint|manifest|dataset|card|recipe", which.name)
+]
+
+
+def _load_as_peers_do(model: str, log: str) -> None:
+    """Model, tokenizer and the text of a conversation, by transformers' own functions."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.chat_template = tokenizer.chat_template or TULU_TEMPLATE
+        text = tokenizer.apply_chat_template(ROWS[0]["messages"], tokenize=False)
+        AutoModelForCausalLM.from_pretrained(model)(tokenizer(text, return_tensors="pt")["input_ids"])
+    except Exception as error:
+        print(repr(error)[:1000], flush=True)
+        os._exit(2)  # refused, in whatever words
+    os._exit(0)
+
+
+def _of_transformers(which: Attack, work: Path, limit: float = 8.0) -> str:
+    """What became of the attack where nothing but the library is between it and the machine."""
+    shutil.copytree(_base()[1], work / "model")
+    shutil.copyfile(_base()[1] / WEIGHTS, work / SECRET)
+    which.plant(work / "model", work)
+    process = ranks.context.Process(target=_load_as_peers_do, args=(str(work / "model"), str(work / "log")))
+    process.start()
+    process.join(limit)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        return f"hangs: not over after {limit:.0f} s"
+    if (work / CANARY).exists():
+        return "its code was run"
+    if process.exitcode not in (0, 2):
+        return f"the process died with status {process.exitcode}"
+    taken = process.exitcode == 0 and not re.match(r"$|\|", which.said)
+    return "taken without a word" if taken else ""
+
+
+def _baseline(count: int, seed: int) -> Iterator[Case]:
+    order = list(OF_A_MODEL)
+    random.Random(seed).shuffle(order)
+    for which in order[:count]:
+        yield Case(which.name, functools.partial(_of_transformers, which))
 
 
 SUITE = Suite(
@@ -575,13 +630,18 @@ SUITE = Suite(
     sizes=(30, len(ATTACKS)),
     cases=cases_of(ATTACKS, "deny_the_network"),
     controls={
-        "templates without a bound": cases_of(_named("loops for ever"), "unbounded_templates", limit=12.0),
-        "templates without a sandbox": cases_of(_named("walks to the system"), "templates_without_a_sandbox"),
+        "templates without a bound": cases_of(
+            _named("a template that loops for ever"), "unbounded_templates", limit=8.0
+        ),
+        "templates without a sandbox": cases_of(
+            _named("a template that walks to the system"), "templates_without_a_sandbox"
+        ),
         "pickles are read": cases_of(_named("a pickle for weights"), "pickles_are_read"),
-        "indexes are followed": cases_of(_named("names a file outside"), "indexes_are_followed"),
-        "headers and numbers unchecked": cases_of(
-            _named("stands twice", "billion labels"), "headers_as_the_library_takes_them", limit=12.0
+        "indexes are followed": cases_of(_named("an index that names a file outside"), "indexes_are_followed"),
+        "headers as the library takes them": cases_of(
+            _named("a tensor that stands twice"), "headers_as_the_library_takes_them"
         ),
     },
+    baselines={"transformers": _baseline},
     left_out=("a server that answers for the hub: there is no network here",),
 )

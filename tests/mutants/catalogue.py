@@ -5544,6 +5544,114 @@ DAMAGED = (
     ),
 )
 
+STRANGERS = (
+    Mutant(
+        "a_name_twice_is_the_last",
+        "engine/headers.py",
+        "    if len(made) != len(pairs):",
+        "    if len(made) > len(pairs):",
+        ("tests/engine/test_security.py::test_what_is_wrong_with_a_header_is_said",),
+    ),
+    Mutant(
+        "holes_in_a_header",
+        "engine/headers.py",
+        "        if entry.begin != at:",
+        "        if entry.begin < at:",
+        ("tests/engine/test_security.py::test_what_is_wrong_with_a_header_is_said",),
+    ),
+    Mutant(
+        "bytes_behind_the_last_tensor",
+        "engine/headers.py",
+        "    if at != size:",
+        "    if at > size:",
+        ("tests/engine/test_security.py::test_what_is_wrong_with_a_header_is_said",),
+    ),
+    Mutant(
+        "a_shape_of_any_bytes",
+        "engine/headers.py",
+        "    if offsets[1] - offsets[0] != needed:",
+        "    if offsets[1] < offsets[0]:",
+        ("tests/engine/test_security.py::test_what_is_wrong_with_a_header_is_said",),
+    ),
+    Mutant(
+        "an_index_names_any_file",
+        "engine/model/weights.py",
+        "plain = isinstance(file, str) and Path(file).name == file and",
+        "plain = isinstance(file, str) and",
+        ("tests/engine/test_security.py::test_an_index_names_files_beside_it",),
+    ),
+    Mutant(
+        "an_index_forgets_a_tensor",
+        "engine/model/weights.py",
+        "if lost := next((name for name in entries if weight_map.get(name) != file), None):",
+        "if lost := next((name for name in entries if weight_map.get(name, file) != file), None):",
+        ("tests/engine/test_security.py::test_an_index_and_its_files_hold_the_same_tensors",),
+    ),
+    Mutant(
+        "a_card_names_any_file",
+        "engine/data/inside.py",
+        'or ".." in PurePosixPath(name).parts or',
+        "or",
+        ("tests/engine/test_security.py::test_a_datasets_card_names_files_of_its_directory",),
+    ),
+    Mutant(
+        "a_loop_costs_its_body_once",
+        "engine/data/meter.py",
+        "self.spend(1 + len(iterable) * weight)",
+        "self.spend(1 + weight)",
+        ("tests/engine/data/test_sandbox.py::test_what_loops_and_macros_cost",),
+    ),
+    Mutant(
+        "a_macro_costs_nothing",
+        "engine/data/sandbox.py",
+        "visit_Macro = visit_CallBlock = visit_Block = _called",
+        "visit_CallBlock = visit_Block = _called",
+        ("tests/engine/data/test_sandbox.py::test_what_loops_and_macros_cost",),
+    ),
+    Mutant(
+        "a_product_is_made_first",
+        "engine/data/sandbox.py",
+        "            units += product(left, right)",
+        "            units += 0 * product(left, right)",
+        ("tests/engine/data/test_sandbox.py::test_a_product_is_paid_by_its_size",),
+    ),
+    Mutant(
+        "a_value_twice_is_paid_once",
+        "engine/data/meter.py",
+        "            self.spend(4)\n            total",
+        "            self.spend(0)\n            total",
+        ("tests/engine/data/test_sandbox.py::test_a_tree_within_itself_is_paid_at_every_visit",),
+    ),
+    Mutant(
+        "any_width_is_formatted",
+        "engine/data/meter.py",
+        "if len(words) > MAX_FORMAT or WIDE.search(words):",
+        "if len(words) > MAX_FORMAT:",
+        ("tests/engine/data/test_sandbox.py::test_a_width_is_no_template_s_choice",),
+    ),
+    Mutant(
+        "a_link_is_followed",
+        "engine/disk.py",
+        "os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode",
+        "os.O_WRONLY | os.O_CREAT | os.O_TRUNC, mode",
+        ("tests/engine/test_security.py::test_new_files_replace_links",),
+    ),
+    Mutant(
+        "passwords_in_addresses",
+        "engine/redact.py",
+        '(re.compile(r"(?<=://)[^/\\s@\'\\"]{1,256}@"), f"{MARK}@"),',
+        "",
+        ("tests/engine/test_security.py::test_what_is_a_secret",),
+    ),
+    Mutant(
+        "checkpoints_for_everybody",
+        "engine/train/checkpoint.py",
+        "            self.root.mkdir(exist_ok=True, mode=0o700)",
+        "            self.root.mkdir(exist_ok=True)",
+        ("tests/engine/test_security.py::test_who_may_read_what_a_run_leaves",),
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -5563,4 +5671,5 @@ MUTANTS: tuple[Mutant, ...] = (
     *MISTAKES,
     *SPOKEN,
     *FAULTS,
+    *STRANGERS,
 )
