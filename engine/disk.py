@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import os
 import re
 import shutil
@@ -58,6 +59,12 @@ def fresh_directory(path: Path, mode: int = 0o777) -> None:
         path.unlink()
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir(parents=True, mode=mode)
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def remove(path: Path) -> None:

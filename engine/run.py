@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import hashlib
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ import torch
 import yaml
 
 from engine import config as configuration
-from engine.disk import keep, take_in_turn, write_new
+from engine.disk import keep, sha256, take_in_turn, write_new
 from engine.errors import UserError
 from engine.flags import RunFlags
 from engine.world import World
@@ -218,7 +217,7 @@ def remember_final(output_dir: Path) -> None:
     paths = [
         p for p in final.rglob("*") if p.suffix == ".safetensors" or p.name in ("config.json", "adapter_config.json")
     ]
-    facts = {str(path.relative_to(final)): [path.stat().st_size, _sha256(path)] for path in sorted(paths)}
+    facts = {str(path.relative_to(final)): [path.stat().st_size, sha256(path)] for path in sorted(paths)}
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
     keep(partial)
     partial.rename(output_dir / FINAL)
@@ -238,18 +237,13 @@ def _check_final(output_dir: Path) -> None:
         facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for name, (size, digest) in facts.items():
             file = final / name
-            if not file.is_file() or file.stat().st_size != size or _sha256(file) != digest:
+            if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:
                 raise UserError(
                     f"{file} is missing or damaged: delete {final}, and the same command writes it again from the last"
                     " checkpoint"
                 )
     except (ValueError, TypeError, AttributeError):
         raise UserError(f"{path}, which says what {final} holds, is damaged: delete it") from None
-
-
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def publish(partial: Path, final: Path, inside: dict[str, Path] | None) -> None:

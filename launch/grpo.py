@@ -249,7 +249,7 @@ def train(config: Config) -> None:
             # 6. the new weights reach the sampler at the top of the loop
             sums = totals.reduce((*METRICS, *run.throughput.COUNTED))
             row = means(sums) | of_responses(experience, drawn, prompts) | drawn.row | times
-            row |= {"rollout/age": age} | of_sampler(experience, now_R, config.tis_cap)
+            row |= of_sampler(experience, now_R, age, config.tis_cap)
             row |= {"objective/kl": ((old_R - ref_R).sum() / len(experience)).item()} if ref else {}
             row |= {"learning_rate": lr, "grad_norm": norm, "objective/entropy": entropy_R.mean().item()}
             row["rollout/masked"] = len(experience) - len(learnt)

@@ -133,8 +133,7 @@ def train(config: Config) -> None:
         collect = Collector(sampler, pool, base.chat, config, config.seed, world)
         draw = lambda by, step: by(prompts, steps.examples(step), config.num_samples_per_prompt, step)
         sample = Sampling(collect, policy, draw, run, config.rollout_ahead)
-        roots = {"policy": policy, "value": value_model}
-        trained = {of: (root, optim.adamw(root, config, world)) for of, root in roots.items()}
+        trained = {of: (m, optim.adamw(m, config, world)) for of, m in (("policy", policy), ("value", value_model))}
 
         for step in run.steps(**trained):
             if step == 0:
@@ -185,10 +184,10 @@ def train(config: Config) -> None:
 
             # 6. the new weights reach the sampler at the top of the loop
             sums = totals.reduce((*METRICS, *run.throughput.COUNTED))
-            row = means(sums) | of_responses(experience, drawn, prompts) | drawn.row | times
-            row |= {"rollout/age": age} | of_sampler(experience, now_R)
-            row |= {"learning_rate": lr["policy"], "grad_norm": norms["policy"], "grad_norm/value": norms["value"]}
-            row |= {"objective/kl": (kl_R.sum() / len(experience)).item(), "objective/entropy": entropy_R.mean().item()}
+            row = means(sums) | of_responses(experience, drawn, prompts) | of_sampler(experience, now_R, age) | times
+            row |= drawn.row | {"learning_rate": lr["policy"], "grad_norm": norms["policy"]}
+            row |= {"grad_norm/value": norms["value"], "objective/entropy": entropy_R.mean().item()}
+            row["objective/kl"] = (kl_R.sum() / len(experience)).item()
             row["val/explained_variance"] = losses.explained_variance(values_R, returns_R).item()
             run.write(step, row, sums, f"score {row['objective/scores']:.3f}, kl {row['objective/kl']:.3f}")
             if run.evaluates(step + 1):

@@ -35,12 +35,12 @@ def of_responses(experience: Experience, drawn: Drawn, prompts: list[Prompt]) ->
     }
 
 
-def of_sampler(experience: Experience, now_R: Tensor, cap: float | None = None) -> dict[str, float]:
-    """How far the policy is, before it is updated, from what the responses were drawn from: its ratio over tokens, 1 up
-    to rounding where that was the policy itself; and how much of it a `cap` cuts.
+def of_sampler(experience: Experience, now_R: Tensor, age: int, cap: float | None = None) -> dict[str, float]:
+    """How far the policy is, before it is updated, from what the responses were drawn from `age` updates ago: its ratio
+    over tokens, 1 up to rounding where that was the policy itself; and how much of it a `cap` cuts.
     """
     ratio_R = (now_R - experience.sampled_R).exp()
-    row = {"sampler/ratio": ratio_R.mean().item(), "sampler/ratio_max": ratio_R.max().item()}
+    row = {"rollout/age": age, "sampler/ratio": ratio_R.mean().item(), "sampler/ratio_max": ratio_R.max().item()}
     return row if cap is None else row | {"sampler/truncated": (ratio_R > cap).double().mean().item()}
 
 

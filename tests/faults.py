@@ -744,3 +744,35 @@ def indexes_are_followed() -> None:
 def headers_as_the_library_takes_them() -> None:
     deny_the_network()
     _planted("unchecked")
+
+
+def stage_in_memory_that_is_kept() -> None:
+    """As on CUDA, where it is pinned."""
+    from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+    from engine.train.checkpoint import Checkpoints
+
+    make = Checkpoints.__init__
+
+    def making(self, *args, **options) -> None:
+        make(self, *args, **options)
+        self.stager = DefaultStager(StagingOptions(False, False, False, False))
+
+    Checkpoints.__init__ = making
+
+
+def stage_in_memory_that_is_kept_and_kill() -> None:
+    stage_in_memory_that_is_kept()
+    kill_between_steps_7_and_8()
+
+
+def lines_of_any_length() -> None:
+    from engine.data import readers
+
+    readers.MAX_ROW_BYTES = 2**40
+
+
+def texts_of_any_length() -> None:
+    from engine.data import cuts
+
+    cuts.MAX_WHOLE = 2**40

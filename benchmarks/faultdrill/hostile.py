@@ -270,6 +270,21 @@ def a_generation_config_that_is_too_deep(model: Path, work: Path) -> None:
     (model / "generation_config.json").write_text("[" * 100_000 + "]" * 100_000)
 
 
+@attack("", loads=True)
+def a_generation_config_that_cannot_be_saved(model: Path, work: Path) -> None:
+    edit(model / "generation_config.json", num_return_sequences=5, watermarking_config={"x": 1})
+
+
+@attack("dtype: expected the name of one, got 7")
+def a_dtype_that_is_a_number(model: Path, work: Path) -> None:
+    edit(model / "config.json", dtype=7)
+
+
+@attack("describes no model that can be built", loads=True)
+def positions_of_a_kind_that_is_none(model: Path, work: Path) -> None:
+    edit(model / "config.json", rope_parameters={"rope_type": "../x", "factor": 1e308})
+
+
 # --- tokenizers and templates -----------------------------------------------------------------------------------------
 
 
@@ -292,6 +307,25 @@ def tokens_with_ids_beyond_everything(model: Path, work: Path) -> None:
     for token in described["added_tokens"]:
         token["id"] = 2**31
     (model / "tokenizer.json").write_text(json.dumps(described))
+
+
+@attack("the tokenizer fails on it", loads=True)
+def a_tokenizer_whose_expression_backtracks(model: Path, work: Path) -> None:
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    edit(model / "tokenizer.json", pre_tokenizer=split)
+    row = {"messages": [{"role": "user", "content": "a" * 40 + "!"}, {"role": "assistant", "content": "x"}]}
+    (work / "rows.jsonl").write_text((json.dumps(row) + "\n") * 8)
+
+
+@attack("its replacements make .* characters of one", loads=True)
+def a_tokenizer_that_makes_terabytes(model: Path, work: Path) -> None:
+    larger = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 100}
+    edit(model / "tokenizer.json", normalizer={"type": "Sequence", "normalizers": [larger] * 6})
+
+
+@attack("the chat template: expected text, got 7")
+def a_template_that_is_a_number(model: Path, work: Path) -> None:
+    edit(model / "tokenizer_config.json", chat_template=[{"name": "default", "template": 7}])
 
 
 def template(text: str) -> Callable[[Path, Path], None]:
@@ -328,12 +362,8 @@ for what, text in TEMPLATES.items():
 
 @attack("the first bad one .*does more work|bad rows?.*does more work", loads=True)
 def a_template_that_loops_at_a_word(model: Path, work: Path) -> None:
-    template(
-        "{% if '?' in messages[0].content and 'one' not in messages[0].content %}"
-        + TEMPLATES["loops for ever"]
-        + "{% endif %}"
-        + TURNS
-    )(model, work)
+    at_a_word = "{% if '?' in messages[0].content and 'one' not in messages[0].content %}"
+    template(at_a_word + TEMPLATES["loops for ever"] + "{% endif %}" + TURNS)(model, work)
 
 
 # --- adapters ---------------------------------------------------------------------------------------------------------

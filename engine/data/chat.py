@@ -24,7 +24,15 @@ import numpy as np
 from engine.data.cuts import UNCUT, Cutter, check_length
 from engine.data.messages import Message, Notes, leaves, texts_of
 from engine.data.rows import BadRow
-from engine.data.skeleton import Span, behind_last_end, mark, plain_skeleton, refuse_unshown, skeleton_around
+from engine.data.skeleton import (
+    MAX_MESSAGES,
+    Span,
+    behind_last_end,
+    mark,
+    plain_skeleton,
+    refuse_unshown,
+    skeleton_around,
+)
 from engine.data.template import PROBE_TOOL, Habits, Refused, Unusable, habits_of, renderer
 from engine.data.tokenizer import (
     MARK_OF_THOUGHT,
@@ -194,7 +202,9 @@ class ChatTokenizer:
         return [mark(i) in text for i in holders]
 
     def refuse_control(self, messages: list[Message], tools: list | None = None) -> None:
-        """Raises BadRow for a control token in what the row says: it would be read as one."""
+        """Raises BadRow for a control token in what the row says, which would be read as one; for too many messages."""
+        if len(messages) > MAX_MESSAGES:
+            raise BadRow(f"messages: expected at most {MAX_MESSAGES:,}, got {len(messages):,}")
         for i, message in enumerate(messages):
             for where, text in texts_of(message):
                 if control := self.control.search(text):

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from engine.data.rows import BadRow, kind, parse_json
+from engine.data.lists import Broken, rows_of_list
+from engine.data.rows import BadRow, parse_json
 from engine.disk import disguised
 from engine.errors import UserError, require
 
 MAX_ROW_BYTES = 2**24  # of a line, or of a row's values; some texts in it may be bounded further (cuts.py)
 BATCH_BYTES = 4 * MAX_ROW_BYTES  # of the rows of a table that are read at a time
-MAX_LIST_BYTES = 8 * MAX_ROW_BYTES  # of a packed .json list, which is held whole
 BOM = b"\xef\xbb\xbf"
 PACKED = {".gz": b"\x1f\x8b\x08", ".zst": b"\x28\xb5\x2f\xfd"}  # suffix → how such a file begins
 PACKED_INSIDE = (".parquet", ".arrow")
@@ -150,16 +150,11 @@ def _json(file: Path) -> Numbered:
         if start.removeprefix(BOM).lstrip()[:1] == b"{":
             yield from _jsonl(file)
             return
-        content = start + f.read(-1 if file.suffix not in PACKED else MAX_LIST_BYTES)
-    if file.suffix in PACKED and len(content) > MAX_LIST_BYTES:
-        raise UserError(f"{file}: unpacks to more than {MAX_LIST_BYTES:,} bytes, and a list is read whole: use .jsonl")
-    try:
-        rows = parse_json(content.removeprefix(BOM))
-    except BadRow as bad:
-        raise UserError(f"{file}: {bad}") from None
-    if not isinstance(rows, list):
-        raise UserError(f"{file}: expected a list of rows, got {kind(rows)}")
-    yield from enumerate(rows)
+    with _open(file) as f:
+        try:
+            yield from rows_of_list(f, MAX_ROW_BYTES)
+        except Broken as broken:
+            raise UserError(f"{file}: {broken}") from None
 
 
 def _csv(file: Path) -> Numbered:

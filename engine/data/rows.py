@@ -19,7 +19,10 @@ class BadRow(Exception):
     """One row's defect, `field: expected ..., got ...`, on one line whatever the row holds."""
 
     def __init__(self, message: str) -> None:
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message[:400]))
+        line = message[:400]
+        if not line.isprintable():
+            line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+        super().__init__(line)
 
 
 def parse_json(text: str | bytes) -> Any:

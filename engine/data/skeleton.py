@@ -26,6 +26,7 @@ from engine.data.template import shared
 if TYPE_CHECKING:
     from engine.data.chat import ChatTokenizer
 
+MAX_MESSAGES = 1024  # of a conversation; a turn is found by rendering all before it: some seconds for so many
 Span = tuple[int, int]
 Edge = tuple[int, int]  # a piece, and an offset in it
 TOOL_RESPONSE = "<tool_response>"  # a user's turn that begins with it is a tool's to templates that look at contents

@@ -11,8 +11,9 @@ SAMPLING = ("temperature", "top_p", "top_k", "min_p", "typical_p")
 
 
 def generation_config(source: Path, config: Any, end_ids: tuple[int, ...]) -> tuple[GenerationConfig, str]:
-    """(that of the directory `source` with the ends of turns added, why it is not kept or ''). One that the library
-    would not save, after hours of training, gives way to what the model's configuration says.
+    """(that of the directory `source` with the ends of turns added, why it is not kept or '').
+
+    One that the library would not save, after hours of training, gives way to what the model's configuration says.
     """
     if not (source / "generation_config.json").is_file():
         return _with_ends(GenerationConfig.from_model_config(config), end_ids), ""

@@ -11,7 +11,6 @@ owed, and tried again after the next step.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import re
@@ -27,9 +26,10 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from engine import headers, signals
-from engine.disk import fresh_directory, in_words, remove, sync_directory
+from engine.disk import fresh_directory, in_words, remove, sha256, sync_directory
 from engine.errors import UserError, explained
 from engine.run import is_gone
 from engine.train import optim
@@ -37,6 +37,7 @@ from engine.train.finite import not_finite
 from engine.train.state import wrong_in_state
 from engine.world import World
 
+PINNED = StagingOptions(use_shared_memory=False, use_async_staging=False)
 BESIDE = "beside.json"  # what a run keeps beside what it trains
 STEP = re.compile(r"step-(\d+)")
 OF_ALL = ("model", "value model", "dataset")  # named in every checkpoint; what came later is not in those before
@@ -64,6 +65,8 @@ class Checkpoints:
         self.root = output_dir / "checkpoints"
         self.world, self.trained, self.keep, self.identity, self.settings = world, trained, keep, identity, settings
         self.group = dist.new_group(backend="gloo")  # of its own: collectives of a save must not mix with training's
+        # pages that are pinned once take a GPU's copies at the speed of its link; None: a copy that is made anew
+        self.stager = DefaultStager(PINNED) if world.device.type == "cuda" else None
         self.newest = 0  # step of the last one that was written, or resumed
         self._writer: threading.Thread | None = None
         self._written: list[dict[str, Any]] = []  # by rank, what the writer has just gathered
@@ -95,7 +98,7 @@ class Checkpoints:
             self.wait()
             return
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
-        future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group)
+        future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, async_stager=self.stager)
         steps = {
             part: int(next(iter(optimizer.state.values()))["step"]) for part, (_, optimizer) in self.trained.items()
         }
@@ -361,7 +364,7 @@ def damage(path: Path, world: World) -> str:
         for name in sorted(files)[world.rank :: world.size]:
             if Path(name).name != name or not (path / name).is_file():
                 return f"{name} is missing"
-            if (path / name).stat().st_size != files[name]["bytes"] or _sha256(path / name) != files[name]["sha256"]:
+            if (path / name).stat().st_size != files[name]["bytes"] or sha256(path / name) != files[name]["sha256"]:
                 return f"{name} is damaged"
             if name in shards:
                 headers.read(path / name)
@@ -388,12 +391,7 @@ def _read_again(path: Path, world: World) -> None:
         raise OSError(f"read again, {problem}")
 
 
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
 def _sync_and_describe(path: Path) -> dict[str, Any]:
     with open(path, "rb") as f:
         os.fsync(f.fileno())
-    return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}

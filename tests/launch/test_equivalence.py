@@ -233,6 +233,7 @@ KILLS = {
     "kill_rank_1_while_writing_step_4": 2,
     "kill_between_steps_7_and_8": 6,
     "kill_while_exporting": 8,
+    "stage_in_memory_that_is_kept_and_kill": 6,
 }
 
 

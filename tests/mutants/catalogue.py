@@ -2523,7 +2523,7 @@ TRAIN = (
     Mutant(
         "a_flipped_bit_is_loaded",
         "engine/train/checkpoint.py",
-        ' or _sha256(path / name) != files[name]["sha256"]',
+        ' or sha256(path / name) != files[name]["sha256"]',
         "",
         CHECKPOINT,
     ),
@@ -5347,6 +5347,94 @@ AHEAD = (
     ),
 )
 
+# --- what is damaged, and numbers that are none ----------------------------------------------------------------------
+
+FINITE = ("tests/engine/train/test_finite.py",)
+RUN_DIRECTORY = ("tests/engine/test_run.py",)
+DAMAGED = (
+    Mutant(
+        "a_segment_of_another_model_is_used",
+        "engine/train/refcache.py",
+        'if about.get("model", directory.name) != directory.name:',
+        "if not about:",
+        (f"{CACHE}::test_a_segment_of_another_model_is_named_and_not_used",),
+    ),
+    Mutant(
+        "a_damaged_header_is_not_passed_over",
+        "engine/train/refcache.py",
+        "except (ValueError, KeyError, OSError, TypeError, AttributeError):",
+        "except (ValueError, KeyError, OSError):",
+        (f"{CACHE}::test_a_damaged_header_of_another_model_explains_nothing",),
+    ),
+    Mutant(
+        "keys_of_a_store_are_not_compared",
+        "engine/data/store.py",
+        'for name in ("offsets", "keys", "counts"):',
+        'for name in ("offsets", "counts"):',
+        (f"{STORE}::test_all_but_ids_and_masks_are_checked_as_a_store_is_opened",),
+    ),
+    Mutant(
+        "a_store_without_a_digest_is_damaged",
+        "engine/data/store.py",
+        "if stated is not None and stated != _digest",
+        "if stated != _digest",
+        (f"{STORE}::test_all_but_ids_and_masks_are_checked_as_a_store_is_opened",),
+    ),
+    Mutant(
+        "lost_rows_are_not_named", "engine/log.py", "if known is not None and known != self.digest:", "if False:", LOG
+    ),
+    Mutant("owed_rows_are_not_in_the_digest", "engine/log.py", "        self._hash.update(line)\n", "", LOG),
+    Mutant(
+        "a_copy_under_another_steps_name_is_resumed",
+        "engine/train/checkpoint.py",
+        "if (named := STEP.fullmatch(path.name)) and int(named[1]) != step:",
+        "if False:",
+        CHECKPOINT,
+    ),
+    Mutant(
+        "a_configuration_that_is_no_mapping",
+        "engine/run.py",
+        "if not isinstance(earlier, dict) or not all(isinstance(name, str) for name in earlier):",
+        "if not isinstance(earlier, dict):",
+        RUN_DIRECTORY,
+    ),
+    Mutant(
+        "weights_of_a_finished_run_are_not_looked_at",
+        "engine/run.py",
+        "if not file.is_file() or file.stat().st_size != size or sha256(file) != digest:",
+        "if not file.is_file() or file.stat().st_size != size:",
+        RUN_DIRECTORY,
+    ),
+    Mutant(
+        "an_infinite_number_is_saved",
+        "engine/train/finite.py",
+        "fine = torch.isfinite(largest).tolist()",
+        "fine = torch.isnan(largest).logical_not().tolist()",
+        FINITE,
+    ),
+    Mutant(
+        "the_last_micro_batch_is_blamed",
+        "engine/train/finite.py",
+        "for examples, sums in self._after:",
+        "for examples, sums in reversed(self._after):",
+        FINITE,
+    ),
+    Mutant(
+        "micro_batches_of_another_step_are_blamed",
+        "engine/train/finite.py",
+        "if self._of is not of:",
+        "if not self._after:",
+        FINITE,
+    ),
+    Mutant(
+        "a_checkpoint_holds_what_is_no_number",
+        "engine/train/checkpoint.py",
+        '        self.require_finite(step, "a checkpoint", tensors)\n',
+        "",
+        FINITE,
+    ),
+)
+
 MUTANTS: tuple[Mutant, ...] = (
     *LOSSES,
     *VERIFIERS,
@@ -5354,6 +5442,7 @@ MUTANTS: tuple[Mutant, ...] = (
     *MODEL,
     *TRAIN,
     *ENGINE,
+    *DAMAGED,
     *ROLLOUT,
     *PAGES,
     *AHEAD,

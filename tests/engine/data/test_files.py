@@ -71,7 +71,9 @@ def test_json_is_a_list_or_lines(tmp_path):
         ("[1, 2", "expected JSON"),
         ("7", "expected a list of rows, got a number"),
         ("", "expected JSON"),
-        ('[{"a": 1, "a": 2}]', "a: expected once"),
+        ("[1,]", "expected JSON"),
+        ("[1 2]", "expected JSON"),
+        ("[1] 2", "expected JSON"),
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=f"^{path}: {expected}"):

@@ -118,12 +118,13 @@ def test_packed_text_that_is_damaged(tmp_path):
 def test_what_unpacks_to_very_much_is_read_in_bounded_memory(packing, tmp_path, monkeypatch):
     """16 MB of one letter are some kilobytes: as lines, as a list, and as a cell."""
     monkeypatch.setattr(readers, "MAX_ROW_BYTES", 2**20)
-    monkeypatch.setattr(readers, "MAX_LIST_BYTES", 2**21)
-    line, list_, cell = (PACK[packing](start + b" " * 2**24) for start in (b'{"a": 1}\n"', b"[1,", b'a,b\n1,2\n3,"'))
+    starts = (b'{"a": 1}\n"', b"[1,", b'a,b\n1,2\n3,"', b'[1,"')
+    line, list_, cell, word = (PACK[packing](start + b" " * 2**24) for start in starts)
     tracemalloc.start()
     [(_, first), (number, second)] = read(tmp_path / f"x.jsonl{packing}", line)
     assert first == {"a": 1} and number == 2 and "longer than 1,048,576 bytes" in str(second)
-    assert "unpacks to more than 2,097,152 bytes" in refused(tmp_path / f"x.json{packing}", list_)
+    assert refused(tmp_path / f"x.json{packing}", list_) == "expected JSON (the list does not end: line 1)"
+    assert "longer than 1,048,576 bytes, and" in refused(tmp_path / f"x.json{packing}", word)
     assert refused(tmp_path / f"x.csv{packing}", cell).startswith("3: from here on no row")
     assert tracemalloc.get_traced_memory()[1] < 8 * 2**20
     tracemalloc.stop()
