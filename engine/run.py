@@ -219,6 +219,7 @@ def remember_final(output_dir: Path) -> None:
     ]
     facts = {str(path.relative_to(final)): [path.stat().st_size, sha256(path)] for path in sorted(paths)}
     partial.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+    keep(partial)
     partial.rename(output_dir / FINAL)
 
 
@@ -231,6 +232,7 @@ def forget_final(output_dir: Path) -> None:
 def _check_final(output_dir: Path) -> None:
     """Raises UserError if final/ is not what the run wrote."""
     final, path = output_dir / "final", output_dir / FINAL
+    path.with_name(f"{FINAL}.partial").unlink(missing_ok=True)  # of a run that was killed as it wrote it
     try:
         facts = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
         for name, (size, digest) in facts.items():

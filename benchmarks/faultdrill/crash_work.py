@@ -212,19 +212,37 @@ class Export(Work):
             lm, tokenizer, source, self.directory / "final", self.world, inside=inside, card="card", **how
         )
 
+    def _open(self) -> bool:
+        """Whether the run is taken for finished."""
+        from engine.flags import RunFlags
+        from engine.run import open_run
+
+        with open_run(RunFlags(output_dir=str(self.directory)), {"seed": 3}, self.world, {}) as finished:
+            return finished
+
+    def prepare(self) -> None:
+        self._open()
+
     def act(self) -> None:
+        from engine.run import forget_final, remember_final
+
+        if self.world.is_main:
+            forget_final(self.directory)
         self._write()
+        if self.world.is_main:
+            remember_final(self.directory)
 
     def check(self, said: Callable[[], str]) -> str:
         final = self.directory / "final"
-        if not any((final / name).is_file() for name in ("config.json", "adapter_config.json")):
-            self._write()  # as the same command does
+        if not self._open():
+            self.act()  # as the same command does
         elif problem := _unlike(final, self.shared / "expected" / type(self).__name__):
             return f"final/ has its name and is not whole: {problem}"
         if problem := _unlike(final, self.shared / "expected" / type(self).__name__):
             return f"it cannot be written again: {problem}"
-        if self.world.is_main and (left := sorted(p.name for p in self.directory.glob(".*"))):
-            return f"left behind: {left}"
+        left = {path.name for path in self.directory.glob(".*")} - {".lock", ".final"}
+        if self.world.is_main and left:
+            return f"left behind: {sorted(left)}"
         return ""
 
 
