@@ -298,12 +298,18 @@ def test_a_lock_that_is_a_link_is_refused(tmp_path, embedded_dir):
     assert (tmp_path / "victim").read_text() == "mine"
 
 
-def test_new_files_replace_links(tmp_path):
+def test_new_files_replace_links(tmp_path, monkeypatch):
     (tmp_path / "victim").write_text("mine")
     (tmp_path / "x").symlink_to(tmp_path / "victim")
     disk.write_new(tmp_path / "x", "other", 0o600)
     assert (tmp_path / "victim").read_text() == "mine" and (tmp_path / "x").read_text() == "other"
     assert mode(tmp_path / "x") == 0o600
+    (tmp_path / "x").unlink()
+    (tmp_path / "x").symlink_to(tmp_path / "victim")
+    monkeypatch.setattr(type(tmp_path), "unlink", lambda *args, **options: None)  # somebody put it there again
+    with pytest.raises(FileExistsError):
+        disk.write_new(tmp_path / "x", "other")
+    assert (tmp_path / "victim").read_text() == "mine"
 
 
 # --- the drill --------------------------------------------------------------------------------------------------------
