@@ -271,6 +271,7 @@ def test_the_model_sees_the_same_at_inference(style):
         )
     )
     def check(messages):
+        assume(not any(chat.control.search(m["content"]) for m in messages))  # its pieces may come to stand together
         ids, mask = chat.encode(messages, 10**6, last_turn_only=True)
         (response,) = expected_turns(style, messages)
         rendered = chat.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
