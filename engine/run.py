@@ -253,6 +253,9 @@ def publish(partial: Path, final: Path, inside: dict[str, Path] | None) -> None:
     for name, directory in (inside or {}).items():
         directory.rename(partial / name)
     keep(partial)
-    if final.exists():
-        shutil.rmtree(final)
+    before = final.with_name(f".{final.name}.before")
+    shutil.rmtree(before, ignore_errors=True)
+    if final.exists():  # half of it would be taken for whole
+        final.rename(before)
     partial.rename(final)
+    shutil.rmtree(before, ignore_errors=True)

@@ -68,3 +68,53 @@ def test_a_final_that_was_damaged_is_no_finished_run(tmp_path):
             run._check_final(tmp_path)
     run.forget_final(tmp_path)
     run._check_final(tmp_path)
+
+
+def test_a_kill_while_a_directory_is_replaced_leaves_a_whole_one_or_none(tmp_path, monkeypatch):
+    """At whichever rename or removal; and the next attempt ends in the new one alone."""
+    import shutil
+    from pathlib import Path
+
+    class Killed(BaseException):
+        pass
+
+    def attempt(at: int) -> bool:
+        """Whether it was killed, before its `at`-th event."""
+        count = 0
+
+        def before(original):
+            def event(*args, **options):
+                nonlocal count
+                count += 1
+                if count == at:
+                    raise Killed
+                return original(*args, **options)
+
+            return event
+
+        partial = tmp_path / ".final.partial"
+        partial.mkdir(exist_ok=True)
+        for name in ("a", "b"):
+            (partial / name).write_text("new")
+        with monkeypatch.context() as m:
+            m.setattr(Path, "rename", before(Path.rename))
+            m.setattr(shutil, "rmtree", before(shutil.rmtree))
+            try:
+                run.publish(partial, tmp_path / "final", None)
+            except Killed:
+                return True
+        return False
+
+    for at in range(1, 9):
+        shutil.rmtree(tmp_path / "final", ignore_errors=True)
+        (tmp_path / "final").mkdir()
+        for name in ("a", "b"):
+            (tmp_path / "final" / name).write_text("old")
+        was_killed = attempt(at)
+        found = {path.read_text() for path in (tmp_path / "final").glob("*")}
+        assert found in ({"old"}, {"new"}, set()) and len(list((tmp_path / "final").glob("*"))) in (0, 2)
+        assert was_killed or found == {"new"}
+        attempt(0)
+        assert {p.read_text() for p in (tmp_path / "final").iterdir()} == {"new"}
+        assert [p.name for p in tmp_path.iterdir()] == ["final"]
+    assert not was_killed
