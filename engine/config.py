@@ -26,7 +26,7 @@ from engine.disk import write_new
 from engine.errors import UserError, nearest, on_one_line
 from engine.flags import HEADINGS, foreign, table
 from engine.flags import words as words_of_others
-from engine.redact import check_flags, redact
+from engine.redact import check_flags, redact, redacted
 
 Config = TypeVar("Config")
 MAX_YAML_BYTES = 2**20
@@ -298,8 +298,7 @@ def save(values: dict[str, Any], path: Path, extra: dict[str, Any]) -> None:
     """Writes the resolved flags that were read (None: not read, left out) with `extra` facts in comments."""
     values = {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
     comments = "".join(f"# {key}: {' '.join(str(value).split())}\n" for key, value in extra.items())
-    text = redact(comments + yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
-    write_new(path, text)
+    write_new(path, redact(comments) + yaml.safe_dump(redacted(values), sort_keys=False, allow_unicode=True))
 
 
 class _StrictLoader(yaml.SafeLoader):

@@ -19,7 +19,7 @@ from engine import signals, terminal
 from engine.disk import keep, write_new
 from engine.elsewhere import Elsewhere, elsewhere
 from engine.errors import explained
-from engine.redact import redact
+from engine.redact import redacted
 from engine.terminal import Progress
 from engine.world import World
 
@@ -80,7 +80,7 @@ class JsonLines:
         return self._hash.hexdigest()
 
     def write(self, row: dict[str, Any]) -> None:
-        line = (redact(json.dumps(row)) + "\n").encode()
+        line = (json.dumps(redacted(row)) + "\n").encode()
         self._hash.update(line)
         self._owed += line
         if (problem := self._settle()) and not self._warned:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from engine.errors import UserError
 
@@ -40,6 +41,17 @@ def redact(text: str) -> str:
     for form, shown in FORMS:
         text = form.sub(shown, text)
     return text
+
+
+def redacted(x: Any) -> Any:
+    """What JSON or YAML is made of, its texts redacted before they are escaped. A number is no secret, also one that
+    has the digits of a password: it stays a number.
+    """
+    if isinstance(x, str):
+        return redact(x)
+    if isinstance(x, Mapping):
+        return {redacted(name): redacted(value) for name, value in x.items()}
+    return [redacted(value) for value in x] if isinstance(x, list | tuple) else x
 
 
 def check_flags(values: Mapping[str, object]) -> None:

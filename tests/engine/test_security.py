@@ -10,12 +10,13 @@ import struct
 
 import pytest
 import torch
+import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faultdrill import hostile
-from engine import disk, headers, redact
+from engine import config, disk, headers, log, redact
 from engine.data.inside import check_inside
 from engine.errors import UserError
 from engine.model import limits, weights
@@ -186,6 +187,19 @@ def test_what_is_a_secret(monkeypatch):
         "model@revision at a@b.c": "model@revision at a@b.c",
     }
     assert {text: redact.redact(text) for text in shown} == shown
+
+
+def test_a_number_with_the_digits_of_a_password_stays_one(tmp_path, monkeypatch):
+    """A row stays JSON and a configuration stays what it was; in a text the same digits are hidden, escaped or not."""
+    monkeypatch.setattr(redact, "_hidden", {"20261128", 'quo"ted\\one'})
+    rows = log.JsonLines(tmp_path / "metrics.jsonl", 0)
+    rows.write({"step": 1, "num_tokens": 20261128, "said": ["20261128", {'quo"ted\\one': 'a quo"ted\\one'}]})
+    rows.close()
+    found = json.loads((tmp_path / "metrics.jsonl").read_text())
+    assert found == {"step": 1, "num_tokens": 20261128, "said": ["***", {"***": "a ***"}]}
+    config.save({"seed": 20261128, "name": "20261128"}, tmp_path / "config.yaml", {"host": "20261128"})
+    text = (tmp_path / "config.yaml").read_text()
+    assert yaml.safe_load(text) == {"seed": 20261128, "name": "***"} and text.startswith("# host: ***\n")
 
 
 @settings(deadline=None, max_examples=100, database=None)

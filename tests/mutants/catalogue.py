@@ -5357,8 +5357,8 @@ FAULTS = (
     Mutant(
         "a_model_is_named_before_it_is_kept",
         "engine/run.py",
-        "    keep(partial)\n    if final",
-        "    if final",
+        "    keep(partial)\n    before = ",
+        "    before = ",
         (f"{DURABLE}[export]",),
     ),
     Mutant(
