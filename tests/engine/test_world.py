@@ -84,7 +84,9 @@ def test_how_a_process_ends(command, status, said, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError("of no file"), RuntimeError("a bug"), ZeroDivisionError()])
-def test_a_mistake_of_ours_is_a_traceback(error, monkeypatch):
+def test_a_mistake_of_ours_is_a_traceback(error, monkeypatch, capsys):
     monkeypatch.setattr(dist, "is_initialized", lambda: False)
-    with pytest.raises(type(error)):
+    with pytest.raises(SystemExit) as end:
         world.main(raises(error))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith("Traceback") and type(error).__name__ in said.splitlines()[-1]
