@@ -35,7 +35,7 @@ from benchmarks.faultdrill.suite import Suite
 # the modules with suites, in the order of the table; one that is not here is passed over, one that is not named comes
 # last
 ORDER = ("kills", "crash_points", "damage", "preemption", "restarts", "world_sizes", "numerics", "storage")
-ORDER += ("rows", "hostile", "malicious", "overhead")
+ORDER += ("rows", "hostile_rows", "configs", "hostile", "overhead")
 LEFT_OUT = (
     "network file systems (renames and locks that lie): none here; what the engine does on one is untested",
     "power loss itself: it is played by cutting every file that no fsync had reached (crash_points, torn)",
