@@ -20,10 +20,11 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes of the drill inherit it
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of semaphores whose processes were killed
+if __name__ == "__main__":  # not in who imports this
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch; the processes of the drill inherit it
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # of semaphores whose processes were killed
 
 import torch
 
