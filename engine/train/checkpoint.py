@@ -97,6 +97,7 @@ class Checkpoints:
             self._ended(problem)
             self.wait()
             return
+        signals.owe(False)  # not a second time while this one is being written
         writer = HuggingFaceStorageWriter(str(partial), save_distributed=True)
         future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, async_stager=self.stager)
         steps = {

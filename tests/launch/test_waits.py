@@ -30,6 +30,7 @@ STEP = {
     "engine/train/optim.py:step": 2,
 }
 HOST = {  # on rollouts, scores and values, which an iteration holds on the host
+    "engine/train/finite.py:all_finite",
     "launch/ppo.py:train",
     "losses/ppo.py:_next",
     "losses/ppo.py:_pad",
