@@ -222,8 +222,10 @@ def train(config: Config) -> None:
                 check_sampler(experience, old_R, config, base.dtype, world)
 
             # 4. advantages: what a response is above the others to its prompt
-            advantages_R, examples = advantages_of(experience, old_R, ref_R, config), steps.examples(step)
-            run.stop_unless_all_finite(step, {"scores": experience.scores_S, "advantages": advantages_R}, examples)
+            advantages_R = advantages_of(experience, old_R, ref_R, config)
+            run.stop_unless_all_finite(
+                step, {"scores": experience.scores_S, "advantages": advantages_R}, steps.examples(step)
+            )
             times["time/evaluate"] = clock.lap()
 
             # 5. clipped updates, on the responses that are learnt from
@@ -241,7 +243,7 @@ def train(config: Config) -> None:
                 for batch in run.micro_batches(policy, experience.tokens, moving, totals):
                     group_loss(policy, batch, experience.tokens.of(batch, *columns), config, totals).backward()
                 norm = optim.step(optimizer, world, lr, config.max_grad_norm)
-                run.stop_unless_finite(step, {"grad_norm": norm}, "prompts", examples, experience.prompts_S)
+                run.stop_unless_finite(step, {"grad_norm": norm}, "prompts", steps.examples(step), experience.prompts_S)
                 if step == number == 0:
                     check_ratio(totals.reduce(METRICS), base.dtype, world)
             times["time/update"] = clock.lap()

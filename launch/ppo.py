@@ -155,12 +155,12 @@ def train(config: Config) -> None:
                 check_sampler(experience, old_R, config, base.dtype, world)
 
             # 4. rewards, advantages, returns
-            counts_S, examples = experience.slot_counts_S, steps.examples(step)
+            counts_S = experience.slot_counts_S
             kl_R = losses.kl(old_R, ref_R, config.kl_estimator)
             rewards_R = losses.token_rewards(experience.on_slots(kl_R), experience.scores_S, counts_S, config.kl_coef)
             advantages_R, returns_R = losses.gae(rewards_R, values_R, counts_S, config.gamma, config.lam)
             advantages_R = losses.whiten(advantages_R[experience.is_token_R])
-            run.stop_unless_all_finite(step, {"returns": returns_R, "advantages": advantages_R}, examples)
+            run.stop_unless_all_finite(step, {"returns": returns_R, "advantages": advantages_R}, steps.examples(step))
             times["time/evaluate"] = clock.lap()
 
             # 5. several passes of clipped updates
@@ -177,7 +177,7 @@ def train(config: Config) -> None:
                     loss = value_loss(value_model, batch, old, n_slots, config.cliprange_value, totals)
                     (config.vf_coef * loss).backward()
                 norms = {of: optim.step(o, world, lr[of], config.max_grad_norm) for of, (_, o) in trained.items()}
-                run.stop_unless_finite(step, norms, "prompts", examples, experience.prompts_S)
+                run.stop_unless_finite(step, norms, "prompts", steps.examples(step), experience.prompts_S)
                 if step == number == 0:
                     check_ratio(totals.reduce(METRICS), base.dtype, world)
             times["time/update"] = clock.lap()

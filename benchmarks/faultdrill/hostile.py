@@ -497,9 +497,12 @@ BOMB = ",".join(
 )
 RECIPES = {
     "that runs a command": ("a: !!python/object/apply:os.system ['touch CANARY']", "not a recipe"),
-    "of aliases": ("a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
-        f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
-    ) + "output_dir: *i\n", "belongs to|unknown key|expected|not a recipe"),
+    "of aliases": (
+        "a: &a [x,x,x,x,x,x,x,x,x]\n"
+        + "".join(f"{b}: &{b} [{','.join(['*' + a] * 9)}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True))
+        + "output_dir: *i\n",
+        "belongs to|unknown key|expected|not a recipe",
+    ),
     "of aliases in a list": (f"mixer_list: [{BOMB}, 1]\n", "expected words|not a recipe"),
     "that is within itself": ("output_dir: &a [*a]\n", "expected text|not a recipe"),
     "that says a thing twice": ("seed: 1\nseed: 2\n", "stands twice"),
@@ -507,7 +510,7 @@ RECIPES = {
     "of two megabytes": ("# " + "x" * 2**21, "larger than 1 MiB"),
     "of bytes": ("\0\1\2", "not a recipe"),
     "with a key that is a list": ("? [a, b]\n: 1\n", "is not text"),
-}  # fmt: skip
+}
 for what, (text, said) in RECIPES.items():
 
     def recipe(model: Path, work: Path, text: str = text) -> list[Any]:

@@ -69,7 +69,7 @@ def test_a_row_that_cannot_be_used_is_bad_alone(row, said):
     [
         (b"", "expected JSON"),
         (b"7", "expected a list of rows, got a number"),
-        (b'[1,\n\n2 3]', r"behind a row: line 3\)"),
+        (b"[1,\n\n2 3]", r"behind a row: line 3\)"),
         (b"[1,\n{]", "line 2"),
         (b"[1]\n\nx", r"Extra data behind the list: line 3\)"),
         (b"[" * 100_000, "expected JSON"),
@@ -77,7 +77,7 @@ def test_a_row_that_cannot_be_used_is_bad_alone(row, said):
         (b'["' + b"x" * 10**6, "longer than 1,000 bytes, and where the next row begins is not known"),
         (b"[,", "expected JSON"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_list_is_refused(content, said):
     with pytest.raises(Broken, match=said):
         read(content, 64, longest=1000 if b"xxx" in content else 10**6)

@@ -65,7 +65,7 @@ MORE = {  # beside the drill's, each of another operation
     "a namespace as text": "{% set ns = namespace(x=1) %}{% set ns.x = ns %}{{ ns }}",
     "a source": "x" * (sandbox.MAX_SOURCE + 1),
     "parts": "{{ a.b }}" * 7_000,
-}  # fmt: skip
+}
 
 
 def units(source: str, conversation: dict) -> int:
