@@ -29,6 +29,7 @@ GIB = 2**30
 NEEDED = {  # package → (the oldest version, the first that is too new); as in pyproject.toml
     "torch": ("2.11", "2.14"),
     "transformers": ("5.17", ""),
+    "jinja2": ("3.1.6", ""),
     "safetensors": ("", ""),
     "numpy": ("", ""),
     "tqdm": ("", ""),
