@@ -58,6 +58,8 @@ class _Asked:
     longest = 0.0  # seconds of a step
     owes = False  # a checkpoint that could not be written, on this rank
     votes: float | None = None  # of all ranks, in the last sums of this step
+    listens = False
+    is_a_command = False  # whether the process ends with what it listens in
 
 
 _state = _Asked()
@@ -84,6 +86,13 @@ def ignore() -> None:
     """In a process that works for another, which ends it."""
     for number in HEARD:
         signal.signal(number, signal.SIG_IGN)
+
+
+def a_command(yes: bool) -> None:
+    """Whether this process is one command's: what comes after it has listened, in its last moments, is ignored. What
+    the signal asks for has been done.
+    """
+    _state.is_a_command = yes
 
 
 def asked_for() -> float:
@@ -182,8 +191,12 @@ def age() -> float:
 @contextlib.contextmanager
 def listening(max_hours: float | None, job_left: float | None) -> Iterator[None]:
     """In the body, signals and clocks ask the process to end. `max_hours` count from its start; `job_left` are seconds
-    from now. A second signal, ECHO seconds after the first, ends it at once with 128 + its number.
+    from now. A second signal, ECHO seconds after the first, ends it at once with 128 + its number. Inside another such
+    body nothing changes.
     """
+    if _state.listens:
+        yield
+        return
     _begin(max_hours, job_left)
     if threading.current_thread() is not threading.main_thread():  # handlers are the main thread's
         yield
@@ -195,13 +208,15 @@ def listening(max_hours: float | None, job_left: float | None) -> Iterator[None]
     over = threading.Event()
     listener = threading.Thread(target=_listen, args=(reading, over), daemon=True, name="signals")
     listener.start()
+    _state.listens = True
     try:
         yield
     finally:
+        _state.listens = False
         over.set()
         signal.set_wakeup_fd(wakeup)
         for number, handler in before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_IGN if _state.is_a_command else handler)
         os.write(writing, b"\0")  # no signal's number: it wakes the listener
         listener.join()
         os.close(reading)

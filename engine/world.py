@@ -310,16 +310,21 @@ def _store(rank: int, size: int) -> dist.Store:
     return dist.PrefixStore(f"run_{_restart()}", store)
 
 
-def main(command: Callable[[], object]) -> None:
+def main(command: Callable[[], object], resumable: bool = False) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
-    Ctrl-C.
+    Ctrl-C. `resumable`: signals and the end of the job ask it to end, and it looks whether they did; a stage sees to
+    that itself (engine/watch.py).
     """
     redact.hide(os.environ)
+    signals.a_command(True)
     try:
-        _run(command)
+        with signals.listening(None, job_left()) if resumable else contextlib.nullcontext():
+            _run(command)
     except Exception as error:  # that nobody expected: as Python prints it, without secrets
         terminal.traceback_of(error)
         sys.exit(1)
+    finally:
+        signals.a_command(False)
 
 
 def _run(command: Callable[[], object]) -> None:

@@ -119,4 +119,4 @@ def responses(output_dir: Path, name: str) -> Path:
 
 
 if __name__ == "__main__":
-    main(lambda: demo(parse(Config, elsewhere=commands)))
+    main(lambda: demo(parse(Config, elsewhere=commands)), resumable=True)

@@ -226,4 +226,4 @@ def check_few_shot(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: evaluate(parse(Config, elsewhere=commands)))
+    main(lambda: evaluate(parse(Config, elsewhere=commands)), resumable=True)

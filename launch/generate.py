@@ -129,12 +129,11 @@ def sample(sampler: Sampler, journal: Journal, config: Config, params: SamplingP
             journal.take(line)
             bar.update(1)
 
-        mail = Mail(world, take)
-        for _, rollout in sampler.stream(requests, params, seed=config.seed, step=0):
-            if team.leads:  # of the ranks that share a sampler, one
-                mail.send(line_of(rollout))
-        mail.end()
+        with Mail(world, take, journal.path) as mail:
+            for _, rollout in sampler.stream(requests, params, seed=config.seed, step=0):
+                if team.leads:  # of the ranks that share a sampler, one
+                    mail.send(line_of(rollout))
 
 
 if __name__ == "__main__":
-    main(lambda: generate(parse(Config, elsewhere=commands)))
+    main(lambda: generate(parse(Config, elsewhere=commands)), resumable=True)

@@ -55,9 +55,10 @@ def _child(module: str, argv: list[str], environment: dict[str, str], log: str) 
         plant(argv) if inspect.signature(plant).parameters else plant()
     with contextlib.suppress(BrokenPipeError):
         entry = stage.train if hasattr(stage, "train") else getattr(stage, module.rpartition(".")[2])
-        if issubclass(stage.Config, StageFlags):
+        is_stage = issubclass(stage.Config, StageFlags)
+        if is_stage:
             entry = partial(each_seed, stage.train)
-        world.main(lambda: entry(config.parse(stage.Config, argv, elsewhere=commands)))
+        world.main(lambda: entry(config.parse(stage.Config, argv, elsewhere=commands)), resumable=not is_stage)
 
 
 def start(module: str, argv: list[str], ranks: int, log: Path, hook: str = "") -> list:

@@ -60,9 +60,9 @@ def ask(
     bar = tqdm(
         total=total, initial=total - len(missing), unit="response", dynamic_ncols=True, disable=not there or None
     )
-    mail = Mail(world, lambda line: bar.update() if there and there.write(line) else None)
+    mail = Mail(world, lambda line: bar.update() if there and there.write(line) else None, there and there.path)
     pool = Pool(world.cores, flags.verifier_mode, module=flags.verifier_module, in_flight=IN_FLIGHT, judge=JUDGE)
-    with bar, pool:
+    with bar, pool, mail:
         for seed, some in requests.items():
             stream = sampler.stream(some, params, seed=seed, step=0)
             if not sampler.team.leads:  # one rank of a team judges what all of them have sampled
@@ -70,7 +70,6 @@ def ask(
                 continue
             for line in lines_of(stream, pool, base.chat, by_example, seed, beside):
                 mail.send(line)
-        mail.end()
 
 
 def lines_of(

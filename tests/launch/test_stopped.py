@@ -66,6 +66,11 @@ def test_a_second_signal_ends_at_once(runs):
     assert ended.codes == [128 + 15] and "ended at once by a second signal (SIGTERM)" in ended.output
 
 
+def test_a_signal_that_comes_when_all_is_done_changes_nothing(runs):
+    ended = runs.launch("late", 1, "terminate_when_all_is_done", max_steps=2)
+    assert ended.codes == [0] and (runs.root / "late" / "final").is_dir(), ended.output
+
+
 def test_the_reference_pass_keeps_its_whole_segments(runs, uninterrupted):
     hook, cache = "terminate_rank_0_in_the_reference_pass", runs.root / "another_cache"
     stopped = runs.launch(hook, 2, hook, cache_dir=cache)
