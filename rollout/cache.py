@@ -16,6 +16,8 @@ have · N query heads · K key/value heads · H head size.
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -29,8 +31,9 @@ from engine.data.packing import Packing
 from engine.world import on_device
 from rollout.dense import Dense
 from rollout.kernels import paged_attention
-from rollout.pages import Pages, SharedPages
+from rollout.pages import Layout, Pages, PagesInStrips, SharedPages
 from rollout.rows import Rows, rows_of
+from rollout.strips import Strips
 
 NAME = "triptych_rollout"
 Window = int | None
@@ -55,32 +58,61 @@ class PagedCache:
     """Keys and values of every layer, in pages."""
 
     def __init__(
-        self, layers: dict[int, Layer], counts: dict[Window, int], slots: int, max_length: int, block: int
+        self,
+        layers: dict[int, Layer],
+        counts: dict[Window, int],
+        slots: int,
+        max_length: int,
+        block: int,
+        layout: Layout | None = None,
     ) -> None:
-        """Pools of `counts` pages, by window; none is allocated before `allocate`."""
-        self.layers, self.counts, self.slots = layers, counts, slots
+        """Pools of `counts` pages, by window, those of layers without one in the strips of a `layout`, if there is one;
+        none is allocated before `allocate`.
+        """
+        self.layers, self.counts = layers, counts
         self.max_length, self.block = max_length, block
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self._memory: list[HeadsApart] = []  # of the pools in strips
         self.kinds: dict[Window, Pages] = {}
         self._page = {  # bytes of one in all layers
             window: sum(layer.bytes_of(block) for layer in layers.values() if layer.window == window)
             for window in counts
         }
-        self.reset()
+        self.reset(slots, layout)
 
-    def reset(self) -> None:
+    def holds(self, wanted: dict[Window, tuple[int, int]], layout: Layout | None) -> bool:
+        """Whether it has the pages that are `wanted` (room.py), and lies in strips where these do."""
+        enough = all(self.counts[window] >= most for window, (_, most) in wanted.items())
+        return enough and (self.layout is None) == (layout is None)
+
+    def reset(self, slots: int, layout: Layout | None) -> None:
         """No page has an owner."""
+        self.slots, self.layout = slots, layout
+        sizes = slots, self.max_length, self.block
         self.kinds = {
-            window: Pages(count, self.slots, self.max_length, self.block, window)
+            window: PagesInStrips(count, *sizes, layout) if layout and window is None else Pages(count, *sizes, window)
             for window, count in self.counts.items()
         }
 
     def allocate(self, device: torch.device) -> None:
         for index, layer in self.layers.items():
-            shape = self.counts[layer.window], layer.kv_heads, self.block
-            self.keys[index] = zeros((*shape, layer.key_size), layer.dtype, device)
-            self.values[index] = zeros((*shape, layer.value_size), layer.dtype, device)
+            count, in_strips = self.counts[layer.window], self.kinds[layer.window].layout is not None
+            for pools, size in ((self.keys, layer.key_size), (self.values, layer.value_size)):
+                if in_strips:
+                    self._memory.append(HeadsApart(count, layer.kv_heads, self.block, size, layer.dtype))
+                    pools[index] = self._memory[-1].pool
+                else:
+                    pools[index] = zeros((count, layer.kv_heads, self.block, size), layer.dtype, device)
+
+    def leave(self, slot: int) -> None:
+        """A slot gives back its pages, and the memory of its strip."""
+        for kind in self.kinds.values():
+            kind.finish(slot)
+        if self.layout is not None:
+            begin = self.layout.own.first_page + slot * self.layout.own.pages
+            for memory in self._memory:
+                memory.give_back(begin, begin + self.layout.own.pages)
 
     def copy(self, window: Window, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Pages onto others, in all layers of a kind."""
@@ -107,6 +139,30 @@ def zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
         return torch.zeros(shape, dtype=dtype, device=device)
     size = int(np.prod(shape)) * dtype.itemsize
     return torch.from_numpy(np.zeros(size, np.uint8)).view(dtype).view(shape)
+
+
+class HeadsApart:
+    """A pool (pages, K, B, H) of zeros on a CPU, in which the positions of a head lie side by side over all pages, so
+    that those of a strip are one piece; it takes the memory that is written to, in the system's smallest pages.
+    """
+
+    def __init__(self, pages: int, kv_heads: int, block: int, size: int, dtype: torch.dtype) -> None:
+        self.page = block * size * dtype.itemsize  # bytes of a page of one head
+        self.head = pages * self.page
+        self.memory = mmap.mmap(-1, max(1, kv_heads * self.head))
+        shape = kv_heads, pages, block, size
+        flat = torch.frombuffer(self.memory, dtype=dtype, count=int(np.prod(shape)))
+        self.pool = flat.view(shape).transpose(0, 1)
+
+    def give_back(self, begin: int, end: int) -> None:
+        """What pages `begin` to `end` - 1 take. Elsewhere than on Linux they may keep what they hold."""
+        if sys.platform != "linux":
+            return
+        for head in range(0, self.head * self.pool.shape[1], self.head):
+            first = -(-(head + begin * self.page) // mmap.PAGESIZE) * mmap.PAGESIZE
+            size = head + end * self.page - first
+            if size >= mmap.PAGESIZE:  # rounded down, to what holds nothing of a neighbour
+                self.memory.madvise(mmap.MADV_DONTNEED, first, size // mmap.PAGESIZE * mmap.PAGESIZE)
 
 
 # --- passes -----------------------------------------------------------------------------------------------------------
@@ -152,7 +208,7 @@ class Decode:
     cache: PagedCache
     positions_T: Tensor  # int64
     pages_A: dict[Window, Tensor]  # int64
-    plans: dict[Window, Dense | Rows] | None = None  # or else:
+    plans: dict[Window, Strips | Dense | Rows] | None = None  # or else:
     tables_AJ: dict[Window, Tensor] = field(default_factory=dict)  # int32
 
     packing = None
@@ -163,7 +219,12 @@ class Decode:
         put = lambda x: on_device(torch.from_numpy(x.astype(np.int64)), device)
         pages = {w: put(kind.tables[slots_A, positions_A // cache.block]) for w, kind in cache.kinds.items()}
         where = slots_A, positions_A, device
-        plans = {w: Dense.of(kind, *where) or rows_of(kind, *where) for w, kind in cache.kinds.items()}
+        plans: dict[Window, Strips | Dense | Rows] = {
+            w: Dense.of(kind, *where) or rows_of(kind, *where) for w, kind in cache.kinds.items() if not kind.layout
+        }
+        if isinstance(kind := cache.kinds.get(None), PagesInStrips):
+            row = max(of.kv_heads * of.key_size for of in cache.layers.values() if of.window is None)
+            plans[None] = Strips.of(kind, slots_A, positions_A, row)
         return cls(cache, put(positions_A), pages, plans)
 
     @classmethod

@@ -5,7 +5,8 @@ those with one window.
 
 A response takes pages as it grows and gives back those that its window has left. Whole pages of a prompt are shared by
 its samples, by reference; they are taken from the pool's upper end and all others from the lower one, so that each kind
-of use lies together (rows.py reads them in place). A page belongs to its users and is free when the last has left it.
+of use lies together (rows.py reads them in place). Or every slot, and every prompt, has a strip of its own, in which
+its pages lie side by side (strips.py). A page belongs to its users and is free when the last has left it.
 """
 
 from __future__ import annotations
@@ -28,8 +29,32 @@ class SharedPages:
     tail: int = 0
 
 
+@dataclass(frozen=True)
+class Strip:
+    """`count` strips of so many `pages`, one after the other."""
+
+    first_page: int
+    pages: int
+    count: int
+
+    @property
+    def end(self) -> int:
+        """The page after the last."""
+        return self.first_page + self.pages * self.count
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The strips of the slots, for what they have beside a shared prompt, and those of the prompts."""
+
+    own: Strip
+    prompts: Strip
+
+
 class Pages:
-    """The pages of one kind of layers."""
+    """The pages of one kind of layers, taken from wherever one is free."""
+
+    layout: Layout | None = None
 
     def __init__(self, count: int, slots: int, max_length: int, block: int, window: int | None) -> None:
         """`count` pages, nobody's page 0 among them, for `slots` responses of at most `max_length` positions."""
@@ -55,7 +80,23 @@ class Pages:
         """Leading columns that the query at `position`, and those after it, do not see."""
         return 0 if self.window is None else max(0, position + 1 - self.window) // self.block
 
+    def has_room(self, own: int, prompt: int) -> bool:
+        """For so many pages of responses, and so many of a prompt besides."""
+        return own + prompt <= self.free
+
     # --- taking and giving --------------------------------------------------------------------------------------------
+
+    def _for_slot(self, slot: int, column: int) -> int:
+        """A page for this column of a slot."""
+        return self._take()
+
+    def _for_prompt(self, count: int) -> list[int]:
+        return [self._take(upper=True) for _ in range(count)]
+
+    def _use(self, page: int) -> int:
+        self.users[page] = 1
+        self.free -= 1
+        return page
 
     def _take(self, upper: bool = False) -> int:
         heap = self._high if upper else self._low
@@ -64,9 +105,7 @@ class Pages:
             self._listed[int(upper), page] = False
             if not self.users[page]:  # one that the other end has given away is passed over
                 break
-        self.users[page] = 1
-        self.free -= 1
-        return page
+        return self._use(page)
 
     def _leave(self, pages: Iterable[int]) -> None:
         for page in pages:
@@ -82,15 +121,16 @@ class Pages:
     def begin(self, slot: int, length: int) -> None:
         """Own pages for the first `length` positions of a slot, as far as they will be seen."""
         first, end = self.unseen(length), -(-length // self.block)
+        self.shared[slot] = 0
         self.tables[slot, :end] = 0
-        self.tables[slot, first:end] = [self._take() for _ in range(first, end)]
-        self.first[slot], self.end[slot], self.shared[slot] = first, end, 0
+        self.tables[slot, first:end] = [self._for_slot(slot, column) for column in range(first, end)]
+        self.first[slot], self.end[slot] = first, end
 
     def hold(self, length: int) -> SharedPages:
         """Pages for a prompt whose first `length` positions its samples will share."""
-        first, end = self.unseen(length), length // self.block
-        whole = [self._take(upper=True) for _ in range(first, end)]
-        return SharedPages(first, whole, self._take(upper=True) if length % self.block else 0)
+        first, end, has_tail = self.unseen(length), length // self.block, length % self.block > 0
+        pages = self._for_prompt(end - first + has_tail)
+        return SharedPages(first, pages[: end - first], pages[-1] if has_tail else 0)
 
     def join(self, slot: int, prompt: SharedPages) -> int:
         """Gives a slot the prompt: whole pages by reference; returns its own page for what is on the prompt's last one
@@ -131,7 +171,7 @@ class Pages:
 
     def take(self, slot: int) -> int:
         """The page of the slot's next column, which it now holds."""
-        page = self._take()
+        page = self._for_slot(slot, int(self.end[slot]))
         self.tables[slot, self.end[slot]] = page
         self.end[slot] += 1
         return page
@@ -141,3 +181,32 @@ class Pages:
         self._leave(self.tables[slot, self.first[slot] : self.end[slot]].tolist())
         self.first[slot] = self.end[slot] = self.shared[slot] = 0
         self.tables[slot] = 0
+
+
+class PagesInStrips(Pages):
+    """The pages of layers without a window, in strips: a slot's next page is always there."""
+
+    layout: Layout
+
+    def __init__(self, count: int, slots: int, max_length: int, block: int, layout: Layout) -> None:
+        """At least the pages of the layout's strips, of which `slots` are the slots'."""
+        super().__init__(count, slots, max_length, block, None)
+        self.layout = layout
+
+    def has_room(self, own: int, prompt: int) -> bool:
+        return not prompt or len(self._unused()) > 0
+
+    def _for_slot(self, slot: int, column: int) -> int:
+        own = self.layout.own
+        return self._use(own.first_page + slot * own.pages + column - int(self.shared[slot]))
+
+    def _for_prompt(self, count: int) -> list[int]:
+        if not count:
+            return []
+        begin = self.layout.prompts.first_page + int(self._unused()[0]) * self.layout.prompts.pages
+        return [self._use(page) for page in range(begin, begin + count)]
+
+    def _unused(self) -> np.ndarray:
+        """The prompts' strips of which no page is used."""
+        prompts = self.layout.prompts
+        return np.flatnonzero(~self.users[prompts.first_page : prompts.end].reshape(prompts.count, -1).any(1))

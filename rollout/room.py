@@ -17,6 +17,7 @@ from engine.model.shards import local
 from engine.train.stage import as_size
 from engine.world import World, host_memory
 from rollout.cache import Layer, Window
+from rollout.pages import Layout, Strip
 from rollout.schedule import Response
 
 LEFT = 1 / 3  # of a device's memory, for activations, beside weights that are kept
@@ -78,6 +79,23 @@ def wanted(
         together = sum(sorted(own, reverse=True)[:slots]) + sum(held[:slots]) + min(slots, len(own))
         found[window] = 1 + max(whole, default=0), 1 + max(max(whole, default=0), together)
     return found
+
+
+def layout_of(responses: Sequence[Response], slots: int, block: int) -> Layout:
+    """A strip for every slot, as long as the most that one of these responses has beside a shared prompt, and strips
+    for the prompts that are held at a time: those of the slots, and those of which a sample is still to come.
+    """
+    samples = Counter(response.prompt_name for response in responses)
+    prompts = {r.prompt_name: len(r.prompt) - 1 for r in responses if samples[r.prompt_name] > 1}
+    own = max((-(-r.room // block) - prompts.get(r.prompt_name, 0) // block for r in responses), default=1)
+    longest = max((-(-n // block) for n in prompts.values()), default=1)
+    begun, to_come, open_ = Counter[bytes](), 0, 0
+    for name in (r.prompt_name for r in responses if r.prompt_name in prompts):
+        begun[name] += 1
+        open_ += (begun[name] == 1) - (begun[name] == samples[name])
+        to_come = max(to_come, open_ + 1)
+    strips = Strip(1, own, slots)
+    return Layout(strips, Strip(strips.end, max(1, longest), min(len(prompts), slots + to_come)))
 
 
 def counts(

@@ -273,14 +273,21 @@ class Sampler:
             probe = caching.Probe(on_device(torch.zeros(1, dtype=torch.int64), self.world.device))
             self.forward(probe.positions_T, probe)
             self.layers = probe.layers
-        wanted = room.wanted(responses, self.layers, self.slots, self.block)
-        if self.cache is not None and all(self.cache.counts[w] >= most for w, (_, most) in wanted.items()):
-            self.cache.reset()
+        slots = max(1, min(self.slots, len(responses))) if self.how == "rows" else self.slots
+        scattered, layout = room.wanted(responses, self.layers, slots, self.block), None
+        wanted = scattered
+        if self.how == "rows" and None in scattered:
+            layout = room.layout_of(responses, slots, self.block)
+            wanted = scattered | {None: (scattered[None][0], layout.prompts.end)}
+        if self.cache is not None and self.cache.holds(wanted, layout):
+            self.cache.reset(slots, layout)
             return self.cache
         self.cache = None  # its memory is free before the next is made
-        free = self.team.least(room.free_memory(self.world))  # all of a team set back the same responses
-        counts = room.counts(int(self.share * free), wanted, self.layers, self.block)
-        self.cache = caching.PagedCache(self.layers, counts, self.slots, self.max_length, self.block)
+        memory = int(self.share * self.team.least(room.free_memory(self.world)))  # all of a team set back the same
+        counts = room.counts(memory, wanted, self.layers, self.block)
+        if layout and any(counts[w] < most for w, (_, most) in wanted.items()):
+            counts, layout = room.counts(memory, scattered, self.layers, self.block), None
+        self.cache = caching.PagedCache(self.layers, counts, slots, self.max_length, self.block, layout)
         self.cache.allocate(self.world.device)
         return self.cache
 

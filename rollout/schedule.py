@@ -11,6 +11,7 @@ has begun; under want, what is held for samples that still wait goes before anyb
 
 from __future__ import annotations
 
+import heapq
 from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -72,7 +73,7 @@ class Schedule:
         self.waiting = deque(responses)
         self.active: list[Response] = []  # in the order in which they began
         self.set_back = 0  # times that a response was
-        self._slots = list(range(cache.slots - 1, -1, -1))
+        self._slots = list(range(cache.slots))  # a heap: neighbours are read together
         self._samples = Counter(response.prompt_name for response in responses)
         self._fresh = self._samples.copy()  # of a prompt, samples that have not begun
         self._held: dict[bytes, dict[Window, SharedPages]] = {}
@@ -87,7 +88,7 @@ class Schedule:
         self._patient &= bool(self.active)
         while self.waiting and self._slots and not self._patient and self._fits(self.waiting[0]):
             response = self.waiting.popleft()
-            response.slot, response.number = self._slots.pop(), self._started
+            response.slot, response.number = heapq.heappop(self._slots), self._started
             self._started += 1
             self.active.append(response)
             if response.launched or self._samples[response.prompt_name] == 1:
@@ -107,7 +108,8 @@ class Schedule:
             held = shares and response.prompt_name in self._held
             everybody = len(self.active) + 1
             pages = {w: 0 if held else kind.needed(response.position) for w, kind in self.kinds.items()}
-            if all(pages[w] + shares + everybody <= kind.free for w, kind in self.kinds.items()):
+            own = {w: everybody + (shares or pages[w]) for w in pages}
+            if all(kind.has_room(own[w], pages[w] if shares else 0) for w, kind in self.kinds.items()):
                 return True
             if self.active or not self._let_go_of_one(but=response.prompt_name):
                 # alone it fits: the pools have the pages of the longest
@@ -191,8 +193,7 @@ class Schedule:
 
     def leave(self, response: Response) -> None:
         """It is active no more, and gives its pages back."""
-        for kind in self.kinds.values():
-            kind.finish(response.slot)
-        self._slots.append(response.slot)
+        self.cache.leave(response.slot)
+        heapq.heappush(self._slots, response.slot)
         self.active.remove(response)
         self._patient = False

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from itertools import combinations, pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -11,11 +14,11 @@ from transformers import AutoModelForCausalLM
 
 from engine import world
 from engine.errors import UserError
-from rollout import Request, Sampler, SamplingParams, dense, room, rows
+from rollout import Request, Sampler, SamplingParams, dense, room, rows, strips
 from rollout.cache import Decode, Layer, PagedCache, Prefill, zeros
 from rollout.dense import Dense
 from rollout.kernels import eager
-from rollout.pages import Pages
+from rollout.pages import Layout, Pages, PagesInStrips, Strip
 from rollout.sampler import BLOCK
 from rollout.schedule import Response, Schedule
 from tests.families import FAMILIES, load, save_family
@@ -50,12 +53,14 @@ def holders(schedule: Schedule, window: int | None) -> np.ndarray:
     prompts=st.lists(st.tuples(st.integers(1, 20), st.integers(1, 4), st.integers(1, 25)), min_size=1, max_size=6),
     block=st.sampled_from((1, 2, 4, 16)),
     slots=st.integers(1, 6),
-    part=st.floats(0, 1),
+    part=st.one_of(st.floats(0, 1), st.just("in strips")),
+    order=st.sampled_from(("prompt by prompt", "sample by sample")),
     ends=st.randoms(use_true_random=False),
 )
-def test_every_page_has_the_users_that_hold_it(prompts, block, slots, part, ends):
+def test_every_page_has_the_users_that_hold_it(prompts, block, slots, part, order, ends):
     """Through joining, growing, setting back and ending at random, in pools from the least that is allowed to all that
-    can be needed: no page has two owners that do not share it, none is lost, what a query sees is there, and all end.
+    can be needed, and in strips: no page has two owners that do not share it, none is lost, what a query sees is there,
+    and all end.
     """
     responses = [
         response(i, [number + 1] * length, limit)
@@ -63,9 +68,16 @@ def test_every_page_has_the_users_that_hold_it(prompts, block, slots, part, ends
             (number, length, limit) for number, (length, samples, limit) in enumerate(prompts) for _ in range(samples)
         )
     ]
-    asked = room.wanted(responses, LAYERS, slots, block)
-    counts = {window: least + int(part * (most - least)) for window, (least, most) in asked.items()}
-    cache = PagedCache(LAYERS, counts, slots, max(r.room for r in responses) + 1, block)
+    if order == "sample by sample":
+        number = {r.index: sum(o.prompt == r.prompt for o in responses[: r.index]) for r in responses}
+        responses.sort(key=lambda r: number[r.index])
+    asked, layout = room.wanted(responses, LAYERS, slots, block), None
+    if part == "in strips":
+        layout = room.layout_of(responses, slots, block)
+        asked[None] = 0, layout.prompts.end
+    share = 1.0 if layout else part
+    counts = {window: least + int(share * (most - least)) for window, (least, most) in asked.items()}
+    cache = PagedCache(LAYERS, counts, slots, max(r.room for r in responses) + 1, block, layout)
     schedule, ended = Schedule(cache, responses), set()
     while schedule.waiting or schedule.active:
         schedule.admit()
@@ -81,6 +93,11 @@ def test_every_page_has_the_users_that_hold_it(prompts, block, slots, part, ends
                 first, shared, end = (int(x[r.slot]) for x in (kind.first, kind.shared, kind.end))
                 assert end * block > r.position and first == kind.unseen(r.position)
                 own += kind.tables[r.slot, max(first, shared) : end].tolist()
+                if kind.layout:  # side by side, in the slot's strip and in the prompt's
+                    strip = kind.layout.own
+                    begin = strip.first_page + r.slot * strip.pages
+                    assert kind.tables[r.slot, shared:end].tolist() == [*range(begin, begin + end - shared)]
+                    assert (np.diff(kind.tables[r.slot, :shared]) == 1).all() and end - shared <= strip.pages
             assert len(set(own)) == len(own) and 0 not in own
         for r in list(schedule.active):
             r.tokens.append(7)
@@ -91,7 +108,7 @@ def test_every_page_has_the_users_that_hold_it(prompts, block, slots, part, ends
     assert ended == {r.index for r in responses}
     for kind in schedule.kinds.values():
         assert kind.free == len(kind.users) - 1 and not kind.tables.any()
-    if part == 1:
+    if part in (1, "in strips"):
         assert not schedule.set_back, "all that can be needed is enough"
 
 
@@ -155,26 +172,54 @@ def filled(pages: Pages, slots: int, groups: int, samples: int, rng: np.random.G
     kv_heads=st.integers(1, 3),
     group=st.integers(1, 4),
     value_size=st.sampled_from((8, 6)),
+    in_strips=st.booleans(),
+    call=st.sampled_from((1, 300, 10**6)),
 )
 def test_attention_on_a_cpu_is_the_definition(
-    seed, block, window, softcap, sinks, samples, kv_heads, group, value_size
+    seed, block, window, softcap, sinks, samples, kv_heads, group, value_size, in_strips, call
 ):
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     groups = 3
-    pages = Pages(700, groups * samples, 110, block, window)
+    if window is None and in_strips:
+        own = Strip(1, -(-100 // block) + 1, groups * samples)
+        layout = Layout(own, Strip(own.end, -(-60 // block), groups))
+        pages = PagesInStrips(layout.prompts.end, groups * samples, 110, block, layout)
+    else:
+        pages = Pages(1500, groups * samples, 110, block, window)
     last = filled(pages, groups * samples, groups, samples, rng)
-    keys, values = torch.randn(700, kv_heads, block, 8), torch.randn(700, kv_heads, block, value_size)
+    count = len(pages.users)
+    keys, values = (torch.randn(kv_heads, count, block, size).transpose(0, 1) for size in (8, value_size))
     order = rng.permutation(groups * samples)[: int(rng.integers(1, groups * samples + 1))]
     q_ANH = torch.randn(len(order), kv_heads * group, 8)
     sinks_N = torch.randn(kv_heads * group) if sinks else None
     tables, positions = torch.from_numpy(pages.tables[order]), torch.from_numpy(last[order])
     how = {"scale": 0.3, "softcap": softcap, "sinks_N": sinks_N}
     expected = eager.paged_attention(q_ANH.double(), keys, values, tables, positions, window=window, **how)
-    plan = rows.rows_of(pages, order, last[order], CPU)
-    small = Dense.of(pages, order, last[order], CPU)
-    for out in (plan.attend(q_ANH, keys, values, **how), small.attend(q_ANH, keys, values, **how)):
+    plans = [rows.rows_of(pages, order, last[order], CPU), Dense.of(pages, order, last[order], CPU)]
+    if pages.layout:
+        plans = [strips.Strips.of(pages, order, last[order], strips.CALL / call)]
+    for out in (plan.attend(q_ANH, keys, values, **how) for plan in plans):
         torch.testing.assert_close(out.double(), expected, atol=4e-6, rtol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(1, 50)), min_size=1, max_size=7, unique_by=lambda of: of[0]),
+    st.floats(0, 200),
+)
+def test_strips_are_read_together_where_that_is_cheapest(filled, call):
+    """Beside all ways to cut them."""
+    places, lengths = (np.array(x) for x in zip(*sorted(filled), strict=True))
+
+    def cost(cuts):
+        return sum(call + (places[e - 1] - places[b] + 1) * lengths[b:e].max() for b, e in pairwise(cuts))
+
+    n = len(filled)
+    inner = (some for size in range(n) for some in combinations(range(1, n), size))
+    best = min(cost([0, *some, n]) for some in inner)
+    found = strips._cuts(places, lengths, call)
+    assert found[0] == 0 and found[-1] == n and cost(found) == pytest.approx(best)
 
 
 @pytest.mark.parametrize("by_rows", (True, False))
@@ -349,6 +394,28 @@ def test_a_pool_takes_memory_as_it_is_written():
     assert pool.shape == (8000, 4, 32, 64) and pool.dtype == torch.bfloat16 and _resident() - before < 8 * 2**20
     pool[:2000] = 1
     assert 30 * 2**20 < _resident() - before < 48 * 2**20 and not pool[2000:2100].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what is given back may stay elsewhere")
+def test_strips_take_what_their_responses_hold():
+    """And give it back when these end, all of it and nothing of their neighbours'."""
+    layer = Layer(None, 4, 64, 64, FP32)
+    layout = Layout(Strip(1, 400, 8), Strip(1 + 8 * 400, 4, 3))
+    cache = PagedCache({0: layer}, {None: layout.prompts.end}, 8, 400 * 16, 16, layout)
+    before = _resident()
+    cache.allocate(CPU)
+    for slot in range(8):
+        cache.kinds[None].begin(slot, 100 * 16)
+        pages = torch.from_numpy(cache.kinds[None].tables[slot, :100].astype(np.int64))
+        cache.keys[0][pages] = cache.values[0][pages] = slot + 1.0
+    held = cache.held_bytes
+    assert held == 800 * layer.bytes_of(16) == 25 * 2**20 and held <= _resident() - before < 1.1 * held
+    for slot in (0, 1, 2, 4, 5, 7):
+        cache.leave(slot)
+    assert cache.held_bytes == held / 4 and held / 4 <= _resident() - before < 1.1 * held / 4 + 2**20
+    for slot in (3, 6):
+        own = slice(1 + 400 * slot, 1 + 400 * slot + 100)
+        assert (cache.keys[0][own] == slot + 1).all() and (cache.values[0][own] == slot + 1).all()
 
 
 def _resident() -> int:
