@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import json
 import random
+import re
 import shutil
 import signal
 import tempfile
@@ -28,12 +29,14 @@ from benchmarks.faultdrill.suite import Case, Cases
 MOST = 8  # cases of a baseline
 SETTINGS: dict[str, dict[str, Any]] = {  # of TrainingArguments
     "kills": {"max_steps": 12, "save_steps": 2, "save_total_limit": 2},
-    "signals": {"max_steps": 20, "save_steps": 5, "save_total_limit": 2},
+    "signals": {"max_steps": 20, "save_steps": 7, "save_total_limit": 2},
     "numbers": {"max_steps": 8, "save_steps": 1, "save_total_limit": 8, "logging_steps": 1},
     "disks": {"max_steps": 6, "save_steps": 1, "save_total_limit": 2},
 }
 PACE = 0.3  # seconds of a step that is told to end: option jit waits three before it listens
 SAME = "the same bits after the same command"
+KILLED = ("save", "step", "save", "save", "time", "save", "step", "save")  # of ours six in ten are in a save
+TOLD = ("time", "step", "save", "time", "step")
 PLANTED = ("weights:nan", "loss:nan", "loss:inf", "gradient:nan", "gradient:inf", "moments:nan")
 STEP = 3  # at which they are
 DISKS = ("full", "limited", "full", "read-only", "full", "limited", "full", "full")
@@ -43,7 +46,8 @@ DISKS = ("full", "limited", "full", "read-only", "full", "limited", "full", "ful
 
 def last_line(output: str) -> str:
     """The end of a traceback, cut to a line; '' where there is none."""
-    return " ".join(output.rstrip().splitlines()[-1].split())[:160] if "Traceback" in output else ""
+    line = " ".join(output.rstrip().splitlines()[-1].split()) if "Traceback" in output else ""
+    return re.sub(r"/[^\s']*/run\b", "run", line)[:160]
 
 
 def came_to(code: int, output: str, found: str, wanted: str) -> str:
@@ -88,13 +92,18 @@ def stopped(code: int, output: str, lost: int, finished: bool, again: str) -> st
 def trained_on(code: int, output: str, written: list[str]) -> str:
     """What is wrong with the end of a run that met a number that is none: '' needs one line that names the step."""
     if written:
-        said = "nan" in output.lower() or "inf" in output.lower()
+        said = re.search(r"\b(nan|inf)\b", output)
         how = "as if all were well" if not code else f"with status {code}"
         logged = "the number is in its log" if said else "not a word in its log"
         return f"{len(written)} files of weights with numbers that are none ({written[0]} first), ended {how}; {logged}"
     if code == 0:
         return "it went on, and its weights are finite"
     return refusal(code, output) or ("" if "step" in output else "no step is named")
+
+
+def both(first: str, second: str) -> str:
+    """What is wrong without room and, after it, with room: '' where neither is."""
+    return f"{first or 'one line'}; with room: {second or SAME}" if first or second else ""
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -111,11 +120,26 @@ def whole(of: str) -> tuple[Path, dict[str, Any]]:
     return root / "run", json.loads((root / "told").read_text())
 
 
-def again(of: str, run: Path, **plan: Any) -> str:
-    """The same command, to the end: what is wrong with it."""
+def again(of: str, run: Path) -> str:
+    """The same command, to the end: what is wrong with it; and of a checkpoint that stops it, whether the run goes on
+    once somebody has removed that by hand.
+    """
+    wrong = _gone_on(of, run)
+    torn = max(run.glob("checkpoint-*"), key=_step, default=None)
+    if not wrong.startswith("a traceback") or torn is None:
+        return wrong
+    shutil.rmtree(torn)
+    return f"{wrong} ({_gone_on(of, run) or 'the same bits'} once {torn.name} is removed by hand)"
+
+
+def _gone_on(of: str, run: Path) -> str:
     log = run.with_name("again.log")
-    code = trainer_runs.warm().run(run, {"arguments": SETTINGS[of]} | plan, log)
+    code = trainer_runs.warm().run(run, {"arguments": SETTINGS[of]}, log)
     return came_to(code, log.read_text(errors="replace"), _final(run), digest(whole(of)[0] / "final"))
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def _final(run: Path) -> str:
@@ -124,20 +148,18 @@ def _final(run: Path) -> str:
 
 def newest(run: Path) -> int:
     """The step of the newest checkpoint that was written to its end."""
-    written = [path.parent.name for path in run.glob("checkpoint-*/trainer_state.json")]
-    return max((int(name.removeprefix("checkpoint-")) for name in written), default=0)
+    return max((_step(path.parent) for path in run.glob("checkpoint-*/trainer_state.json")), default=0)
 
 
 def kill(number: int, seed: int, directory: Path) -> str:
-    """Five of eight inside a save, as six in ten are among ours."""
+    """Once, and the same command until it finishes."""
     chance, run, (_, moments) = random.Random(f"kill {seed} {number}"), directory / "run", whole("kills")
-    kind = ("save", "step", "save", "save", "time", "save", "step", "save")[number]
     which = chance.randrange(len(moments["saves"]))
     when = {
         "save": ["save", which + 1, chance.randint(1, moments["saves"][which])],
         "step": ["step", chance.randint(1, SETTINGS["kills"]["max_steps"])],
-        "time": ["time", chance.random() * moments["seconds"]],
-    }[kind]
+        "time": ["time", round(chance.random() * moments["seconds"], 2)],
+    }[KILLED[number]]
     plan = {"arguments": SETTINGS["kills"], "when": when, "signal": int(signal.SIGKILL)}
     code = trainer_runs.warm().run(run, plan, directory / "log")
     if code != -signal.SIGKILL:  # a moment that did not come: one that does
@@ -150,16 +172,16 @@ def kill(number: int, seed: int, directory: Path) -> str:
     return f"at {' '.join(map(str, when))}: {problem}" if problem else ""
 
 
-def stop(number: int, seed: int, jit: bool, directory: Path) -> str:
+def stop(jit: bool, number: int, seed: int, directory: Path) -> str:
     """SIGTERM in the first quarter of a run: `jit` takes three seconds to listen, and the run must not be over then."""
     chance, run, (_, moments) = random.Random(f"stop {seed} {number}"), directory / "run", whole("signals")
     settings, told = SETTINGS["signals"], directory / "told"
     early = settings["max_steps"] // 4
-    when = (
-        ["time", chance.random() * early * PACE],
-        ["step", chance.randint(1, early)],
-        ["save", 1, chance.randint(1, moments["saves"][0])],
-    )[number % 3]
+    when = {
+        "time": ["time", round(chance.random() * early * PACE, 2)],
+        "step": ["step", chance.randint(1, early)],
+        "save": ["save", 1, chance.randint(1, moments["saves"][0])],
+    }[TOLD[number]]
     plan = {"arguments": settings | {"enable_jit_checkpoint": jit}, "pace": PACE, "when": when, "tell": str(told)}
     code = trainer_runs.warm().run(run, plan | {"signal": int(signal.SIGTERM)}, directory / "log")
     begun, kept = json.loads(told.read_text())["begun"] if told.is_file() else 0, newest(run)
@@ -181,55 +203,55 @@ def spoil(what: str, directory: Path) -> str:
 def fill(number: int, seed: int, directory: Path) -> str:
     """A disk without the room, a limit of files, a disk that is read-only; then the same command with room."""
     kind, chance = DISKS[number], random.Random(f"disk {seed} {number}")
-    needed, _ = whole("disks")
-    plan: dict[str, Any] = {"arguments": SETTINGS["disks"]}
+    share = chance.randint(10, 99)  # in hundredths of what is needed
     if kind == "limited":
-        largest = max(path.stat().st_size for path in needed.rglob("*") if path.is_file())
-        first = _first(directory / "run", plan | {"limit": [chance.randrange(largest), STEP]})
-        return _both(first, again("disks", directory / "run"))
+        return _limited(share, directory)
     try:
-        with disk(directory / "small", max(16, size_of(needed) * chance.randint(10, 99) // 100)) as small:
+        with disk(directory / "small", max(16, size_of(whole("disks")[0]) * share // 100)) as small:
             if kind == "read-only":
                 remount(small, "ro")
-            first = _first(small / "run", plan)
-            remount(small, "rw" if kind == "read-only" else "size=64m")
-            return _both(first, again("disks", small / "run"))
+            first = _first(small / "run", directory / "log")
+            remount(small, "rw,size=64m")
+            second = again("disks", small / "run")
+            return both(first, second)
     except CannotMount:
-        return "a small disk cannot be mounted here: not tried"
+        return _limited(share, directory)
 
 
-def _first(run: Path, plan: dict[str, Any]) -> str:
-    """On a disk without room: it comes to the right end, or ends in one line."""
-    log = run.parent.with_name("first.log")
-    code = trainer_runs.warm().run(run, plan, log)
+def _limited(share: int, directory: Path) -> str:
+    """Of the largest file, as a quota has it."""
+    largest = max(path.stat().st_size for path in whole("disks")[0].rglob("*") if path.is_file())
+    first = _first(directory / "run", directory / "log", limit=[largest * share // 100, STEP])
+    return both(first, again("disks", directory / "run"))
+
+
+def _first(run: Path, log: Path, **plan: Any) -> str:
+    """Without the room: it comes to the right end, or ends in one line."""
+    code = trainer_runs.warm().run(run, {"arguments": SETTINGS["disks"]} | plan, log)
     output = log.read_text(errors="replace")
-    return (
-        came_to(code, output, _final(run), digest(whole("disks")[0] / "final")) if not code else refusal(code, output)
-    )
-
-
-def _both(first: str, second: str) -> str:
-    if not first and not second:
-        return ""
-    return f"{first or 'one line'}; with room: {second or SAME}"
+    return refusal(code, output) if code else came_to(0, output, _final(run), digest(whole("disks")[0] / "final"))
 
 
 # --- the cases --------------------------------------------------------------------------------------------------------
 
 
-def drawn(names: tuple[str, ...], run: Callable[..., str], count: int, seed: int) -> list[Case]:
-    """At most eight: a Trainer's run takes a second or two."""
+def drawn(names: tuple[str, ...], run: Callable[[int, int, Path], str], count: int, seed: int) -> list[Case]:
+    """At most eight: a run of Trainer takes a second or two."""
     return [Case(f"{name}.{i}", partial(run, i, seed)) for i, name in enumerate(names[: min(count, MOST)])]
 
 
-def _numbers(number: int, seed: int, directory: Path) -> str:
-    return spoil(PLANTED[number], directory)
+def _cases(of: str, names: tuple[str, ...], run: Callable[[int, int, Path], str]) -> Cases:
+    """None, and a line that says why, where there is no Trainer, or one that does not come to its end."""
 
-
-def _cases(names: tuple[str, ...], run: Callable[..., str]) -> Cases:
     def cases(count: int, seed: int) -> Iterator[Case]:
-        if why := trainer_runs.warm().unusable:  # outside of a case: what a case starts is killed with it
-            print(f"  transformers' Trainer: not run: {why}")
+        why = trainer_runs.warm().unusable  # not in a case: what a case starts is killed with it
+        try:
+            if not why:
+                whole(of)
+        except RuntimeError as error:
+            why = str(error)
+        if why:
+            print(f"  {NAME}: not run: {why}", flush=True)
             return
         yield from drawn(names, run, count, seed)
 
@@ -237,10 +259,10 @@ def _cases(names: tuple[str, ...], run: Callable[..., str]) -> Cases:
 
 
 NAME = "transformers' Trainer"
-KILLS = {f"{NAME}, resume_from_checkpoint=True": _cases(("kill",) * 8, kill)}
+KILLS = {f"{NAME}, resume_from_checkpoint=True": _cases("kills", KILLED, kill)}
 SIGNALS = {
-    NAME: _cases(("signal",) * 6, partial(stop, jit=False)),
-    f"{NAME}, enable_jit_checkpoint": _cases(("signal",) * 6, partial(stop, jit=True)),
+    NAME: _cases("signals", TOLD, partial(stop, False)),
+    f"{NAME}, enable_jit_checkpoint": _cases("signals", TOLD, partial(stop, True)),
 }
-NUMBERS = {NAME: _cases(PLANTED, _numbers)}
-STORAGE = {f"{NAME}, resume_from_checkpoint=True": _cases(DISKS, fill)}
+NUMBERS = {NAME: _cases("numbers", PLANTED, lambda number, seed, directory: spoil(PLANTED[number], directory))}
+STORAGE = {f"{NAME}, resume_from_checkpoint=True": _cases("disks", DISKS, fill)}

@@ -52,16 +52,10 @@ class Warm:
         theirs.close()
         self.unusable: str = self._ours.recv()
 
-    def start(self, directory: Path, plan: Plan, log: Path) -> None:
-        self._ours.send((str(directory), plan, str(log)))
-
-    def wait(self) -> int:
-        """The status of the run that was started first; negative: the signal that it died by."""
-        return self._ours.recv()
-
     def run(self, directory: Path, plan: Plan, log: Path) -> int:
-        self.start(directory, plan, log)
-        return self.wait()
+        """The status that it ended with; negative: the signal that it died by."""
+        self._ours.send((str(directory), plan, str(log)))
+        return self._ours.recv()
 
 
 @functools.cache
@@ -110,6 +104,8 @@ def _child(directory: str, plan: Plan, log: str) -> None:
     code = 0
     try:
         go(directory, plan)
+    except SystemExit as asked:
+        code = asked.code if isinstance(asked.code, int) else int(asked.code is not None)
     except BaseException:
         traceback.print_exc()
         code = 1
