@@ -128,4 +128,5 @@ def test_the_newest_checkpoint_is_one_that_was_finished(tmp_path):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").touch()
     (tmp_path / "checkpoint-11").mkdir()
-    assert baseline_runs.newest(tmp_path) == 10 and baseline_runs.newest(tmp_path / "none") == 0
+    assert baseline_runs.newest(tmp_path).name == "checkpoint-10" and baseline_runs.newest(tmp_path / "none") is None
+    assert baseline_runs.newest(tmp_path, "").name == "checkpoint-11"

@@ -125,7 +125,7 @@ def again(of: str, run: Path) -> str:
     once somebody has removed that by hand.
     """
     wrong = _gone_on(of, run)
-    torn = max(run.glob("checkpoint-*"), key=_step, default=None)
+    torn = newest(run, "")
     if not wrong.startswith("a traceback") or torn is None:
         return wrong
     shutil.rmtree(torn)
@@ -138,17 +138,13 @@ def _gone_on(of: str, run: Path) -> str:
     return came_to(code, log.read_text(errors="replace"), _final(run), digest(whole(of)[0] / "final"))
 
 
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
+def newest(run: Path, holds: str = "trainer_state.json") -> Path | None:
+    """The newest checkpoint with that file, which is written last; '' for the newest of all."""
+    return max((path for path in run.glob("checkpoint-*") if (path / holds).exists()), key=_step, default=None)
 
 
-def _final(run: Path) -> str:
-    return digest(run / "final") if (run / "final" / "model.safetensors").is_file() else ""
-
-
-def newest(run: Path) -> int:
-    """The step of the newest checkpoint that was written to its end."""
-    return max((_step(path.parent) for path in run.glob("checkpoint-*/trainer_state.json")), default=0)
+def _step(checkpoint: Path | None) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-")) if checkpoint else 0
 
 
 def kill(number: int, seed: int, directory: Path) -> str:
@@ -184,7 +180,7 @@ def stop(jit: bool, number: int, seed: int, directory: Path) -> str:
     }[TOLD[number]]
     plan = {"arguments": settings | {"enable_jit_checkpoint": jit}, "pace": PACE, "when": when, "tell": str(told)}
     code = trainer_runs.warm().run(run, plan | {"signal": int(signal.SIGTERM)}, directory / "log")
-    begun, kept = json.loads(told.read_text())["begun"] if told.is_file() else 0, newest(run)
+    begun, kept = json.loads(told.read_text())["begun"] if told.is_file() else 0, _step(newest(run))
     output = (directory / "log").read_text(errors="replace")
     finished = begun == settings["max_steps"] and code == 0
     wrong = again("signals", run)
