@@ -138,6 +138,10 @@ def _gone_on(of: str, run: Path) -> str:
     return came_to(code, log.read_text(errors="replace"), _final(run), digest(whole(of)[0] / "final"))
 
 
+def _final(run: Path) -> str:
+    return digest(run / "final") if (run / "final" / "model.safetensors").is_file() else ""
+
+
 def newest(run: Path, holds: str = "trainer_state.json") -> Path | None:
     """The newest checkpoint with that file, which is written last; '' for the newest of all."""
     return max((path for path in run.glob("checkpoint-*") if (path / holds).exists()), key=_step, default=None)
