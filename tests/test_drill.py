@@ -53,6 +53,16 @@ def test_what_a_suite_comes_to():
     assert table.run(suite(of("")), 1, 1, False, print).ok
 
 
+def test_a_peer_that_was_not_judged_is_said_to_be():
+    """It may be the drill that is broken."""
+    said: list[str] = []
+    peers = {"peer": lambda count, seed: iter([Case("raises", raising), *of("x")(1, 1)])}
+    found = table.run(suite(of(""), baselines=peers), 2, 1, True, said.append)
+    assert said == ["  no verdict: peer: raises: ValueError: of the drill's own"] and found.baselines == {
+        "peer": [0, 2]
+    }
+
+
 def test_no_case_ends_the_drill(monkeypatch, tmp_path):
     assert table.tried(Case("raises", raising), tmp_path) == ("ValueError: of the drill's own", False)
     began = time.monotonic()

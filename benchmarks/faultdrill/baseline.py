@@ -21,9 +21,13 @@ import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from benchmarks.faultdrill.suite import Case
 from tests.ranks import context
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 NEWEST = "checkpoint-6"
 TRAINER = {  # what is damaged -> (files, how)
@@ -81,8 +85,8 @@ def _logged(work: Callable[..., None], arguments: tuple[str, ...], log: str) -> 
     work(*arguments)
 
 
-def train(directory: str, resume: str) -> None:
-    """Eight steps of a Trainer; the weights go to final.safetensors."""
+def trainer(directory: str, **changes: object) -> Trainer:
+    """A Trainer of a random Llama of a few thousand numbers, with dropout, for eight steps."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
@@ -95,10 +99,15 @@ def train(directory: str, resume: str) -> None:
     rows = [{"input_ids": row, "labels": row} for row in ids]
     steps = {"max_steps": 8, "save_steps": 3, "per_device_train_batch_size": 4, "learning_rate": 1e-2, "seed": 0}
     quiet = {"use_cpu": True, "report_to": [], "disable_tqdm": True, "logging_steps": 100}
-    arguments = TrainingArguments(output_dir=directory, **steps, **quiet)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)
-    trainer.train(resume_from_checkpoint=True if resume else None)
-    model.save_pretrained(f"{directory}/final")
+    arguments = TrainingArguments(output_dir=directory, **(steps | quiet | changes))
+    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+
+def train(directory: str, resume: str) -> None:
+    """Eight steps of a Trainer; the weights go to final/."""
+    made = trainer(directory)
+    made.train(resume_from_checkpoint=True if resume else None)
+    made.model.save_pretrained(f"{directory}/final")
 
 
 def save(directory: str) -> None:
@@ -136,10 +145,10 @@ def _prepared(of: str) -> tuple[Path, str]:
     )
     if code:
         raise RuntimeError(f"the baseline {of} does not run: {(root / 'log').read_text()[-500:]}")
-    return root / "run", _digest(root / "run" / "final") if of == "trainer" else "the same"
+    return root / "run", digest(root / "run" / "final") if of == "trainer" else "the same"
 
 
-def _digest(final: Path) -> str:
+def digest(final: Path) -> str:
     return hashlib.sha256((final / "model.safetensors").read_bytes()).hexdigest()
 
 
@@ -179,7 +188,7 @@ def _run(name: str, directory: Path) -> str:
     if of == "trainer":
         place = _trained(seed) / what
         code, output = int((place / "code").read_text()), (place / "log").read_text(errors="replace")
-        found = _digest(place / "run" / "final") if code == 0 else ""
+        found = digest(place / "run" / "final") if code == 0 else ""
     else:
         place = directory / "run"
         shutil.copytree(kept, place)

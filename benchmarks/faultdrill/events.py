@@ -74,11 +74,13 @@ class Events:
         from engine.train import refcache
 
         for module in (export, files, refcache):
-            module.save_file = self._before_and_after(module.save_file)
+            module.save_file = self.around(module.save_file)
         settle = JsonLines._settle
         JsonLines._settle = lambda lines: (self._tell("write a line"), settle(lines))[1]
 
-    def _before_and_after(self, save_file: Callable) -> Callable:
+    def around(self, save_file: Callable) -> Callable:
+        """A writer of (content, path) that audit events do not see, and whose changes count."""
+
         def saving(tensors: Any, path: Any, *args: Any, **options: Any) -> None:
             self._tell(f"write {path}")
             save_file(tensors, path, *args, **options)

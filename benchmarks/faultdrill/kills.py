@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faultdrill import lab
+from benchmarks.faultdrill import baseline_runs, lab
 from benchmarks.faultdrill.suite import Case, Suite
 
 IN_SAVES = 6  # of ten
@@ -113,5 +113,6 @@ SUITE = Suite(
     sizes=(20, 200),
     cases=cases,
     controls={name: functools.partial(spoiled, control=name) for name in CONTROLS},
+    baselines=baseline_runs.KILLS,
     left_out=["the kill of a whole machine, which is a rank that gives no sign: see the suite hangs"],
 )

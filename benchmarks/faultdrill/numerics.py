@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+from benchmarks.faultdrill import baseline_runs
 from benchmarks.faultdrill.scenes import Scene, not_finite, numbers, refused, said
 from benchmarks.faultdrill.suite import Case, Suite
 from engine.data.mixture import permutation
@@ -108,6 +109,7 @@ SUITE = Suite(
     sizes=(22, 44),
     cases=cases,
     controls={"a run goes on with numbers that are not finite": unchecked},
+    baselines=baseline_runs.NUMBERS,
     left_out=(
         "a wrong number that is finite: nothing tells it from a right one, but a checkpoint's sums once it is written",
         "a gradient whose rank is named: ranks share a gradient, so the examples of the step are",

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.faultdrill import lab
+from benchmarks.faultdrill import baseline_runs, lab
 from benchmarks.faultdrill.suite import Case, Suite
 
 STOPPED = 85
@@ -85,4 +85,5 @@ SUITE = Suite(
     sizes=(5, 50),
     cases=cases,
     controls={name: functools.partial(broken, control=name) for name in CONTROLS},
+    baselines=baseline_runs.SIGNALS,
 )

@@ -8,19 +8,19 @@ final/.
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import os
 import re
 import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
+from benchmarks.faultdrill import baseline_runs
+from benchmarks.faultdrill.disks import CannotMount, disk, remount, size_of
 from benchmarks.faultdrill.scenes import End, Scene, refused, said
 from benchmarks.faultdrill.suite import Case, Suite
 from engine.data.mixture import permutation
@@ -32,10 +32,6 @@ PATIENCE = 2.0  # seconds in which the second run of a directory is refused
 CHECKPOINTS = "small/checkpoints"
 
 
-class CannotMount(Exception):
-    """This process may not mount a file system."""
-
-
 @functools.cache
 def scene(of: str) -> Scene:
     """A stage that saves after every step, and the end of a run that nothing happened to."""
@@ -45,29 +41,6 @@ def scene(of: str) -> Scene:
     made.end = End.of(made.now / "run")
     made.keep()
     return made
-
-
-@contextlib.contextmanager
-def disk(directory: Path, kib: int) -> Iterator[Path]:
-    """A file system of that size, unmounted in the end. Raises CannotMount."""
-    directory.mkdir(parents=True, exist_ok=True)
-    command = ["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", str(directory)]
-    if subprocess.run(command, capture_output=True, check=False).returncode:
-        raise CannotMount
-    try:
-        yield directory
-    finally:
-        while not subprocess.run(["umount", "-l", str(directory)], capture_output=True, check=False).returncode:
-            pass
-
-
-def remount(directory: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", str(directory)], check=True, capture_output=True)
-
-
-def size_of(directory: Path) -> int:
-    """In pages of 4 KiB, as a disk counts."""
-    return sum(-(-path.stat().st_size // 4096) * 4 for path in directory.rglob("*") if path.is_file())
 
 
 def left_over(*directories: Path) -> list[str]:
@@ -286,6 +259,7 @@ SUITE = Suite(
         "final/ is written in place": planted("final_is_written_in_place", "sft/readers/final/1"),
         "a directory has no lock": planted("directories_have_no_lock", "sft/two-runs/output/1"),
     },
+    baselines=baseline_runs.STORAGE,
     left_out=(
         "a network file system (its locks, its stale handles): there is none here",
         "power loss: a file system that was not synced; process death alone is tried",

@@ -118,7 +118,9 @@ def run(suite: Suite, count: int, seed: int, baselines: bool, say: Callable[[str
     for name, cases in suite.baselines.items() if baselines else ():
         tally = outcome.baselines.setdefault(name, [0, 0])
         for case in itertools.islice(cases(count, seed), count):
-            problem, _ = in_a_directory(case)
+            problem, judged = in_a_directory(case)
+            if not judged:
+                say(f"  no verdict: {name}: {case.name}: {problem}")
             tally[0], tally[1] = tally[0] + (not problem), tally[1] + 1
             if problem:
                 outcome.notes.append(f"{name}: {case.name}: {problem}")
