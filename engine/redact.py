@@ -1,21 +1,29 @@
 """Secrets are not for reading: whatever a run prints or writes of itself goes through `redact`.
 
-Known are the values of environment variables that are named as secrets are (the process that starts tells them, by
-`hide`), passwords in addresses, and the forms in which tokens are given out. What a dataset's rows or a model say is
-written as it is, to files that are meant for it.
+Known are the values of environment variables that are named as secrets are, passwords in addresses, and the forms in
+which tokens are given out. Every command begins with `guard`: from then on all that the process prints goes through
+here, whoever prints it, a library's warning and the traceback of an error that nobody expected too. What a dataset's
+rows or a model say is written as it is, to files that are meant for it.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import logging
+import os
 import re
-from collections.abc import Iterable, Mapping
-from typing import Any
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, TextIO, cast
+from urllib.parse import quote
 
-from engine.errors import UserError
+from engine.errors import UserError, on_one_line
 
 MARK = "***"
 SHORTEST = 8  # characters of a value that is taken for a secret
-NAMES = re.compile(r"(?:^|_)(?:TOKEN|SECRET|PASSWORD|PASSWD|KEY|CREDENTIALS?)$")
+PIECE = 12  # characters of one's beginning or end, which a message that is cut short may show
+NAMES = re.compile(r"(?:(?:^|_)(?:KEY|CREDENTIALS?)|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
 FORMS = (  # each linear in the text
     (re.compile(r"(?<=://)[^/\s@'\"]{1,256}@"), f"{MARK}@"),
     (re.compile(r"\b((?:Bearer|Basic) )[\w.~+/=-]{8,}"), rf"\1{MARK}"),
@@ -25,22 +33,80 @@ FORMS = (  # each linear in the text
 _hidden: set[str] = set()
 
 
+def guard() -> None:
+    """Hides the secrets of this process's environment in all that it prints from now on."""
+    hide(os.environ)
+    out, err = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (cast(TextIO, s if isinstance(s, Discreet) else Discreet(s)) for s in (out, err))
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        for handler in logger.handlers if isinstance(logger, logging.Logger) else ():
+            if isinstance(handler, logging.StreamHandler) and handler.stream in (out, err):  # made as it was imported
+                handler.setStream(sys.stdout if handler.stream is out else sys.stderr)
+
+
+class Discreet:
+    """A stream on which no secret is written, and in all else the one behind it."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        """As a stream's; the number is the text's, also where less was written."""
+        self._stream.write(redact(text))
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        """As a stream's."""
+        self.write("".join(lines))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 def hide(environment: Mapping[str, str]) -> None:
     """The values of these variables that are secrets by their names are never shown from now on."""
-    _hidden.update(value for name, value in environment.items() if NAMES.search(name) and _may_be_secret(value))
+    values = [value for name, value in environment.items() if NAMES.search(name) and _may_be_secret(value)]
+    _hidden.update(shown for value in values for shown in _as_shown(value.strip()))
 
 
 def _may_be_secret(value: str) -> bool:
-    return len(value) >= SHORTEST and not value.startswith(("/", "~", ".")) and not value.isspace()
+    value = value.strip()
+    return len(value) >= SHORTEST and not value.startswith(("/", "~", "."))
+
+
+def _as_shown(value: str) -> Iterator[str]:
+    """The value, and what becomes of it on one line, between quotes, and in an address."""
+    yield from (value, repr(value)[1:-1], json.dumps(value)[1:-1], quote(value, safe=""))
+    yield from (on_one_line(value), " ".join(value.split()))
 
 
 def redact(text: str) -> str:
-    """The text with a mark in the place of every secret."""
+    """The text with a mark in the place of every secret, and of what is left of one where the text was cut."""
     for value in sorted(_hidden, key=len, reverse=True):
         text = text.replace(value, MARK)
+    for value in _hidden:
+        text = _without_pieces(text, value)
     for form, shown in FORMS:
         text = form.sub(shown, text)
     return text
+
+
+def _without_pieces(text: str, value: str) -> str:
+    """Without the beginnings and the ends of the value that are at least PIECE characters long."""
+    if len(value) <= PIECE:
+        return text
+    while (at := text.find(value[:PIECE])) >= 0:
+        end = at + _alike(text[at:], value)
+        text = text[:at] + MARK + text[end:]
+    while (end := text.find(value[-PIECE:]) + PIECE) >= PIECE:
+        at = end - _alike(reversed(text[:end]), reversed(value))
+        text = text[:at] + MARK + text[end:]
+    return text
+
+
+def _alike(a: Iterable[str], b: Iterable[str]) -> int:
+    """How many characters the two begin with in common."""
+    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(a, b, strict=False)))
 
 
 def redacted(x: Any) -> Any:

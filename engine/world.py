@@ -314,7 +314,7 @@ def main(command: Callable[[], object]) -> None:
     """Runs a command's body as a process: one line and status 2 for a UserError, one line for another rank's death or
     Ctrl-C.
     """
-    redact.hide(os.environ)
+    redact.guard()
     try:
         _run(command)
     except Exception as error:  # that nobody expected: as Python prints it, without secrets
