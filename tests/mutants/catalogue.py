@@ -5483,11 +5483,18 @@ DAMAGED = (
         (f"{STORE}::test_all_but_ids_and_masks_are_checked_as_a_store_is_opened",),
     ),
     Mutant(
-        "a_store_without_a_digest_is_damaged",
+        "a_store_without_a_digest_is_opened",
         "engine/data/store.py",
-        "if stated is not None and stated != _digest",
-        "if stated != _digest",
-        (f"{STORE}::test_all_but_ids_and_masks_are_checked_as_a_store_is_opened",),
+        'self.header.get("digest") != _digest(directory, self.header):',
+        'self.header.get("digest") not in (None, _digest(directory, self.header)):',
+        (f"{STORE}::test_every_byte_of_a_header_counts",),
+    ),
+    Mutant(
+        "a_segment_whose_model_has_no_name_is_used",
+        "engine/train/refcache.py",
+        "            if about.keys() - DESCRIBED:",
+        "            if not about.keys() & DESCRIBED:",
+        (f"{CACHE}::test_every_byte_of_a_segments_header_counts",),
     ),
     Mutant(
         "lost_rows_are_not_named", "engine/log.py", "if known is not None and known != self.digest:", "if False:", LOG
