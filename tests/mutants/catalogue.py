@@ -5693,6 +5693,13 @@ STRANGERS = (
         ("tests/engine/test_security.py::test_a_secret_of_several_words_or_lines",),
     ),
     Mutant(
+        "what_the_stage_does_not_read_makes_a_row_bad",
+        "launch/inspection/look.py",
+        "            read = self.cut(row, noted)  # which",
+        "            read = self.whole(row, noted)  # which",
+        ("tests/launch/test_data_command.py::test_a_row_whose_rest_cannot_be_tokenised",),
+    ),
+    Mutant(
         "a_page_of_bad_rows_shows_secrets",
         "launch/inspection/page.py",
         '"bad": redacted(bad),',
