@@ -24,11 +24,19 @@ MARK = "***"
 SHORTEST = 8  # characters of a value that is taken for a secret
 PIECE = 12  # characters of one's beginning or end, which a message that is cut short may show
 NAMES = re.compile(r"(?:(?:^|_)(?:KEY|CREDENTIALS?)|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE)$", re.IGNORECASE)
-FORMS = (  # each linear in the text
-    (re.compile(r"(?<=://)[^/\s@'\"]{1,256}@"), f"{MARK}@"),
-    (re.compile(r"\b((?:Bearer|Basic) )[\w.~+/=-]{8,}"), rf"\1{MARK}"),
-    (re.compile(r"([?&][\w-]{0,30}(?:token|key|secret|password|signature)=)[^&\s'\"]+", re.IGNORECASE), rf"\1{MARK}"),
-    (re.compile(r"(?<![A-Za-z0-9])(?:hf_|gh[pousr]_|sk-|AKIA)[A-Za-z0-9_-]{16,}"), MARK),
+FORMS = (  # (what a text without such a secret rarely has, the secret, what is shown); each linear in the text
+    (("://",), re.compile(r"(?<=://)[^/\s@'\"]{1,256}@"), f"{MARK}@"),
+    (("Bearer ", "Basic "), re.compile(r"\b((?:Bearer|Basic) )[\w.~+/=-]{8,}"), rf"\1{MARK}"),
+    (
+        ("?", "&"),
+        re.compile(r"([?&][\w-]{0,30}(?:token|key|secret|password|signature)=)[^&\s'\"]+", re.IGNORECASE),
+        rf"\1{MARK}",
+    ),
+    (
+        ("hf_", "ghp_", "gho_", "ghu_", "ghs_", "ghr_", "sk-", "AKIA"),
+        re.compile(r"(?<![A-Za-z0-9])(?:hf_|gh[pousr]_|sk-|AKIA)[A-Za-z0-9_-]{16,}"),
+        MARK,
+    ),
 )
 _hidden: set[str] = set()
 
@@ -86,8 +94,9 @@ def redact(text: str) -> str:
         text = text.replace(value, MARK)
     for value in _hidden:
         text = _without_pieces(text, value)
-    for form, shown in FORMS:
-        text = form.sub(shown, text)
+    for signs, form, shown in FORMS:
+        if any(sign in text for sign in signs):
+            text = form.sub(shown, text)
     return text
 
 

@@ -183,7 +183,13 @@ def test_what_is_a_secret(monkeypatch):
         "https://user:pw@host/x?q=1": "https://***@host/x?q=1",
         "https://host/x?access_token=12&b=3": "https://host/x?access_token=***&b=3",
         "Authorization: Bearer abc.def-ghi": "Authorization: Bearer ***",
+        "https://host/x?a=1&API-KEY=12": "https://host/x?a=1&API-KEY=***",
+        "by Basic abc.def-ghi": "by Basic ***",
         "hf_ABCDEFghijklmnop1234 is gone": "*** is gone",
+        **{
+            f"is {form}ABCDEFghijklmnop1234": "is ***"
+            for form in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "sk-", "AKIA")
+        },
         "task-based_and_a_long_name, the new token: 5": "task-based_and_a_long_name, the new token: 5",
         "model@revision at a@b.c": "model@revision at a@b.c",
     }
