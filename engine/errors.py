@@ -54,6 +54,9 @@ def in_one_line(command: Callable[[], Any]) -> None:
     """Runs a command of one process, without torch: what it returns is the exit status; one line and status 2 for what
     the user or the system did wrong, 130 after Ctrl-C. Commands of ranks have `engine.world.main`.
     """
+    from engine import redact, terminal  # which know this file
+
+    redact.guard()
     try:
         status, line = command(), ""
     except UserError as error:
@@ -67,7 +70,7 @@ def in_one_line(command: Callable[[], Any]) -> None:
             raise
         status, line = 2, f"error: {explained(error)}"
     if line:
-        print(on_one_line(line), file=sys.stderr)
+        terminal.error(on_one_line(line))
     sys.exit(status)
 
 

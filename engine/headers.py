@@ -57,6 +57,11 @@ def read(path: Path) -> Mapping[str, Entry]:
     return _read(path, there.st_size, there.st_mtime_ns)
 
 
+def forget() -> None:
+    """Files are read again, also those that have not changed."""
+    _read.cache_clear()
+
+
 @functools.lru_cache(maxsize=256)
 def _read(path: Path, size: int, _changed: int) -> Mapping[str, Entry]:
     with open(path, "rb") as f:

@@ -97,8 +97,13 @@ def say(*lines: str, last: bool = False) -> None:
     for line in lines:
         inner = _state.within == 2 or (_state.within and line.startswith(tuple(f"{word}: " for word in COMMANDS)))
         if line.startswith(WARNINGS) or not (inner or (_state.quiet and (_state.within or not last))):
-            tqdm.write(redact(shown(line, sys.stdout)))
+            tqdm.write(shown(_discreet(line), sys.stdout))
     sys.stdout.flush()
+
+
+def _discreet(line: str) -> str:
+    """The line without secrets, before it is wrapped."""
+    return Row(line.label, redact(line.value)) if isinstance(line, Row) else type(line)(redact(line))
 
 
 def shown(line: str, stream: TextIO) -> str:

@@ -315,7 +315,7 @@ def main(command: Callable[[], object], resumable: bool = False) -> None:
     Ctrl-C. `resumable`: signals and the end of the job ask it to end, and it looks whether they did; a stage sees to
     that itself (engine/watch.py).
     """
-    redact.hide(os.environ)
+    redact.guard()
     signals.a_command(True)
     try:
         with signals.listening(None, job_left()) if resumable else contextlib.nullcontext():

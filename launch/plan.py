@@ -23,6 +23,7 @@ import torch
 from engine import hardware
 from engine.config import parse
 from engine.errors import UserError, nearest
+from engine.redact import redacted
 from engine.world import main
 from launch import commands
 from launch.planner.plans import STAGES, make, resolve
@@ -54,7 +55,7 @@ def plan(argv: list[str]) -> None:
         print("\n".join(suggestion(made, change, other)))
     print(f"planned in {time.perf_counter() - started:.0f} s")
     if config.json:
-        Path(config.json).write_text(json.dumps(as_json(made, change, other), indent=1), encoding="utf-8")
+        Path(config.json).write_text(json.dumps(redacted(as_json(made, change, other)), indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

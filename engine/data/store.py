@@ -44,6 +44,8 @@ class TokenStore:
         self.directory = directory
         try:
             self.header: dict[str, Any] = json.loads((directory / "header.json").read_text(encoding="utf-8"))
+            if not isinstance(self.header, dict) or self.header.get("digest") != _digest(directory, self.header):
+                raise Damaged("its keys, counts, offsets or header are not what was written")
             self.per_example: int = self.header["per_example"]
             self.offsets = _map(directory / "offsets", np.int64)
             self.ids = _map(directory / "ids", np.int32)
@@ -54,11 +56,8 @@ class TokenStore:
             same = {len(self.keys), len(self.counts), len(self.offsets) - 1, self.header["sequences"]}
             whole_examples = len(self.keys) % self.per_example == 0
             _ = [self.header[name] for name in ("key", "rows", "dropped", "bad_rows", "bad_list", "bad_files", "notes")]
-            stated = self.header.get("digest")  # an earlier version wrote none
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
             raise Damaged(str(error)) from None
-        if stated is not None and stated != _digest(directory, self.header):
-            raise Damaged("its keys, counts, offsets or header are not what was written")
         rising = self.offsets[0] == 0 and (np.diff(self.offsets) >= 0).all()
         if not rising or not whole_examples or len(sizes) > 1 or len(same) > 1:
             raise Damaged("its arrays do not fit together")

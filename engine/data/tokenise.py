@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from engine import signals, terminal
+from engine import redact, signals, terminal
 from engine.data.bad_rows import BadRows, file_of
 from engine.data.files import Source
 from engine.data.messages import Notes
@@ -123,6 +123,7 @@ _of_worker: Callable[[Rows], Any] | None = None  # of a worker process, set once
 def _start_worker(work: Callable[[Rows], Any]) -> None:
     global _of_worker
     _of_worker = work
+    redact.guard()
     signals.ignore()  # what is sent to all processes of a job is the main one's to answer
 
 

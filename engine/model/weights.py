@@ -94,7 +94,8 @@ def _weight_map(index: Path) -> dict[str, str]:
         raise UserError(f"{index}: not an index of safetensors files ({why})") from None
     except (ValueError, KeyError, TypeError, OSError, RecursionError):
         raise UserError(f"{index}: not an index of safetensors files") from None
-    for file in weight_map.values():
+    texts = all(isinstance(file, str) for file in weight_map.values())
+    for file in set(weight_map.values()) if texts else weight_map.values():
         plain = isinstance(file, str) and Path(file).name == file and "\0" not in file
         if not plain or not (index.parent / file).is_file():
             raise UserError(f"{index}: weight_map: names {str(file)[:200]}, which is not a file beside it")

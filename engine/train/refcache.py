@@ -39,6 +39,7 @@ from engine.model.policy import Policy
 from engine.world import World, on_device
 
 VERSION = 1
+DESCRIBED = {"sha256", "model"}  # by the metadata of a segment; a name that is none of these was one
 SEQUENCES_PER_SEGMENT = 2**13  # what a run that is asked to end in the middle of one computes again
 
 BETWEEN = 4  # micro-batches between two questions whether the run is to end
@@ -212,6 +213,8 @@ def _segments(directory: Path) -> Iterator[dict[str, np.ndarray]]:
             with safe_open(path, framework="numpy") as f:
                 arrays = {name: f.get_tensor(name) for name in ("keys", "logprobs", "counts")}
                 about = f.metadata() or {}
+            if about.keys() - DESCRIBED:
+                raise ValueError(f"its header says {', '.join(sorted(about.keys() - DESCRIBED))[:80]!r} of it")
             if about.get("sha256") != _checksum(arrays):
                 raise ValueError("its checksum does not match its content")
             if about.get("model", directory.name) != directory.name:  # an earlier version wrote no model

@@ -9,19 +9,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from engine.data import PromptReader
 from engine.data.bad_rows import file_of, kind_of
 from engine.data.conversations import asked_turns, conversation, form_of
 from engine.data.cuts import UNCUT
 from engine.data.judgements import EITHER_IS_NAMED, PROMPTS, Judgement
 from engine.data.messages import Notes, read
 from engine.data.preferences import conversations, said
-from engine.data.prompts import ASKED
+from engine.data.prompts import ASKED, ReadPrompt
 from engine.data.rows import BadRow, text
 from engine.data.tokenise import Encoded, Encoder, Rows
 from launch.inspection.likeness import PLACES, EvaluationSet, sketch_of, words_of
@@ -86,6 +86,27 @@ def measured(sequence: tuple[np.ndarray, np.ndarray], limit: int) -> tuple[int, 
     """(tokens, trained tokens, trained tokens within the limit); the first token is nobody's target."""
     ids, mask = sequence
     return len(ids), int(mask[1:].sum()), int(mask[1:limit].sum())
+
+
+REST_UNREAD = "rows counted up to the limit alone, as the stage reads them: their rest cannot be tokenised"
+
+
+@dataclass(frozen=True)
+class AsFarAsItGoes:
+    """A row read whole, to be counted; as the stage reads it, up to its limit, where the rest is what makes it bad."""
+
+    whole: Callable[[dict, Notes], Any]
+    cut: Callable[[dict, Notes], Any]
+
+    def __call__(self, row: dict, notes: Notes) -> Any:
+        noted: Notes = Counter()
+        try:
+            read = self.whole(row, noted)
+        except BadRow:
+            noted = Counter({(REST_UNREAD, ""): 1})
+            read = self.cut(row, noted)  # which says why the stage cannot read it either
+        notes.update(noted)
+        return read
 
 
 @dataclass(frozen=True)
@@ -155,7 +176,7 @@ def _same(a: dict | None, b: dict | None) -> bool:
 class ProblemReader:
     """Rows of launch.ppo and launch.grpo; `limit` is a prompt's."""
 
-    read: PromptReader
+    read: ReadPrompt
     limit: int
     per_example: int = 1
 

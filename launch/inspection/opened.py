@@ -10,6 +10,7 @@ from typing import Any
 
 from engine.data import ChatTokenizer, PromptReader, embedded
 from engine.data.conversations import form_of
+from engine.data.cuts import UNCUT
 from engine.data.files import Source, open_source
 from engine.data.judgements import PAIRS, Judgement
 from engine.data.rows import BadRow
@@ -19,7 +20,7 @@ from engine.flags import fill, flag
 from engine.model import open_model
 from engine.world import World
 from launch.inspection.likeness import EvaluationSet
-from launch.inspection.look import UNCUT, ConversationReader, PairReader, ProblemReader, Reader, asked_text
+from launch.inspection.look import AsFarAsItGoes, ConversationReader, PairReader, ProblemReader, Reader, asked_text
 from launch.judges import checker, pinned
 
 THE_DATA = "what is shown"
@@ -138,7 +139,8 @@ def opened(stage: str, config: Any, world: World) -> Iterator[Opened]:
     limit = base.longest_prompt(config.max_seq_length, config.response_length)
     limit_flag = f"{limit} tokens (--max_seq_length less --response_length)"
     with checker(config.verifier_mode, config.verifier_module) as check:
-        prompts = ProblemReader(PromptReader(base.chat, config, check, fold_system=config.system_role == "fold"), limit)
+        whole = PromptReader(base.chat, config, check, fold_system=config.system_role == "fold")
+        prompts = ProblemReader(AsFarAsItGoes(whole, replace(whole, longest=limit)), limit)
         readers = [prompts for _ in sources]
         yield Opened(stage, config, base.chat, names, sources, readers, limit, limit_flag, evaluations)
 
@@ -146,10 +148,12 @@ def opened(stage: str, config: Any, world: World) -> Iterator[Opened]:
 def _reader(stage: str, config: Any, chat: ChatTokenizer, source: Source) -> tuple[Source, Reader]:
     if stage == "sft":
         _, prepare = conversations_prepared(config, chat, config, UNCUT)
-        source, encode = prepare(source)
+    else:
+        _, prepare = pairs_prepared(config, config.count_turns, chat, config, UNCUT)
+    source, whole = prepare(source)
+    encode = AsFarAsItGoes(whole, replace(whole, max_length=config.max_seq_length))  # type: ignore[type-var]
+    if stage == "sft":
         return source, ConversationReader(encode, config.text_column, config.max_seq_length)
-    _, prepare = pairs_prepared(config, config.count_turns, chat, config, UNCUT)
-    source, encode = prepare(source)
     judgement = Judgement(config.preference_column, config.preference_numbers, config.chosen_by_score)
     return source, PairReader(encode, judgement, config.max_seq_length)
 

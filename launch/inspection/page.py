@@ -18,6 +18,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from engine.data import ChatTokenizer
+from engine.redact import redact, redacted
 
 SHOWN_TOKENS = 3000  # of a sequence
 LONGEST_PIECE = 16  # tokens that together make a character, at most
@@ -96,10 +97,10 @@ def render(title: str, summary: Sequence[str], examples: Sequence[Example], bad:
     template = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     style, script = ((ROOM / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     values: dict[str, Any] = {
-        "title": title,
-        "summary": summary,
-        "examples": examples,
-        "bad": bad,
+        "title": redact(title),
+        "summary": redacted(summary),
+        "examples": examples,  # as they are: the page is for them
+        "bad": redacted(bad),
         "labels": list(dict.fromkeys(example.label for example in examples)),
         "style": style,
         "script": script,

@@ -16,10 +16,11 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from benchmarks.faultdrill import hostile
-from engine import config, disk, headers, log, redact
+from engine import config, disk, headers, log, redact, terminal
 from engine.data.inside import check_inside
 from engine.errors import UserError
 from engine.model import limits, weights
+from launch.inspection import page
 from tests import faults, ranks
 
 # --- headers ----------------------------------------------------------------------------------------------------------
@@ -182,7 +183,13 @@ def test_what_is_a_secret(monkeypatch):
         "https://user:pw@host/x?q=1": "https://***@host/x?q=1",
         "https://host/x?access_token=12&b=3": "https://host/x?access_token=***&b=3",
         "Authorization: Bearer abc.def-ghi": "Authorization: Bearer ***",
+        "https://host/x?a=1&API-KEY=12": "https://host/x?a=1&API-KEY=***",
+        "by Basic abc.def-ghi": "by Basic ***",
         "hf_ABCDEFghijklmnop1234 is gone": "*** is gone",
+        **{
+            f"is {form}ABCDEFghijklmnop1234": "is ***"
+            for form in ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "sk-", "AKIA")
+        },
         "task-based_and_a_long_name, the new token: 5": "task-based_and_a_long_name, the new token: 5",
         "model@revision at a@b.c": "model@revision at a@b.c",
     }
@@ -209,11 +216,42 @@ def test_a_number_with_the_digits_of_a_password_stays_one(tmp_path, monkeypatch)
 def test_a_hidden_value_is_nowhere(around, secret):
     if secret[0] in "/~." or secret in redact.MARK:
         return
+    before = set(redact._hidden)
     redact.hide({"X_SECRET": secret})
     try:
-        assert secret not in redact.redact(around + secret + around)
+        shown = [around + secret + around, repr(around + secret), json.dumps([secret]), secret[:20], secret[-20:]]
+        for text in map(redact.redact, shown):
+            assert secret not in text
+            assert len(secret) <= redact.PIECE or not (
+                secret[: redact.PIECE] in text or secret[-redact.PIECE :] in text
+            )
     finally:
-        redact._hidden.discard(secret)
+        redact._hidden.clear()
+        redact._hidden.update(before)
+
+
+def test_a_secret_of_several_words_or_lines(monkeypatch, capsys):
+    """Also where a terminal, or a message, breaks it."""
+    monkeypatch.setattr(redact, "_hidden", set())
+    redact.hide({"A_PASSWORD": "one two\tthree  four\n", "B_TOKEN": "  short\n"})
+    assert (
+        redact.redact("'one two three  four' or one two three four, 'one two\\tthree  four'") == "'***' or ***, '***'"
+    )
+    assert redact.redact("it is short") == "it is short"  # what is left of it is too short to be one
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setattr(terminal, "is_terminal", lambda stream: True)
+    terminal.say(terminal.Row("a", "x" * 12 + " one two three four"), terminal.Heading("one two three four"))
+    said = capsys.readouterr().out
+    assert "***" in said and "three" not in said
+
+
+def test_the_page_of_examples_shows_rows_and_no_secrets(monkeypatch):
+    monkeypatch.setattr(redact, "_hidden", {"canary of a page"})
+    example = page.Example("rows.jsonl:1", "shortest", "", [], [("ground truth", "a canary of a page")])
+    text = page.render(
+        "canary of a page", ["  canary of a page"], [example], [("canary of a page:1", "canary of a page")]
+    )
+    assert text.count("canary of a page") == 1 and text.count("***") >= 4
 
 
 def command(tmp_path, embedded_dir, *more) -> list:

@@ -18,14 +18,14 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engine.config import parse
-from engine.data import read_conversations, read_pairs
+from engine.data import cuts, read_conversations, read_pairs
 from engine.errors import UserError
 from engine.model import open_model
 from engine.world import start
 from launch import data, dpo, sft
 from launch.inspection import likeness, page, report, tally
 from launch.inspection.likeness import EvaluationSet, near_duplicates, sketch_of, words_of
-from launch.inspection.look import COLUMNS, Lens
+from launch.inspection.look import COLUMNS, REST_UNREAD, Lens
 from launch.inspection.opened import opened, stage_of
 
 ASK, SAY = {"role": "user", "content": "Who is it?"}, {"role": "assistant", "content": "It is one."}
@@ -113,6 +113,34 @@ def test_the_table_is_what_a_training_takes(stage, amount, embedded_dir, tmp_pat
     assert (table.columns["trained"] > table.columns["left"]).any() and (tokens > 64).any()
     f = datasets[0].found
     assert f.rows == 62 and f.num_bad == 2 and [place for _, place, _ in f.bad] == [":21", ":62"]
+
+
+@pytest.mark.parametrize("stage", ["sft", "dpo", "ppo"])
+@pytest.mark.parametrize("beyond", [True, False])
+def test_a_row_whose_rest_cannot_be_tokenised(stage, beyond, embedded_dir, tmp_path, monkeypatch):
+    """Behind the limit it is no bad row for the stage, and none here; before it, it is one for both."""
+    for name, value in (("LONG", 500), ("PART", 100), ("MAX_WHOLE", 2000)):
+        monkeypatch.setattr(cuts, name, value)
+    text = "a word " * (200 if beyond else 1) + "x" * 3000
+    row = {"sft": talk("Who?", text), "dpo": pair("Who?", text, "It is I."), "ppo": problem(text, "2")}[stage]
+    good = {"sft": talk("Who?", "I."), "dpo": pair("Who?", "I.", "We."), "ppo": problem("1 + 1", "2")}[stage]
+    name = jsonl(tmp_path / "rows.jsonl", [good, row])
+    words = ["--dataset_name", name, "--model_name_or_path", str(embedded_dir.model), "--max_seq_length", "128"]
+    words += ["--cache_dir", str(tmp_path / "cache"), "--max_bad_rows", "2", "--dataset_num_proc", "1"]
+    words += ["--response_length", "8"] if stage == "ppo" else []
+    world = start()
+    with opened(stage, parse(data.CONFIGS[stage], words), world) as found:
+        (dataset,) = data.look(found)
+        shown = found.readers[0].shown(row if beyond else good)
+    if stage != "ppo":
+        config = parse({"sft": sft.Config, "dpo": dpo.Config}[stage], words)
+        chat = open_model(config, world).chat
+        read = read_conversations(config, chat, world, rows=config) if stage == "sft" else None
+        examples, _ = read or read_pairs(config, "last", chat, world, rows=config)
+        assert len(examples) == 1 + beyond
+        assert dataset.found.columns["left"][0].tolist() == examples.counts(np.arange(len(examples))).tolist()
+    assert dataset.found.num_bad == (not beyond) and len(shown) == 1 and 0 < len(shown[0][0][0]) < 200
+    assert dataset.found.notes[REST_UNREAD, ""] == beyond
 
 
 def test_memory_of_an_example_is_bounded():

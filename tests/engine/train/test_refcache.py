@@ -220,6 +220,29 @@ def test_a_segment_of_another_model_is_named_and_not_used(setting, here, capsys)
     assert reference(setting, here).computed == 0
 
 
+def test_every_byte_of_a_segments_header_counts(tmp_path, capsys):
+    """With one of its bits flipped a segment is named and put aside, or holds what it held."""
+    keys = np.arange(48, dtype=np.uint8).view("V16")
+    refcache._append(tmp_path, keys, np.arange(3, dtype=np.float32), np.arange(1, 4, dtype=np.int32))
+    (segment,) = tmp_path.glob("rows-*")
+    content, (whole,) = segment.read_bytes(), refcache._segments(tmp_path)
+    segment.unlink()
+    end, used = 8 + int.from_bytes(content[:8], "little"), 0
+    for bit in range(8 * end):
+        path = tmp_path / f"rows-{bit}.safetensors"  # a file that was not there: what is there is read once
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        for arrays in refcache._segments(tmp_path):
+            used += 1
+            assert arrays.keys() == whole.keys() and all((arrays[name] == whole[name]).all() for name in whole), flipped
+            assert arrays["keys"].shape == (3, 16)
+            path.unlink()
+        assert path.with_name(f"{path.name}.damaged").is_file() == (f"{path} is damaged (" in capsys.readouterr().out)
+        path.with_name(f"{path.name}.damaged").unlink(missing_ok=True)
+    assert used < end / 100
+
+
 def test_a_damaged_header_of_another_model_explains_nothing(setting, here):
     for number, content in enumerate(("[]", '{"identity": 3}', "", "nul")):
         (other := setting[2] / "reference" / f"other-{number}").mkdir(parents=True)
