@@ -89,6 +89,7 @@ class PagedCache:
     def reset(self, slots: int, layout: Layout | None) -> None:
         """No page has an owner."""
         self.slots, self.layout = slots, layout
+        self.strips: Strips | None = None  # that were read last
         sizes = slots, self.max_length, self.block
         self.kinds = {
             window: PagesInStrips(count, *sizes, layout) if layout and window is None else Pages(count, *sizes, window)
@@ -223,8 +224,8 @@ class Decode:
             w: Dense.of(kind, *where) or rows_of(kind, *where) for w, kind in cache.kinds.items() if not kind.layout
         }
         if isinstance(kind := cache.kinds.get(None), PagesInStrips):
-            row = max(of.kv_heads * of.key_size for of in cache.layers.values() if of.window is None)
-            plans[None] = Strips.of(kind, slots_A, positions_A, row)
+            keys = max((of.kv_heads, of.key_size) for of in cache.layers.values() if of.window is None)
+            plans[None] = cache.strips = Strips.of(kind, slots_A, positions_A, keys, cache.strips)
         return cls(cache, put(positions_A), pages, plans)
 
     @classmethod

@@ -6,8 +6,8 @@ keys are read in place, neighbours of like length in one call, a prompt once for
     o_g, l_g  = the same over the whole pages of the prompt that a shares
     out_a     = o_a + sigmoid(l_g - l_a) (o_g - o_a);  a sink s is one more score:  out_a sigmoid(l - s)
 
-Neighbours are one call where that is cheaper than apart: a call costs as much as so many positions, and each of its
-strips as much as the longest. It is what runs on a CPU whose memory holds a strip for every slot; where it does not,
+Neighbours are one call where that is cheaper than apart: a call costs as much as so many positions, each of its strips
+as much as some more, and as the longest. It is what runs on a CPU whose memory holds a strip for every slot; where it does not,
 and under a window, rows.py and dense.py read pages wherever they lie. All equal kernels/eager.py.
 
 A active responses · R responses that a reading is of · S strips of a call, M responses to each · L positions · K
@@ -17,7 +17,8 @@ key/value heads · G query heads to each · H head size.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -27,7 +28,8 @@ from torch import Tensor
 
 from rollout.pages import PagesInStrips, Strip
 
-CALL = 30_000  # elements of keys that could be read in the time that a call takes (measured)
+CALL = 35_000  # elements of keys that could be read in the time that a call takes (measured)
+STRIP = 4_000  # and that a head of a strip takes before it is read
 Weighted = Callable[[Tensor, Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
 
 
@@ -38,9 +40,20 @@ class Call:
     first_page: int
     count: int  # S
     step: int  # pages from one strip to the next
-    longest: int  # L
+    lengths_S: np.ndarray  # positions; 1 of a strip of nobody, since 0 / 0 is slow
     members: int  # M
-    bias_S11L: Tensor | None  # fp32: -inf where a strip has no position, or 0; None for one alone
+
+    @cached_property
+    def longest(self) -> int:  # L
+        return int(self.lengths_S.max())
+
+    @cached_property
+    def bias_S11L(self) -> Tensor | None:
+        """fp32: -inf where a strip has no position, or 0; None where all are as long."""
+        if int(self.lengths_S.min()) == self.longest:
+            return None
+        hidden_SL = np.arange(self.longest) >= self.lengths_S[:, None]
+        return torch.from_numpy(np.where(hidden_SL, np.float32("-inf"), np.float32(0)))[:, None, None]
 
     def read(self, q_TKGH: Tensor, keys: Tensor, values: Tensor, weighted: Weighted) -> tuple[Tensor, Tensor]:
         """(T, K, G, Hv) and (T, K, G) of T = S M queries, strip by strip."""
@@ -69,17 +82,25 @@ class Reading:
 
     @classmethod
     def of(
-        cls, where: Strip, strips_R: np.ndarray, lengths_R: np.ndarray, rows_R: np.ndarray, active: int, row: int
+        cls,
+        where: Strip,
+        strips_R: np.ndarray,
+        lengths_R: np.ndarray,
+        rows_R: np.ndarray,
+        active: int,
+        heads: int,
+        size: int,
     ) -> Reading:
         """The responses `rows_R` of the `active` ones read the first `lengths_R` positions of the strips `strips_R`,
-        whose every position is `row` elements.
+        whose every position is `heads` times `size` elements.
         """
+        cost = CALL / (heads * size), STRIP / size
         order = np.argsort(strips_R, kind="stable")
         strips, begins, members = np.unique(strips_R[order], return_index=True, return_counts=True)
         lengths = lengths_R[order][begins]
         number = np.arange(len(order)) - np.repeat(begins, members)  # of a response, among those of its strip
         calls, rows, place_R, total = [], [], np.empty(len(order), np.int64), 0
-        for begin, end in pairwise(_cuts(strips, lengths, CALL / row)):
+        for begin, end in pairwise(_cuts(strips, lengths, *cost)):
             first, most = int(strips[begin]), int(members[begin:end].max())
             count = int(strips[end - 1]) - first + 1
             some = slice(int(begins[begin]), int(begins[end - 1] + members[end - 1]))
@@ -87,12 +108,17 @@ class Reading:
             theirs = np.full(count * most, rows_R[order[some.start]])
             theirs[at] = rows_R[order[some]]
             place_R[order[some]] = total + at
-            bias = _bias(strips[begin:end] - first, lengths[begin:end], count)
-            page = where.first_page + first * where.pages
-            calls.append(Call(page, count, where.pages, int(lengths[begin:end].max()), most, bias))
+            lengths_S = np.ones(count, np.int64)
+            lengths_S[strips[begin:end] - first] = lengths[begin:end]
+            calls.append(Call(where.first_page + first * where.pages, count, where.pages, lengths_S, most))
             rows.append(theirs)
             total += len(theirs)
         return cls(tuple(calls), _index(np.concatenate(rows), active), _index(place_R, total))
+
+    def grown(self, by: int) -> Reading:
+        """The same responses with so many positions more: it was cheapest to read them so, and it still is."""
+        calls = tuple(replace(call, lengths_S=call.lengths_S + by) for call in self.calls)
+        return Reading(calls, self.rows_T, self.place_R)
 
     def read(self, q_AKGH: Tensor, keys: Tensor, values: Tensor, weighted: Weighted) -> tuple[Tensor, Tensor]:
         """(R, K, G, Hv) and (R, K, G), fp32."""
@@ -112,20 +138,36 @@ class Strips:
     own: Reading
     prompts: Reading | None
     sharing_R: Tensor | None  # int64: the responses that share one; None: all, in order
+    made_of: tuple[int, np.ndarray, np.ndarray]  # the pages' state; slots and lengths of the responses
 
     @classmethod
-    def of(cls, pages: PagesInStrips, slots_A: np.ndarray, positions_A: np.ndarray, row: int) -> Strips:
-        """For the queries at `positions_A` of the responses in `slots_A`; `row` elements are the keys of a position."""
+    def of(
+        cls,
+        pages: PagesInStrips,
+        slots_A: np.ndarray,
+        positions_A: np.ndarray,
+        keys: tuple[int, int],
+        before: Strips | None = None,
+    ) -> Strips:
+        """For the queries at `positions_A` of the responses in `slots_A`; `keys`: heads and size of a position's.
+        `before` is that of an earlier token: where nobody has come or gone since, and all have grown alike, the same
+        strips are read together.
+        """
         active, shared_A = len(slots_A), pages.shared[slots_A]
         lengths_A = positions_A - shared_A * pages.block + 1
-        own = Reading.of(pages.layout.own, slots_A, lengths_A, np.arange(active), active, row)
+        made_of = pages.changes, slots_A, lengths_A
+        if before and before.made_of[0] == pages.changes and np.array_equal(before.made_of[1], slots_A):
+            grown_A = lengths_A - before.made_of[2]
+            if grown_A.min() == grown_A.max():
+                return replace(before, own=before.own.grown(int(grown_A[0])), made_of=made_of)
+        own = Reading.of(pages.layout.own, slots_A, lengths_A, np.arange(active), active, *keys)
         sharing = np.flatnonzero(shared_A)
         if not len(sharing):
-            return cls(own, None, None)
+            return cls(own, None, None, made_of)
         of_prompts = pages.layout.prompts
         strips_R = (pages.tables[slots_A[sharing], 0] - of_prompts.first_page) // of_prompts.pages
-        prompts = Reading.of(of_prompts, strips_R, shared_A[sharing] * pages.block, sharing, active, row)
-        return cls(own, prompts, _index(sharing, active))
+        prompts = Reading.of(of_prompts, strips_R, shared_A[sharing] * pages.block, sharing, active, *keys)
+        return cls(own, prompts, _index(sharing, active), made_of)
 
     def attend(
         self,
@@ -184,30 +226,22 @@ def weighted(
 # --- what is read together --------------------------------------------------------------------------------------------
 
 
-def _cuts(strips: np.ndarray, lengths: np.ndarray, call: float) -> list[int]:
-    """Where calls begin, and the end, so that the sum of (call + strips x longest) over the calls is the least.
-    Example, with a call of 50: of strips 0, 1, 2 with lengths 100, 110, 900 the cuts are 0, 2, 3.
+def _cuts(strips: np.ndarray, lengths: np.ndarray, call: float, strip: float) -> list[int]:
+    """Where calls begin, and the end, so that the sum of call + strips x (strip + longest) over the calls is the least.
+    Example, with a call of 50 and a strip of 0: of strips 0, 1, 2 with lengths 100, 110, 900 the cuts are 0, 2, 3.
     """
-    least, begins = np.zeros(len(strips) + 1), [0]
-    for end in range(1, len(strips) + 1):
-        longest = np.maximum.accumulate(lengths[:end][::-1])[::-1]
-        costs = least[:end] + call + (strips[end - 1] - strips[:end] + 1) * longest
-        begins.append(int(costs.argmin()))
-        least[end] = costs[begins[-1]]
-    cuts = [len(strips)]
+    many = len(strips)
+    longest = np.maximum.accumulate(np.triu(np.broadcast_to(lengths, (many, many))), 1)  # of begin .. end, both in it
+    costs = call + (strips - strips[:, None] + 1) * (strip + longest)
+    least, begins = np.zeros(many + 1), [0]
+    for end in range(1, many + 1):
+        so_far = least[:end] + costs[:end, end - 1]
+        begins.append(int(so_far.argmin()))
+        least[end] = so_far[begins[-1]]
+    cuts = [many]
     while cuts[-1]:
         cuts.append(begins[cuts[-1]])
     return cuts[::-1]
-
-
-def _bias(places: np.ndarray, lengths: np.ndarray, count: int) -> Tensor | None:
-    """Of `count` strips, of which those at `places` are filled so far."""
-    if count == 1 or (len(places) == count and lengths.min() == lengths.max()):
-        return None
-    seen_S = np.ones(count, np.int64)  # one of nobody sees something, since 0 / 0 is slow
-    seen_S[places] = lengths
-    hidden_SL = np.arange(lengths.max()) >= seen_S[:, None]
-    return torch.from_numpy(np.where(hidden_SL, np.float32("-inf"), np.float32(0)))[:, None, None]
 
 
 def _index(places: np.ndarray, size: int) -> Tensor | None:
