@@ -7,8 +7,8 @@ keys are read in place, neighbours of like length in one call, a prompt once for
     out_a     = o_a + sigmoid(l_g - l_a) (o_g - o_a);  a sink s is one more score:  out_a sigmoid(l - s)
 
 Neighbours are one call where that is cheaper than apart: a call costs as much as so many positions, each of its strips
-as much as some more, and as the longest. It is what runs on a CPU whose memory holds a strip for every slot; where it does not,
-and under a window, rows.py and dense.py read pages wherever they lie. All equal kernels/eager.py.
+as much as some more, and as the longest. It is what runs on a CPU whose memory holds a strip for every slot; where it
+does not, and under a window, rows.py and dense.py read pages wherever they lie. All equal kernels/eager.py.
 
 A active responses · R responses that a reading is of · S strips of a call, M responses to each · L positions · K
 key/value heads · G query heads to each · H head size.
@@ -88,12 +88,12 @@ class Reading:
         lengths_R: np.ndarray,
         rows_R: np.ndarray,
         active: int,
-        heads: int,
-        size: int,
+        keys: tuple[int, int],
     ) -> Reading:
         """The responses `rows_R` of the `active` ones read the first `lengths_R` positions of the strips `strips_R`,
-        whose every position is `heads` times `size` elements.
+        whose keys have so many heads of such a size.
         """
+        heads, size = keys
         cost = CALL / (heads * size), STRIP / size
         order = np.argsort(strips_R, kind="stable")
         strips, begins, members = np.unique(strips_R[order], return_index=True, return_counts=True)
@@ -160,13 +160,13 @@ class Strips:
             grown_A = lengths_A - before.made_of[2]
             if grown_A.min() == grown_A.max():
                 return replace(before, own=before.own.grown(int(grown_A[0])), made_of=made_of)
-        own = Reading.of(pages.layout.own, slots_A, lengths_A, np.arange(active), active, *keys)
+        own = Reading.of(pages.layout.own, slots_A, lengths_A, np.arange(active), active, keys)
         sharing = np.flatnonzero(shared_A)
         if not len(sharing):
             return cls(own, None, None, made_of)
         of_prompts = pages.layout.prompts
         strips_R = (pages.tables[slots_A[sharing], 0] - of_prompts.first_page) // of_prompts.pages
-        prompts = Reading.of(of_prompts, strips_R, shared_A[sharing] * pages.block, sharing, active, *keys)
+        prompts = Reading.of(of_prompts, strips_R, shared_A[sharing] * pages.block, sharing, active, keys)
         return cls(own, prompts, _index(sharing, active), made_of)
 
     def attend(
