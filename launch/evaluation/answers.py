@@ -60,7 +60,8 @@ def ask(
     bar = tqdm(
         total=total, initial=total - len(missing), unit="response", dynamic_ncols=True, disable=not there or None
     )
-    mail = Mail(world, lambda line: bar.update() if there and there.write(line) else None, there.path if there else None)
+    take = lambda line: bar.update() if there and there.write(line) else None
+    mail = Mail(world, take, there.path if there else None)
     pool = Pool(world.cores, flags.verifier_mode, module=flags.verifier_module, in_flight=IN_FLIGHT, judge=JUDGE)
     with bar, pool, mail:
         for seed, some in requests.items():
