@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.faultdrill import __main__ as drill
-from benchmarks.faultdrill import crash_points, lab, table
+from benchmarks.faultdrill import crash_points, lab, lanes, table
 from benchmarks.faultdrill.events import listing, tear
 from benchmarks.faultdrill.suite import Case, Suite
 
@@ -79,6 +79,29 @@ def test_the_exit_status(monkeypatch, capsys, tmp_path):
     assert drill.main(["--replay", "name:1:0"]) == 1 and "name 0: wrong" in capsys.readouterr().out
     with pytest.raises(SystemExit, match="--suite nobody: there is none, expected one of name"):
         drill.main(["--suite", "nobody"])
+
+
+def test_lanes_take_all_suites_once_and_end_about_together():
+    named = lambda name: Suite(name, "things", "all", (1, 1), of(""))
+    suites = [named(name) for name in ("kills", "restarts", "damage", "storage", "overhead", "else")]
+    beside, alone = lanes.split(suites, 2)
+    assert beside == [["kills", "storage"], ["restarts", "damage", "else"]] and alone == ["overhead"]
+    assert lanes.split(suites[:1], 2) == ([["kills"]], [])
+
+
+def test_what_lanes_come_to_is_one_table(monkeypatch, capfd, tmp_path):
+    """In the order of the suites, whichever lane was done first; one that dies is named, and the status is 1."""
+    assert (
+        drill.main(["--suite", "rows", "--suite", "configs", "--count", "2", "--out", str(tmp_path / "out.json")]) == 0
+    )
+    said = capfd.readouterr().out
+    rows = [line.split("  ")[0] for line in said[said.index("suite  ") :].splitlines()[2:4]]
+    assert rows == ["rows", "configs"] and said.count("left out here:") == 1
+    assert [of["run"] for of in json.loads((tmp_path / "out.json").read_text())["suites"]] == [2, 2]
+    start = lanes._start
+    monkeypatch.setattr(lanes, "_start", lambda names, *of: start(names if "rows" in names else ["nobody"], *of))
+    assert drill.main(["--suite", "rows", "--suite", "configs", "--count", "1"]) == 1
+    assert "came to no end: configs" in capfd.readouterr().out
 
 
 def test_every_suite_is_there_once_and_has_controls():

@@ -5,7 +5,7 @@ purpose: at least one case of each must fail, or the suite is blind) and, for so
 peer; --baselines). The exit status is 1 when a case fails or a control is not caught. A case is a function of suite,
 seed and name: --replay does it again and keeps its directory.
 
-Without arguments: at most ten minutes on two cores (`make drill`). --full takes hours.
+Without arguments: at most ten minutes on two cores, suites side by side (`make drill`). --full takes hours.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import torch
 
 import benchmarks.faultdrill as package
 from benchmarks import measure
-from benchmarks.faultdrill import table
+from benchmarks.faultdrill import lanes, table
 from benchmarks.faultdrill.suite import Suite
 
 # the modules with suites, in the order of the table; one that is not here is passed over, one that is not named comes
@@ -70,6 +70,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--replay", metavar="NAME:SEED:CASE", help="one case again; its directory is kept")
     parser.add_argument("--baselines", action="store_true", help="the same faults against peers, too")
     parser.add_argument("--out", metavar="FILE.json", help="all of it as JSON")
+    parser.add_argument(
+        "--jobs", type=int, default=min(2, os.cpu_count() or 1), help="suites side by side (%(default)s)"
+    )
+    parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)  # one of them: no table
     parser.add_argument("--list", action="store_true", help="the suites, and how many cases they have")
     return parser.parse_args(argv)
 
@@ -111,20 +115,20 @@ def main(argv: list[str] | None = None) -> int:
     if flags.replay:
         return replay(suites, flags.replay)
     facts = measure.machine(torch.device("cpu"))
-    print(", ".join(f"{name} {value}" for name, value in facts.items()) + f"; seed {flags.seed}", flush=True)
-    outcomes, began = [], time.monotonic()
-    say = lambda line: print(line, flush=True)
-    try:
-        for suite in chosen(suites, flags.suite):
-            outcome = table.run(suite, flags.count or suite.sizes[flags.full], flags.seed, flags.baselines, say)
-            outcomes.append(outcome)
-            _, passed, caught, peers, seconds = outcome.row()
-            say(f"{suite.name}: {passed}; controls caught: {caught}; baselines: {peers}; {seconds} s")
-            absent += [f"{suite.name}: {line}" for line in suite.left_out]
-    except KeyboardInterrupt:
-        say("interrupted: what follows is of the suites that were done")
-    print("\n" + table.text(outcomes))
-    print("\n".join(["", "left out here:", *(f"  {line}" for line in (*LEFT_OUT, *absent))]))
+    began, suites = time.monotonic(), chosen(suites, flags.suite)
+    absent += [f"{suite.name}: {line}" for suite in suites for line in suite.left_out]
+    if not flags.lane:
+        say(", ".join(f"{name} {value}" for name, value in facts.items()) + f"; seed {flags.seed}")
+    if flags.lane or flags.jobs == 1 or len(suites) == 1:
+        outcomes, lost = in_turn(suites, flags), []
+    else:
+        passed_on = ["--seed", str(flags.seed), *(["--count", str(flags.count)] if flags.count else [])]
+        passed_on += ["--full"] * flags.full + ["--baselines"] * flags.baselines
+        outcomes, lost = lanes.run(suites, flags.jobs, passed_on)
+    if not flags.lane:
+        say("\n" + table.text(outcomes))
+        say("\n".join(["", "left out here:", *(f"  {line}" for line in (*LEFT_OUT, *absent))]))
+        say(f"{time.monotonic() - began:.0f} s" + (f"; came to no end: {', '.join(lost)}" if lost else ""))
     measure.write_json(
         flags.out,
         machine=facts,
@@ -133,7 +137,25 @@ def main(argv: list[str] | None = None) -> int:
         suites=[outcome.as_json() for outcome in outcomes],
         left_out=[*LEFT_OUT, *absent],
     )
-    return 0 if outcomes and all(outcome.ok for outcome in outcomes) else 1
+    return 0 if outcomes and not lost and all(outcome.ok for outcome in outcomes) else 1
+
+
+def in_turn(suites: list[Suite], flags: argparse.Namespace) -> list[table.Outcome]:
+    """What came of these, one after the other; of those that were done before Ctrl-C."""
+    outcomes = []
+    try:
+        for suite in suites:
+            outcome = table.run(suite, flags.count or suite.sizes[flags.full], flags.seed, flags.baselines, say)
+            outcomes.append(outcome)
+            _, passed, caught, peers, seconds = outcome.row()
+            say(f"{suite.name}: {passed}; controls caught: {caught}; baselines: {peers}; {seconds} s")
+    except KeyboardInterrupt:
+        say("interrupted: what follows is of the suites that were done")
+    return outcomes
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ SETUP = lab.Setup("sft", "full", 2)
 ROOT = Path(__file__).resolve().parents[2]
 DEATHS = {"killed": int(signal.SIGKILL), "aborted": int(signal.SIGABRT), "raised": 0}
 LIMIT = 180.0  # seconds for both attempts, on a busy machine
+took: list[float] = []  # seconds of the recoveries so far
 HUNG = 86
 TO_BEGIN = 40.0  # seconds that a run may take, on a busy machine, besides the patience
 
@@ -59,13 +61,15 @@ def torchrun(output_dir: Path, plan: dict[str, Any], limit: float) -> tuple[int,
 
 
 def recover(step: int, rank: int, how: str, control: str, directory: Path) -> str:
-    """One death. The broken variant waits for addresses that nobody answers at: it gets half of the time."""
+    """One death. The broken variant waits for addresses that nobody answers at: it gets twice what recoveries took."""
     run = directory / "run"
     plan = {"when": ["step", step], "ranks": [rank], "signal": DEATHS[how], "first_attempt": True, "control": control}
-    status, said = torchrun(run, plan, LIMIT / 2 if control else LIMIT)
+    began = time.monotonic()
+    status, said = torchrun(run, plan, 2 * max(took, default=LIMIT / 2) if control else LIMIT)
     words = f"rank {rank} {how} before step {step}"
     if status != 0:
         return f"{words}: not recovered at the first restart (status {status}): {_last_error(said)}"
+    took.append(time.monotonic() - began)
     kept = 2 * ((step - 1) // 2)  # save_steps; the last may not have been written yet
     resumed = [int(found) for found in re.findall(r"resuming after step (\d+)", said)]
     if kept > 2 and (not resumed or resumed[-1] < kept - 2):

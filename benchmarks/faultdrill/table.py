@@ -47,6 +47,12 @@ class Outcome:
     seconds: float = 0.0
     notes: list[str] = field(default_factory=list)
 
+    @classmethod
+    def of(cls, found: dict[str, Any]) -> Outcome:
+        """As `as_json` gives it."""
+        known = {name: value for name, value in found.items() if name not in ("passed", "ok")}
+        return cls(**known | {"failures": [Failure(**of) for of in found["failures"]]})
+
     @property
     def passed(self) -> int:
         return self.run - len(self.failures)
