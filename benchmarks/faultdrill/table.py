@@ -18,6 +18,7 @@ from benchmarks.faultdrill.suite import Case, Cases, Suite
 
 BOUND = 240.0  # seconds after which a case has failed
 CONTROL_CASES = 6  # of which one has to fail
+LONG = 50  # cases from which on a suite says how far it is
 HEADER = ("suite", "passed", "controls caught", "baselines passed", "seconds", "promise")
 
 
@@ -116,6 +117,8 @@ def run(suite: Suite, count: int, seed: int, baselines: bool, say: Callable[[str
         if problem:
             outcome.failures.append(Failure(case.name, problem, f"--replay {suite.name}:{seed}:{case.name}"))
             say(f"  failed: {case.name}: {problem}")
+        if count >= LONG and outcome.run % (count // 10) == 0:
+            say(f"  {suite.name}: {outcome.run} of {count}")
     for name, cases in suite.controls.items():
         outcome.controls[name] = caught = _caught(cases, seed, outcome, name)
         if not caught:

@@ -30,8 +30,8 @@ def cache(tmp_path_factory):
     return root
 
 
-def run(cache, *argv, count=1, module="launch.generate"):
-    return ranks.launch([*argv, "--cache_dir", cache], count, module=module, log=cache / "log")
+def run(cache, *argv, count=1, module="launch.generate", hook=""):
+    return ranks.launch([*argv, "--cache_dir", cache], count, module=module, log=cache / "log", hook=hook)
 
 
 def rows(path) -> list[dict]:
@@ -90,6 +90,22 @@ def test_a_run_that_was_killed_goes_on(count, cache, tmp_path):
     result = run(cache, *argv, "--output", out, "--seed", 5, count=count)
     assert result.ok and "is of another model, prompts or flags: it starts anew" in result.output
     assert out.read_text() != (tmp_path / "whole.jsonl").read_text() and not partial.exists()
+
+
+def test_a_run_that_is_told_to_end_goes_on(cache, tmp_path):
+    """Status 85, one line, and the file of a run that was not told."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps({"prompt": f"question {i}"}) + "\n" for i in range(12)))
+    argv = ["--dataset_name", data, "--rollout_slots", 2, "--response_length", 12]
+    assert run(cache, *argv, "--output", tmp_path / "whole.jsonl").ok
+    out, partial = tmp_path / "out.jsonl", tmp_path / ".out.jsonl.partial"
+    told = run(cache, *argv, "--output", out, hook="tests.faults:terminate_rank_0_at_the_7th_response")
+    (line,) = [line for line in told.output.splitlines() if line.startswith(("stopped", "error", "Traceback"))]
+    assert told.codes == [85] and not out.exists(), told.output
+    assert line == f"stopped: SIGTERM, while responses were sampled; the same command goes on from {partial}"
+    result = run(cache, *argv, "--output", out)
+    there = int(re.search(r"(\d+) responses are there already", result.output)[1])
+    assert result.ok and 7 <= there < 12 and out.read_text() == (tmp_path / "whole.jsonl").read_text()
 
 
 def test_a_model_that_holds_little_needs_no_length(cache, tmp_path):
