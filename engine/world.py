@@ -347,10 +347,9 @@ def _run(command: Callable[[], object]) -> None:
             raise
         status, line = 2, f"error: {explained(error)}"
     except RuntimeError as error:
-        if not any(
-            sign in str(error)
-            for sign in ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting")
-        ):
+        signs = "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting"
+        from_the_store = isinstance(error, dist.DistNetworkError | dist.DistStoreError)
+        if not from_the_store and not any(sign in str(error) for sign in signs):
             raise
         status = 1
         line = (

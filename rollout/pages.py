@@ -66,7 +66,7 @@ class Pages:
         self.users = np.zeros(count, np.int64)
         self.users[0] = 1
         self.free = count - 1
-        self.changes = 0  # times that somebody came or went
+        self.ended = 0  # times that a slot was given back
         self._low = list(range(1, count))
         self._high = list(range(1 - count, 0))  # negative: the heap gives the smallest first
         self._listed = np.ones((2, count), bool)  # in which heap a page is listed, at most once
@@ -122,7 +122,6 @@ class Pages:
     def begin(self, slot: int, length: int) -> None:
         """Own pages for the first `length` positions of a slot, as far as they will be seen."""
         first, end = self.unseen(length), -(-length // self.block)
-        self.changes += 1
         self.shared[slot] = 0
         self.tables[slot, :end] = 0
         self.tables[slot, first:end] = [self._for_slot(slot, column) for column in range(first, end)]
@@ -139,7 +138,6 @@ class Pages:
         (0: none), which is to be copied.
         """
         end = prompt.first + len(prompt.whole)
-        self.changes += 1
         self.tables[slot, : prompt.first] = 0
         self.tables[slot, prompt.first : end] = prompt.whole
         self.users[prompt.whole] += 1
@@ -181,7 +179,7 @@ class Pages:
 
     def finish(self, slot: int) -> None:
         """A slot gives back all."""
-        self.changes += 1
+        self.ended += 1
         self._leave(self.tables[slot, self.first[slot] : self.end[slot]].tolist())
         self.first[slot] = self.end[slot] = self.shared[slot] = 0
         self.tables[slot] = 0

@@ -138,7 +138,7 @@ class Strips:
     own: Reading
     prompts: Reading | None
     sharing_R: Tensor | None  # int64: the responses that share one; None: all, in order
-    made_of: tuple[int, np.ndarray, np.ndarray]  # the pages' state; slots and lengths of the responses
+    made_of: tuple[int, np.ndarray, np.ndarray]  # slots that had been given back; slots and lengths of the responses
 
     @classmethod
     def of(
@@ -155,8 +155,8 @@ class Strips:
         """
         active, shared_A = len(slots_A), pages.shared[slots_A]
         lengths_A = positions_A - shared_A * pages.block + 1
-        made_of = pages.changes, slots_A, lengths_A
-        if before and before.made_of[0] == pages.changes and np.array_equal(before.made_of[1], slots_A):
+        made_of = pages.ended, slots_A, lengths_A
+        if before and before.made_of[0] == pages.ended and np.array_equal(before.made_of[1], slots_A):
             grown_A = lengths_A - before.made_of[2]
             if grown_A.min() == grown_A.max():
                 return replace(before, own=before.own.grown(int(grown_A[0])), made_of=made_of)

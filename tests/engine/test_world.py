@@ -83,6 +83,23 @@ def test_how_a_process_ends(command, status, said, capsys, monkeypatch):
     assert end.value.code == status and capsys.readouterr().err == said
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        dist.DistNetworkError("Failed to recv, got 0 bytes. Connection was likely closed."),
+        dist.DistStoreError("wait timeout after 1800000ms, keys: /first/1/x"),
+        RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1234"),
+    ],
+)
+def test_what_says_that_another_rank_is_gone_is_one_line(error, monkeypatch, capsys):
+    monkeypatch.setattr(dist, "is_initialized", lambda: False)
+    with pytest.raises(SystemExit) as end:
+        world.main(raises(error))
+    said = capsys.readouterr().err
+    assert end.value.code == 1 and said.startswith("error: rank 0: another rank died or stopped answering; ")
+    assert said.count("\n") == 1 and str(error) in said
+
+
 @pytest.mark.parametrize("error", [OSError("of no file"), RuntimeError("a bug"), ZeroDivisionError()])
 def test_a_mistake_of_ours_is_a_traceback(error, monkeypatch, capsys):
     monkeypatch.setattr(dist, "is_initialized", lambda: False)

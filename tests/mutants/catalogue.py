@@ -3422,10 +3422,10 @@ ROLLOUT = (
         PAGED_ATTENTION,
     ),
     Mutant(
-        "who_came_meanwhile_is_not_seen",
+        "who_came_in_anothers_place_is_not_seen",
         "rollout/pages.py",
-        "self.changes += 1\n        self.tables",
-        "self.changes += 0\n        self.tables",
+        "self.ended += 1",
+        "self.ended += 0",
         (PAGES_TESTS,),
     ),
     Mutant(
