@@ -37,6 +37,7 @@ from rollout.schedule import Joined, Response, Schedule
 PREFILL_TOKENS = 8192  # of one prefill pass
 TAIL = 16  # tokens decoded beyond the characters of the longest stop string: tokens may be less than a character
 BLOCK = 32  # positions of a page
+FEW_ROWS = range(4, 17)  # of which a CPU's product with a large matrix takes up to twice as long as the other way round
 SLOTS = {"cpu": 64, "cuda": 512}  # responses at a time, where nobody says how many: more are no faster
 HOW = {"cpu": "rows", "cuda": "graphs"}  # to decode: page by page, or in batches that are graphs
 SHARE = {"cpu": 0.5, "cuda": 0.9}  # of the memory that is free when sampling begins
@@ -325,6 +326,8 @@ class Sampler:
         if hidden_AD.is_cuda and hidden_AD.dtype != torch.float32:
             # the tensor cores' own accumulator, not rounded to bf16
             part_AV = torch.mm(hidden_AD, weight_VD.T, out_dtype=torch.float32)
+        elif not hidden_AD.is_cuda and len(hidden_AD) in FEW_ROWS:
+            part_AV = (weight_VD @ hidden_AD.T).T.contiguous().float()
         else:
             part_AV = (hidden_AD @ weight_VD.T).float()
         return self.transform(self.team.join(part_AV, len(self.lm.get_input_embeddings().weight)))
