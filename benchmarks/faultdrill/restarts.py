@@ -116,8 +116,9 @@ def hang(what: str, step: int, rank: int, patience: float, control: str, directo
     plan = {"hang": what, "when": ["step", step], "ranks": [rank] if what != "all wait" else [0, 1], "control": control}
     limit = 8 * patience if control else TO_BEGIN + 3 * patience
     ended = lab.launch(SETUP, run, plan | {"rank": rank}, patience=limit, more={"patience": patience / 60})
-    if what == "stopped" and rank == 0:  # with it the store: the other says so
-        named = r"error: the store that rank 0, or torchrun, keeps has not answered rank 1 for \d+ s; stacks"
+    if what == "stopped" and rank == 0:  # with it the store: the other says so, or that it was late before it stopped
+        named = r"error: (the store that rank 0, or torchrun, keeps has not answered rank 1|"
+        named += r"rank 0 has given no sign of life) for \d+ s"
     elif what == "all wait":
         named = rf"error: rank 0 has waited for \d+ s \(step {step}, .*; rank 1 has waited for"
     else:
