@@ -856,7 +856,7 @@ def terminate_when_all_is_done() -> None:
     signals.listening = late
 
 
-def terminate_rank_0_at_the_7th_response() -> None:
+def terminate_rank_0_at_the_2nd_response() -> None:
     """In whatever samples and sends lines to rank 0."""
     from launch.mail import Mail
 
@@ -864,7 +864,7 @@ def terminate_rank_0_at_the_7th_response() -> None:
 
     def taking(self, line):
         take(self, line)
-        if next(count) == 7:
+        if next(count) == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     Mail._take = taking
