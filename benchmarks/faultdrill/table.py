@@ -18,7 +18,7 @@ from benchmarks.faultdrill.suite import Case, Cases, Suite
 
 BOUND = 240.0  # seconds after which a case has failed
 CONTROL_CASES = 6  # of which one has to fail
-LONG = 50  # cases from which on a suite says how far it is
+QUIET = 120.0  # seconds after which a suite says how far it is
 HEADER = ("suite", "passed", "controls caught", "baselines passed", "seconds", "promise")
 
 
@@ -111,13 +111,15 @@ def in_a_directory(case: Case) -> tuple[str, bool]:
 def run(suite: Suite, count: int, seed: int, baselines: bool, say: Callable[[str], None]) -> Outcome:
     """Runs a suite whole; says every failure as it comes."""
     outcome, began = Outcome(suite.name, suite.unit, suite.promise), time.monotonic()
+    said = began
     for case in itertools.islice(suite.cases(count, seed), count):
         outcome.run += 1
         problem, _ = in_a_directory(case)
         if problem:
             outcome.failures.append(Failure(case.name, problem, f"--replay {suite.name}:{seed}:{case.name}"))
             say(f"  failed: {case.name}: {problem}")
-        if count >= LONG and outcome.run % (count // 10) == 0:
+        if time.monotonic() - said > QUIET:
+            said = time.monotonic()
             say(f"  {suite.name}: {outcome.run} of {count}")
     for name, cases in suite.controls.items():
         outcome.controls[name] = caught = _caught(cases, seed, outcome, name)
