@@ -75,7 +75,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--lane", action="store_true", help=argparse.SUPPRESS)  # one of them: no table
     parser.add_argument("--list", action="store_true", help="the suites, and how many cases they have")
-    return parser.parse_args(argv)
+    flags = parser.parse_args(argv)
+    if flags.jobs < 1 or (flags.count is not None and flags.count < 1):
+        sys.exit("error: --jobs and --count: expected 1 or more")
+    return flags
 
 
 def chosen(suites: list[Suite], names: list[str] | None) -> list[Suite]:
