@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
 from engine.world import on_device
 from rollout.pages import Pages
+from rollout.strips import weighted
 
 FEW = 4096  # positions A L up to which this is the faster way (measured)
 
@@ -30,7 +30,7 @@ class Dense:
     """Which pages are laid side by side, in one pass and for all layers of a kind."""
 
     pages_AJ: Tensor  # int64
-    visible_AL: Tensor  # bool
+    bias_A11L: Tensor  # fp32: -inf where a response does not see a position, or 0
 
     @classmethod
     def of(cls, pages: Pages, slots_A: np.ndarray, positions_A: np.ndarray, device: torch.device) -> Dense | None:
@@ -43,7 +43,8 @@ class Dense:
         if pages.window is not None:
             visible_AL &= places_L > positions_A[:, None] - pages.window
         put = lambda x: on_device(torch.from_numpy(x), device)
-        return cls(put(pages.tables[slots_A, :width].astype(np.int64)), put(visible_AL))
+        bias_AL = put(np.where(visible_AL, np.float32(0), np.float32("-inf")))
+        return cls(put(pages.tables[slots_A, :width].astype(np.int64)), bias_AL[:, None, None])
 
     def attend(
         self,
@@ -63,17 +64,9 @@ class Dense:
             pool.flatten(0, 1).index_select(0, index_AKJ.flatten()).view(*index_AKJ.shape[:2], -1, pool.shape[3])
             for pool in (keys, values)
         )
-        q_AKGH, visible_A11L = q_ANH.unflatten(1, (kv_heads, -1)), self.visible_AL[:, None, None]
-        if softcap is None and sinks_N is None:
-            out_AKGH = scaled_dot_product_attention(q_AKGH, k_AKLH, v_AKLH, attn_mask=visible_A11L, scale=scale)
-            return out_AKGH.flatten(1, 2)
-        scores_AKGL = (q_AKGH @ k_AKLH.transpose(2, 3)).float() * scale
-        if softcap is not None:
-            scores_AKGL = softcap * torch.tanh(scores_AKGL / softcap)
-        scores_AKGL = scores_AKGL.masked_fill(~visible_A11L, float("-inf"))
+        q_AKGH = q_ANH.unflatten(1, (kv_heads, -1))
+        out_AKGH, lse_AKG = weighted(q_AKGH, k_AKLH, v_AKLH, self.bias_A11L, scale, softcap)
         if sinks_N is not None:  # a sink is one more score per head, whose value is zero
-            sinks_AKG1 = sinks_N.float().view(1, kv_heads, -1, 1).expand(len(q_ANH), -1, -1, 1)
-            weights_AKGL = torch.cat([scores_AKGL, sinks_AKG1], -1).softmax(-1)[..., :-1]
-        else:
-            weights_AKGL = scores_AKGL.softmax(-1)
-        return (weights_AKGL.to(v_AKLH.dtype) @ v_AKLH).flatten(1, 2)
+            sinks_KG = sinks_N.float().view(kv_heads, -1)
+            out_AKGH = out_AKGH * torch.sigmoid(lse_AKG - sinks_KG)[..., None]
+        return out_AKGH.flatten(1, 2).to(q_ANH.dtype)
